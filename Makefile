@@ -1,0 +1,22 @@
+# `make demo` answers a question, `make test` runs the tests; both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test install clean
+demo: install
+	$(BIN)/mlxquant generate smollm2-135m --prompt "What is gravity? Answer in three sentences." --max-tokens 160
+
+test: install
+	$(BIN)/python -m pytest
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mlxquant needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv

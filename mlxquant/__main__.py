@@ -1,0 +1,5 @@
+"""``python -m mlxquant``."""
+
+from mlxquant.cli import main
+
+main()

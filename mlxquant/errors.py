@@ -1,0 +1,29 @@
+"""What can go wrong, said in one line: what, where, and what is allowed.
+
+Every error a user can cause is an ``MlxquantError``; the command line prints
+its message and exits with 1. Anything else that escapes is a bug of ours.
+"""
+
+
+class MlxquantError(Exception):
+    """Base of the errors whose message is meant for the user."""
+
+
+class ModelNotFound(MlxquantError):
+    """A name that is no folder, file, recipe or reachable repository."""
+
+
+class BadCheckpoint(MlxquantError):
+    """A model file that is truncated, inconsistent or incomplete."""
+
+
+class Unsupported(MlxquantError):
+    """A well-formed file that asks for something this version cannot do."""
+
+
+class TooLarge(MlxquantError):
+    """A model, prompt or file that does not fit where it must."""
+
+
+class BadValue(MlxquantError):
+    """An argument outside its allowed range."""
