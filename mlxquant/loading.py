@@ -1,0 +1,132 @@
+"""Load a model folder into memory through mlx-lm's architectures.
+
+On Metal and CUDA the weights run as stored. On a plain CPU MLX is quick only
+in float32, and quickest with dense matrices, so there every parameter becomes
+float32 and quantised layers are expanded when memory allows.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+
+from mlxquant import checkpoint
+from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
+from mlxquant.models import resolve
+from mlxquant.roofline import traffic
+
+_DENSE_SHARE = 0.7  # of the memory, so that activations and the KV cache have room
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model: the network (an mlx-lm module), its tokenizer and configuration."""
+
+    name: str
+    folder: Path
+    network: nn.Module
+    tokenizer: object
+    config: dict
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence in tokens, or None where the configuration does not say."""
+        text = self.config.get("text_config", {})
+        return self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token reads, as this run holds them."""
+        return traffic.weight_bytes(self.network, self.config)
+
+
+def load(name: str, *, revision: str | None = None, memory: str | float | None = None,
+         trust_remote_code: bool = False) -> LanguageModel:
+    """Load a model by name: a folder, a GGUF file, a recipe or a hub repository.
+
+    ``memory`` limits what the model may take: bytes, or text such as "8GB"
+    (default: what the device recommends, or what is free). Code from a model
+    folder runs only with ``trust_remote_code``. Raises ``ModelNotFound``,
+    ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
+    """
+    folder = resolve(name, revision=revision)
+    limit = memory_limit() if memory is None else parse_size(memory)
+    stored = sum(header.bytes for header in checkpoint.validate(folder).values())
+    if stored > limit:
+        raise TooLarge(f"{name} needs {stored / 1e9:.2f} GB for its weights, "
+                       f"{limit / 1e9:.2f} GB may be used")
+    network, config = _build(folder, trust_remote_code)
+    if mx.default_device() == mx.cpu:
+        network = _prepare_for_cpu(network, limit)
+    mx.eval(network.parameters())
+    tokenizer = _tokenizer(folder, config, trust_remote_code)
+    return LanguageModel(name, folder, network, tokenizer, config)
+
+
+def open_lazily(folder: Path) -> tuple[nn.Module, dict]:
+    """The network of a folder with its weights still on disk, for looking at shapes and formats."""
+    return _build(folder, trust_remote_code=False)
+
+
+def parse_size(size: str | float) -> int:
+    """Bytes from a number or from text such as "16GB", "500 MB"; raises ``BadValue``."""
+    text = str(size).strip().upper().removesuffix("B").rstrip()
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS and text else (text, "")
+    try:
+        value = float(number) * _UNITS[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise BadValue(f"{size!r} is no size; write for example 16GB")
+    return int(value)
+
+
+def memory_limit() -> int:
+    """Bytes a model may take: the GPU's recommended working set, else the free memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended:
+        return int(recommended)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
+    try:
+        return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            raise Unsupported(f"{folder} brings its own code; run it only if you trust it: "
+                              "trust_remote_code=True or --trust-remote-code") from error
+        if "not supported" in reason:
+            raise Unsupported(f"{folder}: {reason}") from error
+        raise BadCheckpoint(f"{folder}: config and weights do not make a model: {reason}") from error
+
+
+def _tokenizer(folder: Path, config: dict, trust_remote_code: bool):
+    try:
+        return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
+                              eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadCheckpoint(f"{folder} has no usable tokenizer: {reason}") from error
+
+
+def _prepare_for_cpu(network: nn.Module, limit: int) -> nn.Module:
+    """Float32 everywhere; dense where it fits (mxfp and other modes stay packed)."""
+
+    def to_float32(array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    network.update(tree_map(to_float32, network.parameters()))
+    if traffic.dense_bytes(network) <= _DENSE_SHARE * limit:
+        network = dequantize_model(network)
+    return network

@@ -1,0 +1,71 @@
+"""How fast a run was, beside what the hardware allows."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts, timings and traffic of one reply; None where a value is not known.
+
+    ``prompt_tokens`` were processed now, ``cached_tokens`` were already in the
+    prompt cache. Decode speed counts the tokens after the first, which belongs
+    to the prompt's time (``ttft_s``, seconds).
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float | None
+    ttft_s: float
+    bytes_per_token: int
+    gb_per_s: float | None
+    ceiling_gb_per_s: float | None
+    ceiling_source: str | None
+    headline_gb_per_s: float | None
+    percent_of_ceiling: float | None
+    peak_memory_gb: float
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for people."""
+        cached = f" (+{self.cached_tokens} cached)" if self.cached_tokens else ""
+        parts = [f"prompt {self.prompt_tokens} tokens{cached} at {self.prompt_tps:.1f} tokens/s",
+                 f"reply {self.generation_tokens} tokens"]
+        if self.generation_tps is not None:
+            parts[1] += f" at {self.generation_tps:.1f} tokens/s"
+            parts.append(f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s"
+                         + self._against_ceilings())
+        parts.append(f"peak {self.peak_memory_gb:.2f} GB")
+        return " · ".join(parts)
+
+    def _against_ceilings(self) -> str:
+        shares = []
+        if self.percent_of_ceiling is not None:
+            source = "measured here" if self.ceiling_source == "probe" else "stated"
+            shares.append(f"{self.percent_of_ceiling:.0f} % of {self.ceiling_gb_per_s:.1f} GB/s {source}")
+        if self.headline_gb_per_s and self.ceiling_source != "headline":
+            percent = 100 * self.gb_per_s / self.headline_gb_per_s
+            shares.append(f"{percent:.0f} % of {self.headline_gb_per_s:g} GB/s stated")
+        return f" = {', '.join(shares)}" if shares else ""
+
+
+def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float,
+         decode_s: float, bytes_per_token: int, peak_bytes: int) -> Report:
+    """Turn raw counts and seconds into a report, with this machine's ceilings."""
+    from mlxquant.roofline import chips, probe
+
+    ceiling = probe.read_ceiling()
+    steps = generation_tokens - 1
+    tps = steps / decode_s if steps > 0 and decode_s > 0 else None
+    rate = tps * bytes_per_token / 1e9 if tps is not None else None
+    return Report(
+        prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
+        generation_tokens=generation_tokens, prompt_tps=prompt_tokens / ttft_s,
+        generation_tps=tps, ttft_s=ttft_s, bytes_per_token=bytes_per_token, gb_per_s=rate,
+        ceiling_gb_per_s=ceiling.gb_per_s, ceiling_source="probe",
+        headline_gb_per_s=chips.detect().headline_gb_per_s,
+        percent_of_ceiling=100 * rate / ceiling.gb_per_s if rate is not None else None,
+        peak_memory_gb=peak_bytes / 1e9)

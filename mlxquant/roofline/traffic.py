@@ -1,0 +1,79 @@
+"""Bytes that decoding one token moves: weights read once each, and the KV cache."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+_QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def leaf_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that hold parameters, by path."""
+    leaves = tree_flatten(network.leaf_modules(), is_leaf=nn.Module.is_module)
+    return [(path, module) for path, module in leaves if isinstance(module, nn.Module)]
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters of a module, as held."""
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
+def float32_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters as float32, packed codes expanded."""
+    if isinstance(module, _QUANTISED):
+        return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
+    return 4 * sum(array.size for _, array in tree_flatten(module.parameters()))
+
+
+def weight_count(module: nn.Module) -> int:
+    """Number of weights of a module, counting packed codes one by one."""
+    if isinstance(module, _QUANTISED):
+        return module.weight.size * 32 // module.bits
+    return module.weight.size if "weight" in module else 0
+
+
+def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False) -> int:
+    """Bytes of weights read for one token, as held, or as dense float32.
+
+    An embedding counts as one row, unless it is tied and so is the head too.
+    Of a mixture's experts only the chosen ones count.
+    """
+    tied = _is_tied(network, config)
+    chosen = config.get("num_experts_per_tok") or 1
+    total = 0.0
+    for _, module in leaf_modules(network):
+        size = float32_bytes(module) if dense else module_bytes(module)
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
+            size /= module.weight.shape[0]
+        elif isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+            size *= chosen / module.weight.shape[0]
+        total += size
+    return round(total)
+
+
+def kv_bytes(cache: list) -> int:
+    """Bytes of keys, values and other state that a prompt cache holds: what the next token reads.
+
+    MLX allocates keys and values in steps along their second-last axis; only
+    the part up to the layer's offset counts.
+    """
+    total = 0.0
+    for layer in cache:
+        arrays = [array for _, array in tree_flatten(layer.state) if isinstance(array, mx.array)]
+        offset = getattr(layer, "offset", None)
+        for array in arrays:
+            held = min(offset / array.shape[-2], 1.0) if offset is not None and array.ndim == 4 else 1.0
+            total += array.nbytes * held
+    return round(total)
+
+
+def dense_bytes(network: nn.Module) -> int:
+    """Bytes the network takes as float32 with every quantised matrix expanded."""
+    return sum(float32_bytes(module) for _, module in leaf_modules(network))
+
+
+def _is_tied(network: nn.Module, config: dict) -> bool:
+    arguments = getattr(network, "args", None)
+    tied = getattr(arguments, "tie_word_embeddings", None)
+    return "lm_head" not in network if tied is None else bool(tied)
