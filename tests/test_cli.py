@@ -1,0 +1,98 @@
+"""The command line: help, JSON keys, exit codes, one line for an error."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import write_folder
+
+GENERATE_KEYS = ("text prompt_tokens generation_tokens prompt_tps generation_tps ttft_s bytes_per_token "
+                 "gb_per_s ceiling_gb_per_s ceiling_source percent_of_ceiling peak_memory_gb "
+                 "finish_reason").split()
+
+
+def mlxquant(*arguments, stdin="", **options):
+    return subprocess.run([sys.executable, "-m", "mlxquant", *map(str, arguments)], input=stdin,
+                          capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect"])
+def test_every_verb_has_help_with_an_example(verb):
+    result = mlxquant(verb, "--help")
+    assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout
+
+
+def test_generate_prints_the_text_and_reports_on_stderr(tiny_folder):
+    result = mlxquant("generate", tiny_folder, "-p", "Hello", "--max-tokens", 8)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n") and "tokens/s" in result.stderr
+    assert "measured here" in result.stderr
+
+
+def test_generate_json_has_every_key(tiny_folder):
+    result = mlxquant("generate", tiny_folder, "--max-tokens", 4, "--json", stdin="Hello")
+    value = json.loads(result.stdout)
+    assert set(GENERATE_KEYS) <= set(value)
+    assert value["generation_tokens"] == 4 and value["finish_reason"] == "length"
+    assert value["ceiling_source"] == "probe" and value["percent_of_ceiling"] > 0
+
+
+def test_generate_options_reach_the_model(tiny_folder):
+    arguments = ("generate", tiny_folder, "-p", "Hello", "--max-tokens", 20, "--json")
+    plain = json.loads(mlxquant(*arguments).stdout)
+    stopped = json.loads(mlxquant(*arguments, "--stop", plain["text"][4:6]).stdout)
+    assert stopped["text"] == plain["text"][:plain["text"].index(plain["text"][4:6])]
+    raw = json.loads(mlxquant(*arguments, "--raw").stdout)
+    assert raw["prompt_tokens"] == 5 < plain["prompt_tokens"]
+
+
+def test_evaluate_json(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 20)
+    result = mlxquant("evaluate", tiny_folder, "--text", text, "--context", 64, "--windows", 3, "--json")
+    value = json.loads(result.stdout)
+    assert set(value) == {"perplexity", "tokens", "context", "windows", "bits_per_weight", "file_bytes"}
+    assert (value["tokens"], value["windows"], value["bits_per_weight"]) == (3 * 63, 3, 32)
+
+
+def test_inspect_json_and_table(tiny_folder):
+    value = json.loads(mlxquant("inspect", tiny_folder, "--json").stdout)
+    assert {"architecture", "parameters", "bits_per_weight", "file_bytes", "bytes_per_token",
+            "layers"} <= set(value)
+    assert set(value["layers"][0]) == {"path", "format", "bits", "shape", "bytes"}
+    assert "mlp.down_proj" in mlxquant("inspect", tiny_folder).stdout
+
+
+def test_chat_through_a_pipe(tiny_folder):
+    result = mlxquant("chat", tiny_folder, "--max-tokens", 6, "--seed", 1, stdin="hi\n/stats\n/exit\n")
+    assert result.returncode == 0 and result.stdout.endswith("\n")
+    assert "tokens of context in use" in result.stderr
+
+
+@pytest.mark.parametrize("arguments,code,message", [
+    (("generate", "no-such-model", "-p", "x"), 1, "error: no model named 'no-such-model'"),
+    (("inspect", "./nowhere"), 1, "error: no such file or folder: ./nowhere"),
+    (("evaluate", "TINY", "--text", "/no/file"), 1, "error: no such file: /no/file"),
+    (("generate", "TINY", "-p", "x", "--memory", "1KB"), 1, "error: TINY needs"),
+    (("generate", "TINY", "-p", "x", "--temp", "-1"), 2, "error: temperature is -1.0, allowed are"),
+    (("generate", "TINY", "-p", "x", "--kv-bits", "7"), 2, "error: kv_bits is 7, allowed are"),
+    (("generate", "TINY", "-p", "x", "--memory", "lots"), 2, "error: 'lots' is no size"),
+    (("generate",), 2, "Missing argument"),
+    (("generate", "TINY", "--no-such-option"), 2, "No such option"),
+    (("levitate",), 2, "No such command"),
+])
+def test_failures_are_one_line_with_the_right_code(tmp_path, arguments, code, message):
+    if "TINY" in arguments:
+        write_folder(tmp_path / "TINY")
+    result = mlxquant(*arguments, cwd=tmp_path)
+    assert result.returncode == code and result.stdout == ""
+    assert message in result.stderr and "Traceback" not in result.stderr
+    if message.startswith("error"):
+        assert len([x for x in result.stderr.splitlines() if x.startswith("error")]) == 1
+
+
+def test_version():
+    import mlxquant as package
+
+    assert mlxquant("--version").stdout.strip() == f"mlxquant {package.__version__}"
