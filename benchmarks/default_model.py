@@ -1,0 +1,47 @@
+"""Speed and perplexity of the default model, as a user of this machine gets them.
+
+    python benchmarks/default_model.py TEXT
+
+Prefill of 512 tokens and decode of 128, five times after a warm-up; perplexity
+of TEXT (WikiText-2 raw test) by the protocol wt2-40.
+"""
+
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import mlxquant
+from mlxquant.models import DEFAULT_MODEL
+from record import save
+
+REPETITIONS = 5
+
+
+def spread(values: list[float]) -> dict:
+    return {"mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values}
+
+
+def main(text: Path) -> None:
+    model = mlxquant.load(DEFAULT_MODEL)
+    tokens = model.tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)[:513]
+    reports = []
+    for _ in range(REPETITIONS + 1):
+        prefill = mlxquant.generate(model, tokens[:512], max_tokens=1).report
+        decode = mlxquant.generate(model, tokens[:16], max_tokens=129).report
+        print(f"prefill {prefill.prompt_tps:.1f} tokens/s; {decode.line()}", flush=True)
+        reports.append((prefill, decode))
+    reports = reports[1:]
+    quality = mlxquant.evaluate(model, text, windows=40,
+                                progress=lambda done, total, value: print(done, value, flush=True))
+    last = reports[-1][1]
+    print(save("default-model-cpu", model=DEFAULT_MODEL,
+               prefill_512_tps=spread([p.prompt_tps for p, _ in reports]),
+               decode_128_tps=spread([d.generation_tps for _, d in reports]),
+               bytes_per_token=last.bytes_per_token, ceiling_gb_per_s=last.ceiling_gb_per_s,
+               ceiling_source=last.ceiling_source, peak_memory_gb=last.peak_memory_gb,
+               quality=asdict(quality)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
