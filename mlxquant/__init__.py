@@ -19,6 +19,7 @@ _HOME = {
     "Response": "generation",
     "Sampling": "sampling",
     "evaluate": "evaluation.perplexity",
+    "quantize": "quant.pipeline",
     "inspect": "inspection",
     "resolve": "models",
     "MlxquantError": "errors",

@@ -6,6 +6,8 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlxquant import checkpoint
+from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.loading import open_lazily
 from mlxquant.models import resolve
 from mlxquant.roofline import traffic
@@ -49,29 +51,38 @@ def inspect_folder(folder: Path) -> Inspection:
     """Describe a validated model folder."""
     network, config = open_lazily(folder)
     modules = traffic.leaf_modules(network)
-    matrices = [(path, m) for path, m in modules if "weight" in m and m.weight.ndim >= 2]
-    layers = [_layer(path, module) for path, module in matrices]
+    matrices = [(path, m) for path, m in modules
+                if isinstance(m, GroupedLinear) or "weight" in m and m.weight.ndim >= 2]
+    transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
+    layers = [_layer(path, module, transformed) for path, module in matrices]
     body = [(module, layer) for (path, module), layer in zip(matrices, layers)
             if not isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
             and not path.endswith("lm_head")]
     weights = sum(traffic.weight_count(module) for module, _ in body)
     stored = traffic.weight_bytes(network, config)
+    loose = sum(array.nbytes for array in traffic.loose_arrays(network))
     return Inspection(
-        architecture=config["model_type"],
+        architecture=config.get("base_model_type", config["model_type"]),
         parameters=sum(traffic.weight_count(module) for _, module in modules),
-        bits_per_weight=8 * sum(layer.bytes for _, layer in body) / weights,
+        bits_per_weight=8 * (loose + sum(layer.bytes for _, layer in body)) / weights,
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
         bytes_per_token_cpu=traffic.weight_bytes(network, config, dense=True),
         layers=layers)
 
 
-def _layer(path: str, module: nn.Module) -> Layer:
+def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
+    outer = path.removesuffix(".linear")
+    prefix = "transformed " if outer in transformed else ""
+    path = outer if prefix else path
     size = traffic.module_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
+    if isinstance(module, GroupedLinear):
+        width = {0: "row", -1: "matrix"}.get(module.group_size, f"g{module.group_size}")
+        return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
     shape = list(module.weight.shape)
     bits = getattr(module, "bits", None)
     if bits is None:
         name = str(module.weight.dtype).removeprefix("mlx.core.")
-        return Layer(path, name, 8 * module.weight.dtype.size, shape, size)
+        return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
     shape[-1] = shape[-1] * 32 // bits
-    return Layer(path, f"{module.mode} g{module.group_size}", bits, shape, size)
+    return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)

@@ -5,17 +5,19 @@ in float32, and quickest with dense matrices, so there every parameter becomes
 float32 and quantised layers are expanded when memory allows.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
-from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxquant import checkpoint
 from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
+from mlxquant.layers import formats
+from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
 from mlxquant.models import resolve
 from mlxquant.roofline import traffic
 
@@ -46,11 +48,12 @@ class LanguageModel:
 
 
 def load(name: str, *, revision: str | None = None, memory: str | float | None = None,
-         trust_remote_code: bool = False) -> LanguageModel:
+         dense: bool | None = None, trust_remote_code: bool = False) -> LanguageModel:
     """Load a model by name: a folder, a GGUF file, a recipe or a hub repository.
 
     ``memory`` limits what the model may take: bytes, or text such as "8GB"
-    (default: what the device recommends, or what is free). Code from a model
+    (default: what the device recommends, or what is free). ``dense`` expands the
+    weights to float32 (default: on a plain CPU, where it fits). Code from a model
     folder runs only with ``trust_remote_code``. Raises ``ModelNotFound``,
     ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
     """
@@ -61,10 +64,14 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
         raise TooLarge(f"{name} needs {stored / 1e9:.2f} GB for its weights, "
                        f"{limit / 1e9:.2f} GB may be used")
     network, config = _build(folder, trust_remote_code)
-    if mx.default_device() == mx.cpu:
-        network = _prepare_for_cpu(network, limit)
+    network = expand_grouped(network)
+    on_cpu = mx.default_device() == mx.cpu
+    if dense or on_cpu and dense is None and traffic.dense_bytes(network) <= _DENSE_SHARE * limit:
+        network = to_dense(network)
+    elif on_cpu:
+        network = to_float32(network)
     mx.eval(network.parameters())
-    tokenizer = _tokenizer(folder, config, trust_remote_code)
+    tokenizer = open_tokenizer(folder, config, trust_remote_code)
     return LanguageModel(name, folder, network, tokenizer, config)
 
 
@@ -100,7 +107,8 @@ def memory_limit() -> int:
 
 def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
     try:
-        return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        return load_model(folder, lazy=True, trust_remote_code=trust_remote_code,
+                          get_model_classes=formats.model_classes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
@@ -111,22 +119,13 @@ def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
         raise BadCheckpoint(f"{folder}: config and weights do not make a model: {reason}") from error
 
 
-def _tokenizer(folder: Path, config: dict, trust_remote_code: bool):
+def open_tokenizer(folder: Path, config: dict, trust_remote_code: bool = False):
+    """mlx-lm's wrapper of the folder's tokenizer; raises ``BadCheckpoint``."""
+    # Our own model_type makes transformers remark that it does not know it; it need not.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
         return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
                               eos_token_ids=config.get("eos_token_id"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadCheckpoint(f"{folder} has no usable tokenizer: {reason}") from error
-
-
-def _prepare_for_cpu(network: nn.Module, limit: int) -> nn.Module:
-    """Float32 everywhere; dense where it fits (mxfp and other modes stay packed)."""
-
-    def to_float32(array: mx.array) -> mx.array:
-        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-
-    network.update(tree_map(to_float32, network.parameters()))
-    if traffic.dense_bytes(network) <= _DENSE_SHARE * limit:
-        network = dequantize_model(network)
-    return network

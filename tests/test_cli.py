@@ -17,7 +17,7 @@ def mlxquant(*arguments, stdin="", **options):
                           capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare"])
 def test_every_verb_has_help_with_an_example(verb):
     result = mlxquant(verb, "--help")
     assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout

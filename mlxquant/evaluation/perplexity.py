@@ -40,11 +40,6 @@ def evaluate(model: LanguageModel, text: str | Path, *, context: int = 1024,
     (done, total, perplexity so far). Raises ``BadValue`` for a text with fewer
     windows than asked for, ``TooLarge`` for a context the model does not have.
     """
-    if context < 2 or (windows is not None and windows < 1):
-        raise BadValue(f"context is {context} and windows is {windows}; at least 2 and 1 are needed")
-    if model.context_length is not None and context > model.context_length:
-        raise TooLarge(f"a context of {context} tokens was asked for, "
-                       f"{model.name} holds {model.context_length}")
     batches = token_windows(model, text, context, windows)
     total, count = 0.0, 0
     for done, window in enumerate(batches, 1):
@@ -58,7 +53,13 @@ def evaluate(model: LanguageModel, text: str | Path, *, context: int = 1024,
 
 def token_windows(model: LanguageModel, text: str | Path, context: int,
                   windows: int | None = None) -> list[mx.array]:
-    """The first ``windows`` runs of ``context`` token ids of a text, each of shape (1, context)."""
+    """The first ``windows`` runs of ``context`` token ids of a text, each of shape (1, context).
+
+    Raises what ``evaluate`` does.
+    """
+    if context < 2 or (windows is not None and windows < 1):
+        raise BadValue(f"context is {context} and windows is {windows}; at least 2 and 1 are needed")
+    check_context(model, context)
     tokens = model.tokenizer.encode(_read(text), add_special_tokens=False, verbose=False)
     available = len(tokens) // context
     if available < (windows or 1):
@@ -67,9 +68,25 @@ def token_windows(model: LanguageModel, text: str | Path, context: int,
     return list(_cut(tokens, context, available if windows is None else windows))
 
 
+def check_context(model: LanguageModel, context: int) -> None:
+    """Raise ``TooLarge`` for a context of more tokens than ``model`` holds."""
+    if model.context_length is not None and context > model.context_length:
+        raise TooLarge(f"a context of {context} tokens was asked for, "
+                       f"{model.name} holds {model.context_length}")
+
+
 def window_loss(network: nn.Module, window: mx.array) -> mx.array:
     """Summed next-token cross-entropy (nats, float32) of one window of shape (1, context)."""
-    logits = network(window[:, :-1]).astype(mx.float32)
+    return logits_loss(window_logits(network, window), window)
+
+
+def window_logits(network: nn.Module, window: mx.array) -> mx.array:
+    """Float32 logits of a window of shape (1, context): (1, context − 1, vocabulary)."""
+    return network(window[:, :-1]).astype(mx.float32)
+
+
+def logits_loss(logits: mx.array, window: mx.array) -> mx.array:
+    """The loss of ``window_loss`` where the window's logits are there already."""
     return nn.losses.cross_entropy(logits, window[:, 1:], reduction="sum")
 
 

@@ -5,6 +5,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlxquant.layers.grouped import GroupedLinear
+
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -14,6 +16,13 @@ def leaf_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in leaves if isinstance(module, nn.Module)]
 
 
+def loose_arrays(network: nn.Module) -> list[mx.array]:
+    """Parameters beside child modules, such as a transformed layer's signs: no leaf holds them."""
+    holders = [module for module in network.modules() if tree_flatten(module.children())]
+    return [value for module in holders for key, value in module.items()
+            if isinstance(value, mx.array) and module.valid_parameter_filter(module, key, value)]
+
+
 def module_bytes(module: nn.Module) -> int:
     """Bytes of all parameters of a module, as held."""
     return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
@@ -21,7 +30,7 @@ def module_bytes(module: nn.Module) -> int:
 
 def float32_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters as float32, packed codes expanded."""
-    if isinstance(module, _QUANTISED):
+    if isinstance(module, (*_QUANTISED, GroupedLinear)):
         return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
     return 4 * sum(array.size for _, array in tree_flatten(module.parameters()))
 
@@ -30,6 +39,8 @@ def weight_count(module: nn.Module) -> int:
     """Number of weights of a module, counting packed codes one by one."""
     if isinstance(module, _QUANTISED):
         return module.weight.size * 32 // module.bits
+    if isinstance(module, GroupedLinear):
+        return module.weight_count
     return module.weight.size if "weight" in module else 0
 
 
@@ -41,7 +52,7 @@ def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False) -> in
     """
     tied = _is_tied(network, config)
     chosen = config.get("num_experts_per_tok") or 1
-    total = 0.0
+    total = _loose_bytes(network, dense)
     for _, module in leaf_modules(network):
         size = float32_bytes(module) if dense else module_bytes(module)
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
@@ -70,7 +81,13 @@ def kv_bytes(cache: list) -> int:
 
 def dense_bytes(network: nn.Module) -> int:
     """Bytes the network takes as float32 with every quantised matrix expanded."""
-    return sum(float32_bytes(module) for _, module in leaf_modules(network))
+    return _loose_bytes(network, True) + sum(float32_bytes(m) for _, m in leaf_modules(network))
+
+
+def _loose_bytes(network: nn.Module, dense: bool) -> int:
+    """Bytes of the loose parameters; packed signs stay bits where all else becomes float32."""
+    return sum(4 * array.size if dense and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
+               for array in loose_arrays(network))
 
 
 def _is_tied(network: nn.Module, config: dict) -> bool:

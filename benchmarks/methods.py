@@ -1,0 +1,58 @@
+"""Every method and width on the default model, by the protocol wt2-40.
+
+    python benchmarks/methods.py --text WIKITEXT --data FILE [FILE …] [--model NAME] [--out NAME]
+        [--windows 40] [--samples 128] [--plan METHOD:BITS …]
+
+One row at a time is printed and saved, so that a run that is cut short keeps
+what it measured. Without --plan the README's table is made.
+"""
+
+import argparse
+import traceback
+
+import mlxquant  # first: it loads the BLAS before MLX
+from mlxquant.evaluation.comparison import as_dicts, compare, plot
+from mlxquant.models import DEFAULT_MODEL
+from mlxquant.quant.spec import parse_bits
+from record import RESULTS, save
+
+PLAN = ["rtn,w8a8,smoothquant,gptq:8", "rtn,awq,gptq,gptq-corrected,gptq-rotated,gptq-fused:4",
+        "rtn,awq,gptq,gptq-corrected,gptq-rotated,gptq-fused:3",
+        "rtn,awq,gptq,gptq-corrected,gptq-rotated,gptq-fused:2",
+        "gptq,gptq-rotated:ternary", "gptq,gptq-rotated:1"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--out", default="methods")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--plan", nargs="+", default=PLAN)
+    arguments = parser.parse_args()
+    from pathlib import Path
+
+    rows = []
+    for step in arguments.plan:
+        methods, _, bits = step.partition(":")
+        try:
+            for row in compare(arguments.model, Path(arguments.text), methods=methods.split(","),
+                               bits=[parse_bits(bits)], windows=arguments.windows,
+                               data=arguments.data, samples=arguments.samples,
+                               progress=lambda what: print(what, flush=True)):
+                if row.method == "original" and rows:
+                    continue
+                rows.append(row)
+                print(f"{row.method:16} {row.bits!s:8} {row.bits_per_weight:6.3f} bpw "
+                      f"{row.perplexity:12.3f} ppl  KL {row.kl_mean:.4f}  {row.seconds or 0:.1f} s", flush=True)
+                save(arguments.out, windows=arguments.windows, samples=arguments.samples,
+                     rows=as_dicts(rows))
+        except Exception:  # one method's failure must not cost the others' measurements
+            traceback.print_exc()
+    plot(rows, RESULTS / f"{arguments.out}.png")
+
+
+if __name__ == "__main__":
+    main()

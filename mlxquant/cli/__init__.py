@@ -1,0 +1,37 @@
+"""The command line: verbs that parse, call and print.
+
+Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a
+failure (one line says which), 2 for a wrong call, 130 for Ctrl-C.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mlxquant import __version__
+from mlxquant.cli import look, make, run  # noqa: F401  each registers its verbs
+from mlxquant.cli.common import app, remark
+from mlxquant.errors import BadValue, MlxquantError
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+    if version:
+        print(f"mlxquant {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: turns our errors and Ctrl-C into one line and an exit code."""
+    try:
+        app()
+    except MlxquantError as error:
+        remark(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadValue) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,111 @@
+"""Verbs that make a quantised model and compare the ways of making one."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mlxquant.cli.common import AsJson, ModelName, Revision, app, print_json, progress, remark
+from mlxquant.errors import BadValue, MlxquantError
+
+Data = Annotated[Optional[list[str]], typer.Option(
+    help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
+         "Default: text the model writes itself.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens in a sample.")]
+GroupSize = Annotated[int, typer.Option(
+    help="Inputs that share a scale; 0: a whole row, -1: the whole matrix.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+
+
+@app.command(epilog="Example: mlxquant quantize smollm2-135m -o small --bits 3 --data text.txt")
+def quantize(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq or smoothquant.")] = "gptq",
+    bits: Annotated[str, typer.Option(help="1, ternary, 2, 3, 4, 5, 6 or 8.")] = "4",
+    group_size: GroupSize = 64,
+    rotate: Annotated[bool, typer.Option(
+        "--rotate", help="Rotate every layer's input by a block Hadamard at run time.")] = False,
+    rotate_fused: Annotated[bool, typer.Option(
+        "--rotate-fused", help="Rotate the residual stream once, merged into the weights.")] = False,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Levels mirror around zero.")] = False,
+    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: most active inputs first.")] = False,
+    propagation: Annotated[str, typer.Option(
+        help="Calibrate a block on the inputs of the float model, of the quantised one, "
+             "or corrected for the difference.")] = "quantised",
+    override: Annotated[Optional[list[str]], typer.Option(
+        help="'GLOB:bits=4,group_size=64' for some layers; repeatable.")] = None,
+    embedding_bits: Annotated[Optional[int], typer.Option(
+        help="Width of embedding and head; default: as stored.")] = None,
+    activation_bits: Annotated[Optional[int], typer.Option(
+        help="Round activations too (simulated), e.g. 8.")] = None,
+    activation_granularity: Annotated[str, typer.Option(help="token, tensor or static.")] = "token",
+    alpha: Annotated[Optional[float], typer.Option(
+        help="SmoothQuant's strength, 0 to 1; default: searched.")] = None,
+    data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
+    revision: Revision = None, as_json: AsJson = False,
+):
+    """Quantise a model block by block; a killed run goes on where it was."""
+    from mlxquant.layers.transformed import ActivationSpec
+    from mlxquant.quant.pipeline import quantize as run
+    from mlxquant.quant.spec import parse_bits, parse_override
+
+    if rotate and rotate_fused:
+        raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
+    activation = (ActivationSpec(activation_bits, activation_granularity)
+                  if activation_bits is not None else None)
+    with progress("quantising, seconds:") as advance:
+        outcome = run(
+            model, output, method=method, bits=parse_bits(bits), group_size=group_size,
+            rotation="online" if rotate else "fused" if rotate_fused else None, data=data,
+            samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
+            propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
+            embedding_bits=embedding_bits, activation=activation, alpha=alpha, seed=seed,
+            revision=revision, progress=advance)
+    from mlxquant.inspection import inspect
+
+    result = inspect(str(output))
+    if as_json:
+        print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
+                    "file_bytes": result.file_bytes, "seconds": outcome.seconds,
+                    "peak_memory_gb": outcome.peak_memory / 1e9})
+        return
+    print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
+          f"{result.file_bytes / 1e6:.1f} MB on disk, {outcome.seconds:.0f} s, "
+          f"peak {outcome.peak_memory / 1e9:.2f} GB")
+
+
+@app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt --bits 4 --bits 2")
+def compare(
+    model: ModelName,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to evaluate on, apart from --data.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rtn,awq,gptq,gptq-rotated",
+    bits: Annotated[Optional[list[str]], typer.Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
+    group_size: GroupSize = 64,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[Optional[int], typer.Option(help="Use the first N windows; default: all.")] = 40,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw perplexity over bytes into this file.")] = None,
+    data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
+    as_json: AsJson = False,
+):
+    """The methods side by side on one model: quality, size, time and memory."""
+    from rich.console import Console
+
+    from mlxquant.evaluation import comparison
+    from mlxquant.quant.spec import parse_bits
+
+    if not text.is_file():
+        raise MlxquantError(f"no such file: {text}")
+    widths = [parse_bits(b) for b in bits or ("4", "3", "2")]
+    names = [name.strip() for name in methods.split(",")]
+    rows = list(comparison.compare(
+        model, text, methods=names, bits=widths, group_size=group_size, context=context,
+        windows=windows, data=data, samples=samples, sequence_length=sequence_length, seed=seed,
+        progress=remark))
+    if plot is not None:
+        comparison.plot(rows, plot)
+    if as_json:
+        print_json(comparison.as_dicts(rows))
+    else:
+        Console().print(comparison.table(rows))

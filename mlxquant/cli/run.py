@@ -1,0 +1,66 @@
+"""Verbs that answer: generate and chat."""
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from mlxquant.cli.common import (MODEL_HELP, AsJson, KvBits, MaxTokens, Memory, MinP, ModelName, Penalty,
+                                 Revision, Seed, System, Temperature, TopK, TopP, Trust, app,
+                                 load_model, print_json, remark)
+
+
+@app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')
+def generate(
+    model: ModelName,
+    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="Default: stdin.")] = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, no chat template.")] = False,
+    max_tokens: MaxTokens = 256, temp: Temperature = 0.0, top_p: TopP = 1.0, top_k: TopK = 0,
+    min_p: MinP = 0.0, repetition_penalty: Penalty = 1.0, seed: Seed = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="End at this text; repeatable.")] = None,
+    kv_bits: KvBits = None, revision: Revision = None, memory: Memory = None,
+    trust_remote_code: Trust = False, as_json: AsJson = False,
+):
+    """Answer one prompt, streaming, with a report of the speed."""
+    from mlxquant.generation import Response, stream_generate
+    from mlxquant.sampling import Sampling
+
+    sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
+    text = sys.stdin.read() if prompt is None else prompt
+    loaded = load_model(model, revision, memory, trust_remote_code)
+    request = text
+    if not raw and loaded.tokenizer.has_chat_template:
+        request = [{"role": "system", "content": system}] if system else []
+        request.append({"role": "user", "content": text})
+    pieces = []
+    for chunk in stream_generate(loaded, request, max_tokens=max_tokens, sampling=sampling,
+                                 stop=stop or (), kv_bits=kv_bits):
+        pieces.append(chunk.text)
+        if not as_json:
+            print(chunk.text, end="", flush=True)
+    response = Response("".join(pieces), chunk.finish_reason, chunk.report)
+    if as_json:
+        print_json(response.as_dict())
+    else:
+        print(flush=True)
+        remark(response.report.line())
+
+
+@app.command(epilog="Example: mlxquant chat smollm2-135m --system 'Answer briefly.'")
+def chat(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "",
+    system: System = None, max_tokens: MaxTokens = 1024, temp: Temperature = 0.7,
+    top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repetition_penalty: Penalty = 1.0,
+    seed: Seed = None, kv_bits: KvBits = None, revision: Revision = None, memory: Memory = None,
+    trust_remote_code: Trust = False,
+):
+    """Talk with a model; /help lists the commands."""
+    from mlxquant.chat import Conversation, run
+    from mlxquant.models import DEFAULT_MODEL
+    from mlxquant.sampling import Sampling
+
+    sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
+    loaded = load_model(model or DEFAULT_MODEL, revision, memory, trust_remote_code)
+    remark(f"{loaded.name}: /help lists the commands, Ctrl-D leaves")
+    run(Conversation(loaded, system, sampling, max_tokens, kv_bits))

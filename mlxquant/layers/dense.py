@@ -1,0 +1,44 @@
+"""Any network as dense float32: what a plain CPU runs fastest, and what calibration runs on."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+from mlx_lm.utils import dequantize_model
+
+from mlxquant.layers.grouped import GroupedLinear
+
+
+def to_float32(network: nn.Module) -> nn.Module:
+    """Every floating-point parameter in float32, in place; packed codes stay as they are."""
+
+    def cast(array: mx.array) -> mx.array:
+        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    network.update(tree_map(cast, network.parameters()))
+    return network
+
+
+def to_dense(network: nn.Module) -> nn.Module:
+    """Float32 with every quantised matrix expanded, in place; what it stands for is unchanged.
+
+    Runs on the CPU, since MLX's CUDA back end has no 1-bit kernels.
+    """
+    with mx.stream(mx.cpu):
+        network = expand_grouped(dequantize_model(to_float32(network)))
+        mx.eval(network.parameters())
+    return network
+
+
+def expand_grouped(network: nn.Module) -> nn.Module:
+    """Replace every grouped layer by a dense one in the type of its scales, in place."""
+    made = []
+    for path, module in network.named_modules():
+        if isinstance(module, GroupedLinear):
+            rows, columns = module.shape
+            linear = nn.Linear(columns, rows, bias="bias" in module)
+            linear.weight = module.dense()
+            if "bias" in module:
+                linear.bias = module.bias
+            made.append((path, linear))
+    network.update_modules(tree_unflatten(made))
+    return network

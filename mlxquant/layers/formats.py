@@ -1,0 +1,77 @@
+"""Which layer a checkpoint's tensors belong to.
+
+A plain checkpoint needs nothing from here. Ours says ``"model_type":
+"mlxquant"``, so that stock mlx-lm refuses it instead of running rotated codes
+as if they were plain; the architecture is in ``base_model_type``, and
+``mlxquant.layers`` describes the layers that stock mlx-lm does not have.
+"""
+
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import _get_classes
+
+from mlxquant.errors import BadCheckpoint, Unsupported
+
+FORMAT = 1
+
+
+def config_with(config: dict, layers: dict[str, dict]) -> dict:
+    """``config`` marked as ours, or unchanged where no layer of ours is in it."""
+    if not layers:
+        return config
+    base = config.get("base_model_type", config["model_type"])
+    return config | {"model_type": "mlxquant", "base_model_type": base,
+                     "mlxquant": {"format": FORMAT, "layers": layers}}
+
+
+def model_classes(config: dict):
+    """mlx-lm's hook: the model class and argument class for a configuration."""
+    if config.get("model_type") != "mlxquant":
+        return _get_classes(config)
+    block = config.get("mlxquant")
+    if not isinstance(block, dict) or "base_model_type" not in config:
+        raise BadCheckpoint("config.json says mlxquant but lacks its block or base_model_type")
+    if block.get("format") != FORMAT:
+        raise Unsupported(f"checkpoint format {block.get('format')!r}; this version reads {FORMAT}")
+    base = config | {"model_type": config["base_model_type"]}
+    model_class, arguments_class = _get_classes(base)
+
+    class Arguments:
+        """Reads the configuration under the architecture's own name."""
+
+        @staticmethod
+        def from_dict(_):
+            return arguments_class.from_dict(base)
+
+    def build(arguments) -> nn.Module:
+        network = model_class(arguments)
+        install(network, block.get("layers", {}))
+        return network
+
+    return build, Arguments
+
+
+def install(module: nn.Module, layers: dict[str, dict]) -> None:
+    """Put the described layers, with empty parameters, in the place of the linear ones."""
+    found = dict(module.named_modules())
+    made = []
+    for path, entry in layers.items():
+        linear = found.get(path)
+        if not isinstance(linear, nn.Linear):
+            raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of the model")
+        made.append((path, make(linear, entry)))
+    module.update_modules(tree_unflatten(made))
+
+
+def make(linear: nn.Linear, entry: dict) -> nn.Module:
+    """The layer that ``entry`` describes, shaped like ``linear``."""
+    from mlxquant.layers.grouped import GroupedLinear
+    from mlxquant.layers.transformed import TransformedLinear
+
+    inner = linear
+    outputs, inputs = linear.weight.shape
+    if grouped := entry.get("grouped"):
+        inner = GroupedLinear(inputs, outputs, grouped["bits"], grouped["group_size"], "bias" in linear)
+    if transform := entry.get("transform"):
+        return TransformedLinear.from_config(inner, transform)
+    return inner

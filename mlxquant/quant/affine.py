@@ -1,0 +1,143 @@
+"""Affine groups: a code q of a group stands for scale·q + bias.
+
+``fit`` finds the scales of a whole matrix at once: a search over clipped
+ranges, then rounds of nearest codes and weighted least squares, the better of
+the two kept per group. At one bit the two levels are fitted like any others;
+the minimum and maximum, which the stock quantiser takes, are never right there.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.quant.spec import Spec
+
+_CLIPS = tuple(1 - 0.05 * step for step in range(15))
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes of shape (m, n) as uint8; scales and biases of shape (m, n / group) in float32.
+
+    The float32 values are already rounded to the type they are stored in, so
+    ``dequantise`` is what the runtime will multiply with.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    spec: Spec
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dequantise(self) -> mx.array:
+        """The matrix that the codes stand for, (m, n) float32."""
+        return expand(self.scales, self.group) * self.codes.astype(mx.float32) + expand(
+            self.biases, self.group)
+
+    def split(self, rows: list[int]) -> list["Affine"]:
+        """The matrices that were stacked, by their numbers of rows."""
+        ends = [sum(rows[:i + 1]) for i in range(len(rows))]
+        return [Affine(self.codes[e - r:e], self.scales[e - r:e], self.biases[e - r:e], self.spec)
+                for r, e in zip(rows, ends)]
+
+    def packed(self) -> mx.array:
+        """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
+        return pack(self.codes, self.spec.code_bits)
+
+
+def expand(per_group: mx.array, group: int) -> mx.array:
+    """Repeat each group's value over its columns: (m, n / group) → (m, n)."""
+    return mx.repeat(per_group, group, axis=1)
+
+
+def nearest(weight: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
+    """The nearest code of every weight, as float32; shapes broadcast."""
+    safe = mx.where(scales == 0, 1.0, scales)
+    return mx.clip(mx.round((weight - biases) / safe), 0, levels - 1)
+
+
+def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
+        dtype: mx.Dtype = mx.float16) -> Affine:
+    """Codes and scales of ``weight`` (m, n) that minimise the squared error.
+
+    ``importance`` (n,) weights each column's error, for instance by diag(H).
+    Scales and biases are rounded to ``dtype``. A per-tensor spec shares one
+    group over all rows.
+    """
+    rows, columns = weight.shape
+    group = spec.group_for(columns)
+    shape = (1, 1, rows * columns) if spec.group_size == -1 else (rows, columns // group, group)
+    w = weight.astype(mx.float32).reshape(shape)
+    h = mx.ones((columns,)) if importance is None else importance / importance.mean()
+    h = mx.broadcast_to(mx.maximum(h, 1e-6), (rows, columns)).reshape(shape)
+    scales, biases = _search(w, h, spec, dtype)
+    scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group)) for x in (scales, biases))
+    codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group), spec.levels)
+    result = Affine(codes.astype(mx.uint8), mx.contiguous(scales), mx.contiguous(biases), spec)
+    mx.eval(result.codes, result.scales, result.biases)
+    return result
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Codes (m, n) to a little-endian bit stream (m, ⌈n·bits / 32⌉) of uint32, zeros at the end."""
+    rows, columns = codes.shape
+    values = np.array(codes, np.uint8)
+    stream = np.unpackbits(values.reshape(rows, columns, 1), axis=2, count=bits, bitorder="little")
+    packed = np.packbits(stream.reshape(rows, columns * bits), axis=1, bitorder="little")
+    words = np.zeros((rows, -(-columns * bits // 32)), np.uint32)
+    words.view(np.uint8)[:, :packed.shape[1]] = packed
+    return mx.array(words)
+
+
+def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:
+    """The inverse of ``pack``: codes (m, columns) as uint8."""
+    stream = np.unpackbits(np.array(packed).view(np.uint8), axis=1, bitorder="little")
+    bits_of = stream[:, :columns * bits].reshape(len(stream), columns, bits)
+    return mx.array(np.packbits(bits_of, axis=2, bitorder="little")[..., 0])
+
+
+def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Best (scale, bias) per group of w (…, group), each of shape (…, 1)."""
+    low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
+    if spec.symmetric or spec.bits == "ternary":
+        high = mx.maximum(high, -low)
+        low = -high
+    best = None
+    for clip in _CLIPS:
+        scale = clip * (high - low) / (spec.levels - 1)
+        best = _keep_better(best, w, h, scale, clip * low, spec, dtype)
+    scale, bias, _ = best
+    for _ in range(_ROUNDS):
+        codes = nearest(w, scale, bias, spec.levels)
+        best = _keep_better(best, w, h, *_least_squares(w, h, codes, spec), spec, dtype)
+        scale, bias, _ = best
+        mx.eval(*best)
+    return scale, bias
+
+
+def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tuple[mx.array, mx.array]:
+    """Scale and bias that minimise Σ h·(w − scale·q − bias)² for fixed codes."""
+    if spec.symmetric or spec.bits == "ternary":
+        centred = codes - (spec.levels - 1) / 2
+        scale = (h * centred * w).sum(-1, keepdims=True) / mx.maximum(
+            (h * centred * centred).sum(-1, keepdims=True), 1e-12)
+        return scale, -scale * (spec.levels - 1) / 2
+    total = h.sum(-1, keepdims=True)
+    mean_q, mean_w = ((h * x).sum(-1, keepdims=True) / total for x in (codes, w))
+    variance = (h * mx.square(codes - mean_q)).sum(-1, keepdims=True)
+    scale = (h * (codes - mean_q) * (w - mean_w)).sum(-1, keepdims=True) / mx.maximum(variance, 1e-12)
+    return scale, mean_w - scale * mean_q
+
+
+def _keep_better(best, w, h, scale, bias, spec: Spec, dtype: mx.Dtype):
+    scale, bias = (x.astype(dtype).astype(mx.float32) for x in (scale, bias))
+    error = (h * mx.square(w - scale * nearest(w, scale, bias, spec.levels) - bias)).sum(-1, keepdims=True)
+    if best is None:
+        return scale, bias, error
+    better = error < best[2]
+    return tuple(mx.where(better, new, old) for new, old in zip((scale, bias, error), best))

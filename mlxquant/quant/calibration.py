@@ -1,0 +1,104 @@
+"""Calibration text: from files, from a data set on a hub, or written by the model itself."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.errors import BadValue, MlxquantError, ModelNotFound
+from mlxquant.loading import LanguageModel
+
+SAMPLES, SEQUENCE_LENGTH = 128, 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids (samples, length), and where they came from for the record."""
+
+    tokens: np.ndarray
+    source: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest()[:16]
+
+    def batches(self, size: int) -> list[mx.array]:
+        return [mx.array(self.tokens[i:i + size]) for i in range(0, len(self.tokens), size)]
+
+
+def from_files(tokenizer, names: list[str], samples: int = SAMPLES,
+               length: int = SEQUENCE_LENGTH, seed: int = 0) -> Calibration:
+    """Windows of ``length`` tokens at random places of the texts, each text in turn.
+
+    A name is a file, or ``hf://datasets/OWNER/NAME/FILE`` on the hub (plain text,
+    or JSON lines with a ``text`` field). Raises ``BadValue`` for texts too short.
+    """
+    _check(samples, length)
+    streams = [np.array(tokenizer.encode(_text(name), add_special_tokens=False, verbose=False))
+               for name in names]
+    for name, stream in zip(names, streams):
+        if len(stream) < length:
+            raise BadValue(f"{name} has {len(stream)} tokens, a sample needs {length}")
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(samples):
+        stream = streams[index % len(streams)]
+        start = int(random.integers(0, len(stream) - length + 1))
+        rows.append(stream[start:start + length])
+    return Calibration(np.stack(rows), ", ".join(Path(name).name for name in names))
+
+
+def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQUENCE_LENGTH,
+                 seed: int = 0, batch: int = 16) -> Calibration:
+    """Samples that the model itself writes at temperature 1 from random first tokens.
+
+    For use with no text and no network, after data-free quantization-aware
+    training (LLM-QAT, https://arxiv.org/abs/2305.17888).
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    _check(samples, length)
+    key, rows = mx.random.key(seed), []
+    for start in range(0, samples, batch):
+        count = min(batch, samples - start)
+        key, first, *steps = mx.random.split(key, length + 1)
+        token = mx.random.randint(0, len(model.tokenizer), (count, 1), key=first)
+        written, cache = [token], make_prompt_cache(model.network)
+        for step in steps:
+            logits = model.network(token, cache=cache)[:, -1].astype(mx.float32)
+            token = mx.random.categorical(logits, key=step)[:, None]
+            mx.eval(token)
+            written.append(token)
+        rows.append(np.array(mx.concatenate(written, axis=1)))
+    return Calibration(np.concatenate(rows), "written by the model itself")
+
+
+def _check(samples: int, length: int) -> None:
+    if samples < 1 or length < 2:
+        raise BadValue(f"samples is {samples} and sequence length {length}; at least 1 and 2 are needed")
+
+
+def _text(name: str) -> str:
+    path = _from_hub(name) if name.startswith("hf://") else Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        return text
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise MlxquantError(f"cannot read calibration text {name}: {error}") from error
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    parts = name.removeprefix("hf://").split("/")
+    if parts[0] != "datasets" or len(parts) < 4:
+        raise BadValue(f"{name!r}: write hf://datasets/OWNER/NAME/FILE")
+    try:
+        return Path(hf_hub_download("/".join(parts[1:3]), "/".join(parts[3:]), repo_type="dataset"))
+    except Exception as error:  # the hub's client raises many kinds
+        raise ModelNotFound(f"cannot fetch {name}: {str(error).splitlines()[0]}") from error

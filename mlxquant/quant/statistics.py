@@ -1,0 +1,42 @@
+"""What calibration says of one input: second moments, means and maxima."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass
+class Statistics:
+    """Sums over the calibration tokens seen so far of one input x of width n.
+
+    ``hessian`` is E[x xᵀ] (n, n), ``mean_magnitude`` E[|x|] and ``largest``
+    max |x| (n,), all float32. ``cross`` is E[x̃ xᵀ] between the float model's
+    input x̃ and the quantised model's x, where the two were run side by side.
+    """
+
+    count: int
+    hessian: mx.array
+    mean_magnitude: mx.array
+    largest: mx.array
+    cross: mx.array | None = None
+
+    @classmethod
+    def empty(cls, width: int) -> "Statistics":
+        return cls(0, mx.zeros((width, width)), mx.zeros(width), mx.zeros(width))
+
+    def add(self, x: mx.array, target: mx.array | None = None) -> None:
+        """Take in a batch of inputs (…, n), and the float model's inputs beside them."""
+        x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self.count += len(x)
+        share = len(x) / self.count
+        magnitude = mx.abs(x)
+        self.hessian += share * (x.T @ x / len(x) - self.hessian)
+        self.mean_magnitude += share * (magnitude.mean(0) - self.mean_magnitude)
+        self.largest = mx.maximum(self.largest, magnitude.max(0))
+        if target is not None:
+            target = target.reshape(-1, x.shape[-1]).astype(mx.float32)
+            cross = mx.zeros_like(self.hessian) if self.cross is None else self.cross
+            self.cross = cross + share * (target.T @ x / len(x) - cross)
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.hessian, self.mean_magnitude, self.largest, self.cross) if a is not None]

@@ -1,0 +1,122 @@
+"""Packing at every width, and scales against brute force and an independent reference."""
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxquant.errors import BadValue
+from mlxquant.quant import affine, rtn
+from mlxquant.quant.spec import WIDTHS, Overrides, Spec, parse_bits, parse_override
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 5, 6, 8]), st.integers(1, 5), st.integers(1, 130), st.integers(0, 2**31))
+def test_packing_is_a_little_endian_bit_stream(bits, rows, columns, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, columns), np.uint8)
+    packed = np.array(affine.pack(mx.array(codes), bits))
+    for row in range(rows):
+        stream = int.from_bytes(packed[row].tobytes(), "little")
+        assert [stream >> (bits * j) & (2**bits - 1) for j in range(columns)] == codes[row].tolist()
+        assert stream >> (bits * columns) == 0
+    assert np.array_equal(np.array(affine.unpack(mx.array(packed), bits, columns)), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_packed_codes_are_what_mlx_dequantises(bits):
+    weight = mx.random.normal((6, 128), key=mx.random.key(bits))
+    q = rtn.quantise(weight, None, Spec(bits=bits, group_size=32))
+    stock = mx.dequantize(q.packed(), q.scales, q.biases, group_size=32, bits=bits)
+    assert mx.array_equal(stock, q.dequantise())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group", [32, 48, 0, -1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_codes_are_nearest_and_beat_min_max(bits, group, symmetric):
+    spec = Spec(bits=bits, group_size=group, symmetric=symmetric, method="rtn")
+    weight = np.random.default_rng(1).standard_t(4, (8, 96)).astype(np.float32)
+    q = rtn.quantise(mx.array(weight), None, spec, mx.float32)
+    w, scale, bias = (np.array(x, np.float64) for x in (
+        weight, affine.expand(q.scales, q.group), affine.expand(q.biases, q.group)))
+    grid = scale[..., None] * np.arange(spec.levels) + bias[..., None]
+    best = np.abs(grid - w[..., None]).min(-1)
+    chosen = np.abs(np.array(q.dequantise()) - w)
+    assert (chosen <= best + 1e-5).all()
+    if symmetric or bits == "ternary":
+        assert np.allclose(grid[..., 0], -grid[..., -1], atol=1e-6)
+    assert (chosen**2).sum() <= min_max_error(w, spec) * (1 + 1e-6)
+
+
+def min_max_error(w: np.ndarray, spec: Spec) -> float:
+    group = w.size if spec.group_size == -1 else spec.group_size or w.shape[1]
+    parts = w.reshape(-1, group)
+    low, high = parts.min(1, keepdims=True), parts.max(1, keepdims=True)
+    if spec.symmetric or spec.bits == "ternary":
+        high = np.maximum(high, -low)
+        low = -high
+    scale = (high - low) / (spec.levels - 1)
+    q = np.clip(np.round((parts - low) / scale), 0, spec.levels - 1)
+    return ((parts - scale * q - low) ** 2).sum()
+
+
+def test_one_bit_finds_the_two_means_and_never_the_extremes():
+    weight = np.array([[-1.1, -0.9, 1.0, 1.2] * 8], np.float32)
+    q = rtn.quantise(mx.array(weight), None, Spec(bits=1, group_size=32), mx.float32)
+    assert np.allclose(np.unique(np.array(q.dequantise())), [-1.0, 1.1], atol=1e-3)
+
+
+def test_importance_moves_the_levels_to_the_columns_that_matter():
+    weight = mx.random.normal((4, 64), key=mx.random.key(3))
+    importance = mx.array([100.0] * 8 + [0.01] * 56)
+    spec = Spec(bits=2)
+    plain, weighted = affine.fit(weight, spec), affine.fit(weight, spec, importance)
+
+    def error(q):
+        return (importance * mx.square(q.dequantise() - weight)).sum().item()
+
+    assert error(weighted) < 0.7 * error(plain)
+
+
+def test_a_constant_and_a_zero_row_are_exact():
+    weight = mx.concatenate([mx.zeros((1, 64)), mx.full((1, 64), 0.5)])
+    for bits in WIDTHS:
+        q = rtn.quantise(weight, None, Spec(bits=bits))
+        assert mx.allclose(q.dequantise(), weight, atol=1e-3), bits
+
+
+@pytest.mark.parametrize("wrong,allowed", [
+    (dict(bits=7), "1, ternary, 2, 3, 4, 5, 6, 8"), (dict(bits="two"), "1, ternary"),
+    (dict(method="magic"), "rtn, gptq, awq, smoothquant"), (dict(rotation="sideways"), "online, fused"),
+    (dict(group_size=-2), "0 \\(per channel\\) and -1"), (dict(bits=True), "1, ternary"),
+])
+def test_impossible_specs_say_what_is_allowed(wrong, allowed):
+    with pytest.raises(BadValue, match=f"allowed are.*{allowed}"):
+        Spec(**wrong)
+
+
+def test_a_group_that_does_not_divide_names_those_that_do():
+    with pytest.raises(BadValue, match="group_size 128 does not divide the 576 inputs of a.b; .*64, 96, 192"):
+        Spec(group_size=128).group_for(576, "a.b")
+
+
+def test_overrides_apply_by_glob_first_match_first():
+    rules = (parse_override("*.down_proj:bits=4,group_size=32"), parse_override("model.layers.0.*:bits=8"))
+    chosen = Overrides(Spec(bits=2), rules)
+    assert chosen.spec_for("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
+    assert chosen.spec_for("model.layers.0.mlp.up_proj").bits == 8
+    assert chosen.spec_for("model.layers.1.mlp.up_proj").bits == 2
+
+
+@pytest.mark.parametrize("text", ["*.q_proj", "*:bits=7", "*:colour=red", "*:bits"])
+def test_a_bad_override_is_refused(text):
+    with pytest.raises(BadValue):
+        parse_override(text)
+
+
+def test_widths_parse():
+    assert parse_bits("ternary") == "ternary" and parse_bits("3") == 3
+    with pytest.raises(BadValue):
+        parse_bits("7")

@@ -1,0 +1,176 @@
+"""From a folder to a quantised folder: stock loading, resume, rotation, bad requests."""
+
+import json
+import shutil
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import CONFIG, random_network, write_folder
+from mlx_lm.utils import load as stock_load
+
+from mlxquant.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.inspection import inspect
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quant import awq, pipeline
+
+TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4000)
+    path.write_text(" ".join(words))
+    return str(path)
+
+
+def quantise(source, target, text, **options):
+    return mlxquant.quantize(str(source), target, data=[text], samples=8, sequence_length=64, **options)
+
+
+def distance(a, b):
+    return (mx.square(a - b).mean() / mx.square(b).mean()).item()
+
+
+@pytest.mark.parametrize("options", [
+    dict(method="rtn", bits=4), dict(method="gptq", bits=3), dict(method="gptq", bits=1, group_size=32),
+    dict(method="gptq", bits="ternary"), dict(method="awq", bits=4), dict(method="gptq", bits=8, rotation="fused"),
+    dict(method="awq", bits=6, rotation="fused"), dict(method="gptq", bits=4, act_order=True),
+    dict(method="gptq", bits=4, propagation="corrected"), dict(method="gptq", bits=4, embedding_bits=8),
+])
+def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, text, options):
+    quantise(tiny_folder, tmp_path / "out", text, **options)
+    stock, _ = stock_load(str(tmp_path / "out"))
+    ours = mlxquant.load(str(tmp_path / "out"))
+    logits = stock(TOKENS).astype(mx.float32)
+    assert distance(ours.network(TOKENS), logits) < 1e-4  # stock runs in half precision
+    limit = {8: 1e-2, 6: 2e-2, 4: 0.2}.get(options["bits"], 1.5)
+    assert distance(logits, tiny.network(TOKENS)) < limit
+
+
+@pytest.mark.parametrize("options", [
+    dict(method="gptq", bits=8, rotation="online"), dict(method="gptq", bits=8, group_size=0),
+    dict(method="rtn", bits=8, group_size=-1, symmetric=True),
+    dict(method="awq", bits=6, rotation="online", group_size=16),
+    dict(method="smoothquant", bits=8, group_size=0, activation=ActivationSpec()),
+    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="tensor")),
+    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="static", scale=1.0)),
+])
+def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny_folder, tiny, text, options):
+    quantise(tiny_folder, tmp_path / "out", text, **options)
+    ours = mlxquant.load(str(tmp_path / "out"))
+    assert distance(ours.network(TOKENS), tiny.network(TOKENS)) < 5e-2
+    with pytest.raises(ValueError, match="Model type mlxquant not supported"):
+        stock_load(str(tmp_path / "out"))
+    assert inspect(str(tmp_path / "out")).architecture == "llama"
+
+
+def test_bits_per_weight_are_those_of_codes_scales_and_biases(tmp_path, tiny_folder, text):
+    quantise(tiny_folder, tmp_path / "out", text, bits=2, group_size=64)
+    result = inspect(str(tmp_path / "out"))
+    assert result.bits_per_weight == 2 + 2 * 16 / 64
+    quantise(tiny_folder, tmp_path / "channel", text, bits=8, group_size=0)
+    by_channel = inspect(str(tmp_path / "channel")).bits_per_weight
+    assert 8 + 2 * 16 / 128 < by_channel <= 8 + 2 * 16 / 64
+
+
+def test_overrides_reach_the_checkpoint(tmp_path, tiny_folder, text):
+    quantise(tiny_folder, tmp_path / "out", text, bits=2, overrides=(("*.down_proj", {"bits": 8}),))
+    bits = {layer.path.split(".")[-1]: layer.bits for layer in inspect(str(tmp_path / "out")).layers}
+    assert bits["down_proj"] == 8 and bits["up_proj"] == 2
+    stock_load(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("propagation", pipeline.PROPAGATIONS)
+def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, propagation):
+    options = dict(bits=3, propagation=propagation)
+    quantise(tiny_folder, tmp_path / "whole", text, **options)
+
+    def kill(done, total, seconds):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantise(tiny_folder, tmp_path / "killed", text, progress=kill, **options)
+    assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
+    with pytest.raises(MlxquantError, match="unfinished work of another job"):
+        quantise(tiny_folder, tmp_path / "killed", text, bits=4)
+    resumed = []
+    quantise(tiny_folder, tmp_path / "killed", text, progress=lambda *s: resumed.append(s), **options)
+    assert not (tmp_path / "killed.partial").exists()
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, tiny_folder, text):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        quantise(tiny_folder, tmp_path / name, text, bits=3, rotation="fused", seed=seed)
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", bits=4, samples=3, sequence_length=16)
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
+    assert record["calibration"]["source"] == "written by the model itself"
+    assert record["method"] == "gptq" and record["seed"] == 0
+
+
+def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotation(tmp_path, tiny_folder, text):
+    folder = shutil.copytree(tiny_folder, tmp_path / "gemma")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mixtral"}
+    with pytest.raises(Unsupported, match="llama, qwen2, qwen3, mistral, not mixtral"):
+        pipeline.rotation.check(config)
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(bits=7), "allowed are 1, ternary"), (dict(group_size=48), "does not divide the 64 inputs of model.layers.0"),
+    (dict(method="smoothquant"), "give --activation-bits 8"), (dict(propagation="hope"), "float, quantised, corrected"),
+])
+def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options, message):
+    with pytest.raises(BadValue, match=message):
+        quantise(tiny_folder, tmp_path / "out", text, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_kept(tmp_path, tiny_folder, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(MlxquantError, match="already exists"):
+        quantise(tiny_folder, tmp_path / "out", text)
+    with pytest.raises(BadValue, match="a sample needs 100000"):
+        mlxquant.quantize(str(tiny_folder), tmp_path / "new", data=[text], sequence_length=100_000)
+
+
+def test_a_quantised_result_is_not_quantised_again(tmp_path, tiny_folder, text):
+    quantise(tiny_folder, tmp_path / "one", text, bits=8, rotation="online")
+    with pytest.raises(Unsupported, match="start from the original"):
+        quantise(tmp_path / "one", tmp_path / "two", text)
+
+
+def test_the_fused_rotation_of_an_untied_model_with_biases(tmp_path, text):
+    config = CONFIG | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+    network = random_network(config)
+    for layer in network.layers:
+        layer.input_layernorm.weight = mx.random.uniform(0.5, 2.0, (64,))
+        layer.self_attn.o_proj.bias = mx.random.normal((64,))
+    source = write_folder(tmp_path / "untied", network, config)
+    quantise(source, tmp_path / "out", text, bits=8, rotation="fused")
+    assert distance(mlxquant.load(str(tmp_path / "out")).network(TOKENS), network(TOKENS)) < 1e-2
+
+
+def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(awq, "balance", lambda weights, *_: mx.exp(
+        mx.random.normal((weights[0].shape[1],), key=mx.random.key(0))))
+    config = CONFIG | {"attention_bias": True, "mlp_bias": True}
+    network = random_network(config)
+    for layer in network.layers:
+        layer.self_attn.v_proj.bias = mx.random.normal((64,))
+        layer.mlp.up_proj.bias = mx.random.normal((128,))
+    source = write_folder(tmp_path / "biased", network, config)
+    quantise(source, tmp_path / "out", text, method="awq", bits=8)
+    stock, _ = stock_load(str(tmp_path / "out"))
+    assert distance(stock(TOKENS).astype(mx.float32), network(TOKENS)) < 1e-2
+    changed = stock.layers[0].input_layernorm.weight.astype(mx.float32)
+    assert not mx.allclose(changed, network.layers[0].input_layernorm.weight, atol=1e-2)
