@@ -37,7 +37,8 @@ def blas_name() -> str | None:
 def save(name: str, **values) -> Path:
     """Write ``results/NAME.json`` with the machine, the date and the command beside the values."""
     path = RESULTS / f"{name}.json"
-    command = " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]])
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    command = " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parents[1]), *arguments])
     write_json(path, {"date": datetime.date.today().isoformat(), "command": command,
                       "machine": machine(), **values})
     return path

@@ -38,7 +38,7 @@ def test_packed_codes_are_what_mlx_dequantises(bits):
 def test_codes_are_nearest_and_beat_min_max(bits, group, symmetric):
     spec = Spec(bits=bits, group_size=group, symmetric=symmetric, method="rtn")
     weight = np.random.default_rng(1).standard_t(4, (8, 96)).astype(np.float32)
-    q = rtn.quantise(mx.array(weight), None, spec, mx.float32)
+    q = affine.fit(mx.array(weight), spec, None, mx.float32)
     w, scale, bias = (np.array(x, np.float64) for x in (
         weight, affine.expand(q.scales, q.group), affine.expand(q.biases, q.group)))
     grid = scale[..., None] * np.arange(spec.levels) + bias[..., None]
@@ -60,6 +60,22 @@ def min_max_error(w: np.ndarray, spec: Spec) -> float:
     scale = (high - low) / (spec.levels - 1)
     q = np.clip(np.round((parts - low) / scale), 0, spec.levels - 1)
     return ((parts - scale * q - low) ** 2).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 48, 0])
+def test_rounding_keeps_zero_and_the_largest_weight(bits, group):
+    weight = np.random.default_rng(2).standard_t(4, (8, 96)).astype(np.float32)
+    weight[:, ::7] = 0
+    q = rtn.quantise(mx.array(weight), None, Spec(bits=bits, group_size=group, method="rtn"), mx.float32)
+    ours = np.array(q.dequantise())
+    assert np.abs(ours[:, ::7]).max() < 1e-5
+    parts, kept = (x.reshape(8, -1, group or 96) for x in (weight, ours))
+    edge = np.abs(parts).argmax(-1, keepdims=True)
+    assert np.allclose(np.take_along_axis(kept, edge, -1), np.take_along_axis(parts, edge, -1), atol=1e-5)
+    if group == 32:
+        stock = mx.dequantize(*mx.quantize(mx.array(weight), group, bits), group, bits)
+        assert np.abs(ours - weight).mean() <= 1.001 * np.abs(np.array(stock) - weight).mean()
 
 
 def test_one_bit_finds_the_two_means_and_never_the_extremes():

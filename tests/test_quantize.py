@@ -174,3 +174,13 @@ def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, 
     assert distance(stock(TOKENS).astype(mx.float32), network(TOKENS)) < 1e-2
     changed = stock.layers[0].input_layernorm.weight.astype(mx.float32)
     assert not mx.allclose(changed, network.layers[0].input_layernorm.weight, atol=1e-2)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path, text):
+    from mlx_lm.models import mixtral
+
+    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    network = mixtral.Model(mixtral.ModelArgs.from_dict(config))
+    source = write_folder(tmp_path / "mixture", network, config)
+    with pytest.raises(Unsupported, match="holds a mixture's experts"):
+        quantise(source, tmp_path / "out", text)

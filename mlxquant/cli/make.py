@@ -93,10 +93,13 @@ def compare(
     from rich.console import Console
 
     from mlxquant.evaluation import comparison
+    from mlxquant.evaluation.by_layer import check_plot
     from mlxquant.quant.spec import parse_bits
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")
+    if plot is not None:
+        check_plot(plot)
     widths = [parse_bits(b) for b in bits or ("4", "3", "2")]
     names = [name.strip() for name in methods.split(",")]
     rows = list(comparison.compare(

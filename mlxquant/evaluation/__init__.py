@@ -1,1 +1,1 @@
-"""How good a model is: perplexity by a stated protocol."""
+"""How good a model is: perplexity, divergence from a reference, error by layer, methods compared."""

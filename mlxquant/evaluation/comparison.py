@@ -9,6 +9,7 @@ from typing import Callable, Iterator
 import mlx.core as mx
 
 from mlxquant.errors import BadValue
+from mlxquant.evaluation.by_layer import check_plot
 from mlxquant.evaluation.divergence import divergence
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import LanguageModel, load
@@ -121,13 +122,12 @@ def table(rows: list[Row]):
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Perplexity over whole-file bytes, a line for each method, as PNG or SVG."""
-    import matplotlib
+    """Draw perplexity over whole-folder bytes, a line for each method, into a PNG or SVG file."""
+    check_plot(path)
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for method in dict.fromkeys(r.method for r in rows):
         points = sorted((r.file_bytes / 1e6, r.perplexity) for r in rows if r.method == method)
         axes.plot(*zip(*points), marker="o", label=method)
@@ -135,7 +135,6 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def as_dicts(rows: list[Row]) -> list[dict]:

@@ -16,6 +16,7 @@ from typing import Callable, Iterator
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant import __version__, checkpoint
 from mlxquant.errors import BadValue, MlxquantError, Unsupported
@@ -24,8 +25,7 @@ from mlxquant.layers.dense import to_dense
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
-from mlxquant.quant import calibration, rotation
-from mlxquant.quant.affine import fit
+from mlxquant.quant import calibration, rotation, rtn
 from mlxquant.quant.blocks import BlockResult, Context, quantise_block, rebuild
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.capture import block_calls, observe
@@ -148,6 +148,9 @@ def _check(network: nn.Module, config: dict, job: Job) -> None:
         rotation.check(config)
     for index, block in enumerate(network.layers):
         for path, module in tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module):
+            if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+                raise Unsupported(f"model.layers.{index}.{path} holds a mixture's experts, which "
+                                  "quantize does not cover yet")
             if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                 full = f"model.layers.{index}.{path}"
                 columns = module.weight.shape[1] * 32 // getattr(module, "bits", 32)
@@ -185,7 +188,7 @@ def _blocks(network: nn.Module, context: Context, job: Job, tokens: Calibration,
         if job.propagation == "float":
             hidden = outputs
         else:
-            target = targets if target is not None else None
+            target = targets or None
             quantised = to_dense(rebuild(block, result))
             hidden = [through(state, quantised) for state in hidden]
             for state in hidden:
@@ -202,11 +205,10 @@ def _prefixed(result: BlockResult, prefix: str) -> BlockResult:
 
 def _write_result(file: Path, prefix: str, result: BlockResult) -> None:
     metadata = {"plain": json.dumps(result.plain), "layers": json.dumps(result.layers)}
-    with new_file(file.with_suffix(".tmp.safetensors")) as scratch:
-        named = scratch.with_suffix(".safetensors")
+    with new_file(file) as scratch:
+        named = scratch.with_suffix(".safetensors")  # the only ending that MLX writes
         mx.save_safetensors(str(named), {f"{prefix}.{p}": a for p, a in result.tensors.items()}, metadata)
         named.replace(scratch)
-    file.with_suffix(".tmp.safetensors").replace(file)
 
 
 def _read_result(file: Path, prefix: str) -> BlockResult:
@@ -244,28 +246,25 @@ def _stored_dtype(network: nn.Module) -> mx.Dtype:
 def _outside(network: nn.Module, ends: dict[str, mx.array], job: Job,
              dtype: mx.Dtype) -> tuple[dict[str, mx.array], dict[str, dict]]:
     """Tensors outside the blocks, as stored or at the embedding's own width, and those widths."""
-    tensors, widths = {}, {}
     modules = {path: module for path, module in network.named_modules()
                if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear))
                and ".layers." not in path}
-    dense = {path: rotation.expanded_weight(module) for path, module in modules.items()}
-    dense |= {name.removesuffix(".weight"): array for name, array in ends.items() if array.ndim == 2}
-    for name, array in tree_flatten(network.parameters()):
-        if ".layers." not in name:
-            tensors[name] = array
+    tensors = {name: array for name, array in tree_flatten(network.parameters()) if ".layers." not in name}
     tensors |= {name: array.astype(dtype) for name, array in ends.items()}
     stored = next((getattr(m, "bits", None) for m in modules.values()), None)
     bits = job.embedding_bits or (stored if ends else None)
-    for path, module in modules.items():
-        if hasattr(module, "bits") and not bits:
-            widths[path] = {"group_size": module.group_size, "bits": module.bits}
-    if bits:
-        for path, weight in dense.items():
-            group = 32 if stored == bits and ends else 64
-            affine = fit(weight, Spec(bits=bits, group_size=group, method="rtn"), None, dtype)
-            tensors |= {f"{path}.weight": affine.packed(), f"{path}.scales": affine.scales.astype(dtype),
-                        f"{path}.biases": affine.biases.astype(dtype)}
-            widths[path] = {"group_size": affine.group, "bits": bits}
+    if not bits:
+        return tensors, {path: {"group_size": m.group_size, "bits": m.bits}
+                         for path, m in modules.items() if hasattr(m, "bits")}
+    spec = Spec(bits=bits, group_size=32 if bits == stored else 64, method="rtn")
+    widths = {}
+    for path in dict.fromkeys([*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]):
+        weight = ends.get(f"{path}.weight")
+        weight = rotation.expanded_weight(modules[path]) if weight is None else weight
+        affine = rtn.quantise(weight, None, spec, dtype)
+        tensors |= {f"{path}.weight": affine.packed(), f"{path}.scales": affine.scales.astype(dtype),
+                    f"{path}.biases": affine.biases.astype(dtype)}
+        widths[path] = {"group_size": affine.group, "bits": bits}
     return tensors, widths
 
 

@@ -1,0 +1,70 @@
+"""The methods side by side, and the verbs quantize and compare."""
+
+import json
+import re
+import subprocess
+import sys
+
+import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
+import numpy as np
+import pytest
+
+from mlxquant.errors import BadValue
+from mlxquant.evaluation import comparison
+
+KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", "tuned", "bits_per_weight",
+        "file_bytes", "perplexity", "kl_mean", "seconds", "peak_memory_gb"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)))
+    return path
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "mlxquant", *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
+    rows = list(comparison.compare(
+        str(tiny_folder), text, methods=["rtn", "gptq", "smoothquant"], bits=[8, 2], group_size=32,
+        context=64, windows=2, data=[str(text)], samples=4, sequence_length=64))
+    assert [(r.method, r.bits) for r in rows] == [
+        ("original", 16), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
+    assert all(KEYS <= set(row) for row in comparison.as_dicts(rows))
+    original, eight = rows[0], rows[1]
+    assert original.kl_mean == 0 and original.seconds is None
+    assert eight.bits_per_weight == 9 and 0 < eight.kl_mean < rows[4].kl_mean
+    assert eight.file_bytes < original.file_bytes and eight.seconds > 0
+    comparison.plot(rows, tmp_path / "plot.svg")
+    assert "perplexity" in (tmp_path / "plot.svg").read_text()
+
+
+def test_an_unknown_method_is_refused_before_any_work():
+    with pytest.raises(BadValue, match="no method 'magic'; allowed are rtn, awq, gptq"):
+        next(comparison.compare("nowhere", "text", methods=["magic"], bits=[4]))
+
+
+def test_the_verbs(tiny_folder, text, tmp_path):
+    made = run("quantize", tiny_folder, "-o", tmp_path / "out", "--bits", 3, "--group-size", 32, "--data", text,
+               "--samples", 4, "--sequence-length", 64, "--override", "*.down_proj:bits=8", "--json")
+    assert made.returncode == 0, made.stderr
+    value = json.loads(made.stdout)
+    assert 4 < value["bits_per_weight"] < 9 and value["file_bytes"] > 0 and value["seconds"] > 0
+    table = run("compare", tiny_folder, "--text", text, "--data", text, "--methods", "rtn", "--bits", 4,
+                "--samples", 2, "--sequence-length", 64, "--context", 64, "--windows", 2, "--json")
+    assert [row["method"] for row in json.loads(table.stdout)] == ["original", "rtn"]
+
+
+@pytest.mark.parametrize("options,message", [
+    (("--bits", "7"), "bits is '7'|bits is 7"), (("--group-size", "48"), "does not divide"),
+    (("--rotate", "--rotate-fused"), "give one"), (("--method", "magic"), "allowed are rtn"),
+    (("--method", "smoothquant"), "--activation-bits 8"),
+])
+def test_impossible_requests_exit_with_2_and_one_line(tiny_folder, text, tmp_path, options, message):
+    result = run("quantize", tiny_folder, "-o", tmp_path / "out", "--data", text, *options)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert re.search(message, result.stderr) and "Traceback" not in result.stderr
