@@ -178,8 +178,11 @@ def _blocks(network: nn.Module, context: Context, job: Job, tokens: Calibration,
         def through(state: mx.array, block=block) -> mx.array:
             return block(state, *args, **kwargs)
 
-        seen, outputs, targets = observe(block, through, hidden, target, idle=done)
         prefix = f"model.layers.{index}"
+        if done and job.propagation == "quantised":  # the float block's outputs are not needed
+            outputs, targets = hidden, []
+        else:
+            seen, outputs, targets = observe(block, through, hidden, target, idle=done)
         if done:
             result = _read_result(file, prefix)
         else:
