@@ -75,10 +75,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def write(folder: Path, config: dict, tensors: Iterable[tuple[str, "mx.array"]],
-          texts: dict[str, str]) -> None:
+          others: dict[str, str | bytes]) -> None:
     """Write a model folder in one step, holding at most one shard in memory.
 
-    ``tensors`` may be a generator; ``texts`` are further files (tokenizer,
+    ``tensors`` may be a generator; ``others`` are further files (tokenizer,
     templates) by name. ``folder`` must not exist or be empty.
     """
     import mlx.core as mx
@@ -91,8 +91,8 @@ def write(folder: Path, config: dict, tensors: Iterable[tuple[str, "mx.array"]],
             index |= dict.fromkeys(shard, file)
         _name_shards(scratch, index)
         write_json(scratch / "config.json", config)
-        for name, text in texts.items():
-            (scratch / name).write_text(text, encoding="utf-8")
+        for name, content in others.items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _shards(tensors: Iterable[tuple[str, "mx.array"]]) -> Iterator[dict[str, "mx.array"]]:

@@ -76,6 +76,15 @@ def test_bits_per_weight_are_those_of_codes_scales_and_biases(tmp_path, tiny_fol
     assert 8 + 2 * 16 / 128 < by_channel <= 8 + 2 * 16 / 64
 
 
+def test_tokenizer_files_come_along(tmp_path, tiny_folder, text):
+    source = shutil.copytree(tiny_folder, tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(b"\x00\xff not text")
+    (source / "code.py").write_text("raise SystemExit")
+    quantise(source, tmp_path / "out", text, method="rtn")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\x00\xff not text"
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "code.py").exists()
+
+
 def test_overrides_reach_the_checkpoint(tmp_path, tiny_folder, text):
     quantise(tiny_folder, tmp_path / "out", text, bits=2, overrides=(("*.down_proj", {"bits": 8}),))
     bits = {layer.path.split(".")[-1]: layer.bits for layer in inspect(str(tmp_path / "out")).layers}

@@ -73,19 +73,20 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
     factors = _balance(list(weights.values()), statistics, spec, context)
     transform: dict = {}
     extra: dict[str, mx.array] = {}
-    before = linear_before(block, paths, context.model_type)
     if factors is not None:
-        if before:
+        norm = norm_before(block, paths, context.model_type)
+        before = linear_before(block, paths, context.model_type)
+        if norm:
+            getattr(block, norm).weight = getattr(block, norm).weight / factors
+        elif before:
             factors, rows = shared_factors(block, before, factors)
             _divide_rows(modules[before], rows)
-        factors = 1 / (1 / factors).astype(context.dtype).astype(mx.float32)  # as it will be stored
-        weights = {path: weight * factors for path, weight in weights.items()}
-        statistics = _rescaled(statistics, factors)
-        if norm := norm_before(block, paths, context.model_type):
-            getattr(block, norm).weight = getattr(block, norm).weight / factors
-        elif not before:
+        else:
+            factors = 1 / (1 / factors).astype(context.dtype).astype(mx.float32)  # as it will be stored
             transform["input_scale"] = True
             extra["input_scale"] = 1 / factors
+        weights = {path: weight * factors for path, weight in weights.items()}
+        statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
         columns = statistics.hessian.shape[0]
         size = hadamard.default_block(columns)

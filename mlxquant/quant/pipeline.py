@@ -57,7 +57,8 @@ class Job:
     def __post_init__(self):
         if self.propagation not in PROPAGATIONS:
             raise BadValue(f"propagation is {self.propagation!r}, allowed are {', '.join(PROPAGATIONS)}")
-        if self.overrides.default.method == "smoothquant" and self.activation is None:
+        methods = {self.spec.method, *(changes.get("method") for _, changes in self.overrides.rules)}
+        if "smoothquant" in methods and self.activation is None:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
 
     @property
@@ -132,10 +133,10 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
         for file in files:
             yield from mx.load(str(file)).items()
 
-    texts = {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()
-             if p.suffix in (".json", ".jinja", ".txt")
-             and p.name not in ("config.json", "model.safetensors.index.json")}
-    checkpoint.write(output, config, tensors(), texts)
+    others = {p.name: p.read_bytes() for p in folder.iterdir()
+              if p.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")
+              and p.name not in ("config.json", "model.safetensors.index.json")}
+    checkpoint.write(output, config, tensors(), others)
     shutil.rmtree(partial)
     return Outcome(output, time.perf_counter() - start, mx.get_peak_memory())
 
