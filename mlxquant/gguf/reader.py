@@ -2,7 +2,7 @@
 against the size of the file before it is used.
 
 The ``gguf`` package's reader believes array lengths and tensor counts, so a
-lying header makes it loop for hours; its tables of types are used here.
+lying header can keep it looping; its tables of types are used here.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
