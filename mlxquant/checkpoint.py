@@ -8,10 +8,13 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import TYPE_CHECKING, Iterable, Iterator
 
 from mlxquant.errors import BadCheckpoint
 from mlxquant.storage import new_folder, write_json
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 SHARD_BYTES = 4 << 30
 _MAX_HEADER = 100 << 20

@@ -1,6 +1,6 @@
 """How fast a run was, beside what the hardware allows."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,6 @@ class Report:
     headline_gb_per_s: float | None
     percent_of_ceiling: float | None
     peak_memory_gb: float
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     def line(self) -> str:
         """One line for people."""

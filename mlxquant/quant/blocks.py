@@ -49,20 +49,14 @@ class Context:
 def quantise_block(block: nn.Module, prefix: str, seen: Observation, context: Context) -> BlockResult:
     """Quantise every linear layer of ``block`` (dense float32; changed by folding)."""
     result = BlockResult()
-    for paths, statistics in _last_first(seen):
+    # In reverse, so that a factor folds into an earlier layer before that is quantised.
+    for paths, statistics in reversed(list(seen.siblings())):
         specs = {path: context.overrides.spec_for(f"{prefix}.{path}") for path in paths}
         _quantise_siblings(block, prefix, paths, specs, statistics, context, result)
-    kept = {path for path, _ in tree_flatten(block.parameters())
-            if not any(path.startswith(f"{p}.") for p in linears(block))}
-    for path, array in tree_flatten(block.parameters()):
-        if path in kept:
-            result.tensors[path] = array.astype(context.dtype)
+    inside = tuple(f"{path}." for path in linears(block))
+    result.tensors |= {path: array.astype(context.dtype)
+                       for path, array in tree_flatten(block.parameters()) if not path.startswith(inside)}
     return result
-
-
-def _last_first(seen: Observation):
-    """Siblings in reverse, so that a factor folds into an earlier layer before that is quantised."""
-    return reversed(list(seen.siblings()))
 
 
 def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: dict[str, Spec],
@@ -71,8 +65,7 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
     weights = {path: modules[path].weight for path in paths}
     spec = specs[paths[0]]
     factors = _balance(list(weights.values()), statistics, spec, context)
-    transform: dict = {}
-    extra: dict[str, mx.array] = {}
+    transform: dict = {}  # what ``TransformedLinear`` takes beside the layer
     if factors is not None:
         norm = norm_before(block, paths, context.model_type)
         before = linear_before(block, paths, context.model_type)
@@ -83,8 +76,7 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
             _divide_rows(modules[before], rows)
         else:
             factors = 1 / (1 / factors).astype(context.dtype).astype(mx.float32)  # as it will be stored
-            transform["input_scale"] = True
-            extra["input_scale"] = 1 / factors
+            transform["input_scale"] = 1 / factors
         weights = {path: weight * factors for path, weight in weights.items()}
         statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
@@ -93,12 +85,11 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
         signs = hadamard.random_signs(columns, _seed(context.seed, prefix, paths[0]))
         weights = {path: hadamard.rotate_weight(w, signs, size) for path, w in weights.items()}
         statistics = _rotated(statistics, signs, size)
-        transform |= {"rotation_block": size}
-        extra["rotation_signs"] = signs
+        transform |= {"rotation_signs": signs, "rotation_block": size}
     activation = _calibrated(context.activation, statistics)
     for affine_by_path in _stacked(weights, specs, statistics, context):
         for path, affine in affine_by_path.items():
-            _store(path, modules[path], affine, transform, extra, activation, context, result)
+            _store(path, modules[path], affine, transform, activation, context, result)
 
 
 def _stacked(weights: dict[str, mx.array], specs: dict[str, Spec], statistics: Statistics,
@@ -167,7 +158,7 @@ def _seed(seed: int, prefix: str, path: str) -> int:
     return zlib.crc32(f"{seed}:{prefix}.{path}".encode())
 
 
-def _store(path: str, linear: nn.Linear, affine: Affine, transform: dict, extra: dict[str, mx.array],
+def _store(path: str, linear: nn.Linear, affine: Affine, transform: dict,
            activation: ActivationSpec | None, context: Context, result: BlockResult) -> None:
     inner = f"{path}.linear" if transform or activation else path
     entry: dict = {}
@@ -183,8 +174,7 @@ def _store(path: str, linear: nn.Linear, affine: Affine, transform: dict, extra:
     if "bias" in linear:
         result.tensors[f"{inner}.bias"] = linear.bias.astype(context.dtype)
     if inner != path:
-        layer = TransformedLinear(linear, extra.get("input_scale"), extra.get("rotation_signs"),
-                                  transform.get("rotation_block"), activation)
+        layer = TransformedLinear(linear, activation=activation, **transform)
         entry["transform"] = layer.describe()
         own = {name: array for name, array in tree_flatten(layer.parameters())
                if not name.startswith("linear.")}

@@ -9,10 +9,11 @@ from typing import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxquant.errors import Unsupported
 from mlxquant.quant.statistics import Statistics
+from mlxquant.roofline.traffic import leaf_modules
 
 
 class _Noted:
@@ -61,8 +62,7 @@ def block_calls(network: nn.Module, tokens: mx.array) -> tuple[mx.array, list[tu
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The dense linear layers of a block by path."""
-    leaves = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {path: module for path, module in leaves if isinstance(module, nn.Linear)}
+    return {path: module for path, module in leaf_modules(block) if isinstance(module, nn.Linear)}
 
 
 def replace(block: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -31,6 +31,7 @@ from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.capture import block_calls, observe
 from mlxquant.quant.gptq import CORRECTION
 from mlxquant.quant.spec import PLAIN_GROUPS, Overrides, Spec
+from mlxquant.roofline.traffic import leaf_modules
 from mlxquant.storage import new_file, write_json
 
 PROPAGATIONS = ("float", "quantised", "corrected")
@@ -148,7 +149,7 @@ def _check(network: nn.Module, config: dict, job: Job) -> None:
     if job.spec.rotation == "fused":
         rotation.check(config)
     for index, block in enumerate(network.layers):
-        for path, module in tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module):
+        for path, module in leaf_modules(block):
             if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
                 raise Unsupported(f"model.layers.{index}.{path} holds a mixture's experts, which "
                                   "quantize does not cover yet")
