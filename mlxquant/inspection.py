@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlxquant import checkpoint
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.loading import open_lazily
 from mlxquant.models import resolve
@@ -19,7 +20,7 @@ class Layer:
 
     path: str
     format: str
-    bits: int
+    bits: int | str
     shape: list[int]
     bytes: int
 
@@ -52,7 +53,7 @@ def inspect_folder(folder: Path) -> Inspection:
     network, config = open_lazily(folder)
     modules = traffic.leaf_modules(network)
     matrices = [(path, m) for path, m in modules
-                if isinstance(m, GroupedLinear) or "weight" in m and m.weight.ndim >= 2]
+                if isinstance(m, (GroupedLinear, ReplicatedLinear)) or "weight" in m and m.weight.ndim >= 2]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
     body = [(module, layer) for (path, module), layer in zip(matrices, layers)
@@ -61,10 +62,11 @@ def inspect_folder(folder: Path) -> Inspection:
     weights = sum(traffic.weight_count(module) for module, _ in body)
     stored = traffic.weight_bytes(network, config)
     loose = sum(array.nbytes for array in traffic.loose_arrays(network))
+    shared = {id(m.input): m.input.stored_bytes for m, _ in body if isinstance(m, ReplicatedLinear)}
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
         parameters=sum(traffic.weight_count(module) for _, module in modules),
-        bits_per_weight=8 * (loose + sum(layer.bytes for _, layer in body)) / weights,
+        bits_per_weight=8 * (loose + sum(shared.values()) + sum(layer.bytes for _, layer in body)) / weights,
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
         bytes_per_token_cpu=traffic.weight_bytes(network, config, dense=True),
@@ -79,6 +81,8 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     if isinstance(module, GroupedLinear):
         width = {0: "row", -1: "matrix"}.get(module.group_size, f"g{module.group_size}")
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
+    if isinstance(module, ReplicatedLinear):
+        return Layer(path, _replicated(module), module.input.spec.bits, list(module.shape), size)
     shape = list(module.weight.shape)
     bits = getattr(module, "bits", None)
     if bits is None:
@@ -86,3 +90,10 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
         return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
     shape[-1] = shape[-1] * 32 // bits
     return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)
+
+
+def _replicated(module: ReplicatedLinear) -> str:
+    spec = module.input.spec
+    parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
+             "rotated" * bool(spec.rotation_block)]
+    return " ".join(filter(None, parts))

@@ -6,6 +6,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 
 def to_float32(network: nn.Module) -> nn.Module:
@@ -24,16 +25,31 @@ def to_dense(network: nn.Module) -> nn.Module:
     Runs on the CPU, since MLX's CUDA back end has no 1-bit kernels.
     """
     with mx.stream(mx.cpu):
-        network = expand_grouped(dequantize_model(to_float32(network)))
+        network = expand_replicated(expand_grouped(dequantize_model(to_float32(network))))
         mx.eval(network.parameters())
     return network
 
 
 def expand_grouped(network: nn.Module) -> nn.Module:
     """Replace every grouped layer by a dense one in the type of its scales, in place."""
+    return _expand(network, GroupedLinear)
+
+
+def expand_replicated(network: nn.Module) -> nn.Module:
+    """Replace every replicated layer by a dense float32 one, in place, and remove what
+    siblings share: the parameters are then those of a plain model."""
+    modules = dict(network.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, ReplicaInput):
+            above, _, name = path.rpartition(".")
+            del modules[above][name]
+    return _expand(network, ReplicatedLinear)
+
+
+def _expand(network: nn.Module, kind: type[GroupedLinear] | type[ReplicatedLinear]) -> nn.Module:
     made = []
     for path, module in network.named_modules():
-        if isinstance(module, GroupedLinear):
+        if isinstance(module, kind):
             rows, columns = module.shape
             linear = nn.Linear(columns, rows, bias="bias" in module)
             linear.weight = module.dense()

@@ -3,25 +3,33 @@
 A plain checkpoint needs nothing from here. Ours says ``"model_type":
 "mlxquant"``, so that stock mlx-lm refuses it instead of running rotated codes
 as if they were plain; the architecture is in ``base_model_type``, and
-``mlxquant.layers`` describes the layers that stock mlx-lm does not have.
+``mlxquant.layers`` describes single layers that stock mlx-lm does not have and
+``mlxquant.replicas`` the sets of replicated layers that share an input.
 """
+
+from dataclasses import fields
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import _get_classes
 
-from mlxquant.errors import BadCheckpoint, Unsupported
+from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
 
 FORMAT = 1
 
 
-def config_with(config: dict, layers: dict[str, dict]) -> dict:
-    """``config`` marked as ours, or unchanged where no layer of ours is in it."""
-    if not layers:
+def config_with(config: dict, layers: dict[str, dict], replicas: dict[str, dict] | None = None) -> dict:
+    """``config`` marked as ours, or unchanged where no layer of ours is in it.
+
+    ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the
+    siblings share, such as ``model.layers.0.self_attn.qkv``, are those of a
+    ``ReplicaShape`` and the names of its ``"linears"`` beside that path.
+    """
+    if not layers and not replicas:
         return config
     base = config.get("base_model_type", config["model_type"])
     return config | {"model_type": "mlxquant", "base_model_type": base,
-                     "mlxquant": {"format": FORMAT, "layers": layers}}
+                     "mlxquant": {"format": FORMAT, "layers": layers, "replicas": replicas or {}}}
 
 
 def model_classes(config: dict):
@@ -45,14 +53,18 @@ def model_classes(config: dict):
 
     def build(arguments) -> nn.Module:
         network = model_class(arguments)
-        install(network, block.get("layers", {}))
+        install(network, block.get("layers", {}), block.get("replicas", {}))
         return network
 
     return build, Arguments
 
 
-def install(module: nn.Module, layers: dict[str, dict]) -> None:
-    """Put the described layers, with empty parameters, in the place of the linear ones."""
+def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict] | None = None) -> None:
+    """Put the described layers, with empty parameters, in the place of the linear ones.
+
+    Paths are those below ``module``: a whole network or one block. Raises
+    ``BadCheckpoint`` for a description that does not fit it.
+    """
     found = dict(module.named_modules())
     made = []
     for path, entry in layers.items():
@@ -61,6 +73,30 @@ def install(module: nn.Module, layers: dict[str, dict]) -> None:
             raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of the model")
         made.append((path, make(linear, entry)))
     module.update_modules(tree_unflatten(made))
+    _install_replicas(module, replicas or {})
+
+
+def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
+    from mlxquant.layers.replicated import ReplicaShape, install_group
+
+    keys = {field.name for field in fields(ReplicaShape)} | {"linears"}
+    found = dict(module.named_modules())
+    for path, entry in replicas.items():
+        if not isinstance(entry, dict) or entry.keys() != keys or not entry["linears"]:
+            raise BadCheckpoint(f"config.json describes the replicas of {path} as {entry!r}; "
+                                f"needed are {', '.join(sorted(keys))}")
+        above, _, name = path.rpartition(".")
+        linears = {}
+        for linear in entry["linears"]:
+            below = f"{above}.{linear}" if above else linear
+            linears[linear] = found.pop(below, None)  # so that no other entry takes it too
+            if not isinstance(linears[linear], nn.Linear):
+                raise BadCheckpoint(f"config.json describes {below}, which is no linear layer of the model")
+        shape = {key: value for key, value in entry.items() if key != "linears"}
+        try:
+            install_group(found[above], name, linears, ReplicaShape(**shape))
+        except BadValue as error:
+            raise BadCheckpoint(f"config.json describes the replicas of {path}: {error}") from error
 
 
 def make(linear: nn.Linear, entry: dict) -> nn.Module:

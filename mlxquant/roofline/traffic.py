@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
@@ -30,7 +31,9 @@ def module_bytes(module: nn.Module) -> int:
 
 def float32_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters as float32, packed codes expanded."""
-    if isinstance(module, (*_QUANTISED, GroupedLinear)):
+    if isinstance(module, ReplicaInput):
+        return 0  # dense weights hold it
+    if isinstance(module, (*_QUANTISED, GroupedLinear, ReplicatedLinear)):
         return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
     return 4 * sum(array.size for _, array in tree_flatten(module.parameters()))
 
@@ -39,7 +42,7 @@ def weight_count(module: nn.Module) -> int:
     """Number of weights of a module, counting packed codes one by one."""
     if isinstance(module, _QUANTISED):
         return module.weight.size * 32 // module.bits
-    if isinstance(module, GroupedLinear):
+    if isinstance(module, (GroupedLinear, ReplicatedLinear)):
         return module.weight_count
     return module.weight.size if "weight" in module else 0
 
