@@ -39,7 +39,7 @@ def textbook(weight, hessian, scales, biases, levels, order):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_codes_equal_the_textbook(bits, act_order):
     weight, _, statistics = problem()
-    spec = Spec(bits=bits, group_size=32, act_order=act_order)
+    spec = Spec(bits=bits, group_size=32, act_order=act_order, refine=0)
     q = gptq.quantise(mx.array(weight), statistics, spec, mx.float32)
     hessian = np.array(statistics.hessian, np.float64)
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else range(weight.shape[1])
@@ -77,12 +77,15 @@ def test_the_sweep_beats_rounding_on_the_data(bits):
     assert output_error(gptq.quantise(mx.array(weight), statistics, spec)) < 0.7 * min(rounded, scaled)
 
 
-def test_the_inverse_factor_is_that_of_the_damped_hessian():
+def test_the_feedback_diagonalises_the_damped_hessian():
+    """H = (1 + A) D (1 + A)ᵀ with A strictly upper: what makes one column's rounding exact for the loss."""
     _, _, statistics = problem()
     hessian = np.array(statistics.hessian, np.float64)
-    factor = gptq.inverse_factor(hessian)
-    assert np.allclose(factor, np.triu(factor))
-    assert np.allclose(factor.T @ factor @ gptq.damped(hessian), np.eye(len(hessian)), atol=1e-8)
+    feedback = gptq.feedback_matrix(gptq.damped(hessian))
+    assert np.array_equal(feedback, np.triu(feedback, 1))
+    unit = np.linalg.inv(np.eye(len(hessian)) + feedback)
+    diagonal = unit @ gptq.damped(hessian) @ unit.T
+    assert np.allclose(diagonal, np.diag(diagonal.diagonal()), atol=1e-8 * hessian.max())
 
 
 def test_dead_inputs_do_not_break_the_sweep():

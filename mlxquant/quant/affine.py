@@ -39,11 +39,13 @@ class Affine:
         return expand(self.scales, self.group) * self.codes.astype(mx.float32) + expand(
             self.biases, self.group)
 
+    def rows(self, start: int, stop: int) -> "Affine":
+        return Affine(self.codes[start:stop], self.scales[start:stop], self.biases[start:stop], self.spec)
+
     def split(self, rows: list[int]) -> list["Affine"]:
         """The matrices that were stacked, by their numbers of rows."""
         ends = [sum(rows[:i + 1]) for i in range(len(rows))]
-        return [Affine(self.codes[e - r:e], self.scales[e - r:e], self.biases[e - r:e], self.spec)
-                for r, e in zip(rows, ends)]
+        return [self.rows(e - r, e) for r, e in zip(rows, ends)]
 
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
@@ -95,16 +97,21 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:
-    """The inverse of ``pack``: codes (m, columns) as uint8."""
-    stream = np.unpackbits(np.array(packed).view(np.uint8), axis=1, bitorder="little")
-    bits_of = stream[:, :columns * bits].reshape(len(stream), columns, bits)
-    return mx.array(np.packbits(bits_of, axis=2, bitorder="little")[..., 0])
+    """The inverse of ``pack``: codes (m, columns) as uint8. Lazy, so that it can be traced."""
+    octets = packed.view(mx.uint8)  # eight codes fill ``bits`` of them, at any width
+    octets = mx.pad(octets, [(0, 0), (0, -octets.shape[1] % bits)]).reshape(len(packed), -1, bits)
+    word = mx.uint32 if bits <= 4 else mx.uint64
+    eight = octets[..., 0].astype(word)
+    for place in range(1, bits):
+        eight = eight | octets[..., place].astype(word) << 8 * place
+    codes = eight[..., None] >> bits * mx.arange(8, dtype=word) & (1 << bits) - 1
+    return codes.astype(mx.uint8).reshape(len(packed), -1)[:, :columns]
 
 
 def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """Best (scale, bias) per group of w (…, group), each of shape (…, 1)."""
     low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-    if spec.symmetric or spec.bits == "ternary":
+    if spec.mirrored:
         high = mx.maximum(high, -low)
         low = -high
     best = None
@@ -122,7 +129,7 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
 
 def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tuple[mx.array, mx.array]:
     """Scale and bias that minimise Σ h·(w − scale·q − bias)² for fixed codes."""
-    if spec.symmetric or spec.bits == "ternary":
+    if spec.mirrored:
         centred = codes - (spec.levels - 1) / 2
         scale = (h * centred * w).sum(-1, keepdims=True) / mx.maximum(
             (h * centred * centred).sum(-1, keepdims=True), 1e-12)

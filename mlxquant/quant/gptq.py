@@ -1,12 +1,15 @@
-"""GPTQ: quantise column by column, push each column's error to the later ones.
+"""GPTQ: quantise column by column, and let every column make up for the earlier ones' errors.
 
-Frantar et al. 2023, https://arxiv.org/abs/2210.17323. With H = E[x xᵀ] and U
-the upper Cholesky factor of its inverse, quantising column j with error e
-changes a later column k by −e·U[j, k] / U[j, j]. Columns are swept in blocks:
-inside a block one by one, after it all later columns in one product.
+Frantar et al. 2023, https://arxiv.org/abs/2210.17323, in the form of QuIP
+(Chee et al. 2023, https://arxiv.org/abs/2307.13304), which proves the two equal:
+with H = E[x xᵀ] = V Vᵀ, V upper triangular, the loss of an error E is ‖E V‖², so
+column j is best rounded from w_j − Σ_{i<j} E_i V_ij / V_jj. That takes one Cholesky
+factorisation of H and no inverse. Columns are swept in blocks: inside a block one
+by one, what earlier blocks add to it in one product.
 
 Scales are fixed before the sweep, by least squares weighted with diag(H), so
-columns may be taken in any order while groups stay where they are.
+columns may be taken in any order while groups stay where they are: by default the
+most active inputs first. ``refine.py`` then moves codes and scales together.
 
 ``correct`` moves the target first: with the float model's inputs x̃ and the
 quantised prefix's x, the weight that reproduces W x̃ from x is
@@ -17,7 +20,9 @@ same asymmetry as GPTAQ, https://arxiv.org/abs/2504.02692).
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.quant.affine import Affine, expand, fit, nearest
+from mlxquant.kernels.column_sweep import round_columns
+from mlxquant.quant.affine import Affine, expand, fit
+from mlxquant.quant.refine import refine
 from mlxquant.quant.spec import Spec
 from mlxquant.quant.statistics import Statistics
 
@@ -33,21 +38,19 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     ``correction`` between 0 and 1 is how far the target moves to make up for
     the error of earlier layers; it needs ``statistics.cross``.
     """
-    hessian = np.array(statistics.hessian, np.float64)
     if correction:
         weight = correct(weight, statistics, correction)
-    importance = statistics.hessian.diagonal()
-    start = fit(weight, spec, importance, dtype)
-    group = start.group
-    scales, biases = expand(start.scales, group), expand(start.biases, group)
-    order = _order(hessian, spec)
-    factor = inverse_factor(hessian[np.ix_(order, order)] if spec.act_order else hessian)
-    back = np.argsort(order)
-    codes = sweep(weight.astype(mx.float32)[:, mx.array(order)], scales[:, mx.array(order)],
-                  biases[:, mx.array(order)], mx.array(factor.astype(np.float32)), spec.levels)
-    codes = codes[:, mx.array(back)].astype(mx.uint8)
-    mx.eval(codes)
-    return Affine(codes, start.scales, start.biases, spec)
+    weight, hessian = weight.astype(mx.float32), damped(np.array(statistics.hessian, np.float64))
+    start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
+    scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
+    order = np.argsort(-hessian.diagonal(), kind="stable") if spec.act_order else np.arange(len(hessian))
+    in_order, back = mx.array(order), mx.array(np.argsort(order))
+    feedback = mx.array(feedback_matrix(hessian[np.ix_(order, order)]).astype(np.float32))
+    codes = sweep(*(x[:, in_order] for x in (weight, scales, biases)), feedback, spec.levels)
+    swept = Affine(codes[:, back].astype(mx.uint8), start.scales, start.biases, spec)
+    result = refine(weight, swept, mx.array(hessian.astype(np.float32)), spec.refine, dtype)
+    mx.eval(result.codes, result.scales, result.biases)
+    return result
 
 
 def correct(weight: mx.array, statistics: Statistics, amount: float) -> mx.array:
@@ -65,48 +68,23 @@ def damped(hessian: np.ndarray) -> np.ndarray:
     return hessian + floor * np.eye(len(hessian))
 
 
-def inverse_factor(hessian: np.ndarray) -> np.ndarray:
-    """Upper U with H⁻¹ = Uᵀ U, in float64.
-
-    Reversing rows and columns turns a lower Cholesky factor into H = V Vᵀ with
-    V upper, and U = V⁻¹: one factorisation instead of two.
-    """
-    lower = np.linalg.cholesky(damped(hessian)[::-1, ::-1])
-    return np.linalg.inv(lower[::-1, ::-1])
+def feedback_matrix(hessian: np.ndarray) -> np.ndarray:
+    """Strictly upper A with A_ij = V_ij / V_jj for a definite H = V Vᵀ, V upper, in float64."""
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    return np.triu(upper / upper.diagonal(), 1)
 
 
-def sweep(weight: mx.array, scales: mx.array, biases: mx.array, factor: mx.array,
+def sweep(weight: mx.array, scales: mx.array, biases: mx.array, feedback: mx.array,
           levels: int) -> mx.array:
     """Codes (m, n) float32 of ``weight`` (m, n), given elementwise scales and biases (m, n)
-    and the factor of the inverse Hessian (n, n)."""
-    columns = weight.shape[1]
-    blocks = []
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        inside = slice(start, stop)
-        codes, errors = _sweep_block(weight[:, :stop - start], scales[:, inside], biases[:, inside],
-                                     factor[inside, inside], levels)
-        weight = weight[:, stop - start:] - errors @ factor[inside, stop:]
-        blocks.append(codes)
-        mx.eval(weight, codes)
-    return mx.concatenate(blocks, axis=1)
-
-
-def _sweep_block(weight: mx.array, scales: mx.array, biases: mx.array, factor: mx.array,
-                 levels: int) -> tuple[mx.array, mx.array]:
-    """Sweep the columns of one block; returns its codes and the scaled errors for later blocks."""
-    codes, errors = [], []
-    for j in range(weight.shape[1]):
-        column, scale, bias = (x[:, j:j + 1] for x in (weight, scales, biases))
-        code = nearest(column, scale, bias, levels)
-        error = (column - (scale * code + bias)) / factor[j, j]
-        weight = weight - error * factor[j:j + 1]
-        codes.append(code)
-        errors.append(error)
-    return mx.concatenate(codes, axis=1), mx.concatenate(errors, axis=1)
-
-
-def _order(hessian: np.ndarray, spec: Spec) -> np.ndarray:
-    """Columns in the order of the sweep: as they are, or the most active first."""
-    diagonal = hessian.diagonal()
-    return np.argsort(-diagonal, kind="stable") if spec.act_order else np.arange(len(diagonal))
+    and the feedback matrix (n, n)."""
+    codes, errors = [], mx.zeros((len(weight), 0))
+    for start in range(0, weight.shape[1], _BLOCK):
+        inside = slice(start, start + _BLOCK)
+        wanted = weight[:, inside] - errors @ feedback[:start, inside]
+        block, error = round_columns(weight[:, inside], wanted, scales[:, inside], biases[:, inside],
+                                     feedback[inside, inside], levels)
+        codes.append(block)
+        errors = mx.concatenate([errors, error], axis=1)
+        mx.eval(errors, block)
+    return mx.concatenate(codes, axis=1)

@@ -18,14 +18,17 @@ class Spec:
     ``bits`` is the width of a code (``"ternary"``: levels −1, 0, 1, stored in 2
     bits). ``group_size`` consecutive inputs share a scale and an offset; 0 means
     the whole row (per channel), −1 the whole matrix (per tensor). ``symmetric``
-    levels mirror around zero. Raises ``BadValue`` for what is not allowed.
+    levels mirror around zero. GPTQ takes the most active inputs first with
+    ``act_order``, and improves its result in ``refine`` rounds (``quant/refine.py``).
+    Raises ``BadValue`` for what is not allowed.
     """
 
     bits: int | str = 4
     group_size: int = 64
     symmetric: bool = False
     method: str = "gptq"
-    act_order: bool = False
+    act_order: bool = True
+    refine: int = 3
     rotation: str | None = None
 
     def __post_init__(self):
@@ -35,11 +38,18 @@ class Spec:
         if type(self.group_size) is not int or self.group_size < -1:
             raise BadValue(f"group_size is {self.group_size!r}, allowed are a positive number, "
                            "0 (per channel) and -1 (per tensor)")
+        if type(self.refine) is not int or not 0 <= self.refine <= 100:
+            raise BadValue(f"refine is {self.refine!r}, allowed are 0 to 100 rounds")
 
     @property
     def levels(self) -> int:
         """Number of values a code can take."""
         return 3 if self.bits == "ternary" else 2 ** self.bits
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a bias follows from its scale, levels being as far below zero as above."""
+        return self.symmetric or self.bits == "ternary"
 
     @property
     def code_bits(self) -> int:
