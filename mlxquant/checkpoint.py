@@ -77,6 +77,13 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
 
 
+def side_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer and other files that go with the weights, by name: all but config and index."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()
+            if p.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")
+            and p.name not in ("config.json", "model.safetensors.index.json")}
+
+
 def write(folder: Path, config: dict, tensors: Iterable[tuple[str, "mx.array"]],
           others: dict[str, str | bytes]) -> None:
     """Write a model folder in one step, holding at most one shard in memory.

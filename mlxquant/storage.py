@@ -77,6 +77,16 @@ def write_json(target: Path, value) -> None:
         scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_arrays(target: Path, arrays: dict, metadata: dict[str, str]) -> None:
+    """Write MLX arrays as safetensors, replacing ``target`` in one step."""
+    import mlx.core as mx
+
+    with new_file(target) as scratch:
+        named = scratch.with_suffix(".safetensors")  # the only ending that MLX writes
+        mx.save_safetensors(str(named), arrays, metadata)
+        named.replace(scratch)
+
+
 def _scratch(target: Path, make) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,16 @@ from mlx_lm.utils import load as stock_load
 from mlxquant.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.inspection import inspect
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quant import awq, pipeline
+from mlxquant.quant import awq, pipeline, walk
+from mlxquant.quant.assignment import Target
+from mlxquant.quant.job import PROPAGATIONS
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +33,8 @@ def text(tmp_path_factory):
     return str(path)
 
 
-def quantise(source, target, text, **options):
-    return mlxquant.quantize(str(source), target, data=[text], samples=8, sequence_length=64, **options)
+def quantise(source, output, text, **options):
+    return mlxquant.quantize(str(source), output, data=[text], samples=8, sequence_length=64, **options)
 
 
 def distance(a, b):
@@ -92,7 +99,7 @@ def test_overrides_reach_the_checkpoint(tmp_path, tiny_folder, text):
     stock_load(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("propagation", pipeline.PROPAGATIONS)
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
 def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, propagation):
     options = dict(bits=3, propagation=propagation)
     quantise(tiny_folder, tmp_path / "whole", text, **options)
@@ -141,6 +148,34 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, 
     with pytest.raises(BadValue, match=message):
         quantise(tiny_folder, tmp_path / "out", text, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target,size", [
+    (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5), (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
+])
+def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, size):
+    quantise(tiny_folder, tmp_path / "out", text, target=target, overrides=(("*.0.mlp.down_proj", {"bits": 6}),))
+    result = inspect(str(tmp_path / "out"))
+    assert 0.9 < size(result) <= 1
+    bits = {layer.path: layer.bits for layer in result.layers if "layers" in layer.path}
+    assert bits["model.layers.0.mlp.down_proj"] == 6 and len(set(bits.values())) > 1
+    stock_load(str(tmp_path / "out"))
+
+
+def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
+    with pytest.raises(BadValue, match="at least 2.5 bits per weight"):
+        quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=1.5))
+    with pytest.raises(BadValue, match="at least 0.0001"):
+        quantise(tiny_folder, tmp_path / "out", text, target=Target(gigabytes=0.0001))
+    with pytest.raises(BadValue, match="one positive number"):
+        Target(bits_per_weight=3, gigabytes=1)
+
+
+def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text, monkeypatch):
+    quantise(tiny_folder, tmp_path / "a", text, bits=2, propagation="float")
+    monkeypatch.setattr(walk, "observe", None)  # would be called if the walk ran again
+    quantise(tiny_folder, tmp_path / "b", text, bits=2, propagation="float")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_an_existing_output_is_kept(tmp_path, tiny_folder, text):

@@ -30,12 +30,17 @@ def quantize(
     rotate_fused: Annotated[bool, typer.Option(
         "--rotate-fused", help="Rotate the residual stream once, merged into the weights.")] = False,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Levels mirror around zero.")] = False,
-    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: most active inputs first.")] = False,
+    act_order: Annotated[bool, typer.Option(help="GPTQ: most active inputs first.")] = True,
+    refine: Annotated[int, typer.Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
     propagation: Annotated[str, typer.Option(
         help="Calibrate a block on the inputs of the float model, of the quantised one, "
              "or corrected for the difference.")] = "quantised",
     override: Annotated[Optional[list[str]], typer.Option(
         help="'GLOB:bits=4,group_size=64' for some layers; repeatable.")] = None,
+    target_bpw: Annotated[Optional[float], typer.Option(
+        help="Give each layer its own width: bits per weight of the body.")] = None,
+    target_gb: Annotated[Optional[float], typer.Option(
+        help="The same, to gigabytes (10^9 bytes) of the whole folder.")] = None,
     embedding_bits: Annotated[Optional[int], typer.Option(
         help="Width of embedding and head; default: as stored.")] = None,
     activation_bits: Annotated[Optional[int], typer.Option(
@@ -48,6 +53,7 @@ def quantize(
 ):
     """Quantise a model block by block; a killed run goes on where it was."""
     from mlxquant.layers.transformed import ActivationSpec
+    from mlxquant.quant.assignment import Target
     from mlxquant.quant.pipeline import quantize as run
     from mlxquant.quant.spec import parse_bits, parse_override
 
@@ -55,12 +61,13 @@ def quantize(
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
     activation = (ActivationSpec(activation_bits, activation_granularity)
                   if activation_bits is not None else None)
+    target = (Target(target_bpw, target_gb) if target_bpw is not None or target_gb is not None else None)
     with progress("quantising, seconds:") as advance:
         outcome = run(
             model, output, method=method, bits=parse_bits(bits), group_size=group_size,
             rotation="online" if rotate else "fused" if rotate_fused else None, data=data,
             samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
-            propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
+            refine=refine, target=target, propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
             embedding_bits=embedding_bits, activation=activation, alpha=alpha, seed=seed,
             revision=revision, progress=advance)
     from mlxquant.inspection import inspect

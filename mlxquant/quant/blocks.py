@@ -80,9 +80,7 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
         weights = {path: weight * factors for path, weight in weights.items()}
         statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
-        columns = statistics.hessian.shape[0]
-        size = hadamard.default_block(columns)
-        signs = hadamard.random_signs(columns, _seed(context.seed, prefix, paths[0]))
+        signs, size = _rotation(context.seed, prefix, paths[0], statistics)
         weights = {path: hadamard.rotate_weight(w, signs, size) for path, w in weights.items()}
         statistics = _rotated(statistics, signs, size)
         transform |= {"rotation_signs": signs, "rotation_block": size}
@@ -90,6 +88,19 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
     for affine_by_path in _stacked(weights, specs, statistics, context):
         for path, affine in affine_by_path.items():
             _store(path, modules[path], affine, transform, activation, context, result)
+
+
+def quantise_trial(block: nn.Module, prefix: str, path: str, spec: Spec, statistics: Statistics,
+                   seed: int) -> tuple[mx.array, mx.array, int]:
+    """One layer's error (m, n) under ``spec``, the second moments (n, n) of the input it multiplies,
+    both rotated where the spec rotates, and the bits it stores. Balancing is left out."""
+    weight = linears(block)[path].weight
+    if spec.rotation == "online":
+        signs, size = _rotation(seed, prefix, path, statistics)
+        weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
+    affine = _METHODS[spec.method].quantise(weight, statistics, spec)
+    stored = 8 * (affine.packed().nbytes + 2 * 2 * affine.scales.size)
+    return affine.dequantise() - weight, statistics.hessian, stored
 
 
 def _stacked(weights: dict[str, mx.array], specs: dict[str, Spec], statistics: Statistics,
@@ -153,9 +164,11 @@ def _rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
     return Statistics(statistics.count, hessian, deviation, deviation * 4, cross)
 
 
-def _seed(seed: int, prefix: str, path: str) -> int:
-    """One rotation per input, the same in every run."""
-    return zlib.crc32(f"{seed}:{prefix}.{path}".encode())
+def _rotation(seed: int, prefix: str, path: str, statistics: Statistics) -> tuple[mx.array, int]:
+    """Signs (n,) and block of an input's rotation, the same in every run."""
+    columns = len(statistics.largest)
+    mixed = zlib.crc32(f"{seed}:{prefix}.{path}".encode())
+    return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
 def _store(path: str, linear: nn.Linear, affine: Affine, transform: dict,

@@ -1,0 +1,61 @@
+"""Everything that decides the bytes of a quantised checkpoint, and what making it took."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable
+
+from mlxquant import __version__
+from mlxquant.errors import BadValue
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quant.calibration import Calibration
+from mlxquant.quant.spec import Overrides, Spec
+
+PROPAGATIONS = ("float", "quantised", "corrected")
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of the result.
+
+    ``propagation`` says whose inputs a block is calibrated on: the ``float``
+    model's, the ``quantised`` prefix's, or those with the target ``corrected``
+    for the error already made. ``embedding_bits`` None keeps embedding and head
+    as stored. ``activation`` quantises the inputs of all layers as well.
+    """
+
+    overrides: Overrides
+    propagation: str = "quantised"
+    embedding_bits: int | None = None
+    activation: ActivationSpec | None = None
+    alpha: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.propagation not in PROPAGATIONS:
+            raise BadValue(f"propagation is {self.propagation!r}, allowed are {', '.join(PROPAGATIONS)}")
+        methods = {self.spec.method, *(changes.get("method") for _, changes in self.overrides.rules)}
+        if "smoothquant" in methods and self.activation is None:
+            raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
+
+    @property
+    def spec(self) -> Spec:
+        return self.overrides.default
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the result is, and what making it took (seconds, bytes)."""
+
+    folder: Path
+    seconds: float
+    peak_memory: int
+
+
+def record(job: Job, tokens: Calibration) -> dict:
+    """How the checkpoint was made, for its config.json."""
+    return {"version": __version__, **asdict(job.spec), "propagation": job.propagation,
+            "overrides": [list(rule) for rule in job.overrides.rules],
+            "activation": asdict(job.activation) if job.activation else None, "seed": job.seed,
+            "calibration": {"source": tokens.source, "samples": len(tokens.tokens),
+                            "sequence_length": tokens.tokens.shape[1], "digest": tokens.digest}}

@@ -1,0 +1,42 @@
+"""Finished blocks on disk, so that a killed job goes on at the block it was in."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxquant import __version__
+from mlxquant.errors import MlxquantError
+from mlxquant.quant.blocks import BlockResult
+from mlxquant.quant.calibration import Calibration
+from mlxquant.quant.job import Job, record
+from mlxquant.quant.walk import identity
+from mlxquant.storage import save_arrays, write_json
+
+
+def write_result(file: Path, prefix: str, result: BlockResult) -> None:
+    save_arrays(file, {f"{prefix}.{p}": a for p, a in result.tensors.items()},
+                {"plain": json.dumps(result.plain), "layers": json.dumps(result.layers)})
+
+
+def read_result(file: Path, prefix: str) -> BlockResult:
+    tensors, metadata = mx.load(str(file), return_metadata=True)
+    return BlockResult({p.removeprefix(f"{prefix}."): a for p, a in tensors.items()},
+                       json.loads(metadata["plain"]), json.loads(metadata["layers"]))
+
+
+def open_partial(output: Path, folder: Path, job: Job, tokens: Calibration) -> Path:
+    """The working folder of this very job; raises where it belongs to another."""
+    known_as = identity(folder, asdict(job), tokens.digest, __version__)
+    partial = output.with_name(f"{output.name}.partial")
+    marker = partial / "job.json"
+    if partial.exists():
+        known = json.loads(marker.read_text())["job"] if marker.exists() else None
+        if known != known_as:
+            raise MlxquantError(f"{partial} holds the unfinished work of another job; "
+                                "remove it or choose another output path")
+        return partial
+    partial.mkdir(parents=True)
+    write_json(marker, {"job": known_as, **record(job, tokens)})
+    return partial
