@@ -61,6 +61,8 @@ def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, t
     dict(method="gptq", bits=8, rotation="online"), dict(method="gptq", bits=8, group_size=0),
     dict(method="rtn", bits=8, group_size=-1, symmetric=True),
     dict(method="awq", bits=6, rotation="online", group_size=16),
+    dict(method="gptq", bits=8, salient=0.05), dict(method="awq", bits=8, salient=0.05, rotation="online"),
+    dict(method="rtn", bits=8, salient=0.05, group_size=0),
     dict(method="smoothquant", bits=8, group_size=0, activation=ActivationSpec()),
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="tensor")),
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="static", scale=1.0)),
@@ -72,6 +74,23 @@ def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny
     with pytest.raises(ValueError, match="Model type mlxquant not supported"):
         stock_load(str(tmp_path / "out"))
     assert inspect(str(tmp_path / "out")).architecture == "llama"
+
+
+@pytest.mark.parametrize("options", [
+    dict(bits=4), dict(bits=3, replicas=8, replica_group=16, rotation="online"), dict(bits=2, replicas=1),
+    dict(bits="ternary", propagation="corrected"), dict(bits=1, replicas=16, refine=1),
+])
+def test_replicas_load_here_and_run_as_they_were_fitted(tmp_path, tiny_folder, tiny, text, options):
+    quantise(tiny_folder, tmp_path / "out", text, method="replica", **options)
+    ours = mlxquant.load(str(tmp_path / "out"))
+    limit = {4: 0.1, 3: 0.3}.get(options["bits"], 2.0)
+    assert distance(ours.network(TOKENS), tiny.network(TOKENS)) < limit
+    dense = mlxquant.load(str(tmp_path / "out"), dense=True)
+    assert distance(ours.network(TOKENS), dense.network(TOKENS)) < 1e-4
+    with pytest.raises(ValueError, match="Model type mlxquant not supported"):
+        stock_load(str(tmp_path / "out"))
+    kinds = {layer.path: layer for layer in inspect(str(tmp_path / "out")).layers}
+    assert kinds["model.layers.0.self_attn.q_proj"].bits == options["bits"]
 
 
 def test_bits_per_weight_are_those_of_codes_scales_and_biases(tmp_path, tiny_folder, text):
@@ -142,7 +161,9 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
 
 @pytest.mark.parametrize("options,message", [
     (dict(bits=7), "allowed are 1, ternary"), (dict(group_size=48), "does not divide the 64 inputs of model.layers.0"),
-    (dict(method="smoothquant"), "give --activation-bits 8"), (dict(propagation="hope"), "float, quantised, corrected"),
+    (dict(method="smoothquant"), "give --activation-bits 8"), (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
+    (dict(method="replica", replicas=17), "replicas is 17"), (dict(method="replica", activation=ActivationSpec()), "leave"),
+    (dict(salient=0.7), "shares of inputs"), (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
 ])
 def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options, message):
     with pytest.raises(BadValue, match=message):

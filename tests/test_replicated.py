@@ -15,10 +15,10 @@ from mlxquant.errors import BadCheckpoint, BadValue
 from mlxquant.inspection import inspect_folder
 from mlxquant.layers import formats
 from mlxquant.layers.dense import to_dense
-from mlxquant.layers.replicated import (GROUPS, WIDTHS, ReplicaInput, ReplicaShape, ReplicatedLinear,
-                                        bits_per_weight, install_group)
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear, bits_per_weight, install_group
 from mlxquant.quant import hadamard
 from mlxquant.quant.packing import empty_codes, level_values, pack_codes, unpack_codes
+from mlxquant.quant.spec import REPLICA_GROUPS, REPLICA_WIDTHS, ReplicaShape
 from mlxquant.roofline import traffic
 
 LEVELS = {1: [-1, 1], "ternary": [-1, 0, 1], 2: [-1.5, -0.5, 0.5, 1.5],
@@ -57,7 +57,7 @@ def dense64(layer, codes):
     return weight @ rotation_matrix(np.array(signs), spec.rotation_block)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 31, 33, 64, 99])
 def test_codes_survive_packing(bits, columns):
     assert level_values(bits).tolist() == LEVELS[bits]
@@ -74,9 +74,9 @@ def test_order_of_codes_in_words_and_bytes():
     assert pack_codes(mx.array([codes]), 3).tolist() == [[stream & 0xFFFFFFFF, stream >> 32]]
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("replicas", [1, 4, 16])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", REPLICA_GROUPS)
 @pytest.mark.parametrize("block", [0, 64])
 def test_layer_equals_the_dense_product(bits, replicas, group, block):
     layer, codes = make(bits=bits, replicas=replicas, replica_group=group, rotation_block=block)
@@ -85,7 +85,7 @@ def test_layer_equals_the_dense_product(bits, replicas, group, block):
     close(layer.dense(), weight, 1e-5)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("m,n,block", [(1, 1, 0), (5, 37, 0), (3, 36, 4), (2, 33, 1)])
 def test_odd_sizes_with_a_bias(bits, m, n, block):
     layer, codes = make(m, n, True, bits=bits, replicas=3, rotation_block=block)

@@ -22,13 +22,17 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
 def quantize(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq or smoothquant.")] = "gptq",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, smoothquant or replica.")] = "gptq",
     bits: Annotated[str, typer.Option(help="1, ternary, 2, 3, 4, 5, 6 or 8.")] = "4",
     group_size: GroupSize = 64,
     rotate: Annotated[bool, typer.Option(
         "--rotate", help="Rotate every layer's input by a block Hadamard at run time.")] = False,
     rotate_fused: Annotated[bool, typer.Option(
         "--rotate-fused", help="Rotate the residual stream once, merged into the weights.")] = False,
+    replicas: Annotated[int, typer.Option(help="replica: how often each code is used, 1 to 16.")] = 4,
+    replica_group: Annotated[int, typer.Option(
+        help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; 0: none.")] = 0,
+    salient: Annotated[float, typer.Option(help="Share of inputs that keep 16 bits, e.g. 0.01.")] = 0.0,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Levels mirror around zero.")] = False,
     act_order: Annotated[bool, typer.Option(help="GPTQ: most active inputs first.")] = True,
     refine: Annotated[int, typer.Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
@@ -67,7 +71,8 @@ def quantize(
             model, output, method=method, bits=parse_bits(bits), group_size=group_size,
             rotation="online" if rotate else "fused" if rotate_fused else None, data=data,
             samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
-            refine=refine, target=target, propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
+            refine=refine, replicas=replicas, replica_group=replica_group, salient=salient, target=target,
+            propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
             embedding_bits=embedding_bits, activation=activation, alpha=alpha, seed=seed,
             revision=revision, progress=advance)
     from mlxquant.inspection import inspect

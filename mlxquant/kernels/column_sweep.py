@@ -31,6 +31,7 @@ _BODY = """
 """
 _INPUTS = ["weight", "wanted", "scales", "biases", "feedback"]
 _THREADS = 64
+BLOCK = 64  # columns that are rounded in one launch
 
 
 def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
@@ -42,6 +43,44 @@ def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: 
     """
     run = _launch if mx.default_device() == mx.gpu and _kernel_agrees() else reference
     return run(weight, wanted, scales, biases, feedback, levels)
+
+
+def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback: mx.array,
+                  levels: int) -> mx.array:
+    """Codes (m, n) float32 of ``weight`` (m, n), given elementwise scales and biases (m, n) and the
+    strictly upper ``feedback`` (n, n): column j is rounded from w_j − Σ_{i<j} e_i F_ij."""
+    codes, errors = [], mx.zeros((len(weight), 0))
+    for start in range(0, weight.shape[1], BLOCK):
+        inside = slice(start, start + BLOCK)
+        wanted = weight[:, inside] - errors @ feedback[:start, inside]
+        block, error = round_columns(weight[:, inside], wanted, scales[:, inside], biases[:, inside],
+                                     feedback[inside, inside], levels)
+        codes.append(block)
+        errors = mx.concatenate([errors, error], axis=1)
+        mx.eval(errors, block)
+    return mx.concatenate(codes, axis=1)
+
+
+def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx.array,
+                 hessian: mx.array, levels: int) -> mx.array:
+    """``codes`` (m, n) after each has once moved to the level that is best with all others as they are.
+
+    The best value v of column j is v_j − slope_j / H_jj, where a change e_i of an earlier
+    column moved the slope by e_i H_ij: a sweep with other numbers.
+    """
+    values = scales * codes + biases
+    slope = (values - weight) @ hessian  # half the loss's gradient
+    curvature, moved = hessian.diagonal(), []
+    feedback = hessian / curvature
+    for start in range(0, weight.shape[1], BLOCK):
+        inside = slice(start, start + BLOCK)
+        best = values[:, inside] - slope[:, inside] / curvature[inside]
+        block, changes = round_columns(values[:, inside], best, scales[:, inside], biases[:, inside],
+                                       mx.triu(feedback[inside, inside], 1), levels)
+        slope = slope + changes @ hessian[inside]
+        moved.append(block)
+        mx.eval(slope, block)
+    return mx.concatenate(moved, axis=1)
 
 
 def reference(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,

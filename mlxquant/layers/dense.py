@@ -6,6 +6,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.salient import expand_salient
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 
@@ -31,8 +32,9 @@ def to_dense(network: nn.Module) -> nn.Module:
 
 
 def expand_grouped(network: nn.Module) -> nn.Module:
-    """Replace every grouped layer by a dense one in the type of its scales, in place."""
-    return _expand(network, GroupedLinear)
+    """Replace every grouped layer by a dense one in the type of its scales, in place, and what
+    surrounds it in a salient one too."""
+    return expand_salient(_expand(network, GroupedLinear))
 
 
 def expand_replicated(network: nn.Module) -> nn.Module:

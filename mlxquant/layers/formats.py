@@ -77,7 +77,8 @@ def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict
 
 
 def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
-    from mlxquant.layers.replicated import ReplicaShape, install_group
+    from mlxquant.layers.replicated import install_group
+    from mlxquant.quant.spec import ReplicaShape
 
     keys = {field.name for field in fields(ReplicaShape)} | {"linears"}
     found = dict(module.named_modules())
@@ -102,12 +103,15 @@ def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
 def make(linear: nn.Linear, entry: dict) -> nn.Module:
     """The layer that ``entry`` describes, shaped like ``linear``."""
     from mlxquant.layers.grouped import GroupedLinear
+    from mlxquant.layers.salient import SalientLinear
     from mlxquant.layers.transformed import TransformedLinear
 
     inner = linear
     outputs, inputs = linear.weight.shape
     if grouped := entry.get("grouped"):
         inner = GroupedLinear(inputs, outputs, grouped["bits"], grouped["group_size"], "bias" in linear)
+    if salient := entry.get("salient"):
+        inner = SalientLinear.from_config(inner, salient)
     if transform := entry.get("transform"):
         return TransformedLinear.from_config(inner, transform)
     return inner

@@ -13,7 +13,6 @@ R and A: the ``ReplicaInput``, a module of its own beside them (``self_attn.qkv`
 """
 
 import weakref
-from dataclasses import asdict, dataclass
 from typing import Callable, Iterable
 
 import mlx.core as mx
@@ -23,41 +22,7 @@ from mlx.utils import tree_unflatten
 from mlxquant.errors import BadValue
 from mlxquant.quant import hadamard
 from mlxquant.quant.packing import empty_codes, level_grid, unpack_codes
-
-WIDTHS = (1, "ternary", 2, 3, 4)
-GROUPS = (0, 8, 16, 32, 64)
-MOST_REPLICAS = 16
-_BLOCKS = (0, *(1 << k for k in range(14)))
-
-
-@dataclass(frozen=True)
-class ReplicaShape:
-    """What siblings have in common: width of a code, replicas K, inputs per group G (0: plain),
-    and block of the rotation (0: none). Raises ``BadValue`` for what is not allowed."""
-
-    bits: int | str = 2
-    replicas: int = 4
-    replica_group: int = 0
-    rotation_block: int = 0
-
-    def __post_init__(self):
-        for name, allowed in (("bits", WIDTHS), ("replicas", range(1, MOST_REPLICAS + 1)),
-                              ("replica_group", GROUPS), ("rotation_block", _BLOCKS)):
-            value = getattr(self, name)
-            if type(value) not in (int, str) or value not in allowed:
-                raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")
-
-    def check(self, inputs: int, path: str) -> None:
-        """Raises ``BadValue`` unless group and rotation block divide the ``inputs`` of ``path``."""
-        for name, sizes in (("replica_group", GROUPS), ("rotation_block", _BLOCKS)):
-            size = getattr(self, name)
-            if size and inputs % size:
-                fitting = [s for s in sizes if not s or inputs % s == 0]
-                raise BadValue(f"{name} {size} does not divide the {inputs} inputs of {path}; "
-                               f"allowed are {', '.join(map(str, fitting))}")
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+from mlxquant.quant.spec import ReplicaShape
 
 
 class ReplicaInput(nn.Module):

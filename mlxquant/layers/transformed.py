@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlxquant.errors import BadValue, Unsupported
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.salient import SalientLinear
 from mlxquant.quant.hadamard import check_block, pack_signs, rotate, unpack_signs
 
 GRANULARITIES = ("token", "tensor", "static")
@@ -185,10 +186,10 @@ def _inputs(linear: nn.Module) -> int:
         return linear.weight.shape[-1] * 32 // linear.bits
     if isinstance(linear, nn.Linear):
         return linear.weight.shape[-1]
-    if isinstance(linear, GroupedLinear):
+    if isinstance(linear, (GroupedLinear, SalientLinear)):
         return linear.shape[1]
     raise Unsupported(f"a transform cannot wrap {type(linear).__name__}; "
-                      "it wraps Linear, QuantizedLinear and GroupedLinear")
+                      "it wraps Linear, QuantizedLinear, GroupedLinear and SalientLinear")
 
 
 def _checked(name: str, array: mx.array, n: int) -> mx.array:

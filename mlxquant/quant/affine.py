@@ -47,6 +47,10 @@ class Affine:
         ends = [sum(rows[:i + 1]) for i in range(len(rows))]
         return [self.rows(e - r, e) for r, e in zip(rows, ends)]
 
+    def stored_bits(self) -> int:
+        """Bits of packed codes, scales and biases, the latter in 16."""
+        return 8 * self.packed().nbytes + 2 * 16 * self.scales.size
+
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
         return pack(self.codes, self.spec.code_bits)

@@ -52,13 +52,14 @@ def outside(network: nn.Module, config: dict, job: Job) -> tuple[dict[str, mx.ar
     return tensors, widths, config
 
 
-def config_of(config: dict, job: Job, plain: dict[str, dict], layers: dict[str, dict],
-            tokens: Calibration) -> dict:
+def config_of(config: dict, job: Job, tokens: Calibration, plain: dict[str, dict],
+              layers: dict[str, dict], replicas: dict[str, dict]) -> dict:
+    """config.json of the result; ``plain``, ``layers`` and ``replicas`` are those of its blocks."""
     default = {"group_size": job.spec.group_size, "bits": job.spec.code_bits}
     if default["group_size"] not in PLAIN_GROUPS:
         default = {"group_size": 64, "bits": 4}
     quantization = {**default, **{p: e for p, e in plain.items() if e != default}}
     config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     config |= {"quantization": quantization, "quantization_config": quantization}
-    config = formats.config_with(config, layers)
+    config = formats.config_with(config, layers, replicas)
     return config | {"mlxquant_record": record(job, tokens)}

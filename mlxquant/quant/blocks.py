@@ -1,36 +1,24 @@
-"""Quantise one block: balance, rotate and quantise each set of sibling layers.
-
-The result is what the checkpoint stores: tensors by path, the plain layers'
-widths, and descriptions of layers that stock mlx-lm does not have.
-"""
+"""Quantise one block: balance, rotate and quantise each set of sibling layers."""
 
 import zlib
-from dataclasses import dataclass, field, replace
-from typing import Iterator
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.layers import formats, grouped
-from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
-from mlxquant.quant import awq, gptq, hadamard, rtn, smoothquant
-from mlxquant.quant.affine import Affine
+from mlxquant.layers import formats
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quant import awq, gptq, hadamard, replica, rtn, salient, smoothquant
 from mlxquant.quant.capture import Observation, linears
+from mlxquant.quant.envelope import Replicas
 from mlxquant.quant.graph import linear_before, norm_before, shared_factors
-from mlxquant.quant.spec import PLAIN_GROUPS, Overrides, Spec
+from mlxquant.quant.spec import Overrides, Spec
 from mlxquant.quant.statistics import Statistics
+from mlxquant.quant.storing import BlockResult, Quantised, store, store_replicas
 
-_METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant}
-
-
-@dataclass
-class BlockResult:
-    """Tensors by path in the block; ``plain`` and ``layers`` are their entries in config.json."""
-
-    tensors: dict[str, mx.array] = field(default_factory=dict)
-    plain: dict[str, dict] = field(default_factory=dict)
-    layers: dict[str, dict] = field(default_factory=dict)
+_METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant,
+            "replica": replica}
 
 
 @dataclass(frozen=True)
@@ -85,9 +73,39 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
         statistics = _rotated(statistics, signs, size)
         transform |= {"rotation_signs": signs, "rotation_block": size}
     activation = _calibrated(context.activation, statistics)
-    for affine_by_path in _stacked(weights, specs, statistics, context):
-        for path, affine in affine_by_path.items():
-            _store(path, modules[path], affine, transform, activation, context, result)
+    for kind, paths in _by_spec(specs).items():
+        made = _quantise({path: weights[path] for path in paths}, statistics, kind, context)
+        if kind.method == "replica":
+            store_replicas(made, modules, kind, transform, context.dtype, result)
+            continue
+        for path, quantised in made.items():
+            store(path, modules[path], quantised, transform, activation, context.dtype, result)
+
+
+def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
+    kinds: dict[Spec, list[str]] = {}
+    for path, spec in specs.items():
+        kinds.setdefault(spec, []).append(path)
+    return kinds
+
+
+def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
+              context: Context) -> dict[str, Quantised | Replicas]:
+    """Siblings of one spec as one matrix: rows are independent, the input is shared."""
+    if spec.group_size == -1 and len(weights) > 1:  # one scale per matrix: they must stay apart
+        apart = [_quantise({path: weight}, statistics, spec, context) for path, weight in weights.items()]
+        return {path: made for one in apart for path, made in one.items()}
+    stack, rows = mx.concatenate(list(weights.values())), [len(weight) for weight in weights.values()]
+    options = {"correction": context.correction} if spec.method in ("gptq", "replica") else {}
+    method = _METHODS[spec.method].quantise
+    if spec.method == "replica":
+        parts = method(stack, statistics, spec, context.dtype, **options).split(rows)
+    elif spec.salient:
+        parts = salient.quantise(stack, statistics, spec, spec.salient_count(stack.shape[1]), context.dtype,
+                                 method, **options).split(rows)
+    else:
+        parts = map(Quantised, method(stack, statistics, spec, context.dtype, **options).split(rows))
+    return dict(zip(weights, parts))
 
 
 def quantise_trial(block: nn.Module, prefix: str, path: str, spec: Spec, statistics: Statistics,
@@ -98,26 +116,8 @@ def quantise_trial(block: nn.Module, prefix: str, path: str, spec: Spec, statist
     if spec.rotation == "online":
         signs, size = _rotation(seed, prefix, path, statistics)
         weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
-    affine = _METHODS[spec.method].quantise(weight, statistics, spec)
-    stored = 8 * (affine.packed().nbytes + 2 * 2 * affine.scales.size)
-    return affine.dequantise() - weight, statistics.hessian, stored
-
-
-def _stacked(weights: dict[str, mx.array], specs: dict[str, Spec], statistics: Statistics,
-             context: Context) -> Iterator[dict[str, Affine]]:
-    """Quantise siblings of one spec as one matrix: rows are independent, the input is shared."""
-    for spec in dict.fromkeys(specs.values()):
-        paths = [path for path in weights if specs[path] == spec]
-        if spec.group_size == -1:  # one scale per matrix: the matrices must stay apart
-            groups = [[path] for path in paths]
-        else:
-            groups = [paths]
-        for group in groups:
-            rows = [len(weights[path]) for path in group]
-            stack = mx.concatenate([weights[path] for path in group])
-            options = {"correction": context.correction} if spec.method == "gptq" else {}
-            whole = _METHODS[spec.method].quantise(stack, statistics, spec, context.dtype, **options)
-            yield dict(zip(group, whole.split(rows)))
+    made = _METHODS[spec.method].quantise(weight, statistics, spec)
+    return made.dequantise() - weight, statistics.hessian, made.stored_bits()
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:
@@ -171,35 +171,9 @@ def _rotation(seed: int, prefix: str, path: str, statistics: Statistics) -> tupl
     return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
-def _store(path: str, linear: nn.Linear, affine: Affine, transform: dict,
-           activation: ActivationSpec | None, context: Context, result: BlockResult) -> None:
-    inner = f"{path}.linear" if transform or activation else path
-    entry: dict = {}
-    if affine.spec.group_size in PLAIN_GROUPS:
-        result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.code_bits}
-        result.tensors |= {f"{inner}.weight": affine.packed(),
-                           f"{inner}.scales": affine.scales.astype(context.dtype),
-                           f"{inner}.biases": affine.biases.astype(context.dtype)}
-    else:
-        entry["grouped"] = {"bits": affine.spec.code_bits, "group_size": affine.spec.group_size}
-        result.tensors |= {f"{inner}.{name}": array
-                           for name, array in grouped.tensors_of(affine, context.dtype).items()}
-    if "bias" in linear:
-        result.tensors[f"{inner}.bias"] = linear.bias.astype(context.dtype)
-    if inner != path:
-        layer = TransformedLinear(linear, activation=activation, **transform)
-        entry["transform"] = layer.describe()
-        own = {name: array for name, array in tree_flatten(layer.parameters())
-               if not name.startswith("linear.")}
-        result.tensors |= {f"{path}.{name}": array.astype(context.dtype) if name == "input_scale"
-                           else array for name, array in own.items()}
-    if entry:
-        result.layers[path] = entry
-
-
 def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
     """Load a result into ``block``, which then runs as the checkpoint will."""
-    formats.install(block, result.layers)
+    formats.install(block, result.layers, result.replicas)
 
     def predicate(path: str, module: nn.Module):
         return result.plain.get(path, False) if hasattr(module, "to_quantized") else False

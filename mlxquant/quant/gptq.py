@@ -20,7 +20,7 @@ same asymmetry as GPTAQ, https://arxiv.org/abs/2504.02692).
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels.column_sweep import round_columns
+from mlxquant.kernels.column_sweep import sweep_columns
 from mlxquant.quant.affine import Affine, expand, fit
 from mlxquant.quant.refine import refine
 from mlxquant.quant.spec import Spec
@@ -28,7 +28,6 @@ from mlxquant.quant.statistics import Statistics
 
 DAMPING = 0.01
 CORRECTION = 0.5
-_BLOCK = 64
 
 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dtype = mx.float16, *,
@@ -43,14 +42,21 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     weight, hessian = weight.astype(mx.float32), damped(np.array(statistics.hessian, np.float64))
     start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
     scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
-    order = np.argsort(-hessian.diagonal(), kind="stable") if spec.act_order else np.arange(len(hessian))
-    in_order, back = mx.array(order), mx.array(np.argsort(order))
-    feedback = mx.array(feedback_matrix(hessian[np.ix_(order, order)]).astype(np.float32))
-    codes = sweep(*(x[:, in_order] for x in (weight, scales, biases)), feedback, spec.levels)
-    swept = Affine(codes[:, back].astype(mx.uint8), start.scales, start.biases, spec)
+    codes = ordered_sweep(weight, scales, biases, hessian, spec)
+    swept = Affine(codes.astype(mx.uint8), start.scales, start.biases, spec)
     result = refine(weight, swept, mx.array(hessian.astype(np.float32)), spec.refine, dtype)
     mx.eval(result.codes, result.scales, result.biases)
     return result
+
+
+def ordered_sweep(weight: mx.array, scales: mx.array, biases: mx.array, hessian: np.ndarray,
+                  spec: Spec) -> mx.array:
+    """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n),
+    for the damped ``hessian``; columns in the order that ``spec`` says."""
+    order = np.argsort(-hessian.diagonal(), kind="stable") if spec.act_order else np.arange(len(hessian))
+    in_order, back = mx.array(order), mx.array(np.argsort(order))
+    feedback = mx.array(feedback_matrix(hessian[np.ix_(order, order)]).astype(np.float32))
+    return sweep_columns(*(x[:, in_order] for x in (weight, scales, biases)), feedback, spec.levels)[:, back]
 
 
 def correct(weight: mx.array, statistics: Statistics, amount: float) -> mx.array:
@@ -72,19 +78,3 @@ def feedback_matrix(hessian: np.ndarray) -> np.ndarray:
     """Strictly upper A with A_ij = V_ij / V_jj for a definite H = V Vᵀ, V upper, in float64."""
     upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
     return np.triu(upper / upper.diagonal(), 1)
-
-
-def sweep(weight: mx.array, scales: mx.array, biases: mx.array, feedback: mx.array,
-          levels: int) -> mx.array:
-    """Codes (m, n) float32 of ``weight`` (m, n), given elementwise scales and biases (m, n)
-    and the feedback matrix (n, n)."""
-    codes, errors = [], mx.zeros((len(weight), 0))
-    for start in range(0, weight.shape[1], _BLOCK):
-        inside = slice(start, start + _BLOCK)
-        wanted = weight[:, inside] - errors @ feedback[:start, inside]
-        block, error = round_columns(weight[:, inside], wanted, scales[:, inside], biases[:, inside],
-                                     feedback[inside, inside], levels)
-        codes.append(block)
-        errors = mx.concatenate([errors, error], axis=1)
-        mx.eval(errors, block)
-    return mx.concatenate(codes, axis=1)

@@ -35,6 +35,8 @@ class Job:
         if self.propagation not in PROPAGATIONS:
             raise BadValue(f"propagation is {self.propagation!r}, allowed are {', '.join(PROPAGATIONS)}")
         methods = {self.spec.method, *(changes.get("method") for _, changes in self.overrides.rules)}
+        if "replica" in methods and self.activation is not None:
+            raise BadValue("replica does not quantise activations: leave --activation-bits out")
         if "smoothquant" in methods and self.activation is None:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
 

@@ -8,22 +8,24 @@ import mlx.core as mx
 
 from mlxquant import __version__
 from mlxquant.errors import MlxquantError
-from mlxquant.quant.blocks import BlockResult
+from mlxquant.quant.storing import BlockResult
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.job import Job, record
 from mlxquant.quant.walk import identity
 from mlxquant.storage import save_arrays, write_json
 
+_ENTRIES = ("plain", "layers", "replicas")
+
 
 def write_result(file: Path, prefix: str, result: BlockResult) -> None:
     save_arrays(file, {f"{prefix}.{p}": a for p, a in result.tensors.items()},
-                {"plain": json.dumps(result.plain), "layers": json.dumps(result.layers)})
+                {name: json.dumps(getattr(result, name)) for name in _ENTRIES})
 
 
 def read_result(file: Path, prefix: str) -> BlockResult:
     tensors, metadata = mx.load(str(file), return_metadata=True)
     return BlockResult({p.removeprefix(f"{prefix}."): a for p, a in tensors.items()},
-                       json.loads(metadata["plain"]), json.loads(metadata["layers"]))
+                       *(json.loads(metadata[name]) for name in _ENTRIES))
 
 
 def open_partial(output: Path, folder: Path, job: Job, tokens: Calibration) -> Path:

@@ -23,13 +23,14 @@ from mlxquant.models import resolve
 from mlxquant.quant import calibration, rotation
 from mlxquant.quant.assembly import config_of, outside, stored_dtype, turn_of
 from mlxquant.quant.assignment import Target, assign
-from mlxquant.quant.blocks import BlockResult, Context, quantise_block, rebuild
+from mlxquant.quant.blocks import Context, quantise_block, rebuild
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.capture import observe
 from mlxquant.quant.gptq import CORRECTION
 from mlxquant.quant.job import Job, Outcome, Progress
 from mlxquant.quant.partial import open_partial, read_result, write_result
 from mlxquant.quant.spec import Overrides, Spec
+from mlxquant.quant.storing import BlockResult
 from mlxquant.quant.walk import dense_block, enter, float_walk
 from mlxquant.roofline.traffic import leaf_modules
 
@@ -37,9 +38,9 @@ from mlxquant.roofline.traffic import leaf_modules
 def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int | str = 4,
              group_size: int = 64, rotation: str | None = None, data: list[str] | None = None,
              samples: int = calibration.SAMPLES, sequence_length: int = calibration.SEQUENCE_LENGTH,
-             symmetric: bool = False, act_order: bool = True, refine: int = 3,
-             propagation: str = "quantised", overrides: tuple[tuple[str, dict], ...] = (),
-             target: Target | None = None, embedding_bits: int | None = None,
+             symmetric: bool = False, salient: float = 0.0, replicas: int = 4, replica_group: int = 0,
+             act_order: bool = True, refine: int = 3, propagation: str = "quantised",
+             overrides: tuple[tuple[str, dict], ...] = (), target: Target | None = None, embedding_bits: int | None = None,
              activation: ActivationSpec | None = None, alpha: float | None = None, seed: int = 0,
              revision: str | None = None, progress: Progress = lambda *_: None) -> Outcome:
     """Quantise the model called ``name`` into the new folder ``output``.
@@ -51,7 +52,8 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
     """
     spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
-                act_order=act_order, refine=refine, rotation=rotation)
+                act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
+                replica_group=replica_group, salient=salient)
     job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed)
     folder = resolve(name, revision=revision)
     network, config = open_lazily(folder)
@@ -79,18 +81,17 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
     context = Context(job.overrides, config["model_type"], stored_dtype(network), job.seed,
                       CORRECTION if job.propagation == "corrected" else 0.0, job.activation, job.alpha)
     files = [partial / f"block-{index:04d}.safetensors" for index in range(len(network.layers))]
-    plain, layers = {}, {}
+    entries: dict[str, dict] = {"plain": widths, "layers": {}, "replicas": {}}
     if job.propagation == "float":
         results = _on_float(network, folder, context, tokens, files, turn)
     else:
         results = _on_quantised(network, context, tokens, files, turn)
     for index, result in enumerate(results):
-        prefix = f"model.layers.{index}"
-        plain |= {f"{prefix}.{path}": entry for path, entry in result.plain.items()}
-        layers |= {f"{prefix}.{path}": entry for path, entry in result.layers.items()}
+        for kind, known in entries.items():
+            known |= {f"model.layers.{index}.{path}": entry for path, entry in getattr(result, kind).items()}
         network.layers[index] = None  # the block's memory is free again
         progress(index + 1, len(files), time.perf_counter() - start)
-    config = config_of(outer_config, job, plain | widths, layers, tokens)
+    config = config_of(outer_config, job, tokens, **entries)
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
         yield from others.items()
@@ -121,7 +122,7 @@ def _check(network: nn.Module, config: dict, job: Job) -> None:
             if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
                 full = f"model.layers.{index}.{path}"
                 columns = module.weight.shape[1] * 32 // getattr(module, "bits", 32)
-                job.overrides.spec_for(full).group_for(columns, full)
+                job.overrides.spec_for(full).check(columns, full)
 
 
 def _on_float(network: nn.Module, folder: Path, context: Context, tokens: Calibration, files: list[Path],

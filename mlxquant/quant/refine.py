@@ -10,10 +10,9 @@ solve a system of 2G equations for its G groups.
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels.column_sweep import round_columns
+from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quant.affine import Affine, expand
 
-_BLOCK = 64
 _CHUNK = 1 << 26  # entries of the systems that are held at once
 _RIDGE = 1e-6
 
@@ -38,25 +37,10 @@ def row_errors(weight: mx.array, affine: Affine, hessian: mx.array) -> mx.array:
 
 
 def move_codes(weight: mx.array, start: Affine, hessian: mx.array) -> Affine:
-    """Every code once to the level that is best with all others as they are, column by column.
-
-    The best value of column j is v_j − slope_j / H_jj, and a change e_i of an earlier
-    column moves it by e_i H_ij / H_jj: GPTQ's sweep with other numbers.
-    """
-    values = start.dequantise()
+    """Every code once to the level that is best with all others as they are."""
     scales, biases = expand(start.scales, start.group), expand(start.biases, start.group)
-    slope = (values - weight) @ hessian  # half the loss's gradient by Ŵ
-    curvature, moved = hessian.diagonal(), []
-    feedback = hessian / curvature
-    for first in range(0, weight.shape[1], _BLOCK):
-        inside = slice(first, first + _BLOCK)
-        best = values[:, inside] - slope[:, inside] / curvature[inside]
-        codes, changes = round_columns(values[:, inside], best, scales[:, inside], biases[:, inside],
-                                       mx.triu(feedback[inside, inside], 1), start.spec.levels)
-        slope = slope + changes @ hessian[inside]
-        moved.append(codes)
-        mx.eval(slope, codes)
-    return Affine(mx.concatenate(moved, axis=1).astype(mx.uint8), start.scales, start.biases, start.spec)
+    codes = move_columns(weight, start.codes.astype(mx.float32), scales, biases, hessian, start.spec.levels)
+    return Affine(codes.astype(mx.uint8), start.scales, start.biases, start.spec)
 
 
 def refit(weight: mx.array, start: Affine, hessian: mx.array, dtype: mx.Dtype = mx.float16) -> Affine:

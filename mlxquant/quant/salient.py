@@ -8,8 +8,9 @@ the loss of errors e is e H eᵀ; once those of the rest R are fixed it is least
 
 So any method that lowers e H eᵀ quantises the rest for the loss after the kept
 columns have made up for its errors, if it is given that Schur complement for H;
-then they make up for them. H is damped as in GPTQ throughout. Measured on
-SmolLM2's inputs, that beats both H as it is and H_RR (see the tests for the order).
+then they do. H is damped as in GPTQ throughout. One channel in a hundred kept so on
+nine inputs of SmolLM2 left 0.90 of GPTQ's output error at 2 bits, on other text than
+the calibration's: with H_RR in place of the complement 0.92, with H itself 0.99.
 """
 
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mlxquant.quant import gptq
 from mlxquant.quant.affine import Affine, expand, nearest
 from mlxquant.quant.spec import Spec
 from mlxquant.quant.statistics import Statistics
+from mlxquant.quant.storing import Quantised
 
 MEASURES = ("energy", "magnitude")
 
@@ -50,12 +52,11 @@ def select(weight: mx.array, statistics: Statistics, count: int, measure: str = 
 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, count: int,
              dtype: mx.Dtype = mx.float16, method: Callable[..., Affine] = gptq.quantise, *,
-             correction: float = 0.0, measure: str = "energy") -> tuple[Affine, np.ndarray, mx.array]:
+             correction: float = 0.0, measure: str = "energy") -> Quantised:
     """Quantise ``weight`` (m, n) by ``method`` but for the ``count`` columns that ``select`` names.
 
-    Returns the codes of all columns, the kept columns (k,), and their residual (m, k)
-    in ``dtype``: the wanted weight is ``dequantise()`` with the residual added to those
-    columns. ``method`` is the ``quantise`` of rtn, awq, smoothquant or gptq;
+    The residual (m, k) is in ``dtype``; the wanted weight is ``dequantise()`` with it added
+    to the kept columns. ``method`` is the ``quantise`` of rtn, awq, smoothquant or gptq;
     ``correction`` moves the target first, as in ``gptq``. With a count of 0 the result is
     the method's own. Raises as ``select``, and ``BadValue`` if groups do not divide n.
     """
@@ -63,7 +64,7 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, count: int,
         weight = gptq.correct(weight, statistics, correction)
     kept = select(weight, statistics, count, measure)
     if not len(kept):
-        return method(weight, statistics, spec, dtype), kept, mx.zeros((len(weight), 0), dtype)
+        return Quantised(method(weight, statistics, spec, dtype))
     weight = weight.astype(mx.float32)
     hessian = gptq.damped(np.array(statistics.hessian, np.float64))
     rest = replace(statistics, hessian=mx.array(without(hessian, kept).astype(np.float32)), cross=None)
@@ -113,7 +114,7 @@ def _level_out(weight: mx.array, kept: np.ndarray, spec: Spec) -> mx.array:
 
 
 def _with_residual(affine: Affine, kept: np.ndarray, wanted: mx.array,
-                   dtype: mx.Dtype) -> tuple[Affine, np.ndarray, mx.array]:
+                   dtype: mx.Dtype) -> Quantised:
     """The kept columns of ``affine`` at their nearest codes, and what is then missing."""
     columns = mx.array(kept)
     scales, biases = (expand(x, affine.group)[:, columns] for x in (affine.scales, affine.biases))
@@ -122,4 +123,4 @@ def _with_residual(affine: Affine, kept: np.ndarray, wanted: mx.array,
     places = mx.broadcast_to(columns, codes.shape)
     affine = replace(affine, codes=mx.put_along_axis(affine.codes, places, codes.astype(mx.uint8), axis=1))
     mx.eval(affine.codes, residual)
-    return affine, kept, residual
+    return Quantised(affine, kept, residual)

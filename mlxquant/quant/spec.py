@@ -7,8 +7,42 @@ from mlxquant.errors import BadValue
 
 WIDTHS = (1, "ternary", 2, 3, 4, 5, 6, 8)
 PLAIN_GROUPS = (32, 64, 128)  # those that MLX's own kernels have
-METHODS = ("rtn", "gptq", "awq", "smoothquant")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "replica")
 ROTATIONS = (None, "online", "fused")
+REPLICA_WIDTHS = (1, "ternary", 2, 3, 4)
+REPLICA_GROUPS = (0, 8, 16, 32, 64)
+MOST_REPLICAS = 16
+ROTATION_BLOCKS = (0, *(1 << k for k in range(14)))
+
+
+@dataclass(frozen=True)
+class ReplicaShape:
+    """What siblings have in common: width of a code, replicas K, inputs per group G (0: plain),
+    and block of the rotation (0: none). Raises ``BadValue`` for what is not allowed."""
+
+    bits: int | str = 2
+    replicas: int = 4
+    replica_group: int = 0
+    rotation_block: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (("bits", REPLICA_WIDTHS), ("replicas", range(1, MOST_REPLICAS + 1)),
+                              ("replica_group", REPLICA_GROUPS), ("rotation_block", ROTATION_BLOCKS)):
+            value = getattr(self, name)
+            if type(value) not in (int, str) or value not in allowed:
+                raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")
+
+    def check(self, inputs: int, path: str) -> None:
+        """Raises ``BadValue`` unless group and rotation block divide the ``inputs`` of ``path``."""
+        for name, sizes in (("replica_group", REPLICA_GROUPS), ("rotation_block", ROTATION_BLOCKS)):
+            size = getattr(self, name)
+            if size and inputs % size:
+                fitting = [s for s in sizes if not s or inputs % s == 0]
+                raise BadValue(f"{name} {size} does not divide the {inputs} inputs of {path}; "
+                               f"allowed are {', '.join(map(str, fitting))}")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -20,7 +54,9 @@ class Spec:
     the whole row (per channel), −1 the whole matrix (per tensor). ``symmetric``
     levels mirror around zero. GPTQ takes the most active inputs first with
     ``act_order``, and improves its result in ``refine`` rounds (``quant/refine.py``).
-    Raises ``BadValue`` for what is not allowed.
+    The method ``replica`` has no groups but ``replicas`` scalings, their inputs' side constant
+    over ``replica_group`` inputs (0: none). ``salient`` is the share of inputs that keep 16
+    bits (``quant/salient.py``). Raises ``BadValue`` for what is not allowed.
     """
 
     bits: int | str = 4
@@ -30,6 +66,9 @@ class Spec:
     act_order: bool = True
     refine: int = 3
     rotation: str | None = None
+    replicas: int = 4
+    replica_group: int = 0
+    salient: float = 0.0
 
     def __post_init__(self):
         _check("bits", self.bits, WIDTHS)
@@ -38,6 +77,11 @@ class Spec:
         if type(self.group_size) is not int or self.group_size < -1:
             raise BadValue(f"group_size is {self.group_size!r}, allowed are a positive number, "
                            "0 (per channel) and -1 (per tensor)")
+        if self.method == "replica":
+            self.replica_shape(64)
+        if not 0 <= self.salient <= 0.5 or self.salient and self.method == "replica":
+            raise BadValue(f"salient is {self.salient!r} with {self.method}, allowed are shares of inputs "
+                           "from 0 to 0.5, and 0 with replica")
         if type(self.refine) is not int or not 0 <= self.refine <= 100:
             raise BadValue(f"refine is {self.refine!r}, allowed are 0 to 100 rounds")
 
@@ -65,11 +109,21 @@ class Spec:
                            f"sizes that do: {', '.join(map(str, fitting)) or columns}")
         return group
 
-    @property
-    def plain(self) -> bool:
-        """Whether stock mlx-lm can load the result: MLX's groups, no online transform."""
-        return (self.group_size in PLAIN_GROUPS and self.rotation != "online"
-                and self.method != "smoothquant")
+    def salient_count(self, columns: int) -> int:
+        """How many of ``columns`` inputs keep 16 bits."""
+        return max(1, round(self.salient * columns)) if self.salient else 0
+
+    def check(self, columns: int, path: str) -> None:
+        """Raise ``BadValue`` unless groups or replicas divide the ``columns`` inputs of ``path``."""
+        if self.method == "replica":
+            self.replica_shape(0).check(columns, path)
+        else:
+            self.group_for(columns, path)
+
+    def replica_shape(self, rotation_block: int) -> ReplicaShape:
+        """What a replicated layer of this spec stores; raises ``BadValue`` for what is not allowed."""
+        return ReplicaShape(self.bits, self.replicas, self.replica_group,
+                            rotation_block if self.rotation == "online" else 0)
 
     def as_dict(self) -> dict:
         return asdict(self)
