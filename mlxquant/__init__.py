@@ -20,6 +20,7 @@ _HOME = {
     "Sampling": "sampling",
     "evaluate": "evaluation.perplexity",
     "quantize": "quant.pipeline",
+    "tune": "tuning.tune",
     "inspect": "inspection",
     "resolve": "models",
     "MlxquantError": "errors",

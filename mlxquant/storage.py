@@ -27,6 +27,28 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
                        f"which has {free / 1e9:.2f} GB free")
 
 
+def refuse_existing(target: Path) -> None:
+    """Raise ``MlxquantError`` where ``target`` is a file or a folder that holds something."""
+    if target.is_file() or target.is_dir() and any(target.iterdir()):
+        raise MlxquantError(f"{target} already exists; choose another output path or remove it")
+
+
+def working_folder(output: Path, job: str, record: dict) -> Path:
+    """``OUT.partial``, where a long job that makes ``output`` keeps its state.
+
+    ``job`` identifies it; ``record`` is for people. Raises ``MlxquantError`` where the
+    folder belongs to another job.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    marker = partial / "job.json"
+    if not partial.exists():
+        write_json(marker, {"job": job, **record})
+    elif not marker.exists() or json.loads(marker.read_text())["job"] != job:
+        raise MlxquantError(f"{partial} holds the unfinished work of another job; "
+                            "remove it or choose another output path")
+    return partial
+
+
 @contextmanager
 def new_folder(target: Path):
     """Yield a scratch folder that becomes ``target`` if the block succeeds.
@@ -35,8 +57,7 @@ def new_folder(target: Path):
     on any failure, Ctrl-C included, it is removed and ``target`` is untouched.
     Raises ``MlxquantError`` where ``target`` already holds something.
     """
-    if target.is_dir() and any(target.iterdir()) or target.is_file():
-        raise MlxquantError(f"{target} already exists; choose another output path or remove it")
+    refuse_existing(target)
     scratch = _scratch(target, tempfile.mkdtemp)
     try:
         yield scratch

@@ -13,6 +13,7 @@ from mlxquant.evaluation.by_layer import check_plot
 from mlxquant.evaluation.divergence import divergence
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import LanguageModel, load
+from mlxquant.quant.assignment import Target
 from mlxquant.quant.pipeline import quantize
 
 # A row's name → options of ``quantize``.
@@ -21,16 +22,26 @@ METHODS: dict[str, dict] = {
     "awq": dict(method="awq"),
     "gptq": dict(method="gptq"),
     "gptq-corrected": dict(method="gptq", propagation="corrected"),
+    "gptq-fast": dict(method="gptq", propagation="float", refine=0),
+    "gptq-mixed": dict(method="gptq", mixed=True),
+    "gptq-salient": dict(method="gptq", salient=0.01),
     "gptq-rotated": dict(method="gptq", rotation="online"),
     "gptq-rotated-corrected": dict(method="gptq", rotation="online", propagation="corrected"),
     "gptq-fused": dict(method="gptq", rotation="fused"),
     "w8a8": dict(method="smoothquant", group_size=0, alpha=0.0, activation=ActivationSpec()),
     "smoothquant": dict(method="smoothquant", group_size=0, alpha=0.5, activation=ActivationSpec()),
     "smoothquant-searched": dict(method="smoothquant", group_size=0, activation=ActivationSpec()),
+    "w8a8-rotated": dict(method="smoothquant", group_size=0, alpha=0.0, rotation="online",
+                         activation=ActivationSpec()),
+    "smoothquant-rotated": dict(method="smoothquant", group_size=0, alpha=0.5, rotation="online",
+                                activation=ActivationSpec()),
     "w8a8-tensor": dict(method="smoothquant", group_size=0, alpha=0.0,
                         activation=ActivationSpec(granularity="tensor")),
     "smoothquant-tensor": dict(method="smoothquant", group_size=0, alpha=0.5,
                                activation=ActivationSpec(granularity="tensor")),
+    **{f"replica-{k}": dict(method="replica", replicas=k, rotation="online") for k in (1, 2, 4, 8, 16)},
+    **{f"replica-{k}-g{g}": dict(method="replica", replicas=k, replica_group=g, rotation="online")
+       for k, g in ((4, 16), (8, 16), (8, 32), (16, 32))},
 }
 
 
@@ -82,12 +93,15 @@ def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int |
                 settings = {"group_size": group_size, **METHODS[method], **options}
                 if "activation" in settings and width != 8:
                     continue
+                if settings.pop("mixed", False):  # as many bits as uniform widths would take
+                    settings["target"] = Target(bits_per_weight=width + 32 / group_size)
                 progress(f"{method} at {width} bits")
                 folder = (keep or Path(scratch)) / f"{method}-{width}"
                 outcome = quantize(name, folder, bits=width, **settings)
                 student = load(str(folder), dense=True)
                 yield _row(method, student, teacher, text, protocol, bits=width,
                            group_size=settings["group_size"], rotated="rotation" in settings,
+                           replicas=settings.get("replicas"), replica_group=settings.get("replica_group"),
                            seconds=outcome.seconds, peak_memory_gb=outcome.peak_memory / 1e9)
                 del student
                 mx.clear_cache()
@@ -96,10 +110,10 @@ def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int |
 
 
 def _row(method: str, student: LanguageModel, teacher: LanguageModel, text, protocol: dict, *,
-         rotated: bool = False, seconds: float | None = None, peak_memory_gb: float | None = None,
-         **shape) -> Row:
+         rotated: bool = False, replicas: int | None = None, replica_group: int | None = None,
+         seconds: float | None = None, peak_memory_gb: float | None = None, **shape) -> Row:
     quality = divergence(student, teacher, text, **protocol)
-    return Row(method=method, rotated=rotated, replicas=None, replica_group=None, tuned=False,
+    return Row(method=method, rotated=rotated, replicas=replicas, replica_group=replica_group, tuned=False,
                bits_per_weight=quality.bits_per_weight, file_bytes=quality.file_bytes,
                perplexity=quality.perplexity, kl_mean=quality.kl_mean,
                top1_agreement=quality.top1_agreement, seconds=seconds,

@@ -7,12 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxquant import __version__
-from mlxquant.errors import MlxquantError
 from mlxquant.quant.storing import BlockResult
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.job import Job, record
 from mlxquant.quant.walk import identity
-from mlxquant.storage import save_arrays, write_json
+from mlxquant.storage import save_arrays, working_folder
 
 _ENTRIES = ("plain", "layers", "replicas")
 
@@ -30,15 +29,5 @@ def read_result(file: Path, prefix: str) -> BlockResult:
 
 def open_partial(output: Path, folder: Path, job: Job, tokens: Calibration) -> Path:
     """The working folder of this very job; raises where it belongs to another."""
-    known_as = identity(folder, asdict(job), tokens.digest, __version__)
-    partial = output.with_name(f"{output.name}.partial")
-    marker = partial / "job.json"
-    if partial.exists():
-        known = json.loads(marker.read_text())["job"] if marker.exists() else None
-        if known != known_as:
-            raise MlxquantError(f"{partial} holds the unfinished work of another job; "
-                                "remove it or choose another output path")
-        return partial
-    partial.mkdir(parents=True)
-    write_json(marker, {"job": known_as, **record(job, tokens)})
-    return partial
+    job_identity = identity(folder, asdict(job), tokens.digest, __version__)
+    return working_folder(output, job_identity, record(job, tokens))

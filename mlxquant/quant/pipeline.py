@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant import checkpoint
-from mlxquant.errors import MlxquantError, Unsupported
+from mlxquant.errors import Unsupported
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import load, open_lazily, open_tokenizer
@@ -33,6 +33,7 @@ from mlxquant.quant.spec import Overrides, Spec
 from mlxquant.quant.storing import BlockResult
 from mlxquant.quant.walk import dense_block, enter, float_walk
 from mlxquant.roofline.traffic import leaf_modules
+from mlxquant.storage import refuse_existing
 
 
 def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int | str = 4,
@@ -58,7 +59,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     folder = resolve(name, revision=revision)
     network, config = open_lazily(folder)
     _check(network, config, job)
-    _refuse_existing(Path(output))
+    refuse_existing(Path(output))
     if data:
         tokens = calibration.from_files(open_tokenizer(folder, config), data, samples,
                                         sequence_length, seed)
@@ -71,7 +72,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
 
 def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Progress) -> Outcome:
     """Quantise a resolved folder; see ``quantize``."""
-    _refuse_existing(output)
+    refuse_existing(output)
     start = time.perf_counter()
     mx.reset_peak_memory()
     network, config = open_lazily(folder)
@@ -101,11 +102,6 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
     checkpoint.write(output, config, tensors(), checkpoint.side_files(folder))
     shutil.rmtree(partial)
     return Outcome(output, time.perf_counter() - start, mx.get_peak_memory())
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise MlxquantError(f"{output} already exists; choose another output path or remove it")
 
 
 def _check(network: nn.Module, config: dict, job: Job) -> None:

@@ -1,0 +1,1 @@
+"""Train what is left free when a model's codes are fixed: scales, on the original's predictions."""

@@ -1,0 +1,141 @@
+"""A quantised network whose scales can be trained while its codes stay.
+
+Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are
+relative, so that one learning rate fits scalings of every magnitude. Codes are
+unpacked once and matrices built from them in every step, which for hundreds of
+tokens costs little beside the products.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxquant.errors import Unsupported
+from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.salient import SalientLinear
+from mlxquant.layers.transformed import TransformedLinear
+from mlxquant.quant.affine import unpack
+
+
+class UnpackedAffine(nn.Module):
+    """y = x Wᵀ with W = scale·q + bias by groups of inputs; differentiable by scales and biases.
+
+    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear`` and keeps its
+    parameters' names. ``levels`` (m, n) uint8 are held outside the parameters.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if isinstance(layer, GroupedLinear):
+            columns, codes = layer.shape[1], layer.codes
+        else:
+            columns, codes = layer.weight.shape[1] * 32 // layer.bits, layer.weight
+        self._levels = unpack(codes, layer.bits, columns)
+        self.scales, self.biases = layer.scales, layer.biases
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows, groups = self.scales.shape
+        levels = self._levels.astype(x.dtype).reshape(len(self._levels), groups, -1)
+        scales, biases = (a.astype(x.dtype)[..., None] for a in (self.scales, self.biases))
+        y = x @ (scales * levels + biases).reshape(self._levels.shape).T
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+class Trainable:
+    """The arrays of a network that are trained, by path, and the network as they make it.
+
+    ``norms`` trains the weights of normalisation layers too. What is not trained is
+    cast to ``dtype``, in which the network then computes. Raises ``Unsupported`` where
+    nothing in the network has scales.
+    """
+
+    def __init__(self, network: nn.Module, dtype: mx.Dtype, norms: bool = True):
+        self.network, self.dtype = network, dtype
+        self.stored = {path: array.dtype for path, array in tree_flatten(network.parameters())}
+        _unpack(network)
+        self.base, self.size = _trained(network, norms)
+        if not any(path.endswith(("replica_out", "scales")) for path in self.base):
+            raise Unsupported("the model has no quantised layers in its body: there is nothing to tune")
+        mx.eval(self.base, self.size)
+        kept = {path: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+                for path, array in tree_flatten(network.parameters()) if path not in self.base}
+        network.update(tree_unflatten(list(kept.items())))
+
+    def start(self) -> dict[str, mx.array]:
+        """The u of no change: zeros, float32."""
+        return {path: mx.zeros(array.shape) for path, array in self.base.items()}
+
+    def values(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The trained arrays that u = ``moved`` stands for, float32."""
+        return {path: self.base[path] + self.size[path] * u for path, u in moved.items()}
+
+    def stored_values(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The same in the types of the checkpoint."""
+        return {path: array.astype(self.stored[path]) for path, array in self.values(moved).items()}
+
+    def install(self, values: dict[str, mx.array]) -> nn.Module:
+        """The network with these values in it."""
+        self.network.update(tree_unflatten([(path, array.astype(self.dtype)) for path, array in values.items()]))
+        return self.network
+
+
+def _unpack(network: nn.Module) -> None:
+    """Codes of the body as levels, and everything quantised outside it dense."""
+    made = []
+    for path, module in network.named_modules():
+        if isinstance(module, SalientLinear) or isinstance(module, TransformedLinear) and module.activation:
+            raise Unsupported(f"{path} keeps salient inputs apart or rounds activations; "
+                              "tuning covers neither")
+        if isinstance(module, ReplicatedLinear):
+            module.keep_levels()
+        elif isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear)) and ".layers." not in path:
+            made.append((path, _dense(module)))
+        elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
+            made.append((path, UnpackedAffine(module)))
+    network.update_modules(tree_unflatten(made))
+
+
+def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
+    """Before any cast: a scale rounded to bfloat16 would move a whole group."""
+    with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
+        weight = mx.dequantize(module.weight, module.scales.astype(mx.float32), module.biases.astype(mx.float32),
+                               module.group_size, module.bits)
+        mx.eval(weight)
+    rows, columns = weight.shape
+    dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
+             else nn.Linear(columns, rows, bias="bias" in module))
+    dense.weight = weight
+    if "bias" in module:
+        dense.bias = module.bias
+    return dense
+
+
+def _trained(network: nn.Module, norms: bool) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """θ₀ and s by path. A bias of a group counts in units of its scale, an input's or output's
+    scaling in the root mean square of its replica, any other array in that of its own."""
+    base, size = {}, {}
+    for path, module in network.named_modules():
+        if isinstance(module, UnpackedAffine):
+            names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
+        elif isinstance(module, ReplicatedLinear):
+            names = {"replica_out": _rms(module.replica_out)}
+        elif isinstance(module, ReplicaInput):
+            names = {"replica_in": _rms(module.replica_in)}
+            if "column_scale" in module:
+                names["column_scale"] = mx.abs(module.column_scale)
+        elif norms and isinstance(module, nn.RMSNorm):
+            names = {"weight": _rms(module.weight)}
+        else:
+            continue
+        for name, scale in names.items():
+            base[f"{path}.{name}"] = module[name].astype(mx.float32)
+            size[f"{path}.{name}"] = scale.astype(mx.float32)
+    return base, size
+
+
+def _rms(array: mx.array) -> mx.array:
+    """Root mean square over the first axis, of each column."""
+    return mx.sqrt(mx.square(array.astype(mx.float32)).mean(0, keepdims=True))

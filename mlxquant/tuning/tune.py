@@ -1,0 +1,82 @@
+"""From a quantised folder to a tuned one: the same codes, scales trained on the original's predictions."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import mlx.core as mx
+
+from mlxquant import __version__, checkpoint
+from mlxquant.errors import BadValue
+from mlxquant.loading import load, open_lazily, open_tokenizer
+from mlxquant.models import resolve
+from mlxquant.quant import calibration
+from mlxquant.quant.walk import identity
+from mlxquant.storage import refuse_existing, working_folder
+from mlxquant.tuning.distill import Distillation, Report, Schedule
+from mlxquant.tuning.trainable import Trainable
+
+HELD_OUT = 32
+_STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where the result is; divergence on held-out sequences before and after (nats per token);
+    seconds, those of earlier parts of a resumed run apart, and peak memory in bytes."""
+
+    folder: Path
+    divergence_before: float
+    divergence_after: float
+    seconds: float
+    peak_memory: int
+
+
+def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
+         sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, seed: int = 0,
+         dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
+    """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
+
+    ``data`` are texts as for ``quantize``. ``dtype`` is that of the computation: bfloat16 on a
+    GPU and float32 on a CPU unless given; scales are trained in float32 either way. A killed run,
+    repeated, goes on at its last check. Raises ``BadValue`` for texts too short or another
+    vocabulary, ``Unsupported`` for a model without scales to train.
+    """
+    output, folder = Path(output), resolve(name)
+    refuse_existing(output)
+    start = time.perf_counter()
+    mx.reset_peak_memory()
+    dtype = dtype or (mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)
+    network, config = open_lazily(folder)
+    original = load(teacher, dense=True)
+    if original.config.get("vocab_size") != config.get("vocab_size"):
+        raise BadValue(f"{teacher} has {original.config.get('vocab_size')} tokens and {name} "
+                       f"{config.get('vocab_size')}; a teacher needs the same vocabulary")
+    count = schedule.steps * schedule.batch_size
+    texts = calibration.from_files(open_tokenizer(folder, config), data, count + HELD_OUT, sequence_length, seed)
+    settings = {"schedule": schedule.as_dict(), "norms": norms, "seed": seed, "teacher": Path(teacher).name,
+                "data": texts.source, "sequence_length": sequence_length, "dtype": str(dtype).removeprefix("mlx.core.")}
+    job = identity(folder, identity(resolve(teacher)), settings, texts.digest, __version__)
+    student = Trainable(network, dtype, norms)  # refuses what cannot be tuned, before anything is written
+    partial = working_folder(output, job, settings)
+    training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
+                            texts.tokens[HELD_OUT:], texts.tokens[:HELD_OUT], schedule)
+    state_file = partial / _STATE
+    if state_file.exists():
+        training.restore(state_file)
+    state = training.run(progress, save=lambda: training.save(state_file))
+    record = config.get("mlxquant_record", {}) | {"tuned": settings | {
+        "divergence_before": state.first_loss, "divergence_after": state.best_loss}}
+    checkpoint.write(output, config | {"mlxquant_record": record},
+                     _tensors(folder, student.stored_values(state.best)), checkpoint.side_files(folder))
+    shutil.rmtree(partial)
+    return Tuned(output, state.first_loss, state.best_loss, time.perf_counter() - start, mx.get_peak_memory())
+
+
+def _tensors(folder: Path, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+    """The folder's tensors, trained ones in place of the old."""
+    for file in checkpoint.weight_files(folder):
+        for path, array in mx.load(str(file)).items():
+            yield path, tuned.get(path, array)

@@ -1,0 +1,117 @@
+"""Tuning: better on held-out text, never worse, resumable to the bit, codes untouched."""
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import CONFIG, random_network, write_folder
+
+from mlxquant.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.loading import open_lazily
+from mlxquant.tuning.distill import Schedule, divergence_loss
+from mlxquant.tuning.trainable import Trainable
+from mlxquant.tuning.tune import tune
+
+SCHEDULE = Schedule(steps=60, batch_size=4, learning_rate=1e-3, check_every=20)
+MADE = {"replica": dict(method="replica", bits=2, rotation="online"),
+        "grouped replica": dict(method="replica", bits="ternary", replicas=2, replica_group=16),
+        "affine": dict(method="gptq", bits=2), "rows": dict(method="gptq", bits=3, group_size=0, rotation="online")}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A source model with something to say, and a text."""
+    folder = tmp_path_factory.mktemp("tuning")
+    config = CONFIG | {"tie_word_embeddings": False}
+    network = random_network(config)
+    network.lm_head.weight = 30 * network.lm_head.weight  # random layers alone predict nothing in particular
+    write_folder(folder / "source", network, config)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4000)
+    (folder / "text.txt").write_text(" ".join(words))
+    for name, options in MADE.items():
+        mlxquant.quantize(str(folder / "source"), folder / name, data=[str(folder / "text.txt")], samples=8,
+                          sequence_length=64, **options)
+    return folder
+
+
+def run(places, name, output, **options):
+    options = {"schedule": SCHEDULE, "sequence_length": 32} | options
+    return tune(str(places / name), output, teacher=str(places / "source"), data=[str(places / "text.txt")], **options)
+
+
+def tensors(folder):
+    return mx.load(str(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tmp_path, name):
+    result = run(places, name, tmp_path / "out")
+    assert result.divergence_after < 0.8 * result.divergence_before
+    before, after = tensors(places / name), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for path, array in before.items():
+        assert after[path].dtype == array.dtype
+        if path.endswith((".codes", ".rotation_signs", ".weight")) and array.ndim == 2:
+            assert mx.array_equal(array, after[path])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
+    run(places, "replica", tmp_path / "whole")
+
+    def stop(step, steps, loss):
+        if step == 22:  # two steps after the last check
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(places, "replica", tmp_path / "stopped", progress=stop)
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(MlxquantError, match="unfinished work of another job"):
+        run(places, "replica", tmp_path / "stopped", seed=1)
+    seen = []
+    run(places, "replica", tmp_path / "stopped", progress=lambda step, *_: seen.append(step))
+    assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_what_training_spoils_is_not_written(places, tmp_path):
+    result = run(places, "affine", tmp_path / "out", schedule=Schedule(4, 4, 0.9, 1))
+    assert result.divergence_after <= result.divergence_before
+    if result.divergence_after == result.divergence_before:
+        before, after = tensors(places / "affine"), tensors(tmp_path / "out")
+        assert all(mx.array_equal(array, after[path]) for path, array in before.items())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_gradients_are_those_of_finite_differences(places, name):
+    network, _ = open_lazily(places / name)
+    student, tokens = Trainable(network, mx.float32), mx.array(np.arange(3, 40)[None])
+    wanted = mx.random.normal((1, 37, network.args.vocab_size), key=mx.random.key(1))
+
+    def loss(moved):  # not the divergence: so near its minimum that float32 has no digits left
+        return (student.install(student.values(moved))(tokens) * wanted).sum()
+
+    moved = student.start()
+    gradients = mx.grad(loss)(moved)
+    key = mx.random.key(0)
+    for path in [p for p in moved if ".0." in p]:
+        direction = mx.random.normal(moved[path].shape, key=key)
+        step = 0.1 / mx.linalg.norm(direction).item()
+        up, down = (loss(moved | {path: sign * step * direction}).item() for sign in (1, -1))
+        slope = (gradients[path] * direction).sum().item()
+        scale = mx.linalg.norm(gradients[path]).item()
+        assert (up - down) / (2 * step) == pytest.approx(slope, abs=0.02 * scale), path
+
+
+def test_what_cannot_be_tuned_is_refused(places, tmp_path):
+    with pytest.raises(Unsupported, match="nothing to tune"):
+        run(places, "source", tmp_path / "out")
+    with pytest.raises(BadValue, match="positive whole number"):
+        Schedule(steps=0)
+    with pytest.raises(BadValue, match="a sample needs 100000"):
+        run(places, "affine", tmp_path / "out", sequence_length=100_000)
+    mlxquant.quantize(str(places / "source"), tmp_path / "w8a8", data=[str(places / "text.txt")], samples=4,
+                      sequence_length=32, method="smoothquant", bits=8, activation=ActivationSpec())
+    with pytest.raises(Unsupported, match="rounds activations"):
+        tune(str(tmp_path / "w8a8"), tmp_path / "out", teacher=str(places / "source"), data=[str(places / "text.txt")])
