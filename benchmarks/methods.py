@@ -1,7 +1,8 @@
 """Every method and width on the default model, by the protocol wt2-40.
 
     python benchmarks/methods.py --text WIKITEXT --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--windows 40] [--samples 128] [--plan METHOD:BITS …]
+        [--windows 40] [--samples 128] [--no-original]
+        [--plan METHOD[,METHOD…]:BITS[,BITS…] …]
 
 One row at a time is printed and saved, so that a run that is cut short keeps
 what it measured. Without --plan the README's table is made.
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", default="methods")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--no-original", dest="original", action="store_false")
     parser.add_argument("--plan", nargs="+", default=PLAN)
     arguments = parser.parse_args()
     from pathlib import Path
@@ -39,11 +41,10 @@ def main() -> None:
         methods, _, bits = step.partition(":")
         try:
             for row in compare(arguments.model, Path(arguments.text), methods=methods.split(","),
-                               bits=[parse_bits(bits)], windows=arguments.windows,
+                               bits=[parse_bits(b) for b in bits.split(",")], windows=arguments.windows,
                                data=arguments.data, samples=arguments.samples,
+                               original=arguments.original and not rows,
                                progress=lambda what: print(what, flush=True)):
-                if row.method == "original" and rows:
-                    continue
                 rows.append(row)
                 print(f"{row.method:16} {row.bits!s:8} {row.bits_per_weight:6.3f} bpw "
                       f"{row.perplexity:12.3f} ppl  KL {row.kl_mean:.4f}  {row.seconds or 0:.1f} s", flush=True)

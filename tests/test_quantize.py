@@ -152,6 +152,13 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
     assert record["method"] == "gptq" and record["seed"] == 0
 
 
+def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(pipeline.calibration, "self_written", None)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="rtn", rotation="online", bits=4)
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
+    assert record["calibration"]["source"] == "none needed"
+
+
 def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotation(tmp_path, tiny_folder, text):
     folder = shutil.copytree(tiny_folder, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "mixtral"}
@@ -181,6 +188,16 @@ def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, 
     bits = {layer.path: layer.bits for layer in result.layers if "layers" in layer.path}
     assert bits["model.layers.0.mlp.down_proj"] == 6 and len(set(bits.values())) > 1
     stock_load(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("options", [dict(method="replica", rotation="online"), dict(method="gptq", rotation="online")])
+def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, options):
+    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=5.0), refine=0, **options)
+    result = inspect(str(tmp_path / "out"))
+    assert 4.0 < result.bits_per_weight <= 5.0
+    again = [layer for layer in result.layers if layer.path.endswith(("q_proj", "k_proj", "v_proj"))]
+    if options["method"] == "replica":  # siblings share their input's scalings
+        assert len({layer.bits for layer in again if ".0." in layer.path}) == 1
 
 
 def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):

@@ -16,31 +16,36 @@ from mlxquant.loading import LanguageModel, load
 from mlxquant.quant.assignment import Target
 from mlxquant.quant.pipeline import quantize
 
+_REPLICAS = dict(method="replica", rotation="online")
 # A row's name → options of ``quantize``.
 METHODS: dict[str, dict] = {
     "rtn": dict(method="rtn"),
     "awq": dict(method="awq"),
     "gptq": dict(method="gptq"),
     "gptq-corrected": dict(method="gptq", propagation="corrected"),
+    "gptq-plain": dict(method="gptq", act_order=False, refine=0),
+    "gptq-float": dict(method="gptq", propagation="float"),
     "gptq-fast": dict(method="gptq", propagation="float", refine=0),
     "gptq-mixed": dict(method="gptq", mixed=True),
     "gptq-salient": dict(method="gptq", salient=0.01),
     "gptq-rotated": dict(method="gptq", rotation="online"),
     "gptq-rotated-corrected": dict(method="gptq", rotation="online", propagation="corrected"),
     "gptq-fused": dict(method="gptq", rotation="fused"),
+    "w8a16": dict(method="smoothquant", group_size=0, alpha=0.0, activation=ActivationSpec(bits=16)),
     "w8a8": dict(method="smoothquant", group_size=0, alpha=0.0, activation=ActivationSpec()),
     "smoothquant": dict(method="smoothquant", group_size=0, alpha=0.5, activation=ActivationSpec()),
     "smoothquant-searched": dict(method="smoothquant", group_size=0, activation=ActivationSpec()),
     "w8a8-rotated": dict(method="smoothquant", group_size=0, alpha=0.0, rotation="online",
-                         activation=ActivationSpec()),
+                         propagation="float", activation=ActivationSpec()),
     "smoothquant-rotated": dict(method="smoothquant", group_size=0, alpha=0.5, rotation="online",
-                                activation=ActivationSpec()),
+                                propagation="float", activation=ActivationSpec()),
     "w8a8-tensor": dict(method="smoothquant", group_size=0, alpha=0.0,
                         activation=ActivationSpec(granularity="tensor")),
     "smoothquant-tensor": dict(method="smoothquant", group_size=0, alpha=0.5,
                                activation=ActivationSpec(granularity="tensor")),
-    **{f"replica-{k}": dict(method="replica", replicas=k, rotation="online") for k in (1, 2, 4, 8, 16)},
-    **{f"replica-{k}-g{g}": dict(method="replica", replicas=k, replica_group=g, rotation="online")
+    **{f"replica-{k}": _REPLICAS | dict(replicas=k) for k in (1, 2, 4, 8, 16)},
+    **{f"replica-{k}-corrected": _REPLICAS | dict(replicas=k, propagation="corrected") for k in (1, 2, 4, 8, 16)},
+    **{f"replica-{k}-g{g}-corrected": _REPLICAS | dict(replicas=k, replica_group=g, propagation="corrected")
        for k, g in ((4, 16), (8, 16), (8, 32), (16, 32))},
 }
 
@@ -74,9 +79,9 @@ def check(methods: list[str]) -> None:
 
 def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int | str],
             group_size: int = 64, context: int = 1024, windows: int | None = None,
-            keep: Path | None = None, progress: Callable[[str], None] = lambda *_: None,
+            keep: Path | None = None, original: bool = True, progress: Callable[[str], None] = lambda *_: None,
             **options) -> Iterator[Row]:
-    """Yield a row for the original and one for every method and width.
+    """Yield a row for the original, unless not asked for, and one for every method and width.
 
     All run densely in float32, so that rows differ by their weights alone. The
     results go to ``keep``, or are deleted; ``options`` go to ``quantize``.
@@ -85,8 +90,9 @@ def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int |
     check(methods)
     teacher = load(name, dense=True)
     protocol = dict(context=context, windows=windows)
-    progress(f"{name} itself")
-    yield _row("original", teacher, teacher, text, protocol, bits=16, group_size=None)
+    if original:
+        progress(f"{name} itself")
+        yield _row("original", teacher, teacher, text, protocol, bits=16, group_size=None)
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
         for width in bits:
             for method in methods:

@@ -1,6 +1,6 @@
 """Give every layer its own width, so that a model of a wanted size predicts best.
 
-Each layer is quantised at every candidate width on the float model's
+Each layer, or set of replicated siblings, is quantised in every candidate way on the float model's
 statistics, and the error weighed by how much the model's predictions feel it
 (``sensitivity.py``): nats of divergence per token, which add up over layers as
 long as they are small. ``budget.py`` then spends the bits.
@@ -31,7 +31,10 @@ from mlxquant.quant.walk import float_walk, identity
 from mlxquant.roofline.traffic import weight_count
 from mlxquant.storage import cache_dir, write_json
 
-CANDIDATES = (2, 3, 4, 5, 6, 8)
+WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
+REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in
+              ((1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
+              for replicas in choices]
 _SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
 
@@ -61,18 +64,21 @@ def assign(folder: Path, job: Job, tokens: Calibration, target: Target, progress
     options = _options(folder, job, tokens, progress)
     budget = _budget(network, config, folder, job, options, target)
     chosen = choose(options, budget)
-    ruled = {path for path in options if job.overrides.spec_for(path) != job.spec}
-    rules = tuple((path, {"bits": option.choice}) for path, option in chosen.items() if path not in ruled)
+    rules = tuple((path, dict(option.choice)) for paths, option in chosen.items() for path in paths.split(",")
+                  if job.overrides.spec_for(path) == job.spec)
     return replace(job, overrides=Overrides(job.spec, job.overrides.rules + rules))
 
 
 def _options(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[Option]]:
-    """Every layer's widths with the bits they store and the nats they cost."""
-    setting = identity(folder, tokens.digest, asdict(replace(job.spec, bits=4)), job.overrides.rules, job.seed)
+    """The ways to store every layer, or replicated siblings (their paths joined by commas), with the
+    bits they take and the nats they cost."""
+    plain = replace(job.spec, bits=4, replicas=4)  # what the ways vary plays no part
+    setting = identity(folder, tokens.digest, asdict(plain), job.overrides.rules, job.seed)
     file = cache_dir("sensitivity", f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}.json")
     if not file.exists():
         write_json(file, _measure(folder, job, tokens, progress))
-    return {path: [Option(*way) for way in ways] for path, ways in json.loads(file.read_text()).items()}
+    return {path: [Option(tuple(choice.items()), stored, damage) for choice, stored, damage in ways]
+            for path, ways in json.loads(file.read_text()).items()}
 
 
 def _measure(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[tuple]]:
@@ -84,22 +90,33 @@ def _measure(folder: Path, job: Job, tokens: Calibration, progress: Progress) ->
     for index, (block, seen) in enumerate(float_walk(network, folder, tokens)):
         prefix = f"model.layers.{index}"
         for paths, statistics in seen.siblings():
-            for path in paths:
-                options |= _ways(block, prefix, path, statistics, importance[f"{prefix}.{path}"], job)
+            for group in _together(paths, prefix, job):
+                options |= _ways(block, prefix, group, statistics, importance, job)
         network.layers[index] = None
         progress(index + 1, total, time.perf_counter() - start)
     return options
 
 
-def _ways(block: nn.Module, prefix: str, path: str, statistics, importance: mx.array, job: Job) -> dict:
-    spec = job.overrides.spec_for(f"{prefix}.{path}")
-    widths = CANDIDATES if spec == job.spec else [spec.bits]
+def _together(paths: list[str], prefix: str, job: Job) -> list[list[str]]:
+    """Siblings that must be stored alike: replicated ones of one spec; others each by itself."""
+    kinds: dict = {}
+    for path in paths:
+        spec = job.overrides.spec_for(f"{prefix}.{path}")
+        kinds.setdefault(spec if spec.method == "replica" else path, []).append(path)
+    return list(kinds.values())
+
+
+def _ways(block: nn.Module, prefix: str, paths: list[str], statistics, importance: dict[str, mx.array],
+          job: Job) -> dict[str, list[tuple]]:
+    full = [f"{prefix}.{path}" for path in paths]
+    spec, felt = job.overrides.spec_for(full[0]), mx.concatenate([importance[path] for path in full])
+    candidates = [{}] if spec != job.spec else REPLICATED if spec.method == "replica" else WIDTHS
     ways = []
-    for bits in widths:
-        trial = replace(spec, bits=bits, refine=0)
-        error, hessian, stored = quantise_trial(block, prefix, path, trial, statistics, job.seed)
-        ways.append((bits, stored, expected_divergence(error, hessian, importance)))
-    return {f"{prefix}.{path}": ways}
+    for choice in candidates:
+        trial = replace(spec, refine=0, **choice)
+        error, hessian, stored = quantise_trial(block, prefix, paths, trial, statistics, job.seed)
+        ways.append((choice, stored, expected_divergence(error, hessian, felt)))
+    return {",".join(full): ways}
 
 
 def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: dict[str, list[Option]],
@@ -108,7 +125,7 @@ def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: d
     least = sum(min(option.bits for option in ways) for ways in options.values())
     if target.bits_per_weight is not None:
         modules = dict(network.named_modules())
-        weights = sum(weight_count(modules[path]) for path in options)
+        weights = sum(weight_count(modules[path]) for paths in options for path in paths.split(","))
         if target.bits_per_weight * weights < least:
             raise BadValue(f"the target is {target.bits_per_weight:g} bits per weight; with these groups the "
                            f"smallest widths take at least {least / weights:.4g} bits per weight")
@@ -123,9 +140,9 @@ def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: d
 def _fixed_bytes(network: nn.Module, config: dict, folder: Path, job: Job, options: dict) -> int:
     """Bytes of a result's folder beside the layers' weights, at most."""
     tensors, _, _ = outside(network, config, job)
-    inside = tuple(f"{path}." for path in options)
+    inside = tuple(f"{path}." for paths in options for path in paths.split(","))
     loose = [array for path, array in tree_flatten(network.parameters())
              if ".layers." in path and not path.startswith(inside)]
     stored = sum(array.nbytes for array in [*tensors.values(), *loose])
     side = sum(map(len, checkpoint.side_files(folder).values()))
-    return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(options))
+    return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(inside))

@@ -108,16 +108,17 @@ def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
     return dict(zip(weights, parts))
 
 
-def quantise_trial(block: nn.Module, prefix: str, path: str, spec: Spec, statistics: Statistics,
+def quantise_trial(block: nn.Module, prefix: str, paths: list[str], spec: Spec, statistics: Statistics,
                    seed: int) -> tuple[mx.array, mx.array, int]:
-    """One layer's error (m, n) under ``spec``, the second moments (n, n) of the input it multiplies,
-    both rotated where the spec rotates, and the bits it stores. Balancing is left out."""
-    weight = linears(block)[path].weight
+    """The error (m, n) of stacked siblings under ``spec``, the second moments (n, n) of the input they
+    multiply, both rotated where the spec rotates, and the bits they store. Balancing is left out."""
+    weight, stored = mx.concatenate([linears(block)[path].weight for path in paths]), 0
     if spec.rotation == "online":
-        signs, size = _rotation(seed, prefix, path, statistics)
+        signs, size = _rotation(seed, prefix, paths[0], statistics)
         weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
+        stored = len(signs) * (1 if spec.method == "replica" else len(paths))
     made = _METHODS[spec.method].quantise(weight, statistics, spec)
-    return made.dequantise() - weight, statistics.hessian, made.stored_bits()
+    return made.dequantise() - weight, statistics.hessian, stored + made.stored_bits()
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:

@@ -29,6 +29,11 @@ class Calibration:
         return [mx.array(self.tokens[i:i + size]) for i in range(0, len(self.tokens), size)]
 
 
+def none() -> Calibration:
+    """For methods that need no data: two tokens, from which only the model's structure is learnt."""
+    return Calibration(np.zeros((1, 2), np.int64), "none needed")
+
+
 def from_files(tokenizer, names: list[str], samples: int = SAMPLES,
                length: int = SEQUENCE_LENGTH, seed: int = 0) -> Calibration:
     """Windows of ``length`` tokens at random places of the texts, each text in turn.

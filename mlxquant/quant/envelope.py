@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlxquant.quant.packing import level_grid
+from mlxquant.quant.packing import level_grid, pack_codes
 
 ROUNDS = 8
 _START = {1: 1.0, "ternary": 1.3, 2: 1.2, 3: 0.6, 4: 0.33}
@@ -53,6 +53,12 @@ class Replicas:
         scales = self.scales()
         return distance * scales, lowest * scales
 
+    def stored_bits(self) -> int:
+        """Bits of packed codes, and of scales in 16."""
+        scales = self.replica_out.size + self.replica_in.size
+        scales += 0 if self.column_scale is None else self.column_scale.size
+        return 8 * pack_codes(self.codes.astype(mx.uint8), self.bits).nbytes + 16 * scales
+
     def rounded(self, dtype: mx.Dtype) -> "Replicas":
         """The scales as ``dtype`` holds them."""
         def cast(x):
@@ -83,7 +89,11 @@ def fit(weight: mx.array, bits: int | str, replicas: int, group: int, importance
     found = Replicas(mx.zeros(weight.shape), _START[bits] * out, inside, column_scale, bits)
     for _ in range(rounds):
         found = nearest_codes(weight, found)
+        # Only what the columns of A span matters to B, and the other way round: orthonormal
+        # ones make small systems that single precision solves well.
+        found = replace(found, replica_in=_orthonormal(found.replica_in))
         found = replace(found, replica_out=_fit_outputs(weight, found, importance))
+        found = replace(found, replica_out=_orthonormal(found.replica_out))
         found = _fit_inputs(weight, found)
         mx.eval(found.replica_out, found.replica_in)
     return nearest_codes(weight, found)

@@ -34,11 +34,19 @@ class Job:
     def __post_init__(self):
         if self.propagation not in PROPAGATIONS:
             raise BadValue(f"propagation is {self.propagation!r}, allowed are {', '.join(PROPAGATIONS)}")
-        methods = {self.spec.method, *(changes.get("method") for _, changes in self.overrides.rules)}
+        methods = self._methods()
         if "replica" in methods and self.activation is not None:
             raise BadValue("replica does not quantise activations: leave --activation-bits out")
         if "smoothquant" in methods and self.activation is None:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the data plays a part: rounding alone looks at nothing."""
+        return bool(self._methods() - {"rtn"}) or self.activation is not None
+
+    def _methods(self) -> set[str]:
+        return {self.spec.method, *(changes.get("method", self.spec.method) for _, changes in self.overrides.rules)}
 
     @property
     def spec(self) -> Spec:

@@ -7,6 +7,7 @@ block it was in and ends with the same bytes.
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -60,7 +61,9 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     network, config = open_lazily(folder)
     _check(network, config, job)
     refuse_existing(Path(output))
-    if data:
+    if not job.calibrated and target is None:
+        tokens, job = calibration.none(), replace(job, propagation="float")
+    elif data:
         tokens = calibration.from_files(open_tokenizer(folder, config), data, samples,
                                         sequence_length, seed)
     else:

@@ -40,6 +40,10 @@ class ReplicaShape:
                 fitting = [s for s in sizes if not s or inputs % s == 0]
                 raise BadValue(f"{name} {size} does not divide the {inputs} inputs of {path}; "
                                f"allowed are {', '.join(map(str, fitting))}")
+        groups = inputs // (self.replica_group or 1)
+        if self.replicas > groups:
+            raise BadValue(f"{self.replicas} replicas are more than the {groups} groups of {path}; "
+                           f"allowed are 1 to {groups}")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -147,7 +151,7 @@ def parse_override(text: str) -> tuple[str, dict]:
     """``'GLOB:bits=4,group_size=64'`` as (glob, changes); raises ``BadValue``."""
     glob, _, body = text.partition(":")
     kinds = {"bits": parse_bits, "group_size": int, "symmetric": lambda v: v.lower() == "true",
-             "method": str}
+             "method": str, "replicas": int, "replica_group": int}
     changes = {}
     try:
         for part in body.split(","):
