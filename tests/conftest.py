@@ -67,6 +67,16 @@ def tiny(tiny_folder):
 
 
 @pytest.fixture(autouse=True)
+def own_statistics(monkeypatch, tmp_path_factory):
+    """Statistics and sensitivities of test models stay out of the user's cache."""
+    from mlxquant.quant import assignment, walk
+
+    folder = tmp_path_factory.mktemp("cache")
+    for module in (assignment, walk):
+        monkeypatch.setattr(module, "cache_dir", folder.joinpath)
+
+
+@pytest.fixture(autouse=True)
 def fixed_ceiling(monkeypatch, request):
     """Tests never wait for the probe, except those of the probe itself."""
     if "probe" not in request.node.nodeid:

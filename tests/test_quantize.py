@@ -20,11 +20,6 @@ from mlxquant.quant.job import PROPAGATIONS
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -77,7 +72,7 @@ def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny
 
 
 @pytest.mark.parametrize("options", [
-    dict(bits=4), dict(bits=3, replicas=8, replica_group=16, rotation="online"), dict(bits=2, replicas=1),
+    dict(bits=4), dict(bits=3, replicas=4, replica_group=16, rotation="online"), dict(bits=2, replicas=1),
     dict(bits="ternary", propagation="corrected"), dict(bits=1, replicas=16, refine=1),
 ])
 def test_replicas_load_here_and_run_as_they_were_fitted(tmp_path, tiny_folder, tiny, text, options):
@@ -210,6 +205,7 @@ def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
 
 
 def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text, monkeypatch):
+    monkeypatch.setattr(walk, "_KEPT_BYTES", (0, 1e9))
     quantise(tiny_folder, tmp_path / "a", text, bits=2, propagation="float")
     monkeypatch.setattr(walk, "observe", None)  # would be called if the walk ran again
     quantise(tiny_folder, tmp_path / "b", text, bits=2, propagation="float")

@@ -6,7 +6,6 @@ statistics, and the error weighed by how much the model's predictions feel it
 long as they are small. ``budget.py`` then spends the bits.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -74,7 +73,7 @@ def _options(folder: Path, job: Job, tokens: Calibration, progress: Progress) ->
     bits they take and the nats they cost."""
     plain = replace(job.spec, bits=4, replicas=4)  # what the ways vary plays no part
     setting = identity(folder, tokens.digest, asdict(plain), job.overrides.rules, job.seed)
-    file = cache_dir("sensitivity", f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}.json")
+    file = cache_dir("sensitivity", f"{setting[:16]}.json")
     if not file.exists():
         write_json(file, _measure(folder, job, tokens, progress))
     return {path: [Option(tuple(choice.items()), stored, damage) for choice, stored, damage in ways]

@@ -23,7 +23,8 @@ from mlxquant.quant.capture import Observation, block_calls, observe
 from mlxquant.quant.statistics import Statistics
 from mlxquant.storage import cache_dir, save_arrays
 
-_KEPT_BYTES = 2e9  # of one model and text: H alone is 4·n² bytes an input
+# Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input) fills disks.
+_KEPT_BYTES = (1e7, 2e9)
 _KEPT_SECONDS = 7 * 24 * 3600
 
 
@@ -75,9 +76,13 @@ def float_walk(network: nn.Module, folder: Path, tokens: Calibration, turn: mx.a
         block = dense_block(network, index, turn)
         idle = done(index) and files[index].exists()
         seen, hidden, _ = observe(block, runner(block, index), hidden, idle=idle)
-        if not idle and total * sum(a.nbytes for s in seen.statistics.values() for a in s.arrays()) < _KEPT_BYTES:
+        if not idle and _KEPT_BYTES[0] < total * _bytes(seen) < _KEPT_BYTES[1]:
             _write(files[index], seen)
         yield block, None if idle else seen
+
+
+def _bytes(seen: Observation) -> int:
+    return sum(array.nbytes for statistics in seen.statistics.values() for array in statistics.arrays())
 
 
 def _drop_old(folder: Path) -> None:

@@ -1,0 +1,117 @@
+"""Replicated layers and their controls on the default model, calibrated only and tuned.
+
+    python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
+        [--plan NAME …] [--steps 1000] [--samples 128] [--windows 40] [--keep FOLDER]
+
+Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
+the protocol wt2-40 and on one that took no part. Rows are saved one by one.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+from mlxquant.evaluation.divergence import divergence
+from mlxquant.loading import LanguageModel, load
+from mlxquant.models import DEFAULT_MODEL
+from mlxquant.quant.assignment import Target
+from mlxquant.tuning.distill import Schedule
+from record import save
+
+COMMON = dict(rotation="online", propagation="corrected")
+REPLICA = dict(method="replica", **COMMON)
+GROUPS = dict(method="gptq", bits=2, **COMMON)
+PLAN = {
+    "replica-2": REPLICA | dict(bits=2, replicas=2),
+    "replica-4": REPLICA | dict(bits=2, replicas=4),
+    "replica-8": REPLICA | dict(bits=2, replicas=8),
+    "replica-8-g16": REPLICA | dict(bits=2, replicas=8, replica_group=16),
+    "budget-2.10": REPLICA | dict(bits=2, target=Target(2.10)),
+    "budget-2.20": REPLICA | dict(bits=2, target=Target(2.20)),
+    "budget-2.40": REPLICA | dict(bits=2, target=Target(2.40)),
+    "budget-1.75": REPLICA | dict(bits="ternary", target=Target(1.75)),
+    "budget-1.20": REPLICA | dict(bits=1, target=Target(1.20)),
+    "ternary-4": REPLICA | dict(bits="ternary", replicas=4),
+    "1-bit-5": REPLICA | dict(bits=1, replicas=5),
+    "groups-192": GROUPS | dict(group_size=192),
+    "groups-64": GROUPS | dict(group_size=64),
+    "groups-32": GROUPS | dict(group_size=32),
+    "replica-4-3bit": REPLICA | dict(bits=3, replicas=4),
+    "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
+    "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
+    "replica-4-unswept": REPLICA | dict(bits=2, replicas=4, refine=0),
+}
+
+
+def quality(folder: Path, teacher: LanguageModel, arguments: argparse.Namespace) -> dict:
+    """What a folder scores on both texts."""
+    student = load(str(folder), dense=True)
+    main, other = (divergence(student, teacher, Path(text), windows=windows)
+                   for text, windows in ((arguments.text, arguments.windows), (arguments.other, None)))
+    return dict(bits_per_weight=main.bits_per_weight, file_bytes=main.file_bytes, perplexity=main.perplexity,
+                kl_mean=main.kl_mean, kl_stderr=main.kl_stderr, top1_agreement=main.top1_agreement,
+                other_perplexity=other.perplexity, other_kl_mean=other.kl_mean,
+                other_top1_agreement=other.top1_agreement, other_reference=other.reference_perplexity)
+
+
+def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, folder: Path):
+    """The row calibrated only, then the tuned one."""
+    options = PLAN[name]
+    about = dict(method=name, bits=options["bits"], group_size=options.get("group_size"),
+                 rotated="rotation" in options, replicas=options.get("replicas"),
+                 replica_group=options.get("replica_group"))
+    start = time.perf_counter()
+    mlxquant.quantize(arguments.model, folder / name, data=arguments.data, samples=arguments.samples, **options)
+    seconds = time.perf_counter() - start
+    yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
+    if not arguments.steps:
+        return
+    schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate, max(1, arguments.steps // 4))
+    result = mlxquant.tune(str(folder / name), folder / f"{name}-tuned", teacher=arguments.model, data=arguments.data,
+                           schedule=schedule, sequence_length=arguments.length)
+    yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps) | quality(
+        folder / f"{name}-tuned", teacher, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--other", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--out", default="replicas")
+    parser.add_argument("--plan", nargs="+", default=list(PLAN), choices=PLAN)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--keep", type=Path)
+    arguments = parser.parse_args()
+    teacher = load(arguments.model, dense=True)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
+        for name in arguments.plan:
+            try:
+                for row in rows_of(name, arguments, teacher, arguments.keep or Path(scratch)):
+                    rows.append(row)
+                    print(f"{name:20} {'tuned' if row['tuned'] else '':6} {row['bits_per_weight']:6.3f} bpw "
+                          f"{row['perplexity']:10.3f} ppl  KL {row['kl_mean']:.4f}  other {row['other_perplexity']:.2f}  "
+                          f"{row['seconds']:.1f} s", flush=True)
+                    save(arguments.out, windows=arguments.windows, samples=arguments.samples, rows=rows)
+            except Exception:  # one row's failure must not cost the others' measurements
+                traceback.print_exc()
+            mx.clear_cache()
+            if not arguments.keep:
+                for made in Path(scratch).iterdir():
+                    shutil.rmtree(made, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
