@@ -9,6 +9,7 @@ from conftest import CONFIG, random_network, write_folder
 from mlxquant.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import open_lazily
+from mlxquant.quant import calibration
 from mlxquant.tuning.distill import Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 from mlxquant.tuning.tune import tune
@@ -54,6 +55,21 @@ def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tmp_path,
         assert after[path].dtype == array.dtype
         if path.endswith((".codes", ".rotation_signs", ".weight")) and array.ndim == 2:
             assert mx.array_equal(array, after[path])
+
+
+def test_codes_move_where_they_are_let_to(places, tmp_path):
+    still = run(places, "replica", tmp_path / "still")
+    result = run(places, "replica", tmp_path / "out", codes=10.0)
+    assert result.divergence_before == pytest.approx(still.divergence_before, rel=1e-4)
+    assert result.divergence_after < result.divergence_before
+    before, after = tensors(places / "replica"), tensors(tmp_path / "out")
+    moved = [not mx.array_equal(array, after[path]) for path, array in before.items() if path.endswith(".codes")]
+    assert any(moved) and before.keys() == after.keys()
+    teacher = mlxquant.load(str(places / "source")).network
+    held = calibration.from_files(mlxquant.load(str(places / "source")).tokenizer, [str(places / "text.txt")],
+                                  SCHEDULE.steps * SCHEDULE.batch_size + 32, 32, 0).tokens[:32]
+    ours = divergence_loss(mlxquant.load(str(tmp_path / "out")).network, teacher, mx.array(held)).item()
+    assert ours == pytest.approx(result.divergence_after, rel=0.02)  # what was stored is what was measured
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):

@@ -20,6 +20,8 @@ def tune(
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Relative to the size of what is trained.")] = 3e-3,
     norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
+    codes: Annotated[float, typer.Option(
+        help="Let the codes of replicated layers move: levels per unit of the learning rate, e.g. 0.1; 0: they stay.")] = 0.0,
     check_every: Annotated[int, typer.Option(help="Steps between tries on held-out text; state is saved there.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same order of texts.")] = 0,
     as_json: AsJson = False,
@@ -34,7 +36,7 @@ def tune(
     schedule = Schedule(steps, batch_size, learning_rate, check_every)
     with progress("tuning, divergence in nats:") as advance:
         result = run(model, output, teacher=teacher, data=data, schedule=schedule,
-                     sequence_length=sequence_length, norms=norms, seed=seed, progress=advance)
+                     sequence_length=sequence_length, norms=norms, codes=codes, seed=seed, progress=advance)
     if as_json:
         print_json({"folder": str(output), "divergence_before": result.divergence_before,
                     "divergence_after": result.divergence_after, "seconds": result.seconds,

@@ -16,6 +16,7 @@ from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.quant.affine import unpack
+from mlxquant.tuning.moving import MovingCodes
 
 
 class UnpackedAffine(nn.Module):
@@ -47,16 +48,17 @@ class UnpackedAffine(nn.Module):
 class Trainable:
     """The arrays of a network that are trained, by path, and the network as they make it.
 
-    ``norms`` trains the weights of normalisation layers too. What is not trained is
+    ``norms`` trains the weights of normalisation layers too, ``codes`` the codes of replicated
+    layers: a step of one moves a code by that many levels. What is not trained is
     cast to ``dtype``, in which the network then computes. Raises ``Unsupported`` where
     nothing in the network has scales.
     """
 
-    def __init__(self, network: nn.Module, dtype: mx.Dtype, norms: bool = True):
+    def __init__(self, network: nn.Module, dtype: mx.Dtype, norms: bool = True, codes: float = 0.0):
         self.network, self.dtype = network, dtype
         self.stored = {path: array.dtype for path, array in tree_flatten(network.parameters())}
-        _unpack(network)
-        self.base, self.size = _trained(network, norms)
+        _unpack(network, codes > 0)
+        self.base, self.size = _trained(network, norms, codes)
         if not any(path.endswith(("replica_out", "scales")) for path in self.base):
             raise Unsupported("the model has no quantised layers in its body: there is nothing to tune")
         mx.eval(self.base, self.size)
@@ -73,23 +75,36 @@ class Trainable:
         return {path: self.base[path] + self.size[path] * u for path, u in moved.items()}
 
     def stored_values(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The same in the types of the checkpoint."""
-        return {path: array.astype(self.stored[path]) for path, array in self.values(moved).items()}
+        """The same in the types of the checkpoint; moved codes are whole, but not packed."""
+        return {path: array.astype(self.stored.get(path, mx.float32))
+                for path, array in self.values(moved).items()}
+
+    def tensors(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What a checkpoint holds of them, by name."""
+        values = self.stored_values(moved)
+        modules = dict(self.network.named_modules())
+        packed = {path.removesuffix("moves") + "codes": modules[path.removesuffix(".moves")].packed(values.pop(path))
+                  for path in list(values) if path.endswith(".moves")}
+        return values | packed
 
     def install(self, values: dict[str, mx.array]) -> nn.Module:
         """The network with these values in it."""
-        self.network.update(tree_unflatten([(path, array.astype(self.dtype)) for path, array in values.items()]))
+        kept = [(path, array if path.endswith(".moves") else array.astype(self.dtype))
+                for path, array in values.items()]
+        self.network.update(tree_unflatten(kept))
         return self.network
 
 
-def _unpack(network: nn.Module) -> None:
+def _unpack(network: nn.Module, codes: bool) -> None:
     """Codes of the body as levels, and everything quantised outside it dense."""
     made = []
     for path, module in network.named_modules():
         if isinstance(module, SalientLinear) or isinstance(module, TransformedLinear) and module.activation:
             raise Unsupported(f"{path} keeps salient inputs apart or rounds activations; "
                               "tuning covers neither")
-        if isinstance(module, ReplicatedLinear):
+        if isinstance(module, ReplicatedLinear) and codes:
+            made.append((path, MovingCodes(module)))
+        elif isinstance(module, ReplicatedLinear):
             module.keep_levels()
         elif isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear)) and ".layers." not in path:
             made.append((path, _dense(module)))
@@ -113,7 +128,7 @@ def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
     return dense
 
 
-def _trained(network: nn.Module, norms: bool) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """θ₀ and s by path. A bias of a group counts in units of its scale, an input's or output's
     scaling in the root mean square of its replica, any other array in that of its own."""
     base, size = {}, {}
@@ -122,6 +137,8 @@ def _trained(network: nn.Module, norms: bool) -> tuple[dict[str, mx.array], dict
             names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
         elif isinstance(module, ReplicatedLinear):
             names = {"replica_out": _rms(module.replica_out)}
+        elif isinstance(module, MovingCodes):
+            names = {"replica_out": _rms(module.replica_out), "moves": mx.array(codes)}
         elif isinstance(module, ReplicaInput):
             names = {"replica_in": _rms(module.replica_in)}
             if "column_scale" in module:

@@ -35,13 +35,14 @@ class Tuned:
 
 
 def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
-         sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, seed: int = 0,
-         dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
+         sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, codes: float = 0.0,
+         seed: int = 0, dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
     """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
 
-    ``data`` are texts as for ``quantize``. ``dtype`` is that of the computation: bfloat16 on a
-    GPU and float32 on a CPU unless given; scales are trained in float32 either way. A killed run,
-    repeated, goes on at its last check. Raises ``BadValue`` for texts too short or another
+    ``data`` are texts as for ``quantize``. ``codes`` above 0 lets the codes of replicated layers
+    move too, by so many levels where a scale would double (``moving.py``). ``dtype`` is that of
+    the computation: bfloat16 on a GPU and float32 on a CPU unless given; scales are trained in
+    float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts too short or another
     vocabulary, ``Unsupported`` for a model without scales to train.
     """
     output, folder = Path(output), resolve(name)
@@ -56,10 +57,11 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
                        f"{config.get('vocab_size')}; a teacher needs the same vocabulary")
     count = schedule.steps * schedule.batch_size
     texts = calibration.from_files(open_tokenizer(folder, config), data, count + HELD_OUT, sequence_length, seed)
-    settings = {"schedule": schedule.as_dict(), "norms": norms, "seed": seed, "teacher": Path(teacher).name,
-                "data": texts.source, "sequence_length": sequence_length, "dtype": str(dtype).removeprefix("mlx.core.")}
+    settings = {"schedule": schedule.as_dict(), "norms": norms, "codes": codes, "seed": seed,
+                "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
+                "dtype": str(dtype).removeprefix("mlx.core.")}
     job = identity(folder, identity(resolve(teacher)), settings, texts.digest, __version__)
-    student = Trainable(network, dtype, norms)  # refuses what cannot be tuned, before anything is written
+    student = Trainable(network, dtype, norms, codes)  # refuses what cannot be tuned, before anything is written
     partial = working_folder(output, job, settings)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
                             texts.tokens[HELD_OUT:], texts.tokens[:HELD_OUT], schedule)
@@ -70,7 +72,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     record = config.get("mlxquant_record", {}) | {"tuned": settings | {
         "divergence_before": state.first_loss, "divergence_after": state.best_loss}}
     checkpoint.write(output, config | {"mlxquant_record": record},
-                     _tensors(folder, student.stored_values(state.best)), checkpoint.side_files(folder))
+                     _tensors(folder, student.tensors(state.best)), checkpoint.side_files(folder))
     shutil.rmtree(partial)
     return Tuned(output, state.first_loss, state.best_loss, time.perf_counter() - start, mx.get_peak_memory())
 
