@@ -1,0 +1,94 @@
+"""Metal source to a shared object, by the clang inside the Python package ``ziglang``.
+
+Clang reads Metal Shading Language as C++17 after a small rewriting:
+- Metal's attributes go: C++ has none in an explicit instantiation. The signature was parsed before.
+- ``half2(x)`` becomes ``make_vector<half2>(x)``: in C++ it would reinterpret bits, or not compile.
+
+The first pass gives ``device`` and ``constant`` an address space each, so that a pointer into
+the wrong one is an error, and is thrown away; the second is run. Undefined behaviour that clang can
+see at run time (an index beyond a local array, a shift too far) becomes a trap.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .source import NotEmulated, Source
+
+_INCLUDE = Path(__file__).parent / "include"
+_ATTRIBUTE = re.compile(r"\s*\[\[\w+(\([^()]*\))?\]\]")
+_VECTOR = r"(?:float|half|u?int|u?short|u?char)[234]"
+_VECTOR_CALL = re.compile(rf"\b({_VECTOR})\s*\(")
+_VECTOR_CAST = re.compile(rf"(?<!sizeof)\(\s*{_VECTOR}\s*\)\s*[\w(]")
+# zig's own target for the machine would differ from one CPU to the next, and so would roundings.
+_CPU = ["-mcpu=x86_64_v3"] if platform.machine() == "x86_64" else []
+# Never without -c or -nostdlib++: zig would first build its C++ library, for more than a minute.
+_COMPILE = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off",
+            "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
+            "-fno-exceptions", "-fno-rtti", "-I", str(_INCLUDE), "-include", "mlx_preamble.h", *_CPU]
+_TRAPS = ["-fsanitize=undefined", "-fsanitize-trap=undefined"]
+_PREFIX = {"*": "", "&": "*"}  # a reference is passed what its pointer points at
+
+
+class Rejected(Exception):
+    """The compiler's complaints."""
+
+
+class Compiler:
+    """Compiles into ``folder``, each source once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.compiled = 0
+
+    def check_address_spaces(self, source: Source) -> None:
+        self._run(source, _plain(source.text), ["-c", "-DADDRESS_SPACES"], ".o")
+
+    def build(self, source: Source) -> Path:
+        """The shared object that exports ``launch`` of ``include/dispatch.h``."""
+        source.refuse_meetings()
+        path = self._stem(source).with_suffix(".so")
+        if not path.exists():
+            self.check_address_spaces(source)
+            text = f'{_plain(source.text)}\n#include "dispatch.h"\n{_launcher(source)}'
+            self._run(source, text, ["-shared", "-nostdlib", "-nostdlib++", *_TRAPS], ".so")
+            self.compiled += 1
+        return path
+
+    def _stem(self, source: Source) -> Path:
+        return self.folder / hashlib.sha256(source.text.encode()).hexdigest()[:16]
+
+    def _run(self, source: Source, text: str, options: list[str], suffix: str) -> None:
+        stem = self._stem(source)
+        stem.with_suffix(".cpp").write_text(text)
+        cache = {f"ZIG_{kind}_CACHE_DIR": str(self.folder / "zig") for kind in ("GLOBAL", "LOCAL")}
+        done = subprocess.run(
+            [sys.executable, "-m", "ziglang", "c++", *_COMPILE, *options,
+             f"{stem}.cpp", "-o", f"{stem}{suffix}"],
+            env=os.environ | cache, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise Rejected(done.stderr)
+
+
+def _plain(text: str) -> str:
+    if cast := _VECTOR_CAST.search(text):
+        raise NotEmulated(f"C++ would reinterpret bits in `{cast[0]}…`: write it as a call, `float4(x)`")
+    return _VECTOR_CALL.sub(r"metal::make_vector<\1>(", _ATTRIBUTE.sub("", text))
+
+
+def _launcher(source: Source) -> str:
+    """The C function that calls the kernel once per thread."""
+    arguments, buffers = [], 0
+    for parameter in source.parameters:
+        if parameter.is_buffer:
+            arguments.append(f"{_PREFIX[parameter.mode]}({parameter.type}*)buffers[{buffers}]")
+            buffers += 1
+        else:
+            arguments.append(f"at.{parameter.attribute}")
+    return ('extern "C" void launch(void** buffers, const uint* grid, const uint* group, bool backwards) {\n'
+            f"    dispatch(grid, group, backwards, [=](const Thread& at) {{\n"
+            f"        {source.entry}({', '.join(arguments)});\n    }});\n}}\n")

@@ -1,0 +1,104 @@
+"""Run a compiled kernel with every array between forbidden pages. A program: the kernel may kill it.
+
+Reads a job as JSON from standard input, and leaves each output beside its library. It runs twice:
+1. every array ends where a forbidden page begins, memory not given holds 0xFF, threads run forwards;
+2. every array starts where a forbidden page ends, memory not given holds 0x7F, threads run backwards.
+Where both runs agree, all outputs were written, and from the inputs alone. Inputs are read-only.
+Exits with 3 and one line on standard error after an access out of bounds, with 4 after a trap.
+Only the standard library is imported, so that the process starts in a moment.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import signal
+import sys
+
+_PAGE = mmap.PAGESIZE
+_FORBIDDEN = 1 << 26  # on each side: enough for an index that is wrong by a factor
+_NONE, _READ, _READ_WRITE = 0, 1, 3
+_PRIVATE_ANONYMOUS_NORESERVE = 0x4022
+_SA_SIGINFO, _ADDRESS_IN_SIGINFO = 4, 16
+_C = ctypes.CDLL(None, use_errno=True)
+_C.mmap.restype = ctypes.c_void_p
+_C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+_Handle = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Handler(ctypes.Structure):
+    """C's ``struct sigaction``, as Linux's libraries lay it out."""
+
+    _fields_ = [("call", _Handle), ("mask", ctypes.c_ulong * 16), ("flags", ctypes.c_int),
+                ("restorer", ctypes.c_void_p)]
+
+
+class Guarded:
+    """``size`` bytes that touch a forbidden page at their start or, but for the alignment, at their end."""
+
+    def __init__(self, name: str, size: int, content: bytes | None, poison: int, at_end: bool,
+                 alignment: int):
+        pages = -(-size // _PAGE) * _PAGE
+        base = _C.mmap(None, 2 * _FORBIDDEN + pages, _NONE, _PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+        if base == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"no address space for {name}")
+        inside = base + _FORBIDDEN
+        _C.mprotect(inside, pages, _READ_WRITE)
+        ctypes.memset(inside, poison, pages)
+        self.name, self.size = name, size
+        self.reach = range(base, inside + pages + _FORBIDDEN)
+        self.start = inside + (pages - size) // alignment * alignment if at_end else inside
+        if content is not None:
+            ctypes.memmove(self.start, content, size)
+            _C.mprotect(inside, pages, _READ)
+
+    def describe(self, address: int) -> str:
+        offset = address - self.start
+        if offset < 0:
+            return f"{-offset} bytes before `{self.name}`"
+        past = offset - self.size
+        return f"{past} bytes past the end of `{self.name}`" if past >= 0 else f"in read-only `{self.name}`"
+
+
+def report(arrays: list[Guarded], running) -> Handler:
+    """What to do when a thread dies: say which, and where it reached."""
+    @_Handle
+    def handle(number, info, _):
+        address = ctypes.c_void_p.from_address(info + _ADDRESS_IN_SIGINFO).value or 0
+        where = next((a.describe(address) for a in arrays if address in a.reach), f"at {address:#x}")
+        trapped = number == signal.SIGILL or number == signal.SIGTRAP
+        what = "undefined behaviour" if trapped else f"access {where}"
+        os.write(2, f"thread {tuple(running)} of the grid: {what}\n".encode())
+        os._exit(4 if trapped else 3)
+
+    handler = Handler(call=handle, flags=_SA_SIGINFO)
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP):
+        _C.sigaction(int(number), ctypes.byref(handler), None)
+    return handler  # must outlive the launch
+
+
+def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
+    poison = 0x7F if backwards else 0xFF
+    arrays = []
+    for array in job["arrays"]:
+        content = bytes.fromhex(array["content"]) if array["content"] is not None else None
+        arrays.append(Guarded(array["name"], array["size"], content, poison, not backwards, job["alignment"]))
+    handler = report(arrays, (ctypes.c_uint * 3).in_dll(library, "running"))
+    library.launch((ctypes.c_void_p * len(arrays))(*(a.start for a in arrays)),
+                   (ctypes.c_uint * 3)(*job["grid"]), (ctypes.c_uint * 3)(*job["threadgroup"]),
+                   ctypes.c_bool(backwards))
+    del handler
+    outputs = [ctypes.string_at(a.start, a.size).hex()
+               for a, given in zip(arrays, job["arrays"]) if given["content"] is None]
+    print(json.dumps(outputs))
+
+
+if __name__ == "__main__":
+    job = json.load(sys.stdin)
+    ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)  # for what clang leaves to a library
+    library = ctypes.CDLL(job["library"])
+    for backwards in (False, True):
+        run(job, library, backwards)

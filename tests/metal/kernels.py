@@ -1,0 +1,99 @@
+"""``mx.fast.metal_kernel`` without Metal: kernels that are compiled for, and run on, the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import source
+from .compiler import Compiler
+from .source import NotEmulated
+
+_GUARDED = Path(__file__).with_name("guarded.py")
+
+
+class OutOfBounds(Exception):
+    """A thread reached beyond an array, or wrote to an input."""
+
+
+class Undefined(Exception):
+    """A thread did what C++ leaves undefined: a local array's bounds, a shift, a misaligned vector."""
+
+
+class Unsettled(Exception):
+    """An output depends on the order of threads or on what memory held: a race, or not written."""
+
+
+class Emulation:
+    """``metal_kernel`` takes the place of MLX's. Vectors loaded through an array's pointer need it
+    ``alignment`` bytes aligned, as any MLX array is; what is then left behind its end is not guarded."""
+
+    def __init__(self, compiler: Compiler, alignment: int = 1):
+        self.compiler, self.alignment = compiler, alignment
+        self.mlx_metal_kernel = mx.fast.metal_kernel  # before it is replaced
+
+    def install(self, monkeypatch, module) -> None:
+        """Have ``module`` build its kernel, by its cached function ``_kernel``, as on a Mac, and here."""
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        monkeypatch.setattr(mx.fast, "metal_kernel", self.metal_kernel)
+        monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)
+
+    def metal_kernel(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True,
+                     atomic_outputs=False, compile_options=None) -> "EmulatedKernel":
+        if not ensure_row_contiguous or atomic_outputs:
+            raise NotEmulated("strided inputs and atomic outputs")
+        mlx_kernel = self.mlx_metal_kernel(name=name, input_names=input_names, output_names=output_names,
+                                           source=source, header=header, compile_options=compile_options)
+        return EmulatedKernel(self, mlx_kernel, input_names, output_names)
+
+
+class EmulatedKernel:
+    """Called like MLX's kernels; returns arrays that are computed already."""
+
+    def __init__(self, emulation: Emulation, mlx_kernel, input_names: list[str], output_names: list[str]):
+        self.emulation, self.mlx_kernel = emulation, mlx_kernel
+        self.input_names, self.output_names = input_names, output_names
+
+    def __call__(self, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None,
+                 init_value=None, stream=None, verbose=False) -> list[mx.array]:
+        if init_value is not None:
+            raise NotEmulated("outputs with an initial value")
+        inputs = [mx.array(x) for x in inputs]
+        made = source.generate(self.mlx_kernel, inputs, output_shapes=output_shapes, grid=grid,
+                               output_dtypes=output_dtypes, threadgroup=threadgroup, template=template)
+        outputs = list(zip(self.output_names, output_shapes, output_dtypes, strict=True))
+        arrays = [{"name": name, "size": len(content), "content": content.hex()}
+                  for name, content in zip(self.input_names, map(_bytes, inputs), strict=True)]
+        arrays += [{"name": name, "size": int(np.prod(shape)) * dtype.size, "content": None}
+                   for name, shape, dtype in outputs]
+        passed = [p.name for p in made.parameters if p.is_buffer]
+        if passed != [a["name"] for a in arrays]:
+            raise NotEmulated(f"buffers {passed}: shapes and strides are not passed")
+        job = {"library": str(self.emulation.compiler.build(made)), "arrays": arrays, "grid": grid,
+               "threadgroup": threadgroup, "alignment": self.emulation.alignment}
+        return [mx.array(np.frombuffer(content, np.uint8)).view(dtype).reshape(shape)
+                for content, (_, shape, dtype) in zip(_run(job, self.output_names), outputs)]
+
+
+def _bytes(array: mx.array) -> bytes:
+    return bytes(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+
+
+def _run(job: dict, output_names: list[str]) -> list[bytes]:
+    done = subprocess.run([sys.executable, "-I", "-S", str(_GUARDED)], input=json.dumps(job),
+                          capture_output=True, text=True, timeout=120)
+    if done.returncode in (3, -11, -7):  # its own report, or not even that
+        raise OutOfBounds(done.stderr or "segmentation fault")
+    if done.returncode in (4, -4, -5):
+        raise Undefined(done.stderr)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    forwards, backwards = ([bytes.fromhex(x) for x in json.loads(line)] for line in done.stdout.splitlines())
+    for name, *both in zip(output_names, forwards, backwards):
+        if both[0] != both[1]:
+            first = next(i for i, (x, y) in enumerate(zip(*both)) if x != y)
+            raise Unsettled(f"byte {first} of `{name}` was not written, or depends on the order of threads")
+    return forwards
