@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.errors import BadValue, Unsupported
+from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear, round_activation
 from mlxquant.quant import hadamard
@@ -326,3 +327,22 @@ def test_bytes_of_scale_signs_and_step_are_counted():
     assert traffic.weight_bytes(network, {}) == leaves + 2 * N + N // 8 + 4
     assert traffic.dense_bytes(network) == leaves + 4 * N + N // 8 + 4
     assert traffic.weight_bytes(network, {}, dense=True) == traffic.dense_bytes(network)
+
+
+def test_a_dense_network_has_linear_transforms_in_its_weights():
+    weight, x = draw(5, 96), mx.array(draw(3, 96, seed=1))
+    linear = nn.Linear(96, 5)
+    linear.weight = mx.array(weight)
+    scale = mx.array(np.abs(draw(96, seed=2)) + 0.1)
+    layers = {"folded": TransformedLinear(linear, scale, hadamard.random_signs(96, 0), 32),
+              "rounded": TransformedLinear(nn.Linear(96, 5), scale, activation=ActivationSpec())}
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.folded, self.rounded = layers["folded"], layers["rounded"]
+
+    network, wanted = Network(), layers["folded"](x)
+    to_dense(network)
+    assert type(network.folded) is nn.Linear and type(network.rounded) is TransformedLinear
+    close(network.folded(x), np.array(wanted, np.float64), 1e-5)

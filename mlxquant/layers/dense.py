@@ -7,6 +7,7 @@ from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.salient import expand_salient
+from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 
@@ -27,6 +28,7 @@ def to_dense(network: nn.Module) -> nn.Module:
     """
     with mx.stream(mx.cpu):
         network = expand_replicated(expand_grouped(dequantize_model(to_float32(network))))
+        network = _fold_transforms(network)
         mx.eval(network.parameters())
     return network
 
@@ -46,6 +48,18 @@ def expand_replicated(network: nn.Module) -> nn.Module:
             above, _, name = path.rpartition(".")
             del modules[above][name]
     return _expand(network, ReplicatedLinear)
+
+
+def _fold_transforms(network: nn.Module) -> nn.Module:
+    """Put what a dense layer's input goes through into its weight, where that is linear."""
+    made = []
+    for path, module in network.named_modules():
+        if (isinstance(module, TransformedLinear) and module.activation is None
+                and isinstance(module.linear, nn.Linear)):
+            module.linear.weight = module.untransform_weight(module.linear.weight)
+            made.append((path, module.linear))
+    network.update_modules(tree_unflatten(made))
+    return network
 
 
 def _expand(network: nn.Module, kind: type[GroupedLinear] | type[ReplicatedLinear]) -> nn.Module:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlxquant.errors import BadValue, Unsupported
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.salient import SalientLinear
-from mlxquant.quant.hadamard import check_block, pack_signs, rotate, unpack_signs
+from mlxquant.quant.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16
@@ -154,6 +154,14 @@ class TransformedLinear(nn.Module):
             codes, step = round_activation(x, self.activation, self.get("activation_scale"))
             x = (codes * step).astype(x.dtype)
         return x
+
+    def untransform_weight(self, weight: mx.array) -> mx.array:
+        """W R diag(input_scale) of ``weight`` (m, n), in its dtype: what takes x where W takes the
+        transformed input, rounding apart."""
+        if "rotation_signs" in self:
+            signs = self._signs.unpacked(self.rotation_signs, self.inputs, weight.dtype)
+            weight = unrotate_weight(weight, signs, self.rotation_block)
+        return weight * self.input_scale.astype(weight.dtype) if "input_scale" in self else weight
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(self.transform(x))
