@@ -81,8 +81,9 @@ def methods() -> str:
              "|---|---|--:|--:|--:|--:|--:|"]
     for r in method_rows():
         seconds = "" if r["seconds"] is None else f"{r['seconds']:.0f}"
-        lines.append(f"| {r['bits']} | {r['method']} | {r['bits_per_weight']:.2f} | {r['perplexity']:,.1f} | "
-                     f"{r['kl_mean']:.3f} | {100 * r['top1_agreement']:.0f} % | {seconds} |")
+        lines.append(f"| {r['bits']} | {r['method']} | {r['bits_per_weight']:.2f} | "
+                     f"{r['perplexity']:,.1f} | {r['kl_mean']:.3f} | {100 * r['top1_agreement']:.0f} % | "
+                     f"{seconds} |")
     original = read("methods-h200-1")["rows"][0]["perplexity"]
     return "\n".join([*lines, "", f"The model itself: {original:.2f}. {place(read('methods-h200-6'))}."])
 
@@ -94,8 +95,10 @@ def widths() -> str:
     lines = ["| width | smaller than 16 bits | perplexity here | verdict here | Llama-2-7B, published by others |",
              "|---|--:|--:|---|---|"]
     for width in WIDTHS:
-        ours = [row for row in method_rows() if row["bits"] == width and not row["method"].startswith("mlx-lm")]
-        others = "; ".join(f"{row['method']} {row['perplexity']:,.4g}" for row in published if row["bits"] == width)
+        ours = [row for row in method_rows()
+                if row["bits"] == width and not row["method"].startswith("mlx-lm")]
+        others = "; ".join(f"{row['method']} {row['perplexity']:,.{0 if row['perplexity'] > 1000 else 2}f}"
+                           for row in published if row["bits"] == width)
         if not ours:
             lines.append(f"| {width} | | not measured | | {others} |")
             continue
@@ -106,8 +109,9 @@ def widths() -> str:
         lines.append(f"| {width} | {16 / best['bits_per_weight']:.1f} × | {best['perplexity']:,.1f} ({loss}), "
                      f"{best['method']} | {verdict} | {others} |")
     papers = "; ".join(dict.fromkeys(row["paper"] for row in published if row["bits"] != 16))
-    return "\n".join([*lines, "", "Here: SmolLM2-135M-Instruct, calibrated only, no tuning. There: WikiText-2, context "
-                      f"2,048, where 16 bits score 5.47; not our measurements, but those of {papers}."])
+    return "\n".join([*lines, "", "Here: SmolLM2-135M-Instruct, calibrated only, no tuning. There: WikiText-2, "
+                      "context 2,048, where 16 bits score 5.47; not our measurements, but those of "
+                      f"{papers}."])
 
 
 TABLES = {"default-model": default_model, "widths": widths, "methods": methods}

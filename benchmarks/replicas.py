@@ -1,7 +1,7 @@
 """Replicated layers and their controls on the default model, calibrated only and tuned.
 
     python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--plan NAME …] [--steps 1000] [--samples 128] [--windows 40] [--keep FOLDER]
+        [--plan NAME …] [--steps 1000] [--codes 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
 the protocol wt2-40 and on one that took no part. Rows are saved one by one.
@@ -71,9 +71,11 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
     yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
     if not arguments.steps:
         return
-    schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate, max(1, arguments.steps // 4))
-    result = mlxquant.tune(str(folder / name), folder / f"{name}-tuned", teacher=arguments.model, data=arguments.data,
-                           schedule=schedule, sequence_length=arguments.length)
+    schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate,
+                        max(1, arguments.steps // 4))
+    result = mlxquant.tune(str(folder / name), folder / f"{name}-tuned", teacher=arguments.model,
+                           data=arguments.data, schedule=schedule, sequence_length=arguments.length,
+                           codes=arguments.codes)
     yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps) | quality(
         folder / f"{name}-tuned", teacher, arguments)
 
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--codes", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--keep", type=Path)
@@ -102,8 +105,8 @@ def main() -> None:
                 for row in rows_of(name, arguments, teacher, arguments.keep or Path(scratch)):
                     rows.append(row)
                     print(f"{name:20} {'tuned' if row['tuned'] else '':6} {row['bits_per_weight']:6.3f} bpw "
-                          f"{row['perplexity']:10.3f} ppl  KL {row['kl_mean']:.4f}  other {row['other_perplexity']:.2f}  "
-                          f"{row['seconds']:.1f} s", flush=True)
+                          f"{row['perplexity']:10.3f} ppl  KL {row['kl_mean']:.4f}  "
+                          f"other {row['other_perplexity']:.2f}  {row['seconds']:.1f} s", flush=True)
                     save(arguments.out, windows=arguments.windows, samples=arguments.samples, rows=rows)
             except Exception:  # one row's failure must not cost the others' measurements
                 traceback.print_exc()

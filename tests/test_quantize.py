@@ -145,6 +145,8 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
     record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
     assert record["calibration"]["source"] == "written by the model itself"
     assert record["method"] == "gptq" and record["seed"] == 0
+    assert 0 < record["output_error"]["mean"] < record["output_error"]["largest"] < 0.1
+    assert record["output_error"]["layer"].startswith("model.layers.")
 
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):

@@ -52,10 +52,16 @@ def quantize(
     activation_granularity: Annotated[str, typer.Option(help="token, tensor or static.")] = "token",
     alpha: Annotated[Optional[float], typer.Option(
         help="SmoothQuant's strength, 0 to 1; default: searched.")] = None,
+    repeat_blocks: Annotated[Optional[list[str]], typer.Option(
+        help="8:16x2 runs each of blocks 8 to 15 twice in a row, on weights stored once; repeatable. "
+             "Changes nothing until the result is tuned.")] = None,
+    repeat_span: Annotated[Optional[list[str]], typer.Option(
+        help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; repeatable.")] = None,
     data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
     revision: Revision = None, as_json: AsJson = False,
 ):
     """Quantise a model block by block; a killed run goes on where it was."""
+    from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
     from mlxquant.quant.assignment import Target
     from mlxquant.quant.pipeline import quantize as run
@@ -66,6 +72,8 @@ def quantize(
     activation = (ActivationSpec(activation_bits, activation_granularity)
                   if activation_bits is not None else None)
     target = (Target(target_bpw, target_gb) if target_bpw is not None or target_gb is not None else None)
+    repeats = [block for text in repeat_blocks or () for block in parse_repeat(text).one_by_one()]
+    repeats += map(parse_repeat, repeat_span or ())
     with progress("quantising, seconds:") as advance:
         outcome = run(
             model, output, method=method, bits=parse_bits(bits), group_size=group_size,
@@ -73,8 +81,8 @@ def quantize(
             samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
             refine=refine, replicas=replicas, replica_group=replica_group, salient=salient, target=target,
             propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
-            embedding_bits=embedding_bits, activation=activation, alpha=alpha, seed=seed,
-            revision=revision, progress=advance)
+            embedding_bits=embedding_bits, activation=activation, alpha=alpha, repeats=tuple(repeats),
+            seed=seed, revision=revision, progress=advance)
     from mlxquant.inspection import inspect
 
     result = inspect(str(output))

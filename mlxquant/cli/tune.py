@@ -21,12 +21,13 @@ def tune(
     learning_rate: Annotated[float, typer.Option(help="Relative to the size of what is trained.")] = 3e-3,
     norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, typer.Option(
-        help="Let the codes of replicated layers move: levels per unit of the learning rate, e.g. 0.1; 0: they stay.")] = 0.0,
-    check_every: Annotated[int, typer.Option(help="Steps between tries on held-out text; state is saved there.")] = 100,
+        help="Let codes of replicated layers move: levels where a scale would double; 0: they stay.")] = 0.0,
+    check_every: Annotated[int, typer.Option(
+        help="Steps between tries on held-out text; state is saved there.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same order of texts.")] = 0,
     as_json: AsJson = False,
 ):
-    """Train a quantised model's scales on the original's predictions; its codes stay.
+    """Train a quantised model's scales, and gates of repeated blocks, on the original's predictions.
 
     A killed run goes on where it was. The result is never worse on held-out text than DIR.
     """
@@ -42,5 +43,5 @@ def tune(
                     "divergence_after": result.divergence_after, "seconds": result.seconds,
                     "peak_memory_gb": result.peak_memory / 1e9})
         return
-    print(f"{output}: divergence on held-out text {result.divergence_before:.4f} → {result.divergence_after:.4f} "
-          f"nats per token, {result.seconds:.0f} s, peak {result.peak_memory / 1e9:.2f} GB")
+    print(f"{output}: divergence on held-out text {result.divergence_before:.4f} → "
+          f"{result.divergence_after:.4f} nats per token, {result.seconds:.0f} s, peak {result.peak_memory / 1e9:.2f} GB")

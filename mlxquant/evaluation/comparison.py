@@ -44,7 +44,8 @@ METHODS: dict[str, dict] = {
     "smoothquant-tensor": dict(method="smoothquant", group_size=0, alpha=0.5,
                                activation=ActivationSpec(granularity="tensor")),
     **{f"replica-{k}": _REPLICAS | dict(replicas=k) for k in (1, 2, 4, 8, 16)},
-    **{f"replica-{k}-corrected": _REPLICAS | dict(replicas=k, propagation="corrected") for k in (1, 2, 4, 8, 16)},
+    **{f"replica-{k}-corrected": _REPLICAS | dict(replicas=k, propagation="corrected")
+       for k in (1, 2, 4, 8, 16)},
     **{f"replica-{k}-g{g}-corrected": _REPLICAS | dict(replicas=k, replica_group=g, propagation="corrected")
        for k, g in ((4, 16), (8, 16), (8, 32), (16, 32))},
 }

@@ -3,33 +3,39 @@
 A plain checkpoint needs nothing from here. Ours says ``"model_type":
 "mlxquant"``, so that stock mlx-lm refuses it instead of running rotated codes
 as if they were plain; the architecture is in ``base_model_type``, and
-``mlxquant.layers`` describes single layers that stock mlx-lm does not have and
-``mlxquant.replicas`` the sets of replicated layers that share an input.
+``mlxquant.layers`` describes single layers that stock mlx-lm does not have,
+``mlxquant.replicas`` the sets of replicated layers that share an input and
+``mlxquant.repeats`` the ranges of blocks that run more than once.
 """
 
-from dataclasses import fields
+from dataclasses import asdict, fields
+from typing import Sequence
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.layers import repeated
+from mlxquant.layers.repeated import Repeat
 
 FORMAT = 1
 
 
-def config_with(config: dict, layers: dict[str, dict], replicas: dict[str, dict] | None = None) -> dict:
-    """``config`` marked as ours, or unchanged where no layer of ours is in it.
+def config_with(config: dict, layers: dict[str, dict], replicas: dict[str, dict] | None = None,
+                repeats: Sequence[Repeat] = ()) -> dict:
+    """``config`` marked as ours, or unchanged where nothing of ours is in it.
 
     ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the
     siblings share, such as ``model.layers.0.self_attn.qkv``, are those of a
     ``ReplicaShape`` and the names of its ``"linears"`` beside that path.
     """
-    if not layers and not replicas:
+    if not layers and not replicas and not repeats:
         return config
     base = config.get("base_model_type", config["model_type"])
     return config | {"model_type": "mlxquant", "base_model_type": base,
-                     "mlxquant": {"format": FORMAT, "layers": layers, "replicas": replicas or {}}}
+                     "mlxquant": {"format": FORMAT, "layers": layers, "replicas": replicas or {},
+                                  "repeats": [asdict(repeat) for repeat in repeats]}}
 
 
 def model_classes(config: dict):
@@ -54,6 +60,7 @@ def model_classes(config: dict):
     def build(arguments) -> nn.Module:
         network = model_class(arguments)
         install(network, block.get("layers", {}), block.get("replicas", {}))
+        _install_repeats(network, block.get("repeats", []))
         return network
 
     return build, Arguments
@@ -98,6 +105,17 @@ def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
             install_group(found[above], name, linears, ReplicaShape(**shape))
         except BadValue as error:
             raise BadCheckpoint(f"config.json describes the replicas of {path}: {error}") from error
+
+
+def _install_repeats(network: nn.Module, repeats: list[dict]) -> None:
+    keys = {field.name for field in fields(Repeat)}
+    if not isinstance(repeats, list) or any(not isinstance(r, dict) or r.keys() != keys for r in repeats):
+        raise BadCheckpoint(f"config.json describes repeated blocks as {repeats!r}; "
+                            f"needed is a list with {', '.join(sorted(keys))} each")
+    try:
+        repeated.install(network, [Repeat(**entry) for entry in repeats])
+    except BadValue as error:
+        raise BadCheckpoint(f"config.json describes repeated blocks: {error}") from error
 
 
 def make(linear: nn.Linear, entry: dict) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a quantised checkpoint holds beside its blocks: embedding, head, norms, config."""
+"""What a quantised checkpoint holds beside its blocks: embedding, head, norms, gates, config."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,14 +52,22 @@ def outside(network: nn.Module, config: dict, job: Job) -> tuple[dict[str, mx.ar
     return tensors, widths, config
 
 
+def gates(job: Job, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The gates of repeated blocks by path, (passes − 1,): zeros, until they are tuned."""
+    return {f"model.layers.{repeat.last}.repeat_gates": mx.zeros(repeat.passes - 1, dtype)
+            for repeat in job.repeats}
+
+
 def config_of(config: dict, job: Job, tokens: Calibration, plain: dict[str, dict],
-              layers: dict[str, dict], replicas: dict[str, dict]) -> dict:
-    """config.json of the result; ``plain``, ``layers`` and ``replicas`` are those of its blocks."""
+              layers: dict[str, dict], replicas: dict[str, dict], errors: dict[str, float]) -> dict:
+    """config.json of the result; ``plain``, ``layers``, ``replicas`` and ``errors`` are those of its blocks."""
     default = {"group_size": job.spec.group_size, "bits": job.spec.code_bits}
     if default["group_size"] not in PLAIN_GROUPS:
         default = {"group_size": 64, "bits": 4}
     quantization = {**default, **{p: e for p, e in plain.items() if e != default}}
     config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     config |= {"quantization": quantization, "quantization_config": quantization}
-    config = formats.config_with(config, layers, replicas)
-    return config | {"mlxquant_record": record(job, tokens)}
+    config = formats.config_with(config, layers, replicas, job.repeats)
+    worst = max(errors, key=errors.get)
+    measured = {"mean": sum(errors.values()) / len(errors), "largest": errors[worst], "layer": worst}
+    return config | {"mlxquant_record": record(job, tokens) | {"output_error": measured}}

@@ -19,7 +19,7 @@ from mlxquant import checkpoint
 from mlxquant.errors import BadValue
 from mlxquant.layers.dense import to_dense
 from mlxquant.loading import open_lazily
-from mlxquant.quant.assembly import outside
+from mlxquant.quant.assembly import gates, outside, stored_dtype
 from mlxquant.quant.blocks import quantise_trial
 from mlxquant.quant.budget import Option, choose
 from mlxquant.quant.calibration import Calibration
@@ -139,6 +139,7 @@ def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: d
 def _fixed_bytes(network: nn.Module, config: dict, folder: Path, job: Job, options: dict) -> int:
     """Bytes of a result's folder beside the layers' weights, at most."""
     tensors, _, _ = outside(network, config, job)
+    tensors |= gates(job, stored_dtype(network))
     inside = tuple(f"{path}." for paths in options for path in paths.split(","))
     loose = [array for path, array in tree_flatten(network.parameters())
              if ".layers." in path and not path.startswith(inside)]

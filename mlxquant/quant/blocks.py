@@ -75,11 +75,19 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
     activation = _calibrated(context.activation, statistics)
     for kind, paths in _by_spec(specs).items():
         made = _quantise({path: weights[path] for path in paths}, statistics, kind, context)
+        result.errors |= {path: _relative_error(weights[path], made[path].dequantise(), statistics)
+                          for path in paths}
         if kind.method == "replica":
             store_replicas(made, modules, kind, transform, context.dtype, result)
             continue
         for path, quantised in made.items():
             store(path, modules[path], quantised, transform, activation, context.dtype, result)
+
+
+def _relative_error(weight: mx.array, made: mx.array, statistics: Statistics) -> float:
+    hessian = statistics.hessian
+    whole = awq.output_error(weight, hessian)
+    return awq.output_error(made - weight, hessian) / whole if whole > 0 else 0.0
 
 
 def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:

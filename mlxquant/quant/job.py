@@ -6,6 +6,7 @@ from typing import Callable
 
 from mlxquant import __version__
 from mlxquant.errors import BadValue
+from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.spec import Overrides, Spec
@@ -21,7 +22,9 @@ class Job:
     ``propagation`` says whose inputs a block is calibrated on: the ``float``
     model's, the ``quantised`` prefix's, or those with the target ``corrected``
     for the error already made. ``embedding_bits`` None keeps embedding and head
-    as stored. ``activation`` quantises the inputs of all layers as well.
+    as stored. ``activation`` quantises the inputs of all layers as well. ``repeats``
+    are the blocks that run more than once in the result; with their gates at 0 they
+    change nothing, so the blocks themselves are quantised without them.
     """
 
     overrides: Overrides
@@ -30,6 +33,7 @@ class Job:
     activation: ActivationSpec | None = None
     alpha: float | None = None
     seed: int = 0
+    repeats: tuple[Repeat, ...] = ()
 
     def __post_init__(self):
         if self.propagation not in PROPAGATIONS:

@@ -13,7 +13,7 @@ from mlxquant.quant.job import Job, record
 from mlxquant.quant.walk import identity
 from mlxquant.storage import save_arrays, working_folder
 
-_ENTRIES = ("plain", "layers", "replicas")
+_ENTRIES = ("plain", "layers", "replicas", "errors")
 
 
 def write_result(file: Path, prefix: str, result: BlockResult) -> None:

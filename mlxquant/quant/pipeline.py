@@ -17,12 +17,14 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant import checkpoint
 from mlxquant.errors import Unsupported
+from mlxquant.layers import repeated
 from mlxquant.layers.dense import to_dense
+from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration, rotation
-from mlxquant.quant.assembly import config_of, outside, stored_dtype, turn_of
+from mlxquant.quant.assembly import config_of, gates, outside, stored_dtype, turn_of
 from mlxquant.quant.assignment import Target, assign
 from mlxquant.quant.blocks import Context, quantise_block, rebuild
 from mlxquant.quant.calibration import Calibration
@@ -43,20 +45,22 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
              symmetric: bool = False, salient: float = 0.0, replicas: int = 4, replica_group: int = 0,
              act_order: bool = True, refine: int = 3, propagation: str = "quantised",
              overrides: tuple[tuple[str, dict], ...] = (), target: Target | None = None, embedding_bits: int | None = None,
-             activation: ActivationSpec | None = None, alpha: float | None = None, seed: int = 0,
+             activation: ActivationSpec | None = None, alpha: float | None = None,
+             repeats: tuple[Repeat, ...] = (), seed: int = 0,
              revision: str | None = None, progress: Progress = lambda *_: None) -> Outcome:
     """Quantise the model called ``name`` into the new folder ``output``.
 
     ``data`` are calibration texts (files or ``hf://datasets/…``); without any the
     model writes its own. ``target`` gives every layer the width that keeps the
     model's predictions best within a size, ``bits`` then standing only where
-    nothing else is said. Raises ``BadValue`` for an impossible combination, and
-    what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
+    nothing else is said. Blocks in ``repeats`` run more than once in the result,
+    which changes nothing before it is tuned. Raises ``BadValue`` for an impossible
+    combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
     """
     spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
                 act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
                 replica_group=replica_group, salient=salient)
-    job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed)
+    job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed, repeats)
     folder = resolve(name, revision=revision)
     network, config = open_lazily(folder)
     _check(network, config, job)
@@ -80,12 +84,14 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
     mx.reset_peak_memory()
     network, config = open_lazily(folder)
     partial = open_partial(output, folder, job, tokens)
+    dtype = stored_dtype(network)
     others, widths, outer_config = outside(network, config, job)
+    others |= gates(job, dtype)
     turn = turn_of(config, job)
-    context = Context(job.overrides, config["model_type"], stored_dtype(network), job.seed,
+    context = Context(job.overrides, config["model_type"], dtype, job.seed,
                       CORRECTION if job.propagation == "corrected" else 0.0, job.activation, job.alpha)
     files = [partial / f"block-{index:04d}.safetensors" for index in range(len(network.layers))]
-    entries: dict[str, dict] = {"plain": widths, "layers": {}, "replicas": {}}
+    entries: dict[str, dict] = {"plain": widths, "layers": {}, "replicas": {}, "errors": {}}
     if job.propagation == "float":
         results = _on_float(network, folder, context, tokens, files, turn)
     else:
@@ -113,6 +119,7 @@ def _check(network: nn.Module, config: dict, job: Job) -> None:
         raise Unsupported("the model is already quantised by mlxquant; start from the original")
     if job.spec.rotation == "fused":
         rotation.check(config)
+    repeated.check(network, job.repeats)
     for index, block in enumerate(network.layers):
         for path, module in leaf_modules(block):
             if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):

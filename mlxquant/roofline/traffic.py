@@ -1,4 +1,4 @@
-"""Bytes that decoding one token moves: weights read once each, and the KV cache."""
+"""Bytes that decoding one token moves: weights once for each time they are used, and the KV cache."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -51,10 +52,19 @@ def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False) -> in
     """Bytes of weights read for one token, as held, or as dense float32.
 
     An embedding counts as one row, unless it is tied and so is the head too.
-    Of a mixture's experts only the chosen ones count.
+    Of a mixture's experts only the chosen ones count. A block that runs again is read
+    again: no chip's cache is counted on to hold it.
     """
     tied = _is_tied(network, config)
     chosen = config.get("num_experts_per_tok") or 1
+    total = _read_once(network, tied, chosen, dense)
+    for block in network.modules():
+        if isinstance(block, RepeatedBlock):
+            total += (block.passes - 1) * _read_once(block, tied, chosen, dense)
+    return round(total)
+
+
+def _read_once(network: nn.Module, tied: bool, chosen: int, dense: bool) -> float:
     total = _loose_bytes(network, dense)
     for _, module in leaf_modules(network):
         size = float32_bytes(module) if dense else module_bytes(module)
@@ -63,7 +73,7 @@ def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False) -> in
         elif isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
             size *= chosen / module.weight.shape[0]
         total += size
-    return round(total)
+    return total
 
 
 def kv_bytes(cache: list) -> int:

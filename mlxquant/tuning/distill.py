@@ -161,6 +161,7 @@ class Distillation:
                     moments[name] = array
             else:
                 (moved if part == "moved" else best)[path] = array
-        self.state = State(moved=moved, best=best, optimizer=self.state.optimizer, **json.loads(metadata["numbers"]))
+        numbers = json.loads(metadata["numbers"])
+        self.state = State(moved=moved, best=best, optimizer=self.state.optimizer, **numbers)
         self.state.optimizer.state = moments
         self._compile()

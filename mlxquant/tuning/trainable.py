@@ -1,4 +1,4 @@
-"""A quantised network whose scales can be trained while its codes stay.
+"""A quantised network whose scales, and gates of repeated blocks, can be trained while its codes stay.
 
 Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are
 relative, so that one learning rate fits scalings of every magnitude. Codes are
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxquant.errors import Unsupported
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
@@ -130,7 +131,8 @@ def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
 
 def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """θ₀ and s by path. A bias of a group counts in units of its scale, an input's or output's
-    scaling in the root mean square of its replica, any other array in that of its own."""
+    scaling in the root mean square of its replica, any other array in that of its own; but a
+    gate, which starts at 0, in units of 1."""
     base, size = {}, {}
     for path, module in network.named_modules():
         if isinstance(module, UnpackedAffine):
@@ -145,6 +147,8 @@ def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, m
                 names["column_scale"] = mx.abs(module.column_scale)
         elif norms and isinstance(module, nn.RMSNorm):
             names = {"weight": _rms(module.weight)}
+        elif isinstance(module, RepeatedBlock) and "repeat_gates" in module:
+            names = {"repeat_gates": mx.ones_like(module.repeat_gates)}
         else:
             continue
         for name, scale in names.items():

@@ -1,0 +1,158 @@
+"""Blocks that run more than once on weights stored once: depth that costs no memory.
+
+    h ← pass(h), then for each further pass p:  h ← h + g_p (pass(h) − h)
+
+A range of blocks is passed through as a whole, again and again; a range of one
+block repeats that block. The gates g_p start at 0, where the network computes
+exactly what it does without repeats, and are trained (``tuning/``). One number a
+pass is enough: which channels a pass moves is up to the scales in the block. Depth
+by repetition follows the Universal Transformer (https://arxiv.org/abs/1807.03819),
+a gate that starts at 0 ReZero (https://arxiv.org/abs/2003.04887).
+
+Nothing is put into the list of blocks, so that the path of every parameter stays:
+the blocks of a range get another class, and the last of them the gates.
+"""
+
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxquant.errors import BadValue, Unsupported
+from mlxquant.layers.repeated_cache import caching, has_cache_for_each_block, of_pass
+
+MOST_PASSES = 8
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Blocks ``first`` to ``last``, counted from 0, run ``passes`` times in all, as one range.
+
+    Raises ``BadValue`` for what is not allowed; whether a network has the blocks ``check`` says.
+    """
+
+    first: int
+    last: int
+    passes: int
+
+    def __post_init__(self):
+        for name in ("first", "last", "passes"):
+            if type(getattr(self, name)) is not int:
+                raise BadValue(f"{name} is {getattr(self, name)!r}, allowed is a whole number")
+        if not 0 <= self.first <= self.last:
+            raise BadValue(f"blocks {self.span} are none; allowed are FIRST:END with FIRST at least 0 "
+                           "and END, which is not among them, above FIRST")
+        if not 2 <= self.passes <= MOST_PASSES:
+            raise BadValue(f"blocks {self.span} are to run {self.passes} times; "
+                           f"allowed are 2 to {MOST_PASSES} passes")
+
+    @property
+    def span(self) -> str:
+        """FIRST:END, as it is written."""
+        return f"{self.first}:{self.last + 1}"
+
+    def one_by_one(self) -> tuple["Repeat", ...]:
+        """Each block repeated by itself, in place of the range as a whole."""
+        return tuple(Repeat(index, index, self.passes) for index in range(self.first, self.last + 1))
+
+
+def parse_repeat(text: str) -> Repeat:
+    """``'8:16x2'`` as blocks 8 to 15, twice; raises ``BadValue``."""
+    parts = re.fullmatch(r"(\d{1,6}):(\d{1,6})x(\d{1,6})", text.strip(), re.ASCII)
+    if parts is None:
+        raise BadValue(f"{text!r} is no range of blocks; allowed is FIRST:ENDxPASSES, "
+                       "such as 8:16x2 for blocks 8 to 15, twice")
+    first, end, passes = map(int, parts.groups())
+    return Repeat(first, end - 1, passes)
+
+
+@dataclass
+class _Span:
+    """What the blocks of one range share: the calls of the pass under way."""
+
+    repeat: Repeat
+    calls: list = field(default_factory=list)
+
+
+class RepeatedBlock:
+    """Put before a block's own class, it runs the block as part of a range.
+
+    In the first pass every block notes how it was called: mlx-lm gives each the mask
+    and the cache that fit its kind of attention. The last one, which holds
+    ``repeat_gates`` (passes − 1,), then calls all of them again in turn.
+    """
+
+    @property
+    def passes(self) -> int:
+        """How often the block runs for a token."""
+        return self._span.repeat.passes
+
+    def __call__(self, hidden: mx.array, *args, **kwargs) -> mx.array:
+        """The hidden state after the block; after the last of the range, after all passes.
+
+        Shapes and further arguments are those of the block's own class. Raises
+        ``Unsupported`` where that returns more than the state.
+        """
+        span = self._span
+        if self._is_first:
+            span.calls = []
+        # The own class's call, past hooks: those see a block once, as in any other network.
+        span.calls.append((super().__call__, args, kwargs))
+        hidden = _call(span.calls[-1], hidden, 0)
+        if "repeat_gates" not in self:
+            return hidden
+        calls, span.calls = span.calls, []  # so that no cache or tracer outlives the pass
+        if len(calls) <= span.repeat.last - span.repeat.first:
+            return hidden  # the block runs by itself, as in a calibration block by block
+        for number, gate in enumerate(self.repeat_gates.astype(hidden.dtype), 1):
+            again = hidden
+            for call in calls:
+                again = _call(call, again, number)
+            hidden = hidden + gate * (again - hidden)
+        return hidden
+
+
+def _call(call: tuple, hidden: mx.array, number: int) -> mx.array:
+    """Run a noted call on another state, with the caches of pass ``number``."""
+    function, args, kwargs = call
+    output = function(hidden, *(of_pass(a, number) for a in args),
+                      **{name: of_pass(a, number) for name, a in kwargs.items()})
+    if not isinstance(output, mx.array):
+        raise Unsupported(f"{type(function.__self__).__name__} returns more than a hidden state; "
+                          "repeats cover only blocks that return that alone")
+    return output
+
+
+def check(network: nn.Module, repeats: Sequence[Repeat]) -> None:
+    """Raise ``BadValue`` unless the network has the blocks, and no two ranges the same one;
+    ``Unsupported`` for an architecture whose caches do not go by block."""
+    blocks = len(network.layers)
+    for repeat in repeats:
+        if repeat.last >= blocks:
+            raise BadValue(f"blocks {repeat.span} are to be repeated, the model has {blocks}; "
+                           f"allowed are ranges within 0:{blocks}")
+    for one, other in pairwise(sorted(repeats, key=lambda repeat: repeat.first)):
+        if other.first <= one.last:
+            raise BadValue(f"the repeated blocks {one.span} and {other.span} overlap; "
+                           "allowed are ranges without a block in common")
+    if repeats and not has_cache_for_each_block(network):
+        raise Unsupported(f"{type(network).__module__} shares caches between blocks; "
+                          "repeats do not cover that")
+
+
+def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
+    """Make blocks of the network repeat, in place, with gates of 0; raises what ``check`` does."""
+    check(network, repeats)
+    for repeat in repeats:
+        span = _Span(repeat)
+        for index in range(repeat.first, repeat.last + 1):
+            block = network.layers[index]
+            block.__class__ = type(type(block).__name__, (RepeatedBlock, type(block)), {})
+            block._span, block._is_first = span, index == repeat.first
+        block.repeat_gates = mx.zeros(repeat.passes - 1)
+    passes = {index: repeat.passes for repeat in repeats for index in range(repeat.first, repeat.last + 1)}
+    if passes:
+        network.__class__ = caching(type(network), passes)
