@@ -154,4 +154,4 @@ def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(BadValue, match="does not divide the 40 inputs of q"):
         ReplicaShape(replica_group=16).check(40, "q")
     with pytest.raises(BadValue, match="more than the 4 groups of q"):
-        ReplicaShape(replicas=8, replica_group=16).check(64, "q")
+        spec(replicas=8, group=16).check(64, "q")

@@ -40,10 +40,6 @@ class ReplicaShape:
                 fitting = [s for s in sizes if not s or inputs % s == 0]
                 raise BadValue(f"{name} {size} does not divide the {inputs} inputs of {path}; "
                                f"allowed are {', '.join(map(str, fitting))}")
-        groups = inputs // (self.replica_group or 1)
-        if self.replicas > groups:
-            raise BadValue(f"{self.replicas} replicas are more than the {groups} groups of {path}; "
-                           f"allowed are 1 to {groups}")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -121,6 +117,10 @@ class Spec:
         """Raise ``BadValue`` unless groups or replicas divide the ``columns`` inputs of ``path``."""
         if self.method == "replica":
             self.replica_shape(0).check(columns, path)
+            groups = columns // (self.replica_group or 1)
+            if self.replicas > groups:  # they would say the same thing twice
+                raise BadValue(f"{self.replicas} replicas are more than the {groups} groups of {path}; "
+                               f"allowed are 1 to {groups}")
         else:
             self.group_for(columns, path)
 
