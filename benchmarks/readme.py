@@ -71,8 +71,7 @@ def method_rows() -> list[dict]:
 def draw_methods() -> None:
     """Perplexity over whole-folder bytes of the rows that were saved as folders."""
     fields = Row.__dataclass_fields__
-    drawn = [row for row in method_rows() if set(fields) <= set(row) and row["bits"] in (2, 3, 4)
-             and "plain" not in row["method"]]
+    drawn = [row for row in method_rows() if set(fields) <= set(row) and row["bits"] in (2, 3, 4)]
     plot([Row(**{name: row[name] for name in fields}) for row in drawn], RESULTS / "methods-h200.png")
 
 
