@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlxquant.quant.packing import level_grid, pack_codes
+from mlxquant.quant.affine import nearest
+from mlxquant.quant.packing import level_count, level_grid, pack_codes
 
 ROUNDS = 8
 _START = {1: 1.0, "ternary": 1.3, 2: 1.2, 3: 0.6, 4: 0.33}
@@ -102,10 +103,7 @@ def fit(weight: mx.array, bits: int | str, replicas: int, group: int, importance
 def nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
     """``found`` with the level nearest to every weight."""
     scale, bias = found.grid()
-    lowest, distance = level_grid(found.bits)
-    top = round(-2 * lowest / distance)
-    codes = mx.clip(mx.round((weight - bias) / mx.where(scale == 0, 1.0, scale)), 0, top)
-    return replace(found, codes=codes)
+    return replace(found, codes=nearest(weight, scale, bias, level_count(found.bits)))
 
 
 def solve(matrix: mx.array, target: mx.array) -> mx.array:

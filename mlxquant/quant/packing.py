@@ -39,6 +39,11 @@ def unpack_codes(packed: mx.array, bits: int | str, columns: int) -> mx.array:
     return digits.reshape(len(packed), -1)[:, :columns]
 
 
+def level_count(bits: int | str) -> int:
+    """Number of values a code can take."""
+    return 3 if bits == "ternary" else 2**bits
+
+
 def level_grid(bits: int | str) -> tuple[float, float]:
     """(lowest level, distance between levels): code c stands for lowest + distance · c.
 
@@ -46,10 +51,10 @@ def level_grid(bits: int | str) -> tuple[float, float]:
     """
     if bits == 1:
         return -1.0, 2.0
-    return -((3 if bits == "ternary" else 2**bits) - 1) / 2, 1.0
+    return -(level_count(bits) - 1) / 2, 1.0
 
 
 def level_values(bits: int | str) -> mx.array:
     """What the codes of ``bits`` stand for, in ascending order, in float32."""
     lowest, distance = level_grid(bits)
-    return lowest + distance * mx.arange(round(-2 * lowest / distance) + 1)
+    return lowest + distance * mx.arange(level_count(bits))

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quant.affine import Affine, expand
+from mlxquant.quant.envelope import Replicas
 
 _CHUNK = 1 << 26  # entries of the systems that are held at once
 _RIDGE = 1e-6
@@ -30,9 +31,9 @@ def refine(weight: mx.array, start: Affine, hessian: mx.array, rounds: int,
     return result
 
 
-def row_errors(weight: mx.array, affine: Affine, hessian: mx.array) -> mx.array:
+def row_errors(weight: mx.array, made: Affine | Replicas, hessian: mx.array) -> mx.array:
     """eᵢ H eᵢᵀ of every row (m,)."""
-    error = affine.dequantise() - weight
+    error = made.dequantise() - weight
     return ((error @ hessian) * error).sum(1)
 
 

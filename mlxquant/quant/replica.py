@@ -15,7 +15,8 @@ import numpy as np
 from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quant import envelope, gptq
 from mlxquant.quant.envelope import Replicas
-from mlxquant.quant.packing import level_grid
+from mlxquant.quant.packing import level_count
+from mlxquant.quant.refine import row_errors
 from mlxquant.quant.spec import Spec
 from mlxquant.quant.statistics import Statistics
 
@@ -43,17 +44,11 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     return found
 
 
-def row_errors(weight: mx.array, found: Replicas, hessian: mx.array) -> mx.array:
-    """eᵢ H eᵢᵀ of every row (m,)."""
-    error = found.dequantise() - weight
-    return ((error @ hessian) * error).sum(1)
-
-
 def move_codes(weight: mx.array, found: Replicas, hessian: mx.array) -> Replicas:
     """Every code once to the level that is best with all others as they are."""
     scales, biases = found.grid()
-    levels = round(-2 * level_grid(found.bits)[0] / level_grid(found.bits)[1]) + 1
-    return replace(found, codes=move_columns(weight, found.codes, scales, biases, hessian, levels))
+    return replace(found, codes=move_columns(weight, found.codes, scales, biases, hessian,
+                                             level_count(found.bits)))
 
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.quant.packing import level_grid, pack_codes, unpack_codes
+from mlxquant.quant.packing import level_count, level_grid, pack_codes, unpack_codes
 
 
 class MovingCodes(nn.Module):
@@ -28,7 +28,7 @@ class MovingCodes(nn.Module):
             self.bias = layer.bias
         bits = layer.input.spec.bits
         self._grid = level_grid(bits)
-        self._top = round(-2 * self._grid[0] / self._grid[1])
+        self._top = level_count(bits) - 1
         self._codes = unpack_codes(layer.codes, bits, layer.shape[1])
         self.moves = mx.zeros(layer.shape)
         self.freeze(recurse=False, keys="moves")  # trained by ``Trainable``, never by itself

@@ -17,6 +17,7 @@ from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.quant.affine import unpack
+from mlxquant.quant.rotation import expanded_weight
 from mlxquant.tuning.moving import MovingCodes
 
 
@@ -117,8 +118,7 @@ def _unpack(network: nn.Module, codes: bool) -> None:
 def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
     """Before any cast: a scale rounded to bfloat16 would move a whole group."""
     with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
-        weight = mx.dequantize(module.weight, module.scales.astype(mx.float32), module.biases.astype(mx.float32),
-                               module.group_size, module.bits)
+        weight = expanded_weight(module)
         mx.eval(weight)
     rows, columns = weight.shape
     dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
