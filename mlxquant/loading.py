@@ -18,6 +18,7 @@ from mlxquant import checkpoint
 from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
 from mlxquant.layers import formats
 from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
+from mlxquant.layers.packed import pack
 from mlxquant.models import resolve
 from mlxquant.roofline import traffic
 
@@ -70,6 +71,8 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
         network = to_dense(network)
     elif on_cpu:
         network = to_float32(network)
+    else:
+        network = pack(network)
     mx.eval(network.parameters())
     tokenizer = open_tokenizer(folder, config, trust_remote_code)
     return LanguageModel(name, folder, network, tokenizer, config)

@@ -44,7 +44,7 @@ class ReplicaInput(nn.Module):
         if spec.rotation_block:
             self.rotation_signs = hadamard.pack_signs(mx.ones(inputs))
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
-        self._signs, self._rotated = _Kept(), _Rotated()
+        self._signs, self._rotated = _Kept(), MadeOnce()
 
     @property
     def stored_bytes(self) -> int:
@@ -213,8 +213,8 @@ class _Kept:
         return made
 
 
-class _Rotated:
-    """R x of the last x, for as long as x lives and for each reader once.
+class MadeOnce:
+    """What siblings share of the last x, such as R x, for as long as x lives and for each reader once.
 
     A weak reference, so that no activation or tracer outlives its call. A reader that
     asks again for the same array gets it made anew: it may have changed in place.

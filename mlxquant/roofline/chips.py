@@ -51,6 +51,14 @@ def detect() -> Chip:
     return Chip(name, None, None)
 
 
+def slug() -> str:
+    """A file name for what is measured once per chip, kind of device and MLX version."""
+    import mlx.core as mx
+
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    return "".join(c if c.isalnum() else "-" for c in f"{detect().name}-{device}-{mx.__version__}")
+
+
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()

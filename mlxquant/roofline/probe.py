@@ -38,9 +38,7 @@ class Ceiling:
 def read_ceiling(*, refresh: bool = False) -> Ceiling:
     """The cached ceiling of this chip and MLX version, measured now if there is none."""
     chip = chips.detect().name
-    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    slug = "".join(c if c.isalnum() else "-" for c in f"{chip}-{device}-{mx.__version__}")
-    path = cache_dir("probe", f"{slug}.json")
+    path = cache_dir("probe", f"{chips.slug()}.json")
     if not refresh:
         try:
             return Ceiling(**json.loads(path.read_text()))

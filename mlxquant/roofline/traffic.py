@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.packed import PackedGroup
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
@@ -43,7 +44,7 @@ def weight_count(module: nn.Module) -> int:
     """Number of weights of a module, counting packed codes one by one."""
     if isinstance(module, _QUANTISED):
         return module.weight.size * 32 // module.bits
-    if isinstance(module, (GroupedLinear, ReplicatedLinear)):
+    if isinstance(module, (GroupedLinear, PackedGroup, ReplicatedLinear)):
         return module.weight_count
     return module.weight.size if "weight" in module else 0
 

@@ -46,15 +46,14 @@ class Compiler:
         self.compiled = 0
 
     def check_address_spaces(self, source: Source) -> None:
-        self._run(source, _plain(source.text), ["-c", "-DADDRESS_SPACES"], ".o")
+        self._run(source, _cpp(source), ["-c", "-DADDRESS_SPACES"], ".o")
 
     def build(self, source: Source) -> Path:
         """The shared object that exports ``launch`` of ``include/dispatch.h``."""
-        source.refuse_meetings()
         path = self._stem(source).with_suffix(".so")
         if not path.exists():
             self.check_address_spaces(source)
-            text = f'{_plain(source.text)}\n#include "dispatch.h"\n{_launcher(source)}'
+            text = f'{_cpp(source)}\n#include "dispatch.h"\n{_launcher(source)}'
             self._run(source, text, ["-shared", "-nostdlib", "-nostdlib++", *_TRAPS], ".so")
             self.compiled += 1
         return path
@@ -74,10 +73,13 @@ class Compiler:
             raise Rejected(done.stderr)
 
 
-def _plain(text: str) -> str:
+def _cpp(source: Source) -> str:
+    """The kernel as C++, behind the simdgroup functions it calls, if any."""
+    text, fibers = source.text, '#define SIMDGROUPS_MEET\n#include "fibers.h"\n'
     if cast := _VECTOR_CAST.search(text):
         raise NotEmulated(f"C++ would reinterpret bits in `{cast[0]}…`: write it as a call, `float4(x)`")
-    return _VECTOR_CALL.sub(r"metal::make_vector<\1>(", _ATTRIBUTE.sub("", text))
+    return fibers * bool(source.meetings()) + _VECTOR_CALL.sub(
+        r"metal::make_vector<\1>(", _ATTRIBUTE.sub("", text))
 
 
 def _launcher(source: Source) -> str:

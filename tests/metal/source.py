@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# What needs threads to meet, and so cannot be run one thread after the other. Whoever teaches
-# include/dispatch.h to run a simdgroup in lock step takes the functions it then supports off this list.
+# What needs threads to meet. Of these, include/fibers.h has the simdgroup functions of EMULATED.
 MEETINGS = re.compile(r"\b(threadgroup|atomic\w*|simd_\w+|quad_\w+|\w+_barrier|simdgroup_(?!index_in_)\w+)\b")
+EMULATED = {"simd_sum", "simd_shuffle_xor"}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _PRINTED = re.compile(r"Generated source code for `[^`]*`:\n```\n(.*)\n```", re.DOTALL)
 _SIGNATURE = re.compile(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", re.DOTALL)
@@ -57,10 +57,12 @@ class Source:
         return cls(text, instance[1] if instance else signature[1], tuple(
             Parameter(*match.group("type", "mode", "name", "attribute")) for match in found))
 
-    def refuse_meetings(self) -> None:
-        code = _COMMENT.sub(" ", self.text)
-        if used := sorted({match[0] for match in MEETINGS.finditer(code)}):
-            raise NotEmulated(f"threads are run one after the other, which cannot emulate {', '.join(used)}")
+    def meetings(self) -> set[str]:
+        """The simdgroup functions it calls; raises ``NotEmulated`` for other ways to meet."""
+        used = {match[0] for match in MEETINGS.finditer(_COMMENT.sub(" ", self.text))}
+        if unknown := sorted(used - EMULATED):
+            raise NotEmulated(f"simdgroups are run one after the other, which cannot emulate {', '.join(unknown)}")
+        return used
 
 
 def generate(kernel, inputs: list[mx.array], **call) -> Source:

@@ -1,11 +1,10 @@
-// Runs a kernel's threads, one after the other. A threadgroup that the grid cuts short is short, as in
-// Metal's dispatchThreads, which MLX uses. `backwards` runs the threads in the opposite order: what
-// depends on the order was a race.
+// Runs a kernel's threads, one simdgroup after the other, its lanes one after the other. A threadgroup that the
+// grid cuts short is short, as in Metal's dispatchThreads, which MLX uses. `backwards` runs simdgroups and lanes in
+// the opposite order: what depends on the order was a race.
 //
-// To emulate simdgroup functions or barriers, replace the innermost loop: give each of a simdgroup's 32
-// threads (a threadgroup's, for barriers) a fiber, and let such a function hand over its operand, switch
-// to the next fiber, and go on when all have arrived. The rest of the harness stays as it is, but for
-// MEETINGS in source.py, which refuses them until then.
+// With SIMDGROUPS_MEET every lane is a fiber of its own: a simdgroup function hands over its operand, lets the other
+// lanes come to the same call, and goes on when all have. A lane that ended, or came to another function, is a trap:
+// Metal leaves that undefined. Barriers and threadgroup memory are refused before (MEETINGS in source.py).
 #pragma once
 
 struct Thread {  // members have the names and types of Metal's attributes
@@ -18,9 +17,30 @@ struct Thread {  // members have the names and types of Metal's attributes
 extern "C" volatile uint running[3];  // read by guarded.py when a thread dies
 volatile uint running[3];
 
+inline void announce(const Thread& at) {
+    running[0] = at.thread_position_in_grid.x, running[1] = at.thread_position_in_grid.y;
+    running[2] = at.thread_position_in_grid.z;
+}
+
 inline uint3 unravel(uint index, uint3 extent) {
     return uint3{index % extent.x, index / extent.x % extent.y, index / extent.x / extent.y};
 }
+
+#ifdef SIMDGROUPS_MEET
+template <class Kernel>
+void run_lanes(Thread* threads, uint count, bool backwards, Kernel kernel) {
+    fibers::run(count, backwards, [&](uint lane) { kernel(threads[lane]); }, [&](uint lane) { announce(threads[lane]); });
+}
+#else
+template <class Kernel>
+void run_lanes(Thread* threads, uint count, bool backwards, Kernel kernel) {
+    for (uint i = 0; i < count; ++i) {
+        const uint lane = backwards ? count - 1 - i : i;
+        announce(threads[lane]);
+        kernel(threads[lane]);
+    }
+}
+#endif
 
 template <class Kernel>
 void dispatch(const uint* grid_size, const uint* group_size, bool backwards, Kernel kernel) {
@@ -31,13 +51,18 @@ void dispatch(const uint* grid_size, const uint* group_size, bool backwards, Ker
     for (uint g = 0; g < group_count; ++g) {
         const uint3 group_at = unravel(backwards ? group_count - 1 - g : g, groups), start = group_at * group;
         const uint3 inside = __builtin_elementwise_min(group, grid - start);
-        const uint threads = inside.x * inside.y * inside.z;
-        for (uint t = 0; t < threads; ++t) {
-            const uint index = backwards ? threads - 1 - t : t;
-            const uint3 at = unravel(index, inside), in_grid = start + at;
-            running[0] = in_grid.x, running[1] = in_grid.y, running[2] = in_grid.z;
-            kernel(Thread{in_grid, at, group_at, grid, groups, inside, group,
-                          index, index % 32, index / 32, 32, (threads + 31) / 32});
+        const uint threads = inside.x * inside.y * inside.z, simdgroups = (threads + 31) / 32;
+        for (uint s = 0; s < simdgroups; ++s) {
+            const uint simdgroup = backwards ? simdgroups - 1 - s : s;
+            const uint lanes = __builtin_elementwise_min(32u, threads - 32 * simdgroup);
+            Thread members[32];
+            for (uint lane = 0; lane < lanes; ++lane) {
+                const uint index = 32 * simdgroup + lane;
+                const uint3 at = unravel(index, inside);
+                members[lane] = Thread{start + at, at, group_at, grid, groups, inside, group,
+                                       index, lane, simdgroup, 32, simdgroups};
+            }
+            run_lanes(members, lanes, backwards, kernel);
         }
     }
 }

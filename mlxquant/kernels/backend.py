@@ -1,0 +1,95 @@
+"""One kernel body for Metal and CUDA, built on first use and believed only after it agreed with its reference.
+
+Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the preludes
+below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION`` and ``UNROLL``. Buffers have at
+least 8 elements: Metal puts smaller ones into another address space.
+"""
+
+import functools
+import json
+import sys
+from typing import Callable
+
+import mlx.core as mx
+
+from mlxquant.roofline import chips
+from mlxquant.storage import cache_dir, write_json
+
+_METAL = """
+#define DEVICE device
+#define THREAD thread
+#define FUNCTION inline
+#define UNROLL _Pragma("clang loop unroll(full)")
+"""
+_CUDA = """
+#define DEVICE
+#define THREAD
+#define FUNCTION inline __device__
+#define UNROLL _Pragma("unroll")
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+#define threadgroup_position_in_grid blockIdx
+#define thread_position_in_grid \\
+    (uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, \\
+           blockIdx.z * blockDim.z + threadIdx.z})
+template <class To> inline __device__ To as_type(uint x) { return __uint_as_float(x); }
+template <class T> inline __device__ T simd_shuffle_xor(T x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+inline __device__ float simd_sum(float x) {
+    for (int mask = 16; mask; mask >>= 1) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
+"""
+SMALLEST = 8  # elements of a buffer
+
+
+def has_gpu() -> bool:
+    """Whether kernels can run: MLX computes on a GPU."""
+    return mx.default_device() == mx.gpu
+
+
+def is_cuda() -> bool:
+    return has_gpu() and not mx.metal.is_available()
+
+
+def build(name: str, inputs: list[str], outputs: list[str], body: str, header: str = ""):
+    """MLX's kernel object for ``body``; ``header`` holds functions that it calls."""
+    if mx.metal.is_available():
+        return mx.fast.metal_kernel(f"mlxquant_{name}", inputs, outputs, body, _METAL + header,
+                                    compile_options={"math_mode": "fast"})
+    return mx.fast.cuda_kernel(f"mlxquant_{name}", inputs, outputs, body, _CUDA + header)
+
+
+@functools.cache
+def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
+    """Whether a kernel's error on a small random case, ``check()``, is at most ``allowed``.
+
+    Asked once per chip and MLX version; the answer is kept in the cache. A kernel that
+    errs or does not compile costs one warning: its reference takes its place.
+    """
+    path = cache_dir("kernels", f"{chips.slug()}.json")
+    known = _read(path)
+    if name not in known:
+        try:
+            error = check()
+            complaint = f"its error is {error:.2g}, allowed is {allowed:g}"
+        except Exception as failure:  # a compiler's complaints have no common type
+            error, complaint = float("inf"), str(failure).strip().split("\n")[0]
+        known = _read(path) | {name: bool(error <= allowed)}
+        write_json(path, known)
+        if not known[name]:
+            print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
+    return known[name]
+
+
+def _read(path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """‖found − expected‖ / ‖expected‖ in float32; infinite where something is not a number."""
+    difference = (found - expected).astype(mx.float32).square().sum().sqrt()
+    error = (difference / expected.astype(mx.float32).square().sum().sqrt()).item()
+    return error if error == error else float("inf")

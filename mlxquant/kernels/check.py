@@ -1,0 +1,145 @@
+"""Each kernel against its reference, on this machine: at first use, and all of them for ``mlxquant check``."""
+
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.kernels import (backend, code_order, column_sweep, expand_codes, prepare_input, replicated_matvec,
+                              replicated_tensor_cores)
+from mlxquant.kernels.prepare_input import Scales
+from mlxquant.quant import hadamard
+from mlxquant.quant.packing import level_count
+
+HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
+_ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}
+WIDTHS = (1, "ternary", 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison; ``error`` is null where the kernel did not run, and ``complaint`` says why."""
+
+    kernel: str
+    case: str
+    error: float | None
+    allowed: float
+    complaint: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is not None and self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random replicated matrix and an input for it."""
+
+    bits: int | str
+    replicas: int
+    group: int
+    rotation: int
+    rows: int
+    inputs: int
+    tokens: int
+    dtype: mx.Dtype
+
+    def __str__(self) -> str:
+        shape = f"{self.bits} bit K{self.replicas} " + f"G{self.group} " * bool(self.group)
+        return f"{shape}{self.rows}×{self.inputs}, {self.tokens} tokens, {str(self.dtype).split('.')[-1]}"
+
+    def draw(self, seed: int = 0) -> tuple[mx.array, mx.array, mx.array, Scales]:
+        """x (tokens, n), codes in the kernels' order, B (m, K), and what siblings share."""
+        random = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> mx.array:
+            return mx.array(random.normal(size=shape).astype(np.float32))
+
+        codes = mx.array(random.integers(0, level_count(self.bits), (self.rows, self.inputs)).astype(np.uint8))
+        scales = Scales.of(
+            self.inputs, self.replicas, self.group, self.rotation,
+            normal(self.inputs // (self.group or 1), self.replicas), normal(self.inputs) if self.group else None,
+            hadamard.pack_signs(hadamard.random_signs(self.inputs, seed)) if self.rotation else None)
+        words = code_order.pack(codes, code_order.kernel_bits(self.bits))
+        kept = self.dtype if self.dtype != mx.float32 else mx.float16
+        return normal(self.tokens, self.inputs).astype(self.dtype), words, normal(self.rows, self.replicas).astype(kept), scales
+
+
+def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Case]:
+    """Every width and dtype, plain and grouped, sizes that fill nothing up, several tokens."""
+    for dtype in dtypes:
+        for bits in WIDTHS:
+            yield Case(bits, 4, 0, 64, 83, 1344, 1, dtype)
+            yield Case(bits, 8, 16, 64, 40, 576, 3, dtype)
+        yield Case(2, 1, 0, 0, 17, 100, 8, dtype)
+        yield Case(2, 16, 64, 256, 33, 2304, 4, dtype)
+
+
+def _prepare(case: Case) -> float:
+    x, _, _, scales = case.draw()
+    layouts = [replicated_matvec.layout(case.group)]
+    if case.dtype != mx.float32:
+        layouts.append(replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))
+    return max(backend.relative_error(prepare_input.prepare(x, scales, layout), prepare_input.reference(x, scales, layout))
+               for layout in layouts)
+
+
+def _matvec(case: Case) -> float:
+    return _product(case, replicated_matvec, replicated_matvec.layout(case.group))
+
+
+def _tensor_cores(case: Case) -> float:
+    return _product(case, replicated_tensor_cores,
+                    replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))
+
+
+def _product(case: Case, kernel, layout: prepare_input.Layout) -> float:
+    """Of the matrix kernel alone: its input is prepared by the reference."""
+    x, codes, replica_out, scales = case.draw()
+    levels = level_count(case.bits)
+    prepared = prepare_input.reference(x, scales, layout)
+    y = kernel.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
+    return backend.relative_error(y, replicated_matvec.reference(
+        prepare_input.rotated(x, scales), codes, replica_out, scales, levels, mx.float32))
+
+
+def _expand(case: Case) -> float:
+    _, codes, replica_out, scales = case.draw()
+    levels = level_count(case.bits)
+    found = expand_codes.expand(codes, replica_out, scales, levels, case.dtype)
+    return backend.relative_error(found, replicated_matvec.reference(
+        mx.eye(case.inputs), codes, replica_out, scales, levels, mx.float32).T)
+
+
+_CHECKS: dict[str, tuple[Callable[[Case], float], tuple]] = {
+    "prepare_input": (_prepare, (mx.float32, mx.float16, mx.bfloat16)),
+    "replicated_matvec": (_matvec, (mx.float32, mx.float16, mx.bfloat16)),
+    "replicated_tensor_cores": (_tensor_cores, (mx.float16, mx.bfloat16)),
+    "expand_codes": (_expand, (mx.float32, mx.float16, mx.bfloat16)),
+}
+
+
+def outcomes() -> Iterator[Outcome]:
+    """Every comparison that this machine can make, one by one; none without a GPU."""
+    if not backend.has_gpu():
+        return
+    yield Outcome("column_sweep", "70×64, 4 levels", column_sweep.disagreement(), column_sweep.TIES)
+    for kernel, (error_of, dtypes) in _CHECKS.items():
+        if kernel == "replicated_tensor_cores" and not backend.is_cuda():
+            continue
+        for case in _cases(dtypes):
+            try:
+                yield Outcome(kernel, str(case), error_of(case), _ALLOWED[case.dtype])
+            except Exception as failure:  # a compiler's complaints have no common type
+                yield Outcome(kernel, str(case), None, _ALLOWED[case.dtype], str(failure).strip().split("\n")[0])
+
+
+def trusted(kernel: str) -> bool:
+    """Whether ``kernel`` may be used here: on a GPU on which it agreed with its reference, tried once per chip
+    and MLX version on two of the cases above."""
+    if not backend.has_gpu():
+        return False
+    error_of, dtypes = _CHECKS[kernel]
+    cases = [case for case in _cases(dtypes[:2]) if case.bits == 2 and case.replicas in (4, 8)]
+    return backend.trusted(kernel, lambda: max(error_of(case) / _ALLOWED[case.dtype] for case in cases), 1.0)

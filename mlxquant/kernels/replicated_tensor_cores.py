@@ -1,0 +1,167 @@
+"""Replicated codes times up to eight tokens on NVIDIA's tensor cores: the arithmetic of K replicas at the price of one.
+
+    P[i, u] = Σ_j C_ij X_uj,  u = (t, k)        y[t, i] = Σ_k b_ik P[i, (t, k)]
+
+The same product as ``replicated_matvec.py``. An ``mma.m16n8k16`` takes 16 rows of decoded codes and 8 vectors u, so
+eight uses of a code cost what one does. The order of the summed-over inputs is free: a lane decodes runs of
+neighbouring inputs of the rows g and g + 8 straight into its part of the operand, two codes by one mask:
+(word >> s) & 0x00030003 | 0x64006400 is 1024 + code in both halves of a float16 pair; one multiply-add takes
+1024 away and makes it 2·code − top, exactly. As the mantissa has room (10 bits, bfloat16 7), codes are masked where they
+lie, from bit 1 up (at bit 0 the constant would not fit), and the multiply-add also divides by their power of
+two: one shift serves several pairs. Sums are float32.
+
+Warps of a block share its 16 rows and take blocks of inputs in turn; their sums, times B, meet in shared memory.
+Based on the operand layouts of PTX's ``mma``; the idea of decoding into them is Marlin's (arXiv 2408.11743).
+"""
+
+import functools
+
+import mlx.core as mx
+
+from mlxquant.kernels import backend, code_order
+from mlxquant.kernels.prepare_input import Layout, Scales, sizes
+
+_HEADER = code_order.DECODE + """
+template <class T> struct Pair;
+template <> struct Pair<__half> {
+    using type = __half2;
+    static constexpr uint power = 0x64006400u;
+    static constexpr int mantissa = 10;
+    static __device__ type both(float x) { return __float2half2_rn(x); }
+    static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+template <> struct Pair<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+    static constexpr uint power = 0x43004300u;
+    static constexpr int mantissa = 7;
+    static __device__ type both(float x) { return __float2bfloat162_rn(x); }
+    static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+// 2·code − top of pair p of a chunk, in both halves.
+template <class T, int BITS, int LEVELS>
+inline __device__ uint decode_pair(const uint* words, int p) {
+    using P = Pair<T>;
+    const uint word = pair_word<BITS>(words, p);
+    const int shift = pair_shift<BITS>(p), room = P::mantissa / BITS * BITS;
+    const int at = shift % room ? shift % room : 1, mask = ((1 << BITS) - 1) << at;
+    uint coded = ((at > shift ? word << (at - shift) : word >> (shift - at)) & (mask | mask << 16)) | P::power;
+    const float scale = 2.0f / (1 << at), offset = (1 << P::mantissa) * scale + (LEVELS - 1);
+    const auto level = __hfma2(reinterpret_cast<typename P::type&>(coded), P::both(scale), P::both(-offset));
+    return reinterpret_cast<const uint&>(level);
+}
+// The codes of a run, which no other block reads: past the caches that X lives in.
+template <int WORDS> inline __device__ void load_run(uint* to, const uint* from) {
+    if constexpr (WORDS == 4) {
+        *reinterpret_cast<uint4*>(to) = __ldcs(reinterpret_cast<const uint4*>(from));
+    } else {
+        UNROLL for (int i = 0; i < WORDS; ++i) to[i] = __ldcs(from + i);
+    }
+}
+"""
+_BODY = """
+    constexpr int WORDS = RUN / 32 * BITS, TILES = (TOKENS * K + 7) / 8, STRIDE = TILES * 8 + 1;
+    __shared__ float shared[WARPS][16][STRIDE];
+    const int rows = sizes[0], runs = sizes[1], blocks = (runs + 3) / 4;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
+    const int row0 = blockIdx.x * 16, vectors = TOKENS * K;
+    const int low = min(row0 + g, rows - 1), high = min(row0 + g + 8, rows - 1);
+    const auto inputs = reinterpret_cast<const uint4*>(prepared);
+    float sums[TILES][4] = {};
+
+    for (int block0 = warp; block0 < blocks; block0 += WARPS * AHEAD) {
+        alignas(16) uint words[AHEAD][2][(WORDS + 3) / 4 * 4] = {};
+        UNROLL for (int ahead = 0; ahead < AHEAD; ++ahead) {
+            const int run = (block0 + ahead * WARPS) * 4 + quad;
+            if (run < runs) {
+                load_run<WORDS>(words[ahead][0], codes + (static_cast<long long>(low) * runs + run) * WORDS);
+                load_run<WORDS>(words[ahead][1], codes + (static_cast<long long>(high) * runs + run) * WORDS);
+            }
+        }
+        UNROLL for (int ahead = 0; ahead < AHEAD; ++ahead) {
+            const int block = block0 + ahead * WARPS;
+            if (block >= blocks) break;  // a whole warp
+            UNROLL for (int piece = 0; piece < RUN / 8; ++piece) {
+                const uint* first = words[ahead][0] + piece / 4 * BITS;
+                const uint* second = words[ahead][1] + piece / 4 * BITS;
+                uint a[2][4];
+                UNROLL for (int half = 0; half < 2; ++half) {
+                    const int p = piece % 4 * 4 + half * 2;
+                    a[half][0] = decode_pair<T, BITS, LEVELS>(first, p);
+                    a[half][1] = decode_pair<T, BITS, LEVELS>(second, p);
+                    a[half][2] = decode_pair<T, BITS, LEVELS>(first, p + 1);
+                    a[half][3] = decode_pair<T, BITS, LEVELS>(second, p + 1);
+                }
+                UNROLL for (int tile = 0; tile < TILES; ++tile) {
+                    const int u = tile * 8 + g;
+                    uint4 x = {0, 0, 0, 0};
+                    if (TILES * 8 == vectors || u < vectors)
+                        x = __ldg(inputs + ((block * (RUN / 8) + piece) * vectors + u) * 4 + quad);
+                    Pair<T>::multiply(sums[tile], a[0], x.x, x.y);
+                    Pair<T>::multiply(sums[tile], a[1], x.z, x.w);
+                }
+            }
+        }
+    }
+    UNROLL for (int tile = 0; tile < TILES; ++tile) {
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const int u = tile * 8 + quad * 2 + i % 2;
+            if (u < vectors) {
+                const float b = static_cast<float>(replica_out[(i < 2 ? low : high) * K + u % K]);
+                shared[warp][i < 2 ? g : g + 8][u] = b * sums[tile][i];
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * TOKENS; i += WARPS * 32) {
+        const int row = i % 16, token = i / 16;
+        float y = 0.0f;
+        for (int w = 0; w < WARPS; ++w)
+            for (int k = 0; k < K; ++k) y += shared[w][row][token * K + k];
+        if (row0 + row < rows) out[(long long)token * rows + row0 + row] = static_cast<T>(LEVELS == 2 ? y : 0.5f * y);
+    }
+"""
+MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
+_ROWS = 16
+
+
+def layout(bits: int, dtype: mx.Dtype) -> Layout:
+    """How this kernel reads its prepared input: every a_k ∘ z, in the activations' 16 bits."""
+    return Layout(lanes=4, run=code_order.RUN[bits], piece=8, dtype=dtype, expand=True)
+
+
+def fits(scales: Scales, tokens: int, dtype: mx.Dtype) -> bool:
+    """Whether this kernel serves a call: on CUDA, in 16 bits, for few enough tokens."""
+    return dtype != mx.float32 and tokens * scales.replicas <= MOST_USES and backend.is_cuda()
+
+
+def multiply(prepared: mx.array, codes: mx.array, replica_out: mx.array, scales: Scales, levels: int, tokens: int,
+             dtype: mx.Dtype) -> mx.array:
+    """y (tokens, m) in ``dtype``, float16 or bfloat16; as ``replicated_matvec.multiply``."""
+    rows, chunks, bits = codes.shape
+    runs = chunks * code_order.CHUNK // code_order.RUN[bits]
+    warps, ahead = launch_shape(rows, runs, scales.replicas * tokens)
+    return _kernel()(
+        inputs=[prepared, codes, replica_out, sizes(rows, runs)],
+        template=[("T", dtype), ("BITS", bits), ("LEVELS", levels), ("K", scales.replicas), ("RUN", code_order.RUN[bits]),
+                  ("TOKENS", tokens), ("WARPS", warps), ("AHEAD", ahead)],
+        grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
+        output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
+
+
+def launch_shape(rows: int, runs: int, uses: int) -> tuple[int, int]:
+    """(warps that share 16 rows, loads in flight in each)."""
+    return 4, 4
+
+
+@functools.cache
+def _kernel():
+    return backend.build("replicated_tensor_cores", ["prepared", "codes", "replica_out", "sizes"], ["out"], _BODY,
+                         _HEADER)

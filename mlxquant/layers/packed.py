@@ -1,0 +1,126 @@
+"""Replicated layers as a GPU runs them: siblings stacked into one matrix, codes in the kernels' order.
+
+``pack`` puts them in the place of the stored form when a model is loaded. One token then costs a group (q, k, v; o;
+gate, up; down) two dispatches: its input is prepared once, its codes are read in one call. Few tokens take the same
+kernels; a longer prompt expands the codes once and multiplies. A kernel that disagrees with its reference on this
+machine (``kernels/check.py``) is not used; ``mx`` operations are, which are right everywhere.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlxquant.kernels import (backend, code_order, expand_codes, prepare_input, replicated_matvec,
+                              replicated_tensor_cores)
+from mlxquant.kernels.check import trusted
+from mlxquant.kernels.prepare_input import Scales
+from mlxquant.layers.replicated import MadeOnce, ReplicaInput, ReplicatedLinear
+from mlxquant.quant.packing import level_count
+
+FEW_TOKENS = 8  # more are a prompt: expanding the codes once is cheaper (benchmarks/LOG.md)
+
+
+class PackedGroup(nn.Module):
+    """Siblings of n inputs and, stacked, m outputs: ``codes`` (m, chunks, b) in the kernels' order,
+    ``replica_out`` (m, K), and what ``ReplicaInput`` holds, in float32."""
+
+    def __init__(self, shared: ReplicaInput, linears: list[ReplicatedLinear]):
+        super().__init__()
+        spec = shared.spec
+        self.inputs, self.spec = shared.inputs, spec
+        parts = [code_order.reorder(linear.codes, spec.bits, shared.inputs) for linear in linears]
+        self.codes = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        self.replica_out = mx.concatenate([linear.replica_out for linear in linears])
+        scales = Scales.of(self.inputs, spec.replicas, spec.replica_group, spec.rotation_block, shared.replica_in,
+                           shared.get("column_scale"), shared.get("rotation_signs"))
+        self.replica_in, self.column_scale, self.rotation_signs = (
+            scales.replica_in, scales.column_scale, scales.signs)
+        self._made = MadeOnce()
+        self.freeze()
+
+    @property
+    def weight_count(self) -> int:
+        return len(self.codes) * self.inputs
+
+    def operations(self) -> int:
+        """Multiply-adds per token that the definition takes: K per weight, grouped 1 + K / G, and the rotation's."""
+        uses = 1 + self.spec.replicas / self.spec.replica_group if self.spec.replica_group else self.spec.replicas
+        return round(self.weight_count * uses) + self.inputs * max(self.spec.rotation_block.bit_length() - 1, 0)
+
+    def outputs(self, x: mx.array, reader: nn.Module) -> mx.array:
+        """All siblings' outputs (…, m) of ``x`` (…, n), in its dtype; made once for the siblings that hand in
+        the same array."""
+        return self._made.get(x, reader, self._multiply)
+
+    def _multiply(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, self.inputs)
+        y = self._few(flat) if len(flat) <= FEW_TOKENS else self._many(flat)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _few(self, x: mx.array) -> mx.array:
+        scales, levels, dtype = self._scales(), level_count(self.spec.bits), x.dtype
+        if (not trusted("prepare_input") or scales.rotation > prepare_input.LARGEST_BLOCK
+                or self.codes.size < backend.SMALLEST):
+            return self._reference(x)
+        kernel, layout = replicated_matvec, replicated_matvec.layout(scales.group)
+        if replicated_tensor_cores.fits(scales, len(x), dtype) and trusted("replicated_tensor_cores"):
+            kernel, layout = replicated_tensor_cores, replicated_tensor_cores.layout(self.codes.shape[-1], dtype)
+        elif not trusted("replicated_matvec"):
+            return self._reference(x)
+        prepared = prepare_input.prepare(x, scales, layout)
+        return kernel.multiply(prepared, self.codes, self.replica_out, scales, levels, len(x), dtype)
+
+    def _many(self, x: mx.array) -> mx.array:
+        if not trusted("expand_codes"):
+            return self._reference(x)
+        scales = self._scales()
+        weight = expand_codes.expand(self.codes, self.replica_out, scales, level_count(self.spec.bits), x.dtype)
+        return prepare_input.rotated(x, scales).astype(x.dtype) @ weight.T
+
+    def _reference(self, x: mx.array) -> mx.array:
+        scales = self._scales()
+        return replicated_matvec.reference(prepare_input.rotated(x, scales), self.codes, self.replica_out, scales,
+                                           level_count(self.spec.bits), x.dtype)
+
+    def _scales(self) -> Scales:
+        spec = self.spec
+        return Scales(self.inputs, spec.replicas, spec.replica_group, spec.rotation_block,
+                      self.replica_in, self.column_scale, self.rotation_signs)
+
+
+class PackedLinear(nn.Module):
+    """One sibling: rows ``start`` to ``stop`` of what its group computes, plus its ``bias``."""
+
+    def __init__(self, group: PackedGroup, start: int, stop: int, bias: mx.array | None):
+        super().__init__()
+        object.__setattr__(self, "_group", group)  # past Module: its parameters are those of the group alone
+        self.start, self.stop = start, stop
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self._group.outputs(x, self)
+        if self.stop - self.start < y.shape[-1]:
+            y = y[..., self.start:self.stop]
+        return y + self.bias.astype(y.dtype) if "bias" in self else y
+
+
+def pack(network: nn.Module) -> nn.Module:
+    """Put the packed form in the place of every replicated layer, in place, one group after the other, so that
+    the stored codes of one group at most are held beside the packed ones."""
+    modules = dict(network.named_modules())
+    for path, shared in modules.items():
+        if not isinstance(shared, ReplicaInput):
+            continue
+        linears = {p: m for p, m in modules.items() if isinstance(m, ReplicatedLinear) and m.input is shared}
+        group = PackedGroup(shared, list(linears.values()))
+        mx.eval(group.parameters())
+        made, start = [(path, group)], 0
+        for below, linear in linears.items():
+            made.append((below, PackedLinear(group, start, start + linear.shape[0], linear.get("bias"))))
+            start += linear.shape[0]
+            modules[below] = None  # lets go of its codes
+        network.update_modules(tree_unflatten(made))
+        mx.clear_cache()
+    return network

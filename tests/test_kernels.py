@@ -1,0 +1,191 @@
+"""Kernels of replicated layers: their Metal source executed on the CPU, against references and whole layers.
+
+By default every width, float type, K and G appears, but not every combination: MLXQUANT_ALL_KERNELS=1 runs those too.
+"""
+
+import itertools
+import os
+import sys
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_replicated import siblings
+
+from metal import Compiler, Emulation, OutOfBounds, Unsettled
+from mlxquant.kernels import backend, check, code_order, expand_codes, prepare_input, replicated_matvec
+from mlxquant.kernels.check import Case
+from mlxquant.layers.packed import PackedGroup, PackedLinear, pack
+from mlxquant.layers.replicated import ReplicatedLinear
+from mlxquant.quant.packing import level_count, pack_codes
+
+F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+KERNELS = [prepare_input, replicated_matvec, expand_codes]
+SUBSET = [Case(*case) for case in [
+    (1, 1, 0, 0, 5, 64, 1, F32), (1, 4, 16, 64, 9, 192, 2, F16), (2, 4, 0, 64, 13, 192, 1, F32),
+    (2, 8, 16, 64, 6, 1344, 3, F16), (2, 16, 0, 4, 3, 100, 2, BF16), (2, 2, 64, 0, 4, 64, 8, F32),
+    ("ternary", 4, 0, 32, 8, 96, 1, BF16), ("ternary", 5, 8, 8, 5, 40, 4, F32), (3, 4, 0, 64, 7, 320, 2, F16),
+    (3, 3, 32, 2, 9, 98 - 2, 1, F32), (4, 1, 0, 128, 5, 1152, 5, F32), (4, 8, 64, 64, 17, 128, 1, BF16),
+    (2, 4, 0, 1024, 4, 1024, 1, F32), (2, 1, 0, 0, 2, 1, 1, F32), (4, 4, 0, 1, 2, 33, 8, F16)]]
+EVERYTHING = [Case(*case) for case in itertools.product(
+    check.WIDTHS, (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (0, 64), (9,), (64, 1088), (1, 3, 8), (F32, F16, BF16))]
+CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
+ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
+
+needs_clang = pytest.mark.skipif(sys.platform != "linux", reason="the Metal emulation is for Linux; a Mac runs them")
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
+    return Compiler(tmp_path_factory.mktemp("metal"))
+
+
+@pytest.fixture
+def emulation(compiler, monkeypatch):
+    made = Emulation(compiler, alignment=16)
+    for module in KERNELS:
+        made.install(monkeypatch, module)
+    return made
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 129])
+@pytest.mark.parametrize("bits", check.WIDTHS)
+def test_codes_survive_the_kernels_order(bits, columns):
+    codes = np.random.default_rng(columns).integers(0, level_count(bits), (3, columns)).astype(np.uint8)
+    words = code_order.reorder(pack_codes(mx.array(codes), bits), bits, columns)
+    assert words.shape[2] == code_order.kernel_bits(bits) and words.shape[1] * 32 % code_order.RUN[words.shape[2]] == 0
+    np.testing.assert_array_equal(np.array(code_order.unpack(words, columns)), codes)
+
+
+@pytest.mark.parametrize("width, pairs_in_word", [(1, 16), (2, 8), (4, 4)])
+def test_one_mask_leaves_a_pair_of_neighbours(width, pairs_in_word):
+    codes = mx.array([[j * 7 % 2**width for j in range(32)]])
+    words = np.array(code_order.pack(codes, width))[0, 0]
+    for pair in range(16):
+        masked = int(words[pair // pairs_in_word]) >> width * (pair % pairs_in_word) & (2**width - 1) * 0x10001
+        assert (masked & 0xFFFF, masked >> 16) == (codes[0, 2 * pair].item(), codes[0, 2 * pair + 1].item())
+
+
+def test_reordering_some_rows_at_a_time_changes_nothing(monkeypatch):
+    packed = pack_codes(mx.array(np.random.default_rng(0).integers(0, 8, (7, 96))), 3)
+    whole = code_order.reorder(packed, 3, 96)
+    monkeypatch.setattr(code_order, "_AT_ONCE", 200)
+    assert mx.array_equal(code_order.reorder(packed, 3, 96), whole)
+
+
+@needs_clang
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prepared_inputs_are_the_reference(emulation, case):
+    assert check._prepare(case) <= ALLOWED[case.dtype]
+
+
+@needs_clang
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
+    assert check._matvec(case) <= ALLOWED[case.dtype]
+    x, codes, replica_out, scales = case.draw()
+    levels = level_count(case.bits)
+    prepared = prepare_input.reference(x, scales, replicated_matvec.layout(case.group))
+    y = replicated_matvec.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
+    grid = np.arange(levels) * (2 if levels == 2 else 1) - (1 if levels == 2 else (levels - 1) / 2)
+    matrix = grid[np.array(code_order.unpack(codes, case.inputs))]
+    a = np.repeat(np.array(scales.replica_in, np.float64)[:case.inputs // (case.group or 1) * case.replicas]
+                  .reshape(-1, case.replicas), case.group or 1, axis=0)
+    a = a * np.array(scales.column_scale, np.float64)[:case.inputs, None] if case.group else a
+    rotated = np.array(prepare_input.rotated(x, scales), np.float64)
+    b = np.array(replica_out.astype(F32), np.float64)
+    expected = sum((rotated * a[:, k]) @ matrix.T * b[:, k] for k in range(case.replicas))
+    found = np.array(y.astype(F32), np.float64)
+    assert np.linalg.norm(found - expected) <= ALLOWED[case.dtype] * np.linalg.norm(expected)
+
+
+@needs_clang
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expanded_codes_are_the_reference(emulation, case):
+    assert check._expand(case) <= ALLOWED[case.dtype]
+
+
+@needs_clang
+@pytest.mark.parametrize("module, correct, wrong, complaint", [
+    (replicated_matvec, "chunk < chunks;", "chunk <= chunks;", OutOfBounds),
+    (replicated_matvec, "min(row0 + r, rows - 1) * chunks", "(row0 + r) * chunks", OutOfBounds),
+    (replicated_matvec, "if (lane == 0 && ", "if (lane == 0 && row && ", Unsettled),
+    (prepare_input, "if (column < n) {", "if (column < padded) {", OutOfBounds),
+    (prepare_input, "if (column >= padded) continue;", "", OutOfBounds),
+    (expand_codes, "if (whole) weight", "weight", Unsettled),  # the neighbour row's first element
+], ids=["chunk", "row", "unwritten", "input", "output", "odd"])
+def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wrong, complaint):
+    assert correct in module._BODY
+    monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
+    run = {replicated_matvec: check._matvec, prepare_input: check._prepare, expand_codes: check._expand}[module]
+    with pytest.raises(complaint):
+        run(Case(3, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
+
+
+def packed_and_stored(**shape):
+    """Siblings as they are stored, and the same ones packed."""
+    return siblings(**shape)[0], pack(siblings(**shape)[0])
+
+
+def linears(parent):
+    return [(path, m) for path, m in parent.named_modules() if isinstance(m, ReplicatedLinear)]
+
+
+@pytest.mark.parametrize("emulated", [False, pytest.param(True, marks=needs_clang)], ids=["operations", "kernels"])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("shape", [dict(bits=2, replicas=4, rotation_block=64),
+                                   dict(bits="ternary", replicas=3, replica_group=16)], ids=["plain", "grouped"])
+def test_a_packed_network_computes_what_the_stored_one_does(request, monkeypatch, emulated, tokens, shape):
+    if emulated:
+        request.getfixturevalue("emulation")
+        monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    stored, packed = packed_and_stored(**shape)
+    x = mx.array(np.random.default_rng(1).normal(size=(1, tokens, 64)).astype(np.float32))
+    assert any(isinstance(m, PackedGroup) for m in packed.modules()) and not linears(packed)
+    found = {path: m for path, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    for path, layer in linears(stored):
+        assert backend.relative_error(found[path](x), layer(x)) < 1e-5
+
+
+def test_packing_keeps_one_copy_of_the_codes():
+    stored, packed = packed_and_stored(bits=4, replicas=2)
+    held = {name: array.nbytes for name, array in tree_flatten(packed.parameters())}
+    assert sum(size for name, size in held.items() if name.endswith("codes")) == sum(
+        layer.codes.nbytes for _, layer in linears(stored))
+
+
+def test_one_token_costs_each_group_two_dispatches(monkeypatch):
+    """Fixed time per token is most of the loss at low bits: q, k and v must not be three calls."""
+    calls = []
+
+    def count(name, result):
+        monkeypatch.setattr(result[0], name, lambda *a, **k: (calls.append(name), result[1](*a, **k))[1])
+
+    monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
+    count("prepare", (prepare_input, lambda x, scales, layout: x))
+    count("multiply", (replicated_matvec, lambda x, codes, *a: mx.zeros((len(x), len(codes)))))
+    _, packed = packed_and_stored(bits=2, replicas=4)
+    x = mx.zeros((1, 1, 64))
+    readers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
+    assert len(readers) > 1
+    mx.eval([reader(x) for reader in readers])
+    assert calls == ["prepare", "multiply"]
+
+
+def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
+    assert not backend.trusted("worse", lambda: 0.5, 0.1)
+    assert not backend.trusted("broken", lambda: 1 / 0, 0.1)
+    assert backend.trusted("good", lambda: 0.01, 0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "worse" in said[0] and "0.5" in said[0] and "division" in said[1]
+    backend.trusted.cache_clear()  # a new process reads what this one found
+    assert not backend.trusted("worse", lambda: 0.0, 0.1) and backend.trusted("good", lambda: 1.0, 0.1)
+    assert not capsys.readouterr().err
+
+
+def test_no_kernel_is_trusted_without_a_gpu():
+    assert not any(check.trusted(name) for name in check._CHECKS) or backend.has_gpu()
