@@ -22,6 +22,7 @@ _METAL = """
 #define UNROLL _Pragma("clang loop unroll(full)")
 """
 _CUDA = """
+using uint = unsigned int;
 #define DEVICE
 #define THREAD
 #define FUNCTION inline __device__

@@ -10,7 +10,8 @@ neighbouring inputs of the rows g and g + 8 straight into its part of the operan
 lie, from bit 1 up (at bit 0 the constant would not fit), and the multiply-add also divides by their power of
 two: one shift serves several pairs. Sums are float32.
 
-Warps of a block share its 16 rows and take blocks of inputs in turn; their sums, times B, meet in shared memory.
+Warps of a block share its 16 rows and take blocks of inputs in turn, with a ring of asynchronous copies under way in
+each; their sums, times B, meet in shared memory.
 Based on the operand layouts of PTX's ``mma``; the idea of decoding into them is Marlin's (arXiv 2408.11743).
 """
 
@@ -29,7 +30,7 @@ template <> struct Pair<__half> {
     static constexpr int mantissa = 10;
     static __device__ type both(float x) { return __float2half2_rn(x); }
     static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
             "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
@@ -40,7 +41,7 @@ template <> struct Pair<__nv_bfloat16> {
     static constexpr int mantissa = 7;
     static __device__ type both(float x) { return __float2bfloat162_rn(x); }
     static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
             "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
@@ -57,65 +58,82 @@ inline __device__ uint decode_pair(const uint* words, int p) {
     const auto level = __hfma2(reinterpret_cast<typename P::type&>(coded), P::both(scale), P::both(-offset));
     return reinterpret_cast<const uint&>(level);
 }
-// The codes of a run, which no other block reads: past the caches that X lives in.
-template <int WORDS> inline __device__ void load_run(uint* to, const uint* from) {
+// Copies the codes of a run into shared memory without waiting: what is loaded into registers, the compiler moves
+// down to its first use, and waits there for memory. A lane reads back only what it copied itself.
+template <int WORDS> inline __device__ void copy_run(uint* to, const uint* from) {
+    const uint at = static_cast<uint>(__cvta_generic_to_shared(to));
     if constexpr (WORDS == 4) {
-        *reinterpret_cast<uint4*>(to) = __ldcs(reinterpret_cast<const uint4*>(from));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from));
     } else {
-        UNROLL for (int i = 0; i < WORDS; ++i) to[i] = __ldcs(from + i);
+        UNROLL for (int i = 0; i < WORDS; ++i)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at + 4 * i), "l"(from + i));
     }
 }
 """
 _BODY = """
     constexpr int WORDS = RUN / 32 * BITS, TILES = (TOKENS * K + 7) / 8, STRIDE = TILES * 8 + 1;
+    constexpr int BATCH = TILES <= 2 ? 4 : TILES <= 4 ? 2 : 1, CHAINS = TILES <= 2 ? 2 : 1;
     __shared__ float shared[WARPS][16][STRIDE];
+    __shared__ alignas(16) uint ring[WARPS][AHEAD][2][32][4];
     const int rows = sizes[0], runs = sizes[1], blocks = (runs + 3) / 4;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
     const int row0 = blockIdx.x * 16, vectors = TOKENS * K;
     const int low = min(row0 + g, rows - 1), high = min(row0 + g + 8, rows - 1);
-    const auto inputs = reinterpret_cast<const uint4*>(prepared);
-    float sums[TILES][4] = {};
+    const uint* first_row = codes + static_cast<long long>(low) * runs * WORDS;
+    const uint* second_row = codes + static_cast<long long>(high) * runs * WORDS;
+    const auto inputs = reinterpret_cast<const uint4*>(prepared) + quad;
+    int vector[TILES];  // sums of vectors that are none go nowhere
+    UNROLL for (int tile = 0; tile < TILES; ++tile) vector[tile] = min(tile * 8 + g, vectors - 1);
+    float sums[CHAINS][TILES][4] = {};
 
-    for (int block0 = warp; block0 < blocks; block0 += WARPS * AHEAD) {
-        alignas(16) uint words[AHEAD][2][(WORDS + 3) / 4 * 4] = {};
-        UNROLL for (int ahead = 0; ahead < AHEAD; ++ahead) {
-            const int run = (block0 + ahead * WARPS) * 4 + quad;
-            if (run < runs) {
-                load_run<WORDS>(words[ahead][0], codes + (static_cast<long long>(low) * runs + run) * WORDS);
-                load_run<WORDS>(words[ahead][1], codes + (static_cast<long long>(high) * runs + run) * WORDS);
-            }
+    const auto copy = [&](int stage, int block) {
+        if (block < blocks) {
+            const int run = min(block * 4 + quad, runs - 1);  // X is zero where there is none
+            copy_run<WORDS>(ring[warp][stage][0][lane], first_row + run * WORDS);
+            copy_run<WORDS>(ring[warp][stage][1][lane], second_row + run * WORDS);
         }
-        UNROLL for (int ahead = 0; ahead < AHEAD; ++ahead) {
-            const int block = block0 + ahead * WARPS;
-            if (block >= blocks) break;  // a whole warp
-            UNROLL for (int piece = 0; piece < RUN / 8; ++piece) {
-                const uint* first = words[ahead][0] + piece / 4 * BITS;
-                const uint* second = words[ahead][1] + piece / 4 * BITS;
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    const auto use = [&](const uint (&words)[2][4], int block) {
+        const auto at = inputs + block * (RUN / 8) * vectors * 4;
+        UNROLL for (int piece0 = 0; piece0 < RUN / 8; piece0 += BATCH) {
+            uint4 x[BATCH][TILES];  // before their first use: a load takes longer than a product
+            UNROLL for (int i = 0; i < BATCH; ++i)
+                UNROLL for (int tile = 0; tile < TILES; ++tile)
+                    x[i][tile] = __ldg(at + ((piece0 + i) * vectors + vector[tile]) * 4);
+            UNROLL for (int i = 0; i < BATCH; ++i) {
+                const int chunk = (piece0 + i) / 4 * BITS, pair = (piece0 + i) % 4 * 4;
                 uint a[2][4];
-                UNROLL for (int half = 0; half < 2; ++half) {
-                    const int p = piece % 4 * 4 + half * 2;
-                    a[half][0] = decode_pair<T, BITS, LEVELS>(first, p);
-                    a[half][1] = decode_pair<T, BITS, LEVELS>(second, p);
-                    a[half][2] = decode_pair<T, BITS, LEVELS>(first, p + 1);
-                    a[half][3] = decode_pair<T, BITS, LEVELS>(second, p + 1);
-                }
+                UNROLL for (int half = 0; half < 2; ++half)
+                    UNROLL for (int j = 0; j < 4; ++j)  // rows g and g + 8, then the next pair
+                        a[half][j] = decode_pair<T, BITS, LEVELS>(words[j % 2] + chunk, pair + 2 * half + j / 2);
                 UNROLL for (int tile = 0; tile < TILES; ++tile) {
-                    const int u = tile * 8 + g;
-                    uint4 x = {0, 0, 0, 0};
-                    if (TILES * 8 == vectors || u < vectors)
-                        x = __ldg(inputs + ((block * (RUN / 8) + piece) * vectors + u) * 4 + quad);
-                    Pair<T>::multiply(sums[tile], a[0], x.x, x.y);
-                    Pair<T>::multiply(sums[tile], a[1], x.z, x.w);
+                    Pair<T>::multiply(sums[0][tile], a[0], x[i][tile].x, x[i][tile].y);
+                    Pair<T>::multiply(sums[CHAINS - 1][tile], a[1], x[i][tile].z, x[i][tile].w);
                 }
             }
         }
+    };
+    UNROLL for (int stage = 0; stage < AHEAD; ++stage) copy(stage, warp + stage * WARPS);
+    int stage = 0;
+    for (int block = warp; block < blocks; block += WARPS) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 1) : "memory");
+        uint words[2][4];
+        UNROLL for (int row = 0; row < 2; ++row) {
+            const uint4 run = *reinterpret_cast<const uint4*>(ring[warp][stage][row][lane]);
+            words[row][0] = run.x, words[row][1] = run.y, words[row][2] = run.z, words[row][3] = run.w;
+        }
+        copy(stage, block + AHEAD * WARPS);
+        use(words, block);
+        stage = stage + 1 == AHEAD ? 0 : stage + 1;
     }
     UNROLL for (int tile = 0; tile < TILES; ++tile) {
         UNROLL for (int i = 0; i < 4; ++i) {
             const int u = tile * 8 + quad * 2 + i % 2;
             if (u < vectors) {
                 const float b = static_cast<float>(replica_out[(i < 2 ? low : high) * K + u % K]);
-                shared[warp][i < 2 ? g : g + 8][u] = b * sums[tile][i];
+                const float sum = CHAINS == 2 ? sums[0][tile][i] + sums[1][tile][i] : sums[0][tile][i];
+                shared[warp][i < 2 ? g : g + 8][u] = b * sum;
             }
         }
     }
@@ -130,6 +148,7 @@ _BODY = """
 """
 MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
 _ROWS = 16
+_FEW_ROWS = 8192
 
 
 def layout(bits: int, dtype: mx.Dtype) -> Layout:
@@ -157,8 +176,10 @@ def multiply(prepared: mx.array, codes: mx.array, replica_out: mx.array, scales:
 
 
 def launch_shape(rows: int, runs: int, uses: int) -> tuple[int, int]:
-    """(warps that share 16 rows, loads in flight in each)."""
-    return 4, 4
+    """(warps that share 16 rows, blocks of inputs that each has under way)."""
+    # Where there are few rows, more warps to each keep the chip busy, as far as their sums fit in shared memory.
+    warps = 8 if rows < _FEW_ROWS and uses <= 16 else 4
+    return min(warps, -(-runs // 4)), 4
 
 
 @functools.cache
