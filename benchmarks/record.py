@@ -3,35 +3,14 @@
 import datetime
 import json
 import os
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
-import mlx.core as mx
-
-from mlxquant.roofline import chips
+import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
+from mlxquant.roofline.system import machine
 from mlxquant.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict:
-    """The chip, cores, memory and versions a result belongs to."""
-    gpu = mx.default_device() == mx.gpu
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "chip": chips.detect().name, "device": "gpu" if gpu else "cpu", "cores": os.cpu_count(),
-        "memory_gb": round(memory / 1e9, 1), "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "mlx": mx.__version__, "mlx_lm": version("mlx-lm"),
-        "mlxquant": mlxquant.__version__, "openblas": blas_name(),
-    }
-
-
-def blas_name() -> str | None:
-    loaded = mlxquant.blas.preload()
-    return Path(loaded).name if loaded else None
 
 
 def save(name: str, **values) -> Path:

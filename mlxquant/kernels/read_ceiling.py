@@ -1,0 +1,77 @@
+"""Read a buffer once and do next to nothing with it: the memory's ceiling.
+
+    out_t = previous_(t mod 8) ^ the words of the V vectors of 16 bytes that thread t reads
+
+Neighbouring threads read neighbouring vectors, and each has 8 reads under way before it
+uses the first: one that waits for every read would measure latency. Xor costs nothing
+and lets no compiler leave a read out; ``previous``, the last buffer's result, makes
+launches wait for one another. It moves the buffer, and 4 bytes written per thread,
+1 / (4 V) of that.
+"""
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+
+_BODY = """
+    if (at >= COUNT) return;
+    auto vector = reinterpret_cast<SPACE const uint4*>(data) + (at / WIDTH) * (WIDTH * VECTORS) + at % WIDTH;
+    unsigned int total = previous[at % 8];
+    for (int i = 0; i < VECTORS; i += 8) {
+        uint4 held[8];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) held[j] = vector[(i + j) * WIDTH];
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) total ^= held[j].x ^ held[j].y ^ held[j].z ^ held[j].w;
+    }
+    out[at] = total;
+"""
+WIDTH = 256  # threads that read neighbouring vectors
+
+
+def words(vectors: int) -> int:
+    """Words of 4 bytes that one group of threads reads: buffers must be a multiple of it."""
+    return WIDTH * vectors * 4
+
+
+def read(data: mx.array, previous: mx.array, vectors: int) -> mx.array:
+    """(n / (4 ``vectors``),) uint32 of ``data`` (n,) and ``previous`` (≥ 8,), both uint32.
+
+    ``vectors``, a multiple of 8, is how many of 16 bytes a thread reads.
+    """
+    count = data.size // (4 * vectors)
+    return _kernel()(inputs=[data, previous],
+                     template=[("COUNT", count), ("WIDTH", WIDTH), ("VECTORS", vectors)],
+                     grid=(count, 1, 1), threadgroup=(WIDTH, 1, 1),
+                     output_shapes=[(count,)], output_dtypes=[mx.uint32])[0]
+
+
+def reference(data: mx.array, previous: mx.array, vectors: int) -> mx.array:
+    """The same in ``mx`` operations."""
+    parts = data.reshape(-1, vectors, WIDTH, 4)
+    total = mx.tile(previous[:8], data.size // (32 * vectors))
+    for i in range(vectors):
+        for j in range(4):
+            total = total ^ parts[:, i, :, j].reshape(-1)
+    return total
+
+
+@functools.cache
+def agrees() -> bool:
+    """Whether the kernel builds here and gives what the reference gives; tried once on a small case."""
+    data = mx.array(np.random.default_rng(0).integers(0, 1 << 32, words(16) * 3, np.uint32))
+    try:
+        return mx.array_equal(read(data, data, 16), reference(data, data, 16)).item()
+    except Exception:  # a compiler's complaints have no common type
+        return False
+
+
+@functools.cache
+def _kernel():
+    metal = mx.metal.is_available()
+    build = mx.fast.metal_kernel if metal else mx.fast.cuda_kernel
+    at = "thread_position_in_grid.x" if metal else "blockIdx.x * blockDim.x + threadIdx.x"
+    space = "device" if metal else ""
+    return build(name="mlxquant_read_ceiling", input_names=["data", "previous"], output_names=["out"],
+                 source=f"int at = {at};{_BODY.replace('SPACE', space)}")

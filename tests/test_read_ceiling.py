@@ -1,0 +1,62 @@
+"""The read kernel: its reference, and its Metal source run on the CPU."""
+
+import sys
+
+import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.kernels import read_ceiling
+
+
+def buffers(groups, vectors, seed=0):
+    random = np.random.default_rng(seed)
+    return (mx.array(random.integers(0, 1 << 32, size, np.uint32))
+            for size in (groups * read_ceiling.words(vectors), 64))
+
+
+def test_every_word_counts_once():
+    data, previous = buffers(3, 8)
+    result = np.array(read_ceiling.reference(data, previous, 8))
+    total = np.bitwise_xor.reduce(np.array(data))
+    assert np.bitwise_xor.reduce(result) == total  # 8 words of previous, an even number of times each
+    data[5] = data[5] ^ 1
+    assert (np.array(read_ceiling.reference(data, previous, 8)) != result).sum() == 1
+
+
+@pytest.fixture
+def emulation(monkeypatch, tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("the Metal emulation is for Linux; a Mac runs the kernel")
+    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
+    from metal import Compiler, Emulation
+
+    Emulation(Compiler(tmp_path), alignment=16).install(monkeypatch, read_ceiling)
+
+
+@pytest.mark.parametrize("vectors", [8, 16])
+def test_the_kernel_is_its_reference(emulation, vectors):
+    data, previous = buffers(3, vectors)
+    assert mx.array_equal(read_ceiling.read(data, previous, vectors),
+                          read_ceiling.reference(data, previous, vectors))
+
+
+def test_the_package_would_trust_it(emulation):
+    assert read_ceiling.agrees.__wrapped__()
+
+
+@pytest.mark.parametrize("correct, wrong", [
+    ("held[j].w", "held[j].z"), ("(i + j) * WIDTH", "(i + j) * WIDTH / 2"), ("previous[at % 8]", "0")])
+def test_a_kernel_that_leaves_something_out_is_not_trusted(emulation, monkeypatch, correct, wrong):
+    assert correct in read_ceiling._BODY
+    monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace(correct, wrong))
+    assert not read_ceiling.agrees.__wrapped__()
+
+
+def test_a_read_past_the_end_is_seen(emulation, monkeypatch):
+    from metal import OutOfBounds
+
+    monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace("(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
+    with pytest.raises(OutOfBounds, match="`data`"):
+        read_ceiling.read(*buffers(3, 8), 8)
