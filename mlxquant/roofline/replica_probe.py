@@ -1,0 +1,127 @@
+"""How many replicas this machine runs for nothing: replicated layers timed over widths, replicas and groups.
+
+One token through a chain of distinct layers, each fed by the one before, together several times
+larger than any cache. A reply waits on nothing else, so what costs more than one replica here
+makes every token slower.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Callable
+
+import mlx.core as mx
+
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.quant.packing import level_grid
+from mlxquant.quant.spec import REPLICA_GROUPS, REPLICA_WIDTHS, ReplicaShape
+from mlxquant.roofline.system import device
+
+TOLERANCE = 0.05  # of the time of one replica
+_REPLICAS = (2, 4, 8, 16)
+_GROUPS = sorted((group for group in REPLICA_GROUPS if group), reverse=True)
+_SHAPE = (14336, 4096)
+_LEAST_LAYERS, _LEAST_BYTES = 8, 256e6
+_CALLS = 64  # before waiting for the device, which costs more than a layer
+_PASSES = 7
+_LEAST_SHARE = 0.25  # of the ceiling, that one replica must reach for the others to mean something
+
+
+@dataclass(frozen=True)
+class ReplicaLimits:
+    """``largest_replicas`` is the most that cost at most 5 % more time than one, by width.
+    ``smallest_group`` is, by width and replicas, the smallest group with which they do (0: they do without
+    groups), None where none does. A width is None where its layers are not run by a kernel of their
+    own; ``reason`` says so, and why where nothing was measured. ``timings`` are the single results."""
+
+    reason: str | None
+    largest_replicas: dict[str, int | None] | None = None
+    smallest_group: dict[str, dict[str, int | None] | None] | None = None
+    timings: list[dict] = field(default_factory=list)
+
+    def group_for(self, bits: int | str, replicas: int) -> int | None:
+        """The smallest free group of so many replicas, 0 where they need none; None: not free or not known."""
+        known = (self.smallest_group or {}).get(str(bits)) or {}
+        return 0 if replicas == 1 and known else known.get(str(replicas))
+
+
+def measure_replicas(ceiling_gb_per_s: float,
+                     progress: Callable[[int, int, float], None] = lambda *_: None) -> ReplicaLimits:
+    """Time this machine's replicated layers; ``progress`` gets widths done, of how many, and microseconds."""
+    if device() == "cpu":
+        return ReplicaLimits("on a plain CPU replicated layers run as dense weights, for which replicas cost nothing")
+    largest, groups, timings, slow = {}, {}, [], []
+    for done, bits in enumerate(REPLICA_WIDTHS):
+        found: list[dict] = []
+
+        def timer(replicas: int, group: int) -> float:
+            found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
+            progress(done, len(REPLICA_WIDTHS), found[-1]["microseconds"])
+            return found[-1]["microseconds"]
+
+        one = timer(1, 0)
+        running = found[0]["gb_per_s"] >= _LEAST_SHARE * ceiling_gb_per_s
+        largest[str(bits)], groups[str(bits)] = search(one, timer) if running else (None, None)
+        slow += [] if running else [f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)"]
+        timings += found
+    reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} GB/s at "
+              f"{', '.join(slow)} bits: no kernel of their own runs there") if slow else None
+    return ReplicaLimits(reason, largest, groups, timings)
+
+
+def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[str, int | None]]:
+    """(largest K, smallest G by K), given the time of one replica and a way to time others.
+
+    More replicas and smaller groups never cost less, so each search ends with the first that is not free.
+    """
+    most = one * (1 + TOLERANCE)
+    largest, groups = 1, {}
+    for replicas in _REPLICAS:
+        if replicas // 2 == largest and timer(replicas, 0) <= most:
+            largest, groups[str(replicas)] = replicas, 0
+            continue
+        groups[str(replicas)] = None
+        for group in _GROUPS:
+            if timer(replicas, group) > most:
+                break
+            groups[str(replicas)] = group
+    return largest, groups
+
+
+def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
+    """Median microseconds of one layer with one token, the spread of the passes, and GB/s of what it stores."""
+    one = size[0] * size[1] * (2 if shape.bits == "ternary" else shape.bits) / 8
+    count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
+    layers = [_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)]
+    rounds = max(1, _CALLS // count)
+    start = mx.random.normal((1, size[1])).astype(dtype)
+    mx.eval(start, [(layer.parameters(), layer.input.parameters()) for layer in layers])
+
+    def seconds() -> float:
+        begin, x = time.perf_counter(), start
+        for layer in layers * rounds:
+            x = layer(x)
+        mx.eval(x)
+        return (time.perf_counter() - begin) / (rounds * count)
+
+    seconds()
+    times = [seconds() for _ in range(_PASSES)]
+    median, stored = statistics.median(times), layers[0].stored_bytes + layers[0].input.stored_bytes
+    return shape.as_dict() | {"microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
+                              "gb_per_s": stored / median / 1e9, "layers": count}
+
+
+def _layer(shape: ReplicaShape, outputs: int, inputs: int, dtype: mx.Dtype) -> ReplicatedLinear:
+    """Random codes, and scales with which outputs are about as large as inputs."""
+    shared = ReplicaInput(inputs, shape)
+    layer = ReplicatedLinear(outputs, shared)
+    lowest, distance = level_grid(shape.bits)
+    variance = ((1 - 2 * lowest / distance) ** 2 - 1) / 12 * distance**2
+    shared.replica_in = mx.random.normal(shared.replica_in.shape).astype(dtype)
+    if shape.replica_group:
+        shared.column_scale = mx.ones(inputs, dtype)
+    size = (inputs * shape.replicas * variance) ** -0.5
+    layer.replica_out = (size * mx.random.normal(layer.replica_out.shape)).astype(dtype)
+    low, high = (0, 243) if shape.bits == "ternary" else (-(1 << 31), (1 << 31) - 1)
+    layer.codes = mx.random.randint(low, high, layer.codes.shape).astype(layer.codes.dtype)
+    return layer

@@ -1,0 +1,105 @@
+"""The ceiling probe and the timing of replicated layers."""
+
+import json
+
+import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
+import mlx.core as mx
+import pytest
+
+from mlxquant.quant.spec import ReplicaShape
+from mlxquant.roofline import probe, replica_probe
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(probe, "_ROWS", (64, 64))
+    monkeypatch.setattr(probe, "_product_tflops", lambda: 0.1)
+    return tmp_path
+
+
+def test_probe_measures_once_and_is_cached(small, capsys):
+    first = probe.read_ceiling()
+    assert first.gb_per_s > 0 and first.spread >= 0 and first.mlx == mx.__version__
+    assert probe.read_ceiling() == first
+    assert capsys.readouterr().err.count("Measuring") == 1
+    assert probe.read_ceiling(refresh=True).kernel
+
+
+@pytest.mark.parametrize("content", ['{"gb_per_s"', '{"gb_per_s": 5, "spread": 0}', "[]", '{"ceiling": {}}'])
+def test_probe_survives_a_broken_or_older_cache(small, content):
+    probe.read_ceiling()
+    file = next((small / "probe").glob("*.json"))
+    file.write_text(content)
+    assert probe.read_ceiling().gb_per_s > 0
+    assert json.loads(file.read_text())["ceiling"]["gb_per_s"] > 0
+
+
+def test_the_ceiling_is_the_best_reader(small):
+    found = probe.measured()
+    assert found.ceiling.gb_per_s == max(found.readers.values()) == found.readers[found.ceiling.kernel]
+    assert {"mlx reduction", "mlx product"} <= set(found.readers)
+
+
+def test_probe_reads_more_than_any_cache_holds():
+    assert probe._MATRICES * min(probe._ROWS) * probe._COLUMNS * 4 >= 1 << 30
+
+
+def test_a_plain_cpu_says_why_it_has_no_limits(small):
+    assert probe.replica_limits() is None
+    assert "dense" in probe.measured(replicas=True).replicas.reason
+    limits = probe.replica_limits()
+    assert limits.largest_replicas is None and limits.group_for(2, 4) is None
+
+
+@pytest.mark.parametrize("cost, largest, groups", [
+    (lambda k, g: 1.0, 16, {"2": 0, "4": 0, "8": 0, "16": 0}),
+    (lambda k, g: k, 1, {"2": None, "4": None, "8": None, "16": None}),
+    (lambda k, g: max(1, (k if not g else 1 + k / g) / 4), 4, {"2": 0, "4": 0, "8": 8, "16": 8}),
+    (lambda k, g: 1 + (k if not g else k / g) / 20, 1, {"2": 8, "4": 8, "8": 8, "16": 16})])
+def test_the_search_finds_what_is_free(cost, largest, groups):
+    assert replica_probe.search(1.0, cost) == (largest, groups)
+
+
+def test_the_search_stops_at_the_first_that_is_not_free():
+    asked = []
+    replica_probe.search(1.0, lambda k, g: asked.append((k, g)) or 2.0)
+    assert asked == [(2, 0), (2, 64), (4, 64), (8, 64), (16, 64)]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(replica_probe, "device", lambda: "gpu")
+
+    def install(rate):
+        def timed(shape, size):
+            cost = shape.replicas / (shape.replica_group or 1)
+            return shape.as_dict() | {"microseconds": 10 + cost, "gb_per_s": rate(shape.bits)}
+        monkeypatch.setattr(replica_probe, "time_layers", timed)
+    return install
+
+
+def test_limits_of_a_gpu_and_the_way_through_the_cache(small, on_a_gpu):
+    on_a_gpu(lambda bits: 1e6)
+    limits = probe.measured(replicas=True).replicas
+    assert limits.reason is None and set(limits.largest_replicas) == {"1", "ternary", "2", "3", "4"}
+    assert (limits.group_for(2, 1), limits.group_for(2, 16), limits.group_for(8, 2)) == (0, 16, None)
+    assert probe.replica_limits() == limits
+
+
+def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
+    on_a_gpu(lambda bits: 10 if bits == 3 else 90)
+    limits = replica_probe.measure_replicas(100)
+    assert limits.largest_replicas["3"] is None and limits.largest_replicas["2"] == 1
+    assert "3 (10 GB/s) bits: no kernel" in limits.reason
+
+
+@pytest.mark.parametrize("shape", [ReplicaShape(2, 4), ReplicaShape("ternary", 2), ReplicaShape(4, 8, 16)])
+def test_layers_are_timed_through_their_call(monkeypatch, shape):
+    monkeypatch.setattr(replica_probe, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(replica_probe, "_CALLS", 8)
+    result = replica_probe.time_layers(shape, (192, 64), mx.float32)
+    assert result["microseconds"] > 0 and result["gb_per_s"] > 0 and result["layers"] == 8
+    layer = replica_probe._layer(shape, 512, 512, mx.float32)
+    x = mx.random.normal((1, 512))
+    assert 0.5 < (mx.linalg.norm(layer(x)) / mx.linalg.norm(x)).item() < 2
