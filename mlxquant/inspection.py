@@ -65,7 +65,7 @@ def inspect_folder(folder: Path) -> Inspection:
     shared = {id(m.input): m.input.stored_bytes for m, _ in body if isinstance(m, ReplicatedLinear)}
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
-        parameters=sum(traffic.weight_count(module) for _, module in modules),
+        parameters=traffic.parameters(network),
         bits_per_weight=8 * (loose + sum(shared.values()) + sum(layer.bytes for _, layer in body)) / weights,
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,

@@ -49,30 +49,62 @@ def weight_count(module: nn.Module) -> int:
     return module.weight.size if "weight" in module else 0
 
 
-def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False) -> int:
-    """Bytes of weights read for one token, as held, or as dense float32.
+def parameters(network: nn.Module) -> int:
+    """Number of weights of a network, packed codes counted one by one."""
+    return sum(weight_count(module) for _, module in leaf_modules(network))
 
-    An embedding counts as one row, unless it is tied and so is the head too.
-    Of a mixture's experts only the chosen ones count. A block that runs again is read
-    again: no chip's cache is counted on to hold it.
+
+def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False, batch: int = 1) -> int:
+    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as dense float32.
+
+    An embedding counts as a row for each, unless it is tied and so is the head too.
+    Of a mixture's experts only the chosen ones count, for a batch as many as it
+    chooses on average. A block that runs again is read again: no chip's cache is
+    counted on to hold it.
     """
     tied = _is_tied(network, config)
     chosen = config.get("num_experts_per_tok") or 1
-    total = _read_once(network, tied, chosen, dense)
+    total = _read_once(network, tied, chosen, dense, batch)
     for block in network.modules():
         if isinstance(block, RepeatedBlock):
-            total += (block.passes - 1) * _read_once(block, tied, chosen, dense)
+            total += (block.passes - 1) * _read_once(block, tied, chosen, dense, batch)
     return round(total)
 
 
-def _read_once(network: nn.Module, tied: bool, chosen: int, dense: bool) -> float:
+def _share_of_experts(module: nn.Module, chosen: int, batch: int) -> float:
+    """The share of a mixture's experts that ``batch`` tokens read, each choosing at random."""
+    return 1 - (1 - chosen / module.weight.shape[0]) ** batch
+
+
+def operations_per_token(network: nn.Module, config: dict) -> int:
+    """Multiply-adds with weights for one token, two operations each; attention to what was before apart."""
+    tied, chosen = _is_tied(network, config), config.get("num_experts_per_tok") or 1
+
+    def once(part: nn.Module) -> float:
+        return sum(_operations(module, tied, chosen) for _, module in leaf_modules(part))
+
+    again = ((block.passes - 1) * once(block) for block in network.modules() if isinstance(block, RepeatedBlock))
+    return round(2 * (once(network) + sum(again)))
+
+
+def _operations(module: nn.Module, tied: bool, chosen: int) -> float:
+    if isinstance(module, (ReplicatedLinear, ReplicaInput)):
+        return module.operations()
+    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
+        return 0
+    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+        return weight_count(module) * _share_of_experts(module, chosen, 1)
+    return weight_count(module)
+
+
+def _read_once(network: nn.Module, tied: bool, chosen: int, dense: bool, batch: int) -> float:
     total = _loose_bytes(network, dense)
     for _, module in leaf_modules(network):
         size = float32_bytes(module) if dense else module_bytes(module)
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
-            size /= module.weight.shape[0]
+            size *= batch / module.weight.shape[0]
         elif isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-            size *= chosen / module.weight.shape[0]
+            size *= _share_of_experts(module, chosen, batch)
         total += size
     return total
 

@@ -1,0 +1,52 @@
+"""Split the time of a token: what every token costs, and what every byte costs.
+
+    milliseconds = fixed + bytes / bandwidth
+
+by least squares over runs that read different numbers of bytes: several models, or one
+at several depths of context.
+"""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+
+_LEAST_POINTS = 3  # two give a line through both, whatever they are
+_LEAST_RANGE = 1.02  # most over least bytes: closer together is noise
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``gb_per_s`` is the bandwidth at the margin; errors are standard errors, residuals in milliseconds
+    in the order of the points, measured minus fitted."""
+
+    fixed_ms: float
+    fixed_ms_error: float
+    gb_per_s: float
+    gb_per_s_error: float
+    residuals_ms: tuple[float, ...]
+
+    def line(self) -> str:
+        """One line for people."""
+        worst = max(map(abs, self.residuals_ms))
+        return (f"{self.fixed_ms:.2f} ± {self.fixed_ms_error:.2f} ms fixed per token + bytes at "
+                f"{self.gb_per_s:.1f} ± {self.gb_per_s_error:.1f} GB/s "
+                f"({len(self.residuals_ms)} points, largest residual {worst:.3f} ms)")
+
+
+def fit(bytes_per_token: Sequence[float], milliseconds: Sequence[float]) -> Fit | None:
+    """The split, or None where it cannot be told: fewer than 3 points, all of nearly the same
+    bytes, or times that do not grow with bytes."""
+    gigabytes, times = np.array(bytes_per_token) / 1e9, np.array(milliseconds)
+    if len(set(gigabytes)) < _LEAST_POINTS or gigabytes.max() < _LEAST_RANGE * gigabytes.min():
+        return None
+    terms = np.stack([np.ones_like(gigabytes), gigabytes], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(terms, times, rcond=None)
+    if slope <= 0:
+        return None
+    residuals = times - terms @ (fixed, slope)
+    variance = residuals @ residuals / max(len(times) - 2, 1)
+    errors = np.sqrt(np.diag(variance * np.linalg.inv(terms.T @ terms)))
+    rate = 1e3 / slope
+    return Fit(float(fixed), float(errors[0]), float(rate), float(rate * errors[1] / slope),
+               tuple(map(float, residuals)))
