@@ -218,24 +218,27 @@ class _Runner:
         return mx.random.randint(0, self.vocabulary, (count,))
 
     def bytes_per_token(self) -> float:
-        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: weights once for
-        each chunk (the last token is one of its own) and keys and values once for each token."""
+        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but the head once
+        for each chunk, and everything once more for the last token, which mlx-lm takes by itself."""
         network, config, test = self.model.network, self.model.config, self.test
+        last = traffic.weight_bytes(network, config, batch=test.batch) + self.kv
         if test.kind == "tg":
-            return (traffic.weight_bytes(network, config, batch=test.batch) + self.kv) / test.batch
-        chunks = math.ceil((test.tokens - 1) / CHUNK)
-        weights = traffic.weight_bytes(network, config, batch=min(test.tokens, CHUNK) * test.batch)
-        last = traffic.weight_bytes(network, config, batch=test.batch)
-        return (chunks * (weights + self.kv) + last + self.kv) / test.tokens / test.batch
+            return last / test.batch
+        head = traffic.head_of(network, config)
+        chunk = traffic.weight_bytes(network, config, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
+        chunk -= traffic.module_bytes(head) if head else 0
+        return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
 
     def operations_per_token(self) -> float:
         """With weights, and with the keys and values that a token attends to on average."""
-        config = self.model.config.get("text_config", self.model.config)
-        shared = config.get("num_attention_heads", 1) / (config.get("num_key_value_heads") or
-                                                         config.get("num_attention_heads", 1))
+        network, config, test = self.model.network, self.model.config, self.test
+        text = config.get("text_config", config)
+        heads = text.get("num_attention_heads", 1)
         item = 4 if system.device() == "cpu" else 2
-        return traffic.operations_per_token(self.model.network, self.model.config) + \
-            2 * shared * self.kv / item / self.test.batch
+        attention = 2 * heads / (text.get("num_key_value_heads") or heads) * self.kv / item / test.batch
+        head = traffic.head_of(network, config) if test.kind == "pp" else None
+        spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
+        return traffic.operations_per_token(network, config) - spared + attention
 
 
 class _Batched:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Callable
 
@@ -95,11 +96,15 @@ def plot(records: list[Record], chip: Chip, product_tflops: float, path: Path) -
         axes.plot([low, bend, high], [low * bandwidth / 1e3, bend * bandwidth / 1e3,
                                       peak if peak else bend * bandwidth / 1e3], style, color="0.35", label=label)
     models = list(dict.fromkeys(record.model for record in records))
+    labels: dict[tuple[float, float], list[str]] = {}
     for record, rate in zip(records, rates):
-        marker = "o" if record.test.startswith("tg") else "s"
-        axes.plot(record.operations_per_byte, rate, marker, color=f"C{models.index(record.model) % 10}")
-        axes.annotate(record.test, (record.operations_per_byte, rate), xytext=(5, -9), fontsize=8,
-                      textcoords="offset points")
+        point, marker = (record.operations_per_byte, rate), "o" if record.test.startswith("tg") else "s"
+        axes.plot(*point, marker, color=f"C{models.index(record.model) % 10}")
+        near = (known for known in labels if all(abs(math.log(a / b)) < 0.2 for a, b in zip(known, point)))
+        labels.setdefault(next(near, point), []).append(record.test)  # one label where points lie together
+    for point, names in labels.items():
+        axes.annotate("\n".join(dict.fromkeys(names)), point, xytext=(7, 0), textcoords="offset points",
+                      fontsize=7, va="top")
     for model in models:
         axes.plot([], [], "o", color=f"C{models.index(model) % 10}", label=Path(model).name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="10¹² operations/s",

@@ -76,6 +76,16 @@ def _share_of_experts(module: nn.Module, chosen: int, batch: int) -> float:
     return 1 - (1 - chosen / module.weight.shape[0]) ** batch
 
 
+def head_of(network: nn.Module, config: dict) -> nn.Module | None:
+    """What turns hidden states into logits: the head, or the embedding where it is tied. In a prompt only
+    the last token goes through it."""
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    for path, module in leaf_modules(network):
+        if isinstance(module, kinds) if _is_tied(network, config) else path.endswith("lm_head"):
+            return module
+    return None
+
+
 def operations_per_token(network: nn.Module, config: dict) -> int:
     """Multiply-adds with weights for one token, two operations each; attention to what was before apart."""
     tied, chosen = _is_tied(network, config), config.get("num_experts_per_tok") or 1
