@@ -35,7 +35,7 @@ class TensorHeader:
 
 def read_config(folder: Path) -> dict:
     """``config.json`` of a model folder; raises ``BadCheckpoint``."""
-    return _read_object(folder / "config.json", "model_type")
+    return read_object(folder / "config.json", "model_type")
 
 
 def validate(folder: Path) -> dict[str, TensorHeader]:
@@ -129,7 +129,8 @@ def _name_shards(folder: Path, index: dict[str, str]) -> None:
                 "weight_map": {name: final[file] for name, file in sorted(index.items())}})
 
 
-def _read_object(path: Path, *required: str) -> dict:
+def read_object(path: Path, *required: str) -> dict:
+    """The JSON object in a file, which must have the keys ``required``; raises ``BadCheckpoint``."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -201,7 +202,7 @@ def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
 
 
 def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:
-    weight_map = _read_object(index, "weight_map")["weight_map"]
+    weight_map = read_object(index, "weight_map")["weight_map"]
     if not isinstance(weight_map, dict):
         raise BadCheckpoint(f"{index}: weight_map is no object")
     for name, file in weight_map.items():

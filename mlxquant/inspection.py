@@ -56,17 +56,11 @@ def inspect_folder(folder: Path) -> Inspection:
                 if isinstance(m, (GroupedLinear, ReplicatedLinear)) or "weight" in m and m.weight.ndim >= 2]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
-    body = [(module, layer) for (path, module), layer in zip(matrices, layers)
-            if not isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
-            and not path.endswith("lm_head")]
-    weights = sum(traffic.weight_count(module) for module, _ in body)
     stored = traffic.weight_bytes(network, config)
-    loose = sum(array.nbytes for array in traffic.loose_arrays(network))
-    shared = {id(m.input): m.input.stored_bytes for m, _ in body if isinstance(m, ReplicatedLinear)}
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
         parameters=traffic.parameters(network),
-        bits_per_weight=8 * (loose + sum(shared.values()) + sum(layer.bytes for _, layer in body)) / weights,
+        bits_per_weight=traffic.body_bits_per_weight(network),
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
         bytes_per_token_cpu=traffic.weight_bytes(network, config, dense=True),

@@ -42,6 +42,21 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
+def config_of(name: str, *, revision: str | None = None) -> dict:
+    """The configuration of the model called ``name``, without its weights where they are not here yet.
+
+    Of a repository only ``config.json`` is downloaded; a ``.json`` file is a configuration
+    itself. Raises what ``resolve`` raises.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return checkpoint.read_object(path, "model_type")
+    if not path.exists() and name not in recipes.names() and not name.endswith((".gguf", ".json")) \
+            and not name.startswith((".", "/", "~")) and _REPOSITORY.fullmatch(name):
+        return checkpoint.read_config(_download(name, revision, ["config.json"]))
+    return checkpoint.read_config(resolve(name, revision=revision))
+
+
 def _import_gguf(path: Path) -> Path:
     from mlxquant import gguf
 
@@ -50,13 +65,13 @@ def _import_gguf(path: Path) -> Path:
     return gguf.import_cached(path)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     """Fetch a repository into ``huggingface_hub``'s own cache; every ``HF_*`` variable applies."""
     from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except hub.GatedRepoError as error:
         raise ModelNotFound(f"{repository} needs a licence accepted on its page, "
                             "then `hf auth login`") from error

@@ -54,6 +54,18 @@ def parameters(network: nn.Module) -> int:
     return sum(weight_count(module) for _, module in leaf_modules(network))
 
 
+def body_bits_per_weight(network: nn.Module) -> float:
+    """Stored bits per weight of the blocks' matrices, with scales and all that goes with them; biases,
+    embedding and head apart."""
+    body = [module for path, module in leaf_modules(network) if weight_count(module)
+            and not isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not path.endswith("lm_head")
+            and ("weight" not in module or module.weight.ndim >= 2)]
+    inputs = {id(module.input): module.input for module in body if isinstance(module, ReplicatedLinear)}
+    stored = sum(module_bytes(m) - (m.bias.nbytes if "bias" in m else 0) for m in body)
+    stored += sum(module.stored_bytes for module in inputs.values())
+    return 8 * (stored + sum(array.nbytes for array in loose_arrays(network))) / sum(map(weight_count, body))
+
+
 def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False, batch: int = 1) -> int:
     """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as dense float32.
 
