@@ -7,6 +7,7 @@ float32 and quantised layers are expanded when memory allows.
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from mlxquant.layers.packed import pack
 from mlxquant.models import resolve
 from mlxquant.roofline import traffic
 
-_DENSE_SHARE = 0.7  # of the memory, so that activations and the KV cache have room
+_CLOSE = 0.9  # of what may be used: mlx-lm warns there too, when it generates
+DENSE_SHARE = 0.7  # of the memory, so that activations and the KV cache have room
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -64,10 +66,13 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     if stored > limit:
         raise TooLarge(f"{name} needs {stored / 1e9:.2f} GB for its weights, "
                        f"{limit / 1e9:.2f} GB may be used")
+    if stored > _CLOSE * limit:
+        print(f"{name} takes {stored / 1e9:.2f} of the {limit / 1e9:.2f} GB that may be used: replies may be slow, "
+              "and long ones may not fit; `mlxquant plan` shows smaller forms", file=sys.stderr)
     network, config = _build(folder, trust_remote_code)
     network = expand_grouped(network)
     on_cpu = mx.default_device() == mx.cpu
-    if dense or on_cpu and dense is None and traffic.dense_bytes(network) <= _DENSE_SHARE * limit:
+    if dense or on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit:
         network = to_dense(network)
     elif on_cpu:
         network = to_float32(network)

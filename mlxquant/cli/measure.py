@@ -12,6 +12,75 @@ ChipName = Annotated[Optional[str], typer.Option(
     "--chip", help="Predict for this chip, e.g. 'M1 Pro' or 'M3 Max 30c', in place of this machine.")]
 
 
+@app.command(epilog="Example: mlxquant chips --backtest")
+def chips(
+    backtest: Annotated[bool, typer.Option(
+        "--backtest", help="Instead, how well published speeds are predicted from those of other chips.")] = False,
+    lanes: Annotated[bool, typer.Option(
+        "--lanes", help="Instead, the replicas predicted to be free, from counted operations.")] = False,
+    as_json: AsJson = False,
+):
+    """This machine's chip and all that are known, each figure with the mark of its source."""
+    from dataclasses import asdict
+
+    from mlxquant.roofline import chips as known
+    from mlxquant.roofline import lanes as operations
+    from mlxquant.roofline import predict
+    from mlxquant.roofline.table import MARKS
+
+    if backtest:
+        summary = predict.backtest_summary()
+        if as_json:
+            print_json({"families": summary, "runs": predict.backtest(), "products": operations.check()})
+            return
+        for row in summary:
+            print(f"{row['chips']:10} {row['runs']:3} runs: median error {100 * row['median_error']:4.1f} %, "
+                  f"worst {100 * row['worst_error']:+5.1f} % ({row['worst_run']})")
+        print(f"Each chip predicted from the published runs of all others. Lane-operations: {operations.check_line()}")
+        return
+    if lanes:
+        found = {chip.label: {str(bits): operations.free_replicas(chip, bits) for bits in (1, 2, 3, 4)}
+                 for chip in known.every() if chip.lane_operations_per_s}
+        if as_json:
+            print_json({label: {bits: {"largest_replicas": most, "smallest_group": groups}
+                                for bits, (most, groups) in widths.items()} for label, widths in found.items()})
+            return
+        _print_table(["predicted", *(f"{bits} bit" for bits in (1, 2, 3, 4))],
+                     [[label, *(_free(*free) for free in widths.values())] for label, widths in found.items()])
+        remark("A prediction: replicas that cost at most 5 % more than one, and the group with which 4, 8 and 16 do.\n"
+               + "\n".join(f"- {line}" for line in operations.ASSUMPTIONS) + f"\n- {operations.check_line()}")
+        return
+    here = known.detect()
+    if as_json:
+        print_json({"here": asdict(here), "chips": [asdict(chip) for chip in known.every()], "marks": MARKS})
+        return
+    stated = f"{here.headline_gb_per_s:g} GB/s stated" if here.headline_gb_per_s else "unknown: measured ceiling only"
+    print(f"Here: {here.label}, {stated}\n")
+    figures = {"GB/s": "headline_gb_per_s", "FP32 TFLOP/s": "fp32_tflops", "clock GHz": "clock_ghz",
+               "memory GB": "max_memory_gb", "cache MB": "slc_mb"}
+    _print_table(["chip", *figures], [[chip.label, *(_figure(chip, key) for key in figures.values())]
+                                      for chip in known.every()])
+    print("\n" + "; ".join(f"{mark}: {meaning}" for mark, meaning in MARKS.items()))
+
+
+def _figure(chip, key: str) -> str:
+    value = getattr(chip, key)
+    return "?" if value is None else f"{value:.4g} {chip.sources[key]}"
+
+
+def _free(most: int, groups: dict) -> str:
+    parts = [f"{k} in {g}s" for k, g in groups.items() if g and int(k) >= 4]
+    return f"{most}" + (f"; {', '.join(parts)}" if parts else "")
+
+
+def _print_table(head: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> None:
+    """Columns wide enough for everything: a speed that is cut short is no speed."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in [head, *rows]:
+        cells = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        print("  ".join(cells).rstrip())
+
+
 @app.command(epilog="Example: mlxquant probe --json")
 def probe(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what is known already.")] = False,
@@ -55,11 +124,12 @@ def bench(
     form: Annotated[str, typer.Option("--format", help="md, json, jsonl or csv.")] = "md",
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Write there; a table is still shown.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the roofline into a .png or .svg file.")] = None,
-    memory: Memory = None,
+    chip: ChipName = None, memory: Memory = None,
 ):
     """Tokens per second against the ceiling, by llama-bench's conventions.
 
-    Ctrl-C ends early and keeps what was measured.
+    Ctrl-C ends early and keeps what was measured. With --chip nothing runs here: the speed there is
+    predicted, from a configuration alone.
     """
     from mlxquant.evaluation.by_layer import check_plot
     from mlxquant.roofline import bench_output, chips
@@ -71,6 +141,9 @@ def bench(
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
     if plot is not None:
         check_plot(plot)
+    if chip is not None:
+        _predict(models, chip, depth or [0], form)
+        return
     records = []
 
     def keep(known: list) -> None:
@@ -88,3 +161,84 @@ def bench(
             print(bench_output.FORMATS["md" if output is not None else form](records))
             if plot is not None:
                 bench_output.plot(records, chips.detect(), measured().product_tflops, plot)
+
+
+def _predict(models: list[str], chip: str, depths: list[int], form: str) -> None:
+    from mlxquant.models import config_of
+    from mlxquant.roofline import chips as known
+    from mlxquant.roofline.plan import predict_model
+
+    found = known.find(chip)
+    predicted = {(model, depth): predict_model(config_of(model), found, depth) for model in models for depth in depths}
+    if form == "json":
+        print_json([{"model": model, "depth": depth, "predicted": True, **value.as_dict()}
+                    for (model, depth), value in predicted.items()])
+        return
+    if form != "md":
+        raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
+    for (model, depth), value in predicted.items():
+        print(f"{model} @ d{depth} on {found.label}: {value.bytes_per_token / 1e9:.2f} GB/token; {value.line()}")
+    remark("Assumed:\n" + "\n".join(f"- {line}" for line in next(iter(predicted.values())).assumptions))
+
+
+@app.command(epilog="Example: mlxquant plan Qwen/Qwen3-32B --chip 'M1 Pro' --context 8192")
+def plan(
+    model: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
+    memory: Annotated[Optional[str], typer.Option(help="The machine's memory, e.g. 16GB.")] = None,
+    chip: ChipName = None,
+    context: Annotated[int, typer.Option(help="Tokens that must fit with the model.")] = 8192,
+    min_tps: Annotated[float, typer.Option(help="Recommend nothing slower, in tokens/s.")] = 0.0,
+    config: Annotated[Optional[Path], typer.Option(help="A config.json in place of MODEL.")] = None,
+    revision: Revision = None, as_json: AsJson = False,
+):
+    """What to make of a model for a machine: what fits, how fast, how good, and the command.
+
+    Reads a configuration only; of a repository nothing else is downloaded.
+    """
+    from mlxquant.roofline.plan import plan as make
+
+    if (model is None) == (config is None):
+        raise BadValue("give MODEL or --config FILE, one of them")
+    result = make(model or str(config), memory=memory, chip=chip, context=context, min_tps=min_tps, revision=revision)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print(f"{result.model}: {result.parameters / 1e9:.2f} billion parameters, for {result.machine} with "
+          f"{result.memory_bytes / 1e9:.1f} GB for a model and {result.context:,} tokens, "
+          "at the end of which speeds are\n")
+    best = {}
+    for row in result.rows:  # of each form the most bits of keys and values that fit, else the fewest
+        key = row.method, row.bits, row.replicas, row.group
+        if key not in best or row.fits and not best[key].fits or not best[key].fits:
+            best[key] = row
+    _print_table(["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s", "perplexity", "source"],
+                 [_plan_line(row) for row in best.values()], left=(0, 8))
+    for line in result.remarks:
+        remark(f"Assumed: {line}")
+    row = result.recommended
+    if row is None:
+        smallest = min(result.rows, key=lambda r: r.total_bytes)
+        print(f"\nRecommended: none. The smallest form takes {smallest.total_bytes / 1e9:.1f} GB; "
+              "a form is recommended only if it fits, is fast enough and its quality was measured")
+        return
+    speed = f", {row.tps:.1f} tokens/s ({row.tps_source})" if row.tps else ""
+    kv = "16-bit" if row.kv_bits == 16 else f"{row.kv_bits}-bit (their cost in quality is not measured)"
+    print(f"\nRecommended: {_form(row)} with {kv} keys and values: {row.total_bytes / 1e9:.1f} GB{speed}, "
+          f"perplexity × {row.quality:.2f} ({row.quality_source})")
+    print(row.command or f"mlxquant chat {result.model}")
+
+
+def _form(row) -> str:
+    if row.replicas:
+        width = row.bits if row.bits == "ternary" else f"{row.bits} bit"
+        return f"{width}, K={row.replicas}" + (f" G={row.group}" if row.group else "")
+    group = f", groups of {row.group}" if row.group else ""
+    return f"{row.method if row.method != 'affine' else ''} {row.bits} bit{group}".strip()
+
+
+def _plan_line(row) -> list[str]:
+    quality = ("", "not measured") if row.quality is None else (f"× {row.quality:.2f}", row.quality_source)
+    slower = "" if row.free_replicas is not False else ", replicas not free"
+    return [_form(row), f"{row.bits_per_weight:.2f}", str(row.kv_bits), f"{row.file_bytes / 1e9:.2f}",
+            f"{row.total_bytes / 1e9:.2f}", "yes" if row.fits else "no",
+            "" if row.tps is None else f"{row.tps:.1f}{slower}", *quality]

@@ -74,7 +74,7 @@ def predict(chip: Chip, *, bytes_per_token: float, total_bytes: float, layers: i
     """
     if chip.headline_gb_per_s is None or not chip.name.startswith("Apple "):
         raise BadValue(f"no published measurements to predict {chip.label} from; allowed are Apple's chips")
-    learnt = learn(lanes.published()["decode"])
+    learnt = _learnt()
     lane_s = weights * cost.on(chip) / chip.lane_operations_per_s if cost else 0.0
     ms = learnt.milliseconds(chip, bytes_per_token, layers, lane_s, _OURS)
     tps, band = 1e3 / ms, error_band(chip)
@@ -98,6 +98,11 @@ def assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
             f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips when predicted from the others",
             "one sequence, greedy, nothing else running, no thermal limit; "
             "a model may take 2/3 of up to 36 GB and 3/4 of more, the usual default of macOS", *lanes.ASSUMPTIONS[1:])
+
+
+@cache
+def _learnt() -> Coefficients:
+    return learn(lanes.published()["decode"])
 
 
 def learn(rows: list[dict]) -> Coefficients:

@@ -1,0 +1,79 @@
+"""Rewrite ``quality.json``, what ``mlxquant plan`` expects of a width, from ``results/`` and ``literature.json``.
+
+    python benchmarks/quality.py
+
+Of every width with its groups or replicas the best method that ``quantize`` can run, with its options, calibrated
+only. A ratio is the perplexity over that of the original.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from readme import LITERATURE, method_rows
+from record import RESULTS, read
+
+from mlxquant.evaluation.comparison import METHODS
+from mlxquant.storage import write_json
+
+TABLE = Path(__file__).with_name("quality.json")
+MODEL = "SmolLM2-135M-Instruct"
+FLAGS = {"method": "--method {}", "propagation": "--propagation {}", "replicas": "--replicas {}",
+         "replica_group": "--replica-group {}", "refine": "--refine {}", "alpha": "--alpha {}"}
+
+
+def options_of(method: str) -> dict | None:
+    """The options of ``quantize`` that a row's method stands for, None where they are more than widths and flags."""
+    plain = method.replace("gptq-plain", "gptq")
+    options = METHODS.get(method) or METHODS.get(plain)
+    if options is None or {"mixed", "salient", "activation"} & set(options):
+        return None
+    return options | ({"act_order": False, "refine": 0} if plain != method else {})
+
+
+def flags(options: dict) -> str:
+    """The same on the command line."""
+    parts = [FLAGS[name].format(value) for name, value in options.items() if name in FLAGS]
+    parts += {"online": ["--rotate"], "fused": ["--rotate-fused"]}.get(options.get("rotation"), [])
+    return " ".join([*parts, *(["--no-act-order"] if options.get("act_order") is False else [])])
+
+
+def replica_rows() -> list[dict]:
+    """Rows of ``replicas.py``, whose methods all correct for the blocks before, as ``method_rows`` has them."""
+    rows = [row for path in RESULTS.glob("replicas-*.json") for row in read(path.stem)["rows"]]
+    named = ((row, f"replica-{row['replicas']}" + (f"-g{row['replica_group']}" if row["replica_group"] else ""))
+             for row in rows if row["replicas"] and row["rotated"] and not row["tuned"])
+    return [row | {"method": f"{name}-corrected"} for row, name in named if f"{name}-corrected" in METHODS]
+
+
+def measured() -> list[dict]:
+    original = read("methods-h200-1")["rows"][0]["perplexity"]
+    best: dict[tuple, dict] = {}
+    for row in [*method_rows(), *replica_rows()]:
+        if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be nearer the original
+            row = row | {"method": "rtn", "group_size": 64}
+        options = options_of(row["method"])
+        if options is None:
+            continue
+        replicas = options.get("replicas")
+        group = options.get("replica_group", 0) if replicas else row["group_size"]
+        found = {"model": MODEL, "bits": row["bits"], "replicas": replicas, "group": group,
+                 "ratio": row["perplexity"] / original, "method": row["method"], "flags": flags(options),
+                 "source": f"measured on {MODEL}"}
+        key = row["bits"], replicas, group
+        if key not in best or found["ratio"] < best[key]["ratio"]:
+            best[key] = found
+    return list(best.values())
+
+
+def published() -> list[dict]:
+    """GPTQ's rows in the literature; other methods are not ours to run."""
+    table = json.loads(LITERATURE.read_text(encoding="utf-8"))
+    rows = ((row, re.fullmatch(r"GPTQ g(\d+)", row["method"])) for row in table["rows"])
+    return [{"model": table["model"], "bits": row["bits"], "replicas": None, "group": int(found[1]),
+             "ratio": row["perplexity"] / row["reference"], "method": row["method"], "flags": "--method gptq",
+             "source": f"published, {table['model']}: {row['paper'].split(',')[0]}"} for row, found in rows if found]
+
+
+if __name__ == "__main__":
+    write_json(TABLE, {"rows": [*measured(), *published()]})

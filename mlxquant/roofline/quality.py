@@ -1,0 +1,42 @@
+"""What a width costs in quality, from measurements: of the model at hand, of another, or published."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Quality:
+    """``ratio`` is the perplexity over the original's; ``flags`` are ``quantize``'s for the method that
+    reached it; ``rank`` is 0 for a measurement of this very model, 1 of another one, 2 for a published one."""
+
+    ratio: float
+    source: str
+    flags: str
+    rank: int
+
+
+def lookup(model: str, bits: int | str, replicas: int | None, group: int) -> list[Quality]:
+    """What is known of a width with its replicas and group, the most trustworthy first."""
+    found = []
+    for row in _rows():
+        if (row["bits"], row["replicas"], row["group"]) == (bits, replicas, group):
+            same = _plain(row["model"]) in _plain(model) or _plain(model) in _plain(row["model"])
+            rank = 2 if row["source"].startswith("published") else 0 if same else 1
+            found.append(Quality(row["ratio"], row["source"] if same or rank == 2 else
+                                 f"{row['source']}, not on this model", row["flags"], rank))
+    return sorted(found, key=lambda quality: quality.rank)
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in Path(name).name.lower() if c.isalnum())
+
+
+@cache
+def _rows() -> list[dict]:
+    """``benchmarks/quality.json`` of a checkout, or the copy of it inside an installed package."""
+    here = Path(__file__).parent
+    installed = here / "quality.json"
+    path = installed if installed.is_file() else here.parents[1] / "benchmarks" / "quality.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
