@@ -22,6 +22,8 @@ _HOME = {
     "quantize": "quant.pipeline",
     "tune": "tuning.tune",
     "inspect": "inspection",
+    "bench": "roofline.bench",
+    "plan": "roofline.plan",
     "resolve": "models",
     "MlxquantError": "errors",
 }

@@ -17,7 +17,8 @@ def mlxquant(*arguments, stdin="", **options):
                           capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "chips",
+                                  "probe", "bench", "plan"])
 def test_every_verb_has_help_with_an_example(verb):
     result = mlxquant(verb, "--help")
     assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout
@@ -78,6 +79,10 @@ def test_chat_through_a_pipe(tiny_folder):
     (("generate", "TINY", "-p", "x", "--temp", "-1"), 2, "error: temperature is -1.0, allowed are"),
     (("generate", "TINY", "-p", "x", "--kv-bits", "7"), 2, "error: kv_bits is 7, allowed are"),
     (("generate", "TINY", "-p", "x", "--memory", "lots"), 2, "error: 'lots' is no size"),
+    (("bench", "TINY", "--format", "xml"), 2, "error: format is 'xml', allowed are md, json, jsonl, csv"),
+    (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
+    (("plan",), 2, "error: give MODEL or --config FILE"),
+    (("plan", "no-such-model"), 1, "error: no model named 'no-such-model'"),
     (("generate",), 2, "Missing argument"),
     (("generate", "TINY", "--no-such-option"), 2, "No such option"),
     (("levitate",), 2, "No such command"),
@@ -96,3 +101,36 @@ def test_version():
     import mlxquant as package
 
     assert mlxquant("--version").stdout.strip() == f"mlxquant {package.__version__}"
+
+
+def test_chips_plan_and_prediction_as_json(tiny_folder):
+    value = json.loads(mlxquant("chips", "--json").stdout)
+    assert value["here"]["name"] and {"name", "gpu_cores", "headline_gb_per_s", "sources"} <= set(value["chips"][0])
+    value = json.loads(mlxquant("chips", "--backtest", "--json").stdout)
+    assert {row["chips"] for row in value["families"]} >= {"base", "Pro", "Max", "Ultra", "all"}
+    planned = mlxquant("plan", "--config", tiny_folder / "config.json", "--chip", "M2", "--json")
+    value = json.loads(planned.stdout)
+    assert {"bits", "replicas", "group", "bits_per_weight", "file_bytes", "total_bytes", "fits", "tps", "quality",
+            "quality_source"} <= set(value["rows"][0])
+    value = json.loads(mlxquant("bench", tiny_folder, "--chip", "M2 Max 30c", "--format", "json").stdout)
+    assert value[0]["predicted"] and value[0]["gpu_cores"] == 30 and value[0]["assumptions"]
+
+
+def test_tables_are_not_cut_short(tiny_folder):
+    assert "NVIDIA H100 80GB HBM3" in mlxquant("chips").stdout
+    assert "M3 Max 30c" in mlxquant("chips", "--lanes").stdout
+    result = mlxquant("plan", tiny_folder, "--chip", "M1 Pro 14c", "--context", 100)
+    assert "original 16 bit" in result.stdout and "Recommended: " in result.stdout and "…" not in result.stdout
+
+
+def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
+    result = mlxquant("bench", tiny_folder, "-p", 8, "-n", 4, "-r", 1, "--format", "jsonl", "-o", tmp_path / "x.jsonl",
+                      "--plot", tmp_path / "x.png")
+    assert result.returncode == 0 and "| tg4 |" in result.stdout
+    assert [json.loads(line)["test"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == ["pp8", "tg4"]
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_probe_json():
+    value = json.loads(mlxquant("probe", "--json").stdout)
+    assert value["ceiling"]["gb_per_s"] > 0 and value["readers"] and value["replicas"]["reason"]

@@ -17,8 +17,8 @@ def run(code: str) -> str:
 
 def test_public_names():
     assert mlxquant.__all__ == [
-        "LanguageModel", "MlxquantError", "PromptCache", "Response", "Sampling", "evaluate", "generate",
-        "inspect", "load", "quantize", "resolve", "stream_generate", "tune"]
+        "LanguageModel", "MlxquantError", "PromptCache", "Response", "Sampling", "bench", "evaluate",
+        "generate", "inspect", "load", "plan", "quantize", "resolve", "stream_generate", "tune"]
     for name in mlxquant.__all__:
         assert getattr(mlxquant, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -182,7 +182,8 @@ def _judged(name: str, row: Row) -> Row:
     if row.replicas is None:
         parts.append(f"--group-size {row.group}")
     label = f"{row.bits}" if row.bits == "ternary" else f"{row.bits}bit"
-    folder = f"{Path(name).stem}-{label}" + (f"-k{row.replicas}" if row.replicas else "")
+    base = Path(name).name.removesuffix(".gguf").removesuffix(".json")
+    folder = f"{base}-{label}" + (f"-k{row.replicas}" if row.replicas else "")
     source = "MODEL" if name.endswith(".json") else shlex.quote(name)
     command = (f"mlxquant quantize {source} -o {shlex.quote(folder)} --bits {row.bits} {' '.join(parts)} "
                f"--embedding-bits {outline.EMBEDDING['bits']}")

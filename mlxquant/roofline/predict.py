@@ -59,8 +59,8 @@ class Prediction:
 
     def line(self) -> str:
         """One line for people, labelled as what it is."""
-        memory = {True: f"fits: {self.max_memory_gb:g} GB", False: f"does not fit: {self.max_memory_gb or 0:g} GB",
-                  None: "largest memory not known"}[self.fits]
+        memory = "largest memory not known" if self.fits is None else \
+            f"{'fits' if self.fits else 'does not fit'}: {self.max_memory_gb:g} GB"
         return (f"predicted {self.tps:.2f} tokens/s ({self.low:.2f} to {self.high:.2f}), bound by {self.bound_by}; "
                 f"ceiling {self.ceiling_tps:.2f} tokens/s; {memory}")
 

@@ -28,7 +28,7 @@ from mlxquant.storage import cache_dir, write_json
 _COLUMNS = 8192
 _ROWS = (4096, 16384)  # on a CPU or a small GPU, and where 4 GB are a quarter of the memory at most
 _MATRICES = 8
-_PASSES = 11
+_PASSES = 9
 _VECTORS = (16, 64)  # of the read kernel; which is quicker depends on the chip
 
 

@@ -1,0 +1,182 @@
+"""Plans from configurations alone, and that their sizes are those of what quantize makes."""
+
+import json
+from dataclasses import replace
+
+import mlxquant
+import pytest
+from conftest import CONFIG
+
+from mlxquant import MlxquantError, checkpoint
+from mlxquant.layers.replicated import ReplicatedLinear
+from mlxquant.loading import open_lazily
+from mlxquant.quant.spec import ReplicaShape
+from mlxquant.roofline import chips, outline, plan, quality, traffic
+
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
+         "rope_theta": 500000, "max_position_embeddings": 131072, "tie_word_embeddings": False}
+QWEN = {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "vocab_size": 151936,
+        "rope_theta": 1000000, "max_position_embeddings": 40960, "tie_word_embeddings": False}
+ROW_KEYS = "bits replicas group bits_per_weight file_bytes total_bytes fits tps quality quality_source".split()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return plan.plan("Llama-3.1-8B", config=LLAMA, chip="M1 Pro", memory="16GB")
+
+
+@pytest.mark.parametrize("config, parameters, kv", [(LLAMA, 8.03e9, 2**30), (QWEN, 32.76e9, 2**31)])
+def test_sizes_of_known_models(config, parameters, kv):
+    network = outline.network_of(config)
+    assert traffic.parameters(network) == pytest.approx(parameters, rel=1e-3)
+    assert outline.held_bytes(network) == pytest.approx(2 * parameters, rel=1e-3)
+    assert outline.kv_bytes(network, 8192) == kv and outline.kv_bytes(network, 8192, 4) == kv * 5 / 16
+
+
+def test_the_seed_example():
+    found = plan.predict_model(QWEN, chips.find("M1 Pro"))
+    assert found.ceiling_tps == pytest.approx(3.1, abs=0.05) and 2.7 < found.tps < 3.1
+    assert "does not fit: 32 GB" in found.line()
+
+
+def test_the_original_is_always_a_row(llama):
+    original = [row for row in llama.rows if row.method == "original"]
+    assert [row.kv_bits for row in original] == [16, 8, 4] and llama.rows[0] == original[0]
+    assert not any(row.fits for row in original) and original[0].quality == 1
+    assert original[0].file_bytes == pytest.approx(16.06e9, rel=1e-3)
+
+
+def test_rows_are_whole_and_consistent(llama):
+    assert llama.parameters == pytest.approx(8.03e9, rel=1e-3) and llama.memory_bytes == int(16 * 2**30 * 2 / 3)
+    for row in llama.as_dict()["rows"]:
+        assert set(ROW_KEYS) <= set(row)
+        assert row["fits"] == (row["total_bytes"] <= llama.memory_bytes)
+        assert row["total_bytes"] > row["file_bytes"] + row["kv_bytes"] and row["tps_source"] == "predicted"
+        assert (row["quality"] is None) == (row["quality_source"] is None)
+    by_form = {(r.bits, r.replicas, r.group): r for r in llama.rows if r.kv_bits == 16}
+    assert by_form[4, None, 64].bits_per_weight == 4.5
+    assert 2.01 < by_form[2, 4, 0].bits_per_weight < 2.03
+    assert by_form[4, None, 64].tps > by_form[8, None, 64].tps > by_form[16, None, None].tps
+
+
+def test_the_recommendation_fits_and_its_command_makes_it(llama):
+    best = llama.recommended
+    assert best.fits and best.quality <= 1.02 and best.bits == 8
+    assert best.command == ("mlxquant quantize Llama-3.1-8B -o Llama-3.1-8B-8bit --bits 8 --method rtn --group-size 64 "
+                            "--embedding-bits 8")
+    assert "not on this model" in best.quality_source
+
+
+def test_less_memory_or_more_speed_is_paid_in_quality(llama):
+    def within(gigabytes):
+        return [replace(r, fits=r.total_bytes <= gigabytes * 1e9) for r in llama.rows]
+
+    small = plan.recommend(within(5.7))
+    assert small.bits in (3, 4) and small.total_bytes <= 5.7e9
+    fast = plan.recommend(llama.rows, min_tps=25)
+    assert fast.tps >= 25 and fast.quality > 1.02
+    assert plan.recommend(llama.rows, min_tps=1000) is None
+    assert plan.recommend(within(1)) is None
+
+
+def row(**changes):
+    values = dict(method="affine", bits=4, replicas=None, group=64, kv_bits=16, bits_per_weight=4.5, file_bytes=1, kv_bytes=1,
+                  total_bytes=10, bytes_per_token=1, fits=True, tps=10.0, tps_source="predicted", free_replicas=None,
+                  quality=1.1, quality_source="x", quality_rank=1, command="c")
+    return plan.Row(**values | changes)
+
+
+def test_what_is_recommended():
+    original = row(method="original", bits=16, quality=1.0, quality_rank=None, tps=2.0)
+    eight = row(bits=8, quality=1.01, tps=5.0)
+    assert plan.recommend([original, eight, row()]) == eight  # as good, and faster
+    assert plan.recommend([row(fits=False), row(bits=3, quality=1.5)]).bits == 3
+    assert plan.recommend([row(quality=1.5, quality_rank=0), row(quality=1.05, quality_rank=2)]).quality == 1.5
+    assert plan.recommend([row(free_replicas=False), row(bits=2, quality=3.0)]).bits == 2
+    assert plan.recommend([row(quality=None, quality_rank=None)]) is None
+    assert plan.recommend([original]) == original
+    assert plan.recommend([row(kv_bits=8, tps=11.0), row()]).kv_bits == 16
+
+
+@pytest.mark.parametrize("options, same", [
+    (dict(method="rtn", bits=4), lambda config: outline.affine(config, 4, 64)),
+    (dict(method="rtn", bits=3, group_size=128), None),
+    (dict(method="replica", bits=2, replicas=2, rotation="online"),
+     lambda config: outline.replicated(config, ReplicaShape(2, 2))),
+    (dict(method="replica", bits="ternary", replicas=2, replica_group=16, rotation="online"),
+     lambda config: outline.replicated(config, ReplicaShape("ternary", 2, 16)))])
+def test_sizes_are_those_that_quantize_makes(tiny_folder, tmp_path, options, same):
+    config = checkpoint.read_config(tiny_folder)
+    if same is None:
+        with pytest.raises(ValueError):
+            outline.affine(config, options["bits"], options["group_size"])
+        return
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", embedding_bits=8, samples=2, sequence_length=16, **options)
+    tensors, ours = checkpoint.validate(tmp_path / "out"), same(config)
+    made, _ = open_lazily(tmp_path / "out")
+    norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
+    assert outline.held_bytes(ours) == sum(header.bytes for header in tensors.values()) - norms // 2
+    assert traffic.body_bits_per_weight(ours) == pytest.approx(traffic.body_bits_per_weight(made))
+    assert sum(isinstance(m, ReplicatedLinear) for m in ours.modules()) == (14 if "replicas" in options else 0)
+
+
+def test_a_stored_form_is_a_row_of_its_own():
+    config = LLAMA | {"quantization": {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 8}}}
+    found = plan.plan("x", config=config, chip="M4 Max", context=100)
+    stored = next(r for r in found.rows if r.method == "as stored")
+    assert stored.bits_per_weight == 5.0 and (stored.bits, stored.group) == (4, 32)
+    assert outline.network_of(config).lm_head.bits == 8
+    assert next(r for r in found.rows if r.method == "original").bits_per_weight == 16
+
+
+def test_mixtures_are_not_planned_for():
+    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    found = plan.plan("x", config=config, chip="M4 Max", context=100)
+    assert {r.method for r in found.rows} == {"original"} and any("experts" in r for r in found.remarks)
+
+
+def test_measured_limits_say_which_replicas_are_free(monkeypatch):
+    from mlxquant.roofline import probe
+    from mlxquant.roofline.replica_probe import ReplicaLimits
+
+    limits = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": 32, "16": None}})
+    monkeypatch.setattr(probe, "replica_limits", lambda: limits)
+    found = plan.plan("x", config=CONFIG, context=100)
+    free = {(r.bits, r.replicas, r.group): r.free_replicas for r in found.rows if r.replicas}
+    assert (free[2, 2, 0], free[2, 4, 0], free[2, 8, 16], free[4, 4, 0]) == (True, False, False, None)
+    assert {r.tps_source for r in found.rows} == {"ceiling"} and "ceiling" in found.remarks[-1]
+
+
+def test_quality_is_found_where_it_was_measured():
+    own, other = (quality.lookup(name, 2, 4, 0)[0] for name in ("smollm2-135m", "Llama-3.1-8B"))
+    assert (own.rank, other.rank) == (0, 1) and own.ratio == other.ratio > 1
+    assert "not on this model" in other.source and "not on this model" not in own.source
+    assert quality.lookup("x", 4, None, 128)[0].source.startswith("published, Llama-2-7B")
+    assert quality.lookup("x", 7, None, 64) == []
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(chip="M5 Max 32c"), "allowed is --memory"), (dict(chip="M77"), "no chip 'M77'"), (dict(context=0), "context is 0"),
+    (dict(chip="M1", memory="lots"), "is no size")])
+def test_what_cannot_be_planned_is_refused(options, says):
+    with pytest.raises(MlxquantError, match=says):
+        plan.plan("x", config=CONFIG, **options)
+
+
+@pytest.mark.parametrize("config, says", [({"model_type": "nothing"}, "nothing not supported"),
+                                          ({"model_type": "llama"}, "does not make a model")])
+def test_a_configuration_that_makes_no_model(tmp_path, config, says):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MlxquantError, match=says):
+        plan.plan(str(tmp_path / "config.json"), chip="M1")
+
+
+def test_only_the_configuration_of_a_repository_is_fetched(monkeypatch, tmp_path):
+    from mlxquant import models
+
+    asked = []
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or tmp_path)
+    assert models.config_of("owner/name") == CONFIG and asked == [["config.json"]]
