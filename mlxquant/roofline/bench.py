@@ -95,10 +95,12 @@ def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,), batches:
 
 def bench(models: Sequence[str], *, prompt: int = 512, generated: int = 128, depths: Sequence[int] = (0,),
           batches: Sequence[int] = (1,), repetitions: int = 5, memory: str | None = None,
+          open_model: Callable[[str], LanguageModel] | None = None,
           on_record: Callable[[list[Record]], None] = lambda _: None,
           progress: Callable[[int, int, float], None] = lambda *_: None) -> list[Record]:
     """Measure every test of every model; ``on_record`` gets all records so far after each.
 
+    ``open_model`` turns a name into a model where it is not ``load`` with ``memory`` that does.
     ``progress`` gets tests done, of how many, and the last tokens/s. Raises ``BadValue`` for what is
     not allowed and what ``load`` raises.
     """
@@ -108,7 +110,7 @@ def bench(models: Sequence[str], *, prompt: int = 512, generated: int = 128, dep
     probe.read_ceiling()
     records: list[Record] = []
     for name in models:
-        model = load(name, memory=memory)
+        model = open_model(name) if open_model else load(name, memory=memory)
         for test in tests:
             records.append(_measure(model, test, repetitions))
             on_record(with_fit(records))

@@ -44,7 +44,12 @@ def device() -> str:
 
 
 def power_state() -> dict:
-    """What can make the same machine slower today; None for what it does not tell."""
+    """What can make the same machine slower today, the load of its last minute among it; None for what it
+    does not tell."""
+    return _power() | {"load_average": round(os.getloadavg()[0], 2)}
+
+
+def _power() -> dict:
     if sys.platform == "darwin":
         return _mac_power(output_of("pmset", "-g", "batt"), output_of("pmset", "-g"), output_of("pmset", "-g", "therm"))
     mains = [file.read_text().strip() == "1" for file in Path("/sys/class/power_supply").glob("*/online")]

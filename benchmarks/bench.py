@@ -1,0 +1,107 @@
+"""``mlxquant bench`` with its result kept, and random models of a known shape to split a token's time over.
+
+    python benchmarks/bench.py MODEL [MODEL …] [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--out NAME]
+    python benchmarks/bench.py --table
+
+A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights: llama-3.1-8b:16, :8, :6, :4, :3, :2 (affine,
+groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there, as
+``results/bench-NAME.json`` and a roofline plot beside it; ``--table`` prints the Markdown of all that are kept.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
+from mlxquant.layers.dense import to_dense
+from mlxquant.loading import LanguageModel, load
+from mlxquant.models import DEFAULT_MODEL
+from mlxquant.quant.spec import ReplicaShape
+from mlxquant.roofline import bench_output, chips, outline, probe
+from mlxquant.roofline.bench import Record
+from mlxquant.roofline.system import device
+from record import RESULTS, read, save
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
+        "rope_theta": 500000, "max_position_embeddings": 131072, "tie_word_embeddings": False},
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "vocab_size": 49152,
+        "rope_theta": 100000, "max_position_embeddings": 8192, "tie_word_embeddings": True}}
+
+
+class Vocabulary:
+    """All that is needed of a tokenizer here: how many tokens there are."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def open_model(name: str) -> LanguageModel:
+    """A model by name, or SHAPE:FORM with random weights."""
+    shape, _, form = name.partition(":")
+    if not form or shape not in SHAPES:
+        return load(name)
+    config = SHAPES[shape]
+    found = re.fullmatch(r"(\d+|ternary)(?:-k(\d+)(?:-g(\d+))?)?", form)
+    if found is None:
+        raise SystemExit(f"{name}: write for example {shape}:4 or {shape}:2-k4")
+    bits = found[1] if found[1] == "ternary" else int(found[1])
+    if found[2]:
+        network = outline.replicated(config, ReplicaShape(bits, int(found[2]), int(found[3] or 0)))
+    else:
+        network = outline.network_of(config) if bits == 16 else outline.affine(config, bits, 64)
+    mx.random.seed(0)
+    if device() == "cpu":  # as ``load`` does
+        network = to_dense(network)
+    mx.eval(network.parameters())
+    mx.clear_cache()
+    return LanguageModel(name, Path(), network, Vocabulary(config["vocab_size"]), config)
+
+
+def table() -> str:
+    """The Markdown of every result that is kept."""
+    parts = []
+    for path in sorted(RESULTS.glob("bench-*.json")):
+        result = read(path.stem)
+        records = [Record(**row) for row in result["records"]]
+        parts.append(f"{bench_output.markdown(records)}\n\nMeasured {result['date']}: `{result['command']}`")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="*", default=[DEFAULT_MODEL])
+    parser.add_argument("-p", type=int, default=512)
+    parser.add_argument("-n", type=int, default=128)
+    parser.add_argument("-r", type=int, default=5)
+    parser.add_argument("-d", type=int, nargs="+", default=[0])
+    parser.add_argument("-b", type=int, nargs="+", default=[1])
+    parser.add_argument("--out", default="cpu")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+
+    def keep(records: list[Record]) -> None:
+        save(f"bench-{arguments.out}", records=[record.as_dict() for record in records])
+        last = records[-1]
+        print(f"{last.model} {last.test}: {last.tps_mean:.2f} tokens/s, {last.gb_per_s:.1f} GB/s, "
+              f"{last.percent_of_probe:.0f} % of measured", flush=True)
+
+    records = mlxquant.bench(arguments.models, prompt=arguments.p, generated=arguments.n, repetitions=arguments.r,
+                             depths=arguments.d, batches=arguments.b, open_model=open_model, on_record=keep)
+    bench_output.plot(records, chips.detect(), probe.measured().product_tflops, RESULTS / f"bench-{arguments.out}.png")
+    print(bench_output.markdown(records))
+
+
+if __name__ == "__main__":
+    main()
