@@ -15,6 +15,7 @@ from pathlib import Path
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 from mlxquant.layers.dense import to_dense
+from mlxquant.layers.packed import pack
 from mlxquant.loading import LanguageModel, load
 from mlxquant.models import DEFAULT_MODEL
 from mlxquant.quant.spec import ReplicaShape
@@ -54,13 +55,12 @@ def open_model(name: str) -> LanguageModel:
     if found is None:
         raise SystemExit(f"{name}: write for example {shape}:4 or {shape}:2-k4")
     bits = found[1] if found[1] == "ternary" else int(found[1])
+    mx.random.seed(0)
     if found[2]:
         network = outline.replicated(config, ReplicaShape(bits, int(found[2]), int(found[3] or 0)))
     else:
         network = outline.network_of(config) if bits == 16 else outline.affine(config, bits, 64)
-    mx.random.seed(0)
-    if device() == "cpu":  # as ``load`` does
-        network = to_dense(network)
+    network = to_dense(network) if device() == "cpu" else pack(network)  # as ``load`` does
     mx.eval(network.parameters())
     mx.clear_cache()
     return LanguageModel(name, Path(), network, Vocabulary(config["vocab_size"]), config)

@@ -6,8 +6,8 @@ from typing import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels import (backend, code_order, column_sweep, expand_codes, prepare_input, replicated_matvec,
-                              replicated_tensor_cores)
+from mlxquant.kernels import (backend, code_order, column_sweep, expand_codes, prepare_input, read_ceiling,
+                              replicated_matvec, replicated_tensor_cores)
 from mlxquant.kernels.prepare_input import Scales
 from mlxquant.quant import hadamard
 from mlxquant.quant.packing import level_count
@@ -127,6 +127,7 @@ def outcomes() -> Iterator[Outcome]:
     if not backend.has_gpu():
         return
     yield Outcome("column_sweep", "70×64, 4 levels", column_sweep.disagreement(), column_sweep.TIES)
+    yield Outcome("read_ceiling", "192 kB", read_ceiling.disagreement(), 0.0)
     for kernel, (error_of, dtypes) in _CHECKS.items():
         if kernel == "replicated_tensor_cores" and not backend.is_cuda():
             continue

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from mlxquant.layers.packed import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.quant.packing import level_grid
 from mlxquant.quant.spec import REPLICA_GROUPS, REPLICA_WIDTHS, ReplicaShape
@@ -89,26 +92,50 @@ def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[st
 
 
 def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
-    """Median microseconds of one layer with one token, the spread of the passes, and GB/s of what it stores."""
+    """Median microseconds of one layer with one token, as a loaded model runs it, the spread of the passes,
+    and GB/s of what it stores."""
     one = size[0] * size[1] * (2 if shape.bits == "ternary" else shape.bits) / 8
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
-    layers = [_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)]
+    chain = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)])
+    stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
     rounds = max(1, _CALLS // count)
     start = mx.random.normal((1, size[1])).astype(dtype)
-    mx.eval(start, [(layer.parameters(), layer.input.parameters()) for layer in layers])
+    mx.eval(start, chain.parameters())
+    chain = pack(chain)
 
     def seconds() -> float:
         begin, x = time.perf_counter(), start
-        for layer in layers * rounds:
-            x = layer(x)
+        for _ in range(rounds):
+            x = chain(x)
         mx.eval(x)
         return (time.perf_counter() - begin) / (rounds * count)
 
     seconds()
     times = [seconds() for _ in range(_PASSES)]
-    median, stored = statistics.median(times), layers[0].stored_bytes + layers[0].input.stored_bytes
+    median = statistics.median(times)
     return shape.as_dict() | {"microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
                               "gb_per_s": stored / median / 1e9, "layers": count}
+
+
+class _Step(nn.Module):
+    """A layer beside what siblings would share with it, as in a model."""
+
+    def __init__(self, layer: ReplicatedLinear):
+        super().__init__()
+        self.shared, self.layer = layer.input, layer
+
+
+class _Chain(nn.Module):
+    """Layers of which each takes what the one before gives."""
+
+    def __init__(self, layers: list[ReplicatedLinear]):
+        super().__init__()
+        self.steps = [_Step(layer) for layer in layers]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for step in self.steps:
+            x = step.layer(x)
+        return x
 
 
 def _layer(shape: ReplicaShape, outputs: int, inputs: int, dtype: mx.Dtype) -> ReplicatedLinear:

@@ -110,7 +110,7 @@ def operations_per_token(network: nn.Module, config: dict) -> int:
 
 
 def _operations(module: nn.Module, tied: bool, chosen: int) -> float:
-    if isinstance(module, (ReplicatedLinear, ReplicaInput)):
+    if isinstance(module, (PackedGroup, ReplicatedLinear, ReplicaInput)):
         return module.operations()
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
         return 0
