@@ -9,6 +9,7 @@ from conftest import random_network, write_folder
 from mlx_lm import convert
 
 import mlxquant
+from mlxquant import checkpoint
 from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
 from mlxquant.inspection import inspect
 from mlxquant.loading import memory_limit, parse_size
@@ -106,3 +107,11 @@ def test_kv_bytes_are_those_of_the_tokens_held(tiny):
     tiny.network(mx.array([[1, 2, 3, 4, 5]]), cache=cache)
     layers, heads, size = 2, 2, 32
     assert traffic.kv_bytes(cache) == 5 * 2 * layers * heads * size * 4
+
+
+def test_loading_warns_before_memory_runs_out(tiny_folder, capsys):
+    stored = sum(header.bytes for header in checkpoint.validate(tiny_folder).values())
+    mlxquant.load(str(tiny_folder), memory=stored / 0.95, dense=False)
+    assert "of the 0.00 GB that may be used: replies may be slow" in capsys.readouterr().err
+    mlxquant.load(str(tiny_folder), memory=stored / 0.85, dense=False)
+    assert capsys.readouterr().err == ""

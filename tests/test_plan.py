@@ -131,6 +131,14 @@ def test_a_stored_form_is_a_row_of_its_own():
     assert next(r for r in found.rows if r.method == "original").bits_per_weight == 16
 
 
+def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="replica", bits=2, replicas=4, samples=2, sequence_length=16)
+    config = checkpoint.read_config(tmp_path / "out")
+    stored = next(r for r in plan.plan("x", config=config, chip="M4 Max", context=100).rows if r.method == "as stored")
+    assert (stored.bits, stored.replicas, stored.group) == (2, 4, 0) and stored.bits_per_weight < 4
+    assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < outline.held_bytes(outline.network_of(CONFIG))
+
+
 def test_mixtures_are_not_planned_for():
     config = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
     found = plan.plan("x", config=config, chip="M4 Max", context=100)

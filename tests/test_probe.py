@@ -85,6 +85,8 @@ def test_limits_of_a_gpu_and_the_way_through_the_cache(small, on_a_gpu):
     assert limits.reason is None and set(limits.largest_replicas) == {"1", "ternary", "2", "3", "4"}
     assert (limits.group_for(2, 1), limits.group_for(2, 16), limits.group_for(8, 2)) == (0, 16, None)
     assert probe.replica_limits() == limits
+    assert [limits.free(*shape) for shape in ((2, 16, 16), (2, 16, 8), (2, 16, 0), (2, 1, 0), (8, 2, 0))] == [
+        True, False, False, True, None]
 
 
 def test_layers_without_a_kernel_give_no_limits(on_a_gpu):

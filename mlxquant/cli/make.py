@@ -74,6 +74,13 @@ def quantize(
     target = (Target(target_bpw, target_gb) if target_bpw is not None or target_gb is not None else None)
     repeats = [block for text in repeat_blocks or () for block in parse_repeat(text).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
+    if method == "replica":
+        from mlxquant.roofline.probe import replica_limits
+
+        limits = replica_limits()
+        if limits is not None and limits.free(parse_bits(bits), replicas, replica_group) is False:
+            remark(f"{replicas} replicas in groups of {replica_group or 1} are slower than one on this machine; "
+                   "`mlxquant probe` shows which are not")
     with progress("quantising, seconds:") as advance:
         outcome = run(
             model, output, method=method, bits=parse_bits(bits), group_size=group_size,

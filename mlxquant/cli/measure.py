@@ -231,7 +231,8 @@ def plan(
 def _form(row) -> str:
     if row.replicas:
         width = row.bits if row.bits == "ternary" else f"{row.bits} bit"
-        return f"{width}, K={row.replicas}" + (f" G={row.group}" if row.group else "")
+        stored = "as stored " if row.method == "as stored" else ""
+        return f"{stored}{width}, K={row.replicas}" + (f" G={row.group}" if row.group else "")
     group = f", groups of {row.group}" if row.group else ""
     return f"{row.method if row.method != 'affine' else ''} {row.bits} bit{group}".strip()
 

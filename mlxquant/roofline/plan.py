@@ -106,12 +106,11 @@ def plan(name: str, *, config: dict | None = None, memory: str | None = None, ch
 
 def predict_model(config: dict, chip: Chip, depth: int = 0) -> Prediction:
     """The speed of a model, as its configuration stores it, on a chip with ``depth`` tokens in the context."""
-    network = outline.network_of(config)
-    kv = outline.kv_bytes(network, depth) if depth else 0
-    bits = config.get("quantization", {}).get("bits", 16)
+    network, original = outline.network_of(config), outline.network_of(outline.unquantised(config))
+    kv = outline.kv_bytes(original, depth) if depth else 0
     return predict(chip, bytes_per_token=traffic.weight_bytes(network, config) + kv,
                    total_bytes=outline.held_bytes(network) + kv, layers=len(network.layers),
-                   weights=traffic.operations_per_token(network, config) / 2, cost=lanes.stock(bits))
+                   weights=traffic.operations_per_token(original, config) / 2, cost=_stored_form(config)[-1])
 
 
 def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
@@ -148,11 +147,10 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
             yield _timed(filled, target, len(network.layers), weights, cost)
 
     yield from ways(base, original, lanes.stock(16))
-    if "quantization" in config and config["model_type"] != "mlxquant":
-        stored = outline.network_of(config)
-        bits = config["quantization"]["bits"]
-        yield from ways(replace(base, method="as stored", bits=bits, group=config["quantization"]["group_size"],
-                                quality=None, quality_source=None), stored, lanes.stock(bits))
+    if "quantization" in config:
+        bits, replicas, group, cost = _stored_form(config)
+        yield from ways(replace(base, method="as stored", bits=bits, replicas=replicas, group=group, quality=None,
+                                quality_source=None), outline.network_of(config), cost)
     if reason := outline.check(original):
         remarks.append(reason)
         return
@@ -169,8 +167,17 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
         except BadValue:
             continue
         row = _judged(name, replace(base, method="replicas", bits=bits, replicas=replicas, group=group))
-        yield from ways(replace(row, free_replicas=_free(target, bits, replicas, group)), network,
+        yield from ways(replace(row, free_replicas=target.limits and target.limits.free(bits, replicas, group)), network,
                         lanes.replicated(bits, replicas, group))
+
+
+def _stored_form(config: dict) -> tuple[int | str, int | None, int | None, lanes.Cost]:
+    """Bits, replicas, group and cost of most of a stored model's weights."""
+    for entry in config.get("mlxquant", {}).get("replicas", {}).values():
+        shape = entry["bits"], entry["replicas"], entry["replica_group"]
+        return *shape, lanes.replicated(*shape)
+    stored = config.get("quantization", {"bits": 16, "group_size": None})
+    return stored["bits"], None, stored["group_size"], lanes.stock(stored["bits"])
 
 
 def _judged(name: str, row: Row) -> Row:
@@ -214,14 +221,6 @@ def _workspace(network: nn.Module) -> int:
     rows = (module.shape[0] if hasattr(module, "shape") else module.weight.shape[0]
             for block in network.layers for _, module in traffic.leaf_modules(block) if traffic.weight_count(module))
     return 3 * 2 * CHUNK * max(rows)
-
-
-def _free(target: _Target, bits: int | str, replicas: int, group: int) -> bool | None:
-    """Whether the replicas are free here, as measured; predictions know it from the lanes."""
-    if target.limits is None or (target.limits.largest_replicas or {}).get(str(bits)) is None:
-        return None
-    smallest = target.limits.group_for(bits, replicas)
-    return smallest is not None and (smallest == 0 or 0 < smallest <= group)
 
 
 def _target(chip: str | None, memory: str | None) -> tuple[_Target, list[str]]:

@@ -1,10 +1,10 @@
 """What this machine can do, measured once per chip, device and MLX version, and cached.
 
 The read ceiling: buffers that are distinct, together at least a gigabyte and so several
-times larger than any cache, are read in dependent order by a few readers; it is the
-best reader's median. On a CPU NumPy's product takes part as well: MLX reads slower than
-the memory there, and a ceiling must be the memory's. Beside it stand the rate of a large
-matrix product and what replicated layers cost here (``replica_probe.py``).
+times larger than any cache, are read in turn by a few readers; it is the best one's
+median. On a CPU NumPy's product takes part as well: MLX reads slower than the memory
+there, and a ceiling must be the memory's. Beside it stand the rate of a large matrix
+product and what replicated layers cost here (``replica_probe.py``).
 """
 
 import json

@@ -47,6 +47,13 @@ class ReplicaLimits:
         known = (self.smallest_group or {}).get(str(bits)) or {}
         return 0 if replicas == 1 and known else known.get(str(replicas))
 
+    def free(self, bits: int | str, replicas: int, group: int) -> bool | None:
+        """Whether so many replicas, in groups of ``group`` or none (0), cost at most 5 %; None: not known."""
+        if (self.largest_replicas or {}).get(str(bits)) is None:
+            return None
+        smallest = self.group_for(bits, replicas)
+        return smallest is not None and (smallest == 0 or smallest <= group)
+
 
 def measure_replicas(ceiling_gb_per_s: float,
                      progress: Callable[[int, int, float], None] = lambda *_: None) -> ReplicaLimits:
