@@ -1,11 +1,12 @@
 """``mlxquant bench`` with its result kept, and random models of a known shape to split a token's time over.
 
-    python benchmarks/bench.py MODEL [MODEL …] [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--out NAME]
+    python benchmarks/bench.py MODEL [MODEL …] [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas] [--out NAME]
     python benchmarks/bench.py --table
 
 A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights: llama-3.1-8b:16, :8, :6, :4, :3, :2 (affine,
-groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there, as
-``results/bench-NAME.json`` and a roofline plot beside it; ``--table`` prints the Markdown of all that are kept.
+groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there in
+``results/bench-NAME.json``, with what ``mlxquant probe`` measured (``--replicas``: the free replicas too). ``--table``
+prints the Markdown of all that are kept and draws the roofline of each.
 """
 
 import argparse
@@ -72,8 +73,14 @@ def table() -> str:
     for path in sorted(RESULTS.glob("bench-*.json")):
         result = read(path.stem)
         records = [Record(**row) for row in result["records"]]
+        draw(path.stem, records, result["probe"])
         parts.append(f"{bench_output.markdown(records)}\n\nMeasured {result['date']}: `{result['command']}`")
     return "\n\n".join(parts)
+
+
+def draw(name: str, records: list[Record], measured: dict) -> None:
+    chip = chips.of(records[0].chip, records[0].gpu_cores)
+    bench_output.plot(records, chip, measured["product_tflops"], RESULTS / f"{name}.png")
 
 
 def main() -> None:
@@ -84,6 +91,7 @@ def main() -> None:
     parser.add_argument("-r", type=int, default=5)
     parser.add_argument("-d", type=int, nargs="+", default=[0])
     parser.add_argument("-b", type=int, nargs="+", default=[1])
+    parser.add_argument("--replicas", action="store_true")
     parser.add_argument("--out", default="cpu")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -91,15 +99,18 @@ def main() -> None:
         print(table())
         return
 
+    measured = probe.measured(refresh=True, replicas=arguments.replicas,
+                              progress=lambda done, total, value: print(f"replicas {done}/{total}: {value:.1f} µs", flush=True))
+    print(f"reads {measured.ceiling.gb_per_s:.1f} GB/s: {measured.readers}", flush=True)
+
     def keep(records: list[Record]) -> None:
-        save(f"bench-{arguments.out}", records=[record.as_dict() for record in records])
+        save(f"bench-{arguments.out}", probe=measured.as_dict(), records=[record.as_dict() for record in records])
         last = records[-1]
         print(f"{last.model} {last.test}: {last.tps_mean:.2f} tokens/s, {last.gb_per_s:.1f} GB/s, "
               f"{last.percent_of_probe:.0f} % of measured", flush=True)
 
     records = mlxquant.bench(arguments.models, prompt=arguments.p, generated=arguments.n, repetitions=arguments.r,
                              depths=arguments.d, batches=arguments.b, open_model=open_model, on_record=keep)
-    bench_output.plot(records, chips.detect(), probe.measured().product_tflops, RESULTS / f"bench-{arguments.out}.png")
     print(bench_output.markdown(records))
 
 

@@ -1,6 +1,9 @@
 """Plans from configurations alone, and that their sizes are those of what quantize makes."""
 
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlxquant
@@ -129,6 +132,27 @@ def test_a_stored_form_is_a_row_of_its_own():
     assert stored.bits_per_weight == 5.0 and (stored.bits, stored.group) == (4, 32)
     assert outline.network_of(config).lm_head.bits == 8
     assert next(r for r in found.rows if r.method == "original").bits_per_weight == 16
+
+
+def test_the_recommended_command_makes_what_was_planned(tiny_folder, tmp_path):
+    best = plan.plan(str(tiny_folder), chip="M1", context=100).recommended
+    program, *arguments = shlex.split(best.command)
+    assert program == "mlxquant"
+    subprocess.run([sys.executable, "-m", program, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    tensors = checkpoint.validate(tmp_path / "tiny-8bit")
+    norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
+    assert best.file_bytes == sum(header.bytes for header in tensors.values()) - norms // 2
+
+
+def test_every_command_is_one_that_quantize_understands(llama):
+    import typer
+
+    from mlxquant import cli
+
+    verb = typer.main.get_command(cli.app).commands["quantize"]
+    for command in {r.command for r in llama.rows if r.command}:
+        values = verb.make_context("quantize", shlex.split(command)[2:]).params
+        assert values["model"] == "Llama-3.1-8B" and values["embedding_bits"] == 8
 
 
 def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):

@@ -87,12 +87,12 @@ def plot(records: list[Record], chip: Chip, product_tflops: float, path: Path) -
     rates = [1e-12 * r.operations_per_byte * r.gb_per_s * 1e9 for r in records]
     low = min(0.5, *(r.operations_per_byte / 2 for r in records))
     high = max(3e3 * product_tflops / records[0].probe_gb_per_s, *(2 * r.operations_per_byte for r in records))
-    roofs = [("measured", records[0].probe_gb_per_s, product_tflops, "-")]
+    roofs = [("measured", records[0].probe_gb_per_s, product_tflops, "", "-")]
     if records[0].headline_gb_per_s:
-        roofs.append(("stated", records[0].headline_gb_per_s, chip.fp32_tflops, "--"))
-    for name, bandwidth, peak, style in roofs:
+        roofs.append(("stated", records[0].headline_gb_per_s, chip.fp32_tflops, " FP32", "--"))
+    for name, bandwidth, peak, kind, style in roofs:
         bend = min(1e3 * peak / bandwidth, high) if peak else high
-        label = f"{name}: {bandwidth:,.0f} GB/s" + (f", {peak:.3g} TFLOP/s" if peak else "")
+        label = f"{name}: {bandwidth:,.0f} GB/s" + (f", {peak:.3g} TFLOP/s{kind}" if peak else "")
         axes.plot([low, bend, high], [low * bandwidth / 1e3, bend * bandwidth / 1e3,
                                       peak if peak else bend * bandwidth / 1e3], style, color="0.35", label=label)
     models = list(dict.fromkeys(record.model for record in records))
