@@ -142,7 +142,7 @@ def bench(
     if plot is not None:
         check_plot(plot)
     if chip is not None:
-        _predict(models, chip, depth or [0], form)
+        _predict(models, chip, depth or [0], form, output)
         return
     records = []
 
@@ -163,19 +163,23 @@ def bench(
                 bench_output.plot(records, chips.detect(), measured().product_tflops, plot)
 
 
-def _predict(models: list[str], chip: str, depths: list[int], form: str) -> None:
+def _predict(models: list[str], chip: str, depths: list[int], form: str, output: Path | None) -> None:
     from mlxquant.models import config_of
     from mlxquant.roofline import chips as known
     from mlxquant.roofline.plan import predict_model
+    from mlxquant.storage import write_json
 
+    if form not in ("md", "json"):
+        raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
     found = known.find(chip)
     predicted = {(model, depth): predict_model(config_of(model), found, depth) for model in models for depth in depths}
-    if form == "json":
-        print_json([{"model": model, "depth": depth, "predicted": True, **value.as_dict()}
-                    for (model, depth), value in predicted.items()])
+    rows = [{"model": model, "depth": depth, "predicted": True, **value.as_dict()}
+            for (model, depth), value in predicted.items()]
+    if output is not None:
+        write_json(output, rows)
+    elif form == "json":
+        print_json(rows)
         return
-    if form != "md":
-        raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
     for (model, depth), value in predicted.items():
         print(f"{model} @ d{depth} on {found.label}: {value.bytes_per_token / 1e9:.2f} GB/token; {value.line()}")
     remark("Assumed:\n" + "\n".join(f"- {line}" for line in next(iter(predicted.values())).assumptions))
@@ -209,7 +213,7 @@ def plan(
     best = {}
     for row in result.rows:  # of each form the most bits of keys and values that fit, else the fewest
         key = row.method, row.bits, row.replicas, row.group
-        if key not in best or row.fits and not best[key].fits or not best[key].fits:
+        if key not in best or not best[key].fits:
             best[key] = row
     _print_table(["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s", "perplexity", "source"],
                  [_plan_line(row) for row in best.values()], left=(0, 8))
