@@ -1,12 +1,12 @@
 """``mlxquant bench`` with its result kept, and random models of a known shape to split a token's time over.
 
-    python benchmarks/bench.py MODEL [MODEL …] [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas] [--out NAME]
+    python benchmarks/bench.py MODEL … [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas] [--out NAME]
     python benchmarks/bench.py --table
 
 A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights: llama-3.1-8b:16, :8, :6, :4, :3, :2 (affine,
 groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there in
-``results/bench-NAME.json``, with what ``mlxquant probe`` measured (``--replicas``: the free replicas too). ``--table``
-prints the Markdown of all that are kept and draws the roofline of each.
+``results/bench-NAME.json``, with what ``mlxquant probe`` measured (``--replicas``: the free replicas too).
+``--table`` prints the Markdown of all that are kept and draws the roofline of each.
 """
 
 import argparse
@@ -99,8 +99,10 @@ def main() -> None:
         print(table())
         return
 
-    measured = probe.measured(refresh=True, replicas=arguments.replicas,
-                              progress=lambda done, total, value: print(f"replicas {done}/{total}: {value:.1f} µs", flush=True))
+    def tell(done: int, total: int, value: float) -> None:
+        print(f"replicas, widths {done}/{total}: {value:.1f} µs", flush=True)
+
+    measured = probe.measured(refresh=True, replicas=arguments.replicas, progress=tell)
     print(f"reads {measured.ceiling.gb_per_s:.1f} GB/s: {measured.readers}", flush=True)
 
     def keep(records: list[Record]) -> None:

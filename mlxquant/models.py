@@ -51,10 +51,12 @@ def config_of(name: str, *, revision: str | None = None) -> dict:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".json":
         return checkpoint.read_object(path, "model_type")
-    if not path.exists() and name not in recipes.names() and not name.endswith((".gguf", ".json")) \
-            and not name.startswith((".", "/", "~")) and _REPOSITORY.fullmatch(name):
-        return checkpoint.read_config(_download(name, revision, ["config.json"]))
-    return checkpoint.read_config(resolve(name, revision=revision))
+    if path.is_dir():
+        return checkpoint.read_config(path)
+    local = path.exists() or name in recipes.names() or name.startswith((".", "/", "~"))
+    if local or path.suffix in (".gguf", ".json") or not _REPOSITORY.fullmatch(name):
+        return checkpoint.read_config(resolve(name, revision=revision))
+    return checkpoint.read_config(_download(name, revision, ["config.json"]))
 
 
 def _import_gguf(path: Path) -> Path:

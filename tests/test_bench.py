@@ -22,7 +22,8 @@ def records(tiny_folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "read_ceiling", lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", "0"))
-        return mlxquant.bench([str(tiny_folder)], prompt=16, generated=6, depths=(0, 40), batches=(1, 3), repetitions=2)
+        return mlxquant.bench([str(tiny_folder)], prompt=16, generated=6, depths=(0, 40), batches=(1, 3),
+                              repetitions=2)
 
 
 def test_every_test_is_measured(records):
@@ -76,11 +77,11 @@ def test_what_makes_no_sense_is_refused(tiny_folder, values, says):
 def synthetic(model="a", depth=0, gigabytes=1.0, fixed=2.0, rate=100.0, **changes):
     ms = fixed + 1e3 * gigabytes / rate
     values = dict(
-        model=model, test=f"tg128 @ d{depth}" if depth else "tg128", depth=depth, batch=1, tps_mean=1e3 / ms, tps_stdev=1.5,
-        ttft_ms=None, bytes_per_token=1e9 * gigabytes, operations_per_byte=2.0, gb_per_s=1e3 / ms * gigabytes,
+        model=model, test=f"tg128 @ d{depth}" if depth else "tg128", depth=depth, batch=1, tps_mean=1e3 / ms,
+        tps_stdev=1.5, ttft_ms=None, bytes_per_token=1e9 * gigabytes, operations_per_byte=2.0, gb_per_s=1e3 / ms * gigabytes,
         headline_gb_per_s=200.0, probe_gb_per_s=160.0, percent_of_headline=50.0, percent_of_probe=62.5,
-        fixed_ms_per_token=None, marginal_gb_per_s=None, fit_residual_ms=None, fit_over=None, parameters=2_000_000_000,
-        weight_gb=gigabytes, peak_memory_gb=gigabytes + 0.5, chip="Apple M1 Pro", gpu_cores=16, mlx="0.32.4",
+        fixed_ms_per_token=None, marginal_gb_per_s=None, fit_residual_ms=None, fit_over=None,
+        parameters=2_000_000_000, weight_gb=gigabytes, peak_memory_gb=gigabytes + 0.5, chip="Apple M1 Pro", gpu_cores=16, mlx="0.32.4",
         mlx_lm="0.32.2", device="gpu", repetitions=5, machine={"chip": "Apple M1 Pro", "cores": 10},
         power={"source": "mains", "low_power_mode": False})
     return bench.Record(**values | changes)

@@ -20,8 +20,8 @@ LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "i
          "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
          "rope_theta": 500000, "max_position_embeddings": 131072, "tie_word_embeddings": False}
 QWEN = {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "vocab_size": 151936,
-        "rope_theta": 1000000, "max_position_embeddings": 40960, "tie_word_embeddings": False}
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+        "vocab_size": 151936, "rope_theta": 1000000, "max_position_embeddings": 40960, "tie_word_embeddings": False}
 ROW_KEYS = "bits replicas group bits_per_weight file_bytes total_bytes fits tps quality quality_source".split()
 
 
@@ -67,8 +67,8 @@ def test_rows_are_whole_and_consistent(llama):
 def test_the_recommendation_fits_and_its_command_makes_it(llama):
     best = llama.recommended
     assert best.fits and best.quality <= 1.02 and best.bits == 8
-    assert best.command == ("mlxquant quantize Llama-3.1-8B -o Llama-3.1-8B-8bit --bits 8 --method rtn --group-size 64 "
-                            "--embedding-bits 8")
+    assert best.command == ("mlxquant quantize Llama-3.1-8B -o Llama-3.1-8B-8bit --bits 8 --method rtn "
+                            "--group-size 64 --embedding-bits 8")
     assert "not on this model" in best.quality_source
 
 
@@ -85,8 +85,8 @@ def test_less_memory_or_more_speed_is_paid_in_quality(llama):
 
 
 def row(**changes):
-    values = dict(method="affine", bits=4, replicas=None, group=64, kv_bits=16, bits_per_weight=4.5, file_bytes=1, kv_bytes=1,
-                  total_bytes=10, bytes_per_token=1, fits=True, tps=10.0, tps_source="predicted", free_replicas=None,
+    values = dict(method="affine", bits=4, replicas=None, group=64, kv_bits=16, bits_per_weight=4.5, file_bytes=1,
+                  kv_bytes=1, total_bytes=10, bytes_per_token=1, fits=True, tps=10.0, tps_source="predicted", free_replicas=None,
                   quality=1.1, quality_source="x", quality_rank=1, command="c")
     return plan.Row(**values | changes)
 
@@ -156,11 +156,14 @@ def test_every_command_is_one_that_quantize_understands(llama):
 
 
 def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="replica", bits=2, replicas=4, samples=2, sequence_length=16)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="replica", bits=2, replicas=4, samples=2,
+                      sequence_length=16)
     config = checkpoint.read_config(tmp_path / "out")
-    stored = next(r for r in plan.plan("x", config=config, chip="M4 Max", context=100).rows if r.method == "as stored")
+    rows = plan.plan("x", config=config, chip="M4 Max", context=100).rows
+    stored = next(row for row in rows if row.method == "as stored")
     assert (stored.bits, stored.replicas, stored.group) == (2, 4, 0) and stored.bits_per_weight < 4
-    assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < outline.held_bytes(outline.network_of(CONFIG))
+    original = outline.held_bytes(outline.network_of(CONFIG))
+    assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < original
 
 
 def test_mixtures_are_not_planned_for():
@@ -190,8 +193,8 @@ def test_quality_is_found_where_it_was_measured():
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(chip="M5 Max 32c"), "allowed is --memory"), (dict(chip="M77"), "no chip 'M77'"), (dict(context=0), "context is 0"),
-    (dict(chip="M1", memory="lots"), "is no size")])
+    (dict(chip="M5 Max 32c"), "allowed is --memory"), (dict(chip="M77"), "no chip 'M77'"),
+    (dict(context=0), "context is 0"), (dict(chip="M1", memory="lots"), "is no size")])
 def test_what_cannot_be_planned_is_refused(options, says):
     with pytest.raises(MlxquantError, match=says):
         plan.plan("x", config=CONFIG, **options)
@@ -210,5 +213,10 @@ def test_only_the_configuration_of_a_repository_is_fetched(monkeypatch, tmp_path
 
     asked = []
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or tmp_path)
-    assert models.config_of("owner/name") == CONFIG and asked == [["config.json"]]
+
+    def download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.config_of("owner/name") == CONFIG and asked == [("owner/name", None, ["config.json"])]

@@ -36,7 +36,8 @@ def chips(
         for row in summary:
             print(f"{row['chips']:10} {row['runs']:3} runs: median error {100 * row['median_error']:4.1f} %, "
                   f"worst {100 * row['worst_error']:+5.1f} % ({row['worst_run']})")
-        print(f"Each chip predicted from the published runs of all others. Lane-operations: {operations.check_line()}")
+        print("Each chip predicted from the published runs of all others. "
+              f"Lane-operations: {operations.check_line()}")
         return
     if lanes:
         found = {chip.label: {str(bits): operations.free_replicas(chip, bits) for bits in (1, 2, 3, 4)}
@@ -47,15 +48,15 @@ def chips(
             return
         _print_table(["predicted", *(f"{bits} bit" for bits in (1, 2, 3, 4))],
                      [[label, *(_free(*free) for free in widths.values())] for label, widths in found.items()])
-        remark("A prediction: replicas that cost at most 5 % more than one, and the group with which 4, 8 and 16 do.\n"
+        remark("A prediction: replicas that cost at most 5 % more than one, and groups with which 4, 8 and 16 do.\n"
                + "\n".join(f"- {line}" for line in operations.ASSUMPTIONS) + f"\n- {operations.check_line()}")
         return
     here = known.detect()
     if as_json:
         print_json({"here": asdict(here), "chips": [asdict(chip) for chip in known.every()], "marks": MARKS})
         return
-    stated = f"{here.headline_gb_per_s:g} GB/s stated" if here.headline_gb_per_s else "unknown: measured ceiling only"
-    print(f"Here: {here.label}, {stated}\n")
+    stated = here.headline_gb_per_s
+    print(f"Here: {here.label}, {f'{stated:g} GB/s stated' if stated else 'unknown: measured ceiling only'}\n")
     figures = {"GB/s": "headline_gb_per_s", "FP32 TFLOP/s": "fp32_tflops", "clock GHz": "clock_ghz",
                "memory GB": "max_memory_gb", "cache MB": "slc_mb"}
     _print_table(["chip", *figures], [[chip.label, *(_figure(chip, key) for key in figures.values())]
@@ -77,7 +78,8 @@ def _print_table(head: list[str], rows: list[list[str]], left: tuple[int, ...] =
     """Columns wide enough for everything: a speed that is cut short is no speed."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in [head, *rows]:
-        cells = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        cells = [cell.ljust(width) if i in left else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())
 
 
@@ -122,7 +124,8 @@ def bench(
     batch: Annotated[Optional[list[int]], typer.Option(
         "-b", "--batch", help="Sequences at once; repeatable. Default: 1.")] = None,
     form: Annotated[str, typer.Option("--format", help="md, json, jsonl or csv.")] = "md",
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Write there; a table is still shown.")] = None,
+    output: Annotated[Optional[Path], typer.Option(
+        "-o", "--output", help="Write there; a table is still shown.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Draw the roofline into a .png or .svg file.")] = None,
     chip: ChipName = None, memory: Memory = None,
 ):
@@ -172,7 +175,8 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str, output:
     if form not in ("md", "json"):
         raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
     found = known.find(chip)
-    predicted = {(model, depth): predict_model(config_of(model), found, depth) for model in models for depth in depths}
+    predicted = {(model, depth): predict_model(config_of(model), found, depth)
+                 for model in models for depth in depths}
     rows = [{"model": model, "depth": depth, "predicted": True, **value.as_dict()}
             for (model, depth), value in predicted.items()]
     if output is not None:
@@ -203,7 +207,8 @@ def plan(
 
     if (model is None) == (config is None):
         raise BadValue("give MODEL or --config FILE, one of them")
-    result = make(model or str(config), memory=memory, chip=chip, context=context, min_tps=min_tps, revision=revision)
+    result = make(model or str(config), memory=memory, chip=chip, context=context, min_tps=min_tps,
+                  revision=revision)
     if as_json:
         print_json(result.as_dict())
         return
@@ -215,8 +220,8 @@ def plan(
         key = row.method, row.bits, row.replicas, row.group
         if key not in best or not best[key].fits:
             best[key] = row
-    _print_table(["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s", "perplexity", "source"],
-                 [_plan_line(row) for row in best.values()], left=(0, 8))
+    head = ["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s", "perplexity", "source"]
+    _print_table(head, [_plan_line(row) for row in best.values()], left=(0, 8))
     for line in result.remarks:
         remark(f"Assumed: {line}")
     row = result.recommended

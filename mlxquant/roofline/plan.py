@@ -132,7 +132,9 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
           remarks: list[str]) -> Iterator[Row]:
     kv = {bits: outline.kv_bytes(original, context, bits) for bits in KV_BITS}
     kv = {bits: size for bits, size in kv.items() if bits == 16 or size < kv[16]}
-    base = Row("original", 16, None, None, 16, 16.0, 0, 0, 0, 0, False, None, None, None, 1.0, "the original", None, None)
+    base = Row("original", 16, None, None, kv_bits=16, bits_per_weight=16.0, file_bytes=0, kv_bytes=0, total_bytes=0,
+               bytes_per_token=0, fits=False, tps=None, tps_source=None, free_replicas=None, quality=1.0,
+               quality_source="the original", quality_rank=None, command=None)
     weights = traffic.operations_per_token(original, config) / 2
 
     def ways(row: Row, network: nn.Module, cost: lanes.Cost) -> Iterator[Row]:
@@ -167,8 +169,8 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
         except BadValue:
             continue
         row = _judged(name, replace(base, method="replicas", bits=bits, replicas=replicas, group=group))
-        yield from ways(replace(row, free_replicas=target.limits and target.limits.free(bits, replicas, group)), network,
-                        lanes.replicated(bits, replicas, group))
+        free = target.limits.free(bits, replicas, group) if target.limits else None
+        yield from ways(replace(row, free_replicas=free), network, lanes.replicated(bits, replicas, group))
 
 
 def _stored_form(config: dict) -> tuple[int | str, int | None, int | None, lanes.Cost]:

@@ -95,7 +95,7 @@ def assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
     return (f"{chip.name}: {cores}{chip.headline_gb_per_s:g} GB/s stated",
             f"{learnt.ms_per_layer[_OURS]:.3f} ms a layer and bytes at {100 / learnt.bytes_factor:.0f} % of the "
             f"headline, learnt from {len(lanes.published()['decode'])} published runs of llama.cpp and mlx-lm",
-            f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips when predicted from the others",
+            f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips, predicted from the others",
             "one sequence, greedy, nothing else running, no thermal limit; "
             "a model may take 2/3 of up to 36 GB and 3/4 of more, the usual default of macOS", *lanes.ASSUMPTIONS[1:])
 

@@ -51,7 +51,7 @@ def power_state() -> dict:
 
 def _power() -> dict:
     if sys.platform == "darwin":
-        return _mac_power(output_of("pmset", "-g", "batt"), output_of("pmset", "-g"), output_of("pmset", "-g", "therm"))
+        return _mac_power(*(output_of("pmset", "-g", *what) for what in (["batt"], [], ["therm"])))
     mains = [file.read_text().strip() == "1" for file in Path("/sys/class/power_supply").glob("*/online")]
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     limits = output_of("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits").splitlines()
