@@ -3,8 +3,8 @@
     python benchmarks/bench.py MODEL … [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas] [--out NAME]
     python benchmarks/bench.py --table
 
-A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights: llama-3.1-8b:16, :8, :6, :4, :3, :2 (affine,
-groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there in
+A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights of a shape below: llama-3.1-8b:16, :8, :4, …
+(affine, groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there in
 ``results/bench-NAME.json``, with what ``mlxquant probe`` measured (``--replicas``: the free replicas too).
 ``--table`` prints the Markdown of all that are kept and draws the roofline of each.
 """
@@ -25,15 +25,17 @@ from mlxquant.roofline.bench import Record
 from mlxquant.roofline.system import device
 from record import RESULTS, read, save
 
-SHAPES = {
-    "llama-3.1-8b": {
-        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
-        "rope_theta": 500000, "max_position_embeddings": 131072, "tie_word_embeddings": False},
-    "smollm2-135m": {
-        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "vocab_size": 49152,
-        "rope_theta": 100000, "max_position_embeddings": 8192, "tie_word_embeddings": True}}
+def shape(hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict:
+    """The configuration of a Llama."""
+    return {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "rope_theta": 500000,
+            "vocab_size": vocabulary, "max_position_embeddings": 131072, "tie_word_embeddings": tied}
+
+
+SHAPES = {"smollm2-135m": shape(576, 30, 1536, 9, 3, 49152, True),
+          "smollm2-360m": shape(960, 32, 2560, 15, 5, 49152, True),
+          "tinyllama-1.1b": shape(2048, 22, 5632, 32, 4, 32000, False),
+          "llama-3.1-8b": shape(4096, 32, 14336, 32, 8, 128256, False)}
 
 
 class Vocabulary:
@@ -48,13 +50,13 @@ class Vocabulary:
 
 def open_model(name: str) -> LanguageModel:
     """A model by name, or SHAPE:FORM with random weights."""
-    shape, _, form = name.partition(":")
-    if not form or shape not in SHAPES:
+    known, _, form = name.partition(":")
+    if not form or known not in SHAPES:
         return load(name)
-    config = SHAPES[shape]
+    config = SHAPES[known]
     found = re.fullmatch(r"(\d+|ternary)(?:-k(\d+)(?:-g(\d+))?)?", form)
     if found is None:
-        raise SystemExit(f"{name}: write for example {shape}:4 or {shape}:2-k4")
+        raise SystemExit(f"{name}: write for example {known}:4 or {known}:2-k4")
     bits = found[1] if found[1] == "ternary" else int(found[1])
     mx.random.seed(0)
     if found[2]:
