@@ -72,7 +72,8 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(replica_probe, "device", lambda: "gpu")
 
     def install(rate):
-        def timed(shape, size):
+        def timed(shape, size, busy):
+            assert busy > 0
             cost = shape.replicas / (shape.replica_group or 1)
             return shape.as_dict() | {"microseconds": 10 + cost, "gb_per_s": rate(shape.bits)}
         monkeypatch.setattr(replica_probe, "time_layers", timed)
@@ -91,7 +92,7 @@ def test_limits_of_a_gpu_and_the_way_through_the_cache(small, on_a_gpu):
 
 def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
     on_a_gpu(lambda bits: 10 if bits == 3 else 90)
-    limits = replica_probe.measure_replicas(100)
+    limits = replica_probe.measure_replicas(100, 0.1)
     assert limits.largest_replicas["3"] is None and limits.largest_replicas["2"] == 1
     assert "3 (10 GB/s) bits: no kernel" in limits.reason
 
@@ -100,7 +101,8 @@ def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
 def test_layers_are_timed_through_their_call(monkeypatch, shape):
     monkeypatch.setattr(replica_probe, "_LEAST_BYTES", 0)
     monkeypatch.setattr(replica_probe, "_CALLS", 8)
-    result = replica_probe.time_layers(shape, (192, 64), mx.float32)
+    monkeypatch.setattr(replica_probe, "_BUSY_SIZE", 8)
+    result = replica_probe.time_layers(shape, (192, 64), mx.float32, busy=2)
     assert result["microseconds"] > 0 and result["gb_per_s"] > 0 and result["layers"] == 8
     layer = replica_probe._layer(shape, 512, 512, mx.float32)
     x = mx.random.normal((1, 512))
