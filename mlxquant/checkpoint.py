@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Iterator
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator
 
 from mlxquant.errors import BadCheckpoint
 from mlxquant.storage import new_folder, write_json
@@ -84,12 +84,13 @@ def side_files(folder: Path) -> dict[str, bytes]:
             and p.name not in ("config.json", "model.safetensors.index.json")}
 
 
-def write(folder: Path, config: dict, tensors: Iterable[tuple[str, "mx.array"]],
+def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tuple[str, "mx.array"]],
           others: dict[str, str | bytes]) -> None:
     """Write a model folder in one step, holding at most one shard in memory.
 
-    ``tensors`` may be a generator; ``others`` are further files (tokenizer,
-    templates) by name. ``folder`` must not exist or be empty.
+    ``tensors`` may be a generator, and ``config`` a function that is called when it
+    is through; ``others`` are further files (tokenizer, templates) by name.
+    ``folder`` must not exist or be empty.
     """
     import mlx.core as mx
 
@@ -100,7 +101,7 @@ def write(folder: Path, config: dict, tensors: Iterable[tuple[str, "mx.array"]],
             mx.save_safetensors(str(scratch / file), shard, metadata={"format": "mlx"})
             index |= dict.fromkeys(shard, file)
         _name_shards(scratch, index)
-        write_json(scratch / "config.json", config)
+        write_json(scratch / "config.json", config() if callable(config) else config)
         for name, content in others.items():
             (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
 

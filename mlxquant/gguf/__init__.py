@@ -1,4 +1,4 @@
-"""GGUF files become ordinary MLX checkpoints: ``reader`` → ``repack`` → a model folder.
+"""GGUF files become ordinary MLX checkpoints: ``reader`` → ``model`` (``config``, ``weights``) → a model folder.
 
 An import is made once per file and kept in the cache, so that everything
 downstream sees one kind of model folder.
@@ -6,32 +6,76 @@ downstream sees one kind of model folder.
 
 import hashlib
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlxquant import checkpoint
-from mlxquant.gguf import llama, tokenizer
-from mlxquant.gguf.reader import GGUFFile
+from mlxquant.errors import BadCheckpoint
+from mlxquant.gguf import model, tokenizer
+from mlxquant.gguf.model import Rounded
+from mlxquant.gguf.reader import GGUFModel, open_model, part_files
 from mlxquant.storage import cache_dir, require_space
 
-_FORMAT = 1  # part of the cache key: raise it when the written folder changes
+_FORMAT = 2  # part of the cache key: raise it when the written folder changes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the import is, what was read, and what was rounded."""
+
+    folder: Path
+    tensors: int
+    bytes: int
+    seconds: float
+    rounded: list[Rounded]
+    error: float
 
 
 def import_cached(path: Path) -> Path:
     """The model folder made from a GGUF file; raises ``BadCheckpoint`` or ``Unsupported``."""
     path = path.resolve()
-    state = path.stat()
-    key = f"{_FORMAT}:{path}:{state.st_size}:{state.st_mtime_ns}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    state = [(p.name, s.st_size, s.st_mtime_ns) for p in part_files(path) for s in [p.stat()]]
+    digest = hashlib.sha256(f"{_FORMAT}:{path}:{state}".encode()).hexdigest()[:12]
     folder = cache_dir("imports", f"{path.stem}-{digest}")
     if not folder.exists():
         print(f"Importing {path.name}, once", file=sys.stderr)
-        import_file(path, folder)
+        outcome = import_file(path, folder)
+        if requantised := [r for r in outcome.rounded if not r.repacked]:
+            print(f"{len(requantised)} of {outcome.tensors} tensors had no exact place and were rounded anew, "
+                  f"relative error {outcome.error:.1e}; `mlxquant import` shows each", file=sys.stderr)
     return folder
 
 
-def import_file(path: Path, folder: Path) -> None:
-    """Write the GGUF file at ``path`` as the model folder ``folder``, without requantising."""
-    file = GGUFFile(path)
-    require_space(folder, path.stat().st_size, f"importing {path.name}")
-    model = llama.read(file)
-    checkpoint.write(folder, model.config, model.tensors(), tokenizer.files(file))
+def import_file(path: Path, folder: Path, bits: int | None = None, progress=lambda *_: None) -> Outcome:
+    """Write the GGUF file at ``path``, or the split model it is a part of, as the model folder ``folder``.
+
+    Codes that MLX has a place for move as they are; other types are decoded and rounded to ``bits``
+    (2, 3, 4, 5, 6, 8; 16 keeps them as numbers; default: by type). Raises ``BadCheckpoint``, ``Unsupported``,
+    ``BadValue`` or ``TooLarge``.
+    """
+    start = time.perf_counter()
+    file = open_model(path)
+    imported = model.read(file, bits)
+    others = tokenizer.files(file)
+    require_space(folder, imported.stored_bytes(), f"importing {path.name}")
+    before = file.state()
+
+    def tensors():
+        total = sum(source.tensor.bytes for source in imported.sources.values())
+        done = 0
+        for name, array in imported.tensors():
+            yield name, array
+            if name in imported.sources:
+                done += imported.sources[name].tensor.bytes
+                progress(done, total, done / 1e9)
+        if file.state() != before:
+            raise BadCheckpoint(f"{path} changed while it was imported")
+
+    def config() -> dict:
+        return imported.config | {"mlxquant_import": {"file": path.name, **imported.record()}}
+
+    checkpoint.write(folder, config, tensors(), others)
+    record = imported.record()
+    return Outcome(folder, record["tensors"], sum(s.tensor.bytes for s in imported.sources.values()),
+                   time.perf_counter() - start, imported.rounded, record["error"])

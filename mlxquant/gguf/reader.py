@@ -2,13 +2,14 @@
 against the size of the file before it is used.
 
 The ``gguf`` package's reader believes array lengths and tensor counts, so a
-lying header can keep it looping; its tables of types are used here.
+lying header can keep it looping; its tables of types are used here. Bytes are
+read, never mapped: a mapped file that someone truncates kills the process.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -24,49 +25,115 @@ _SCALARS = {
     GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }
 _MAX_DIMENSIONS = 4
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor in the file: ``shape`` is rows first, ``data`` its raw blocks (rows, row bytes)."""
+    """Where ``path`` holds a tensor: ``shape`` is rows first, ``begin`` and ``bytes`` its place."""
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    data: np.ndarray
+    path: Path
+    begin: int
+
+    @property
+    def row_bytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block * block_bytes
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape[:-1]) * self.row_bytes
+
+    def read(self) -> np.ndarray:
+        """The raw blocks, (rows, row bytes) uint8; raises ``BadCheckpoint`` if the file shrank."""
+        data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.begin)
+        if data.size < self.bytes:
+            raise BadCheckpoint(f"{self.path} changed while it was read: tensor {self.name} is cut short")
+        return data.reshape(-1, self.row_bytes)
 
 
-class GGUFFile:
-    """Metadata (a dict) and tensors (by name) of one GGUF file, memory-mapped.
+@dataclass(frozen=True)
+class GGUFModel:
+    """Metadata and tensors, by name, of a file or of all parts of a split one."""
 
-    Raises ``BadCheckpoint`` where the file is truncated or contradicts itself.
+    path: Path
+    metadata: dict
+    tensors: dict[str, GGUFTensor]
+    files: list[Path] = field(default_factory=list)
+
+    def state(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of every file: what changes when a file does."""
+        return [(p.name, s.st_size, s.st_mtime_ns) for p in self.files for s in [p.stat()]]
+
+
+def open_model(path: Path) -> GGUFModel:
+    """Read the headers of ``path`` and, where it is a part of a split model, of all parts.
+
+    Raises ``BadCheckpoint`` where a file is truncated, missing or contradicts itself.
     """
+    files = part_files(path)
+    headers = [_Header(file) for file in files]
+    metadata, tensors = headers[0].metadata, {}
+    for file, header in zip(files, headers):
+        count = header.metadata.get("split.count", 1)
+        if count != len(files):
+            raise BadCheckpoint(f"{file} says it is one of {count} parts, its name says {len(files)}")
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].path.name} and {file.name}")
+            tensors[name] = tensor
+    promised = metadata.get("split.tensors.count", len(tensors))
+    if promised != len(tensors):
+        raise BadCheckpoint(f"{path} promises {promised} tensors in {len(files)} parts, they hold {len(tensors)}")
+    return GGUFModel(path, metadata, tensors, files)
+
+
+def part_files(path: Path) -> list[Path]:
+    """``path``, or all parts (NAME-00001-of-0000N.gguf) of the split model that it is one of."""
+    match = _PART.fullmatch(path.name)
+    if not match:
+        return [path]
+    count = int(match[3])
+    files = [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    if path not in files:
+        raise BadCheckpoint(f"{path}: part {int(match[2])} of {count} cannot be")
+    for file in files:
+        if not file.exists():
+            raise BadCheckpoint(f"{path} is one of {count} parts, {file.name} is missing")
+    return files
+
+
+class _Header:
+    """Metadata (a dict) and tensors (by name) of one file."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._position = 0
-        with path.open("rb") as file:
-            if path.stat().st_size < 24:
+        with path.open("rb") as self._file:
+            self._size, self._position = path.stat().st_size, 0
+            if self._size < 24:
                 raise self._bad("it is too short to be a GGUF file")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._take(4) != b"GGUF":
-            raise self._bad("it does not start with GGUF")
-        version = self._scalar("I")
-        if version not in (2, 3):
-            raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")
-        tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
-        self.metadata = self._metadata(field_count)
-        self.tensors = self._tensors(tensor_count)
+            if self._take(4) != b"GGUF":
+                raise self._bad("it does not start with GGUF")
+            version = self._scalar("I")
+            if version not in (2, 3):
+                raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")
+            tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
+            self.metadata = self._metadata(field_count)
+            self.tensors = self._tensors(tensor_count)
 
     def _bad(self, reason: str) -> BadCheckpoint:
         return BadCheckpoint(f"{self.path} is truncated or corrupt at byte {self._position}: {reason}")
 
     def _take(self, length: int) -> bytes:
-        end = self._position + length
-        if end > len(self._map):
-            raise self._bad(f"{length} bytes wanted, {len(self._map) - self._position} left")
-        data = self._map[self._position:end]
-        self._position = end
+        if self._position + length > self._size:
+            raise self._bad(f"{length} bytes wanted, {self._size - self._position} left")
+        data = self._file.read(length)
+        if len(data) < length:
+            raise self._bad("it shrank while it was read")
+        self._position += length
         return data
 
     def _scalar(self, code: str):
@@ -98,7 +165,7 @@ class GGUFFile:
         if kind in _SCALARS:
             code = _SCALARS[kind]
             values = self._take(length * struct.calcsize(f"<{code}"))
-            return [value for value, in struct.iter_unpack(f"<{code}", values)]
+            return np.frombuffer(values, f"<{code}")
         return [self._value(kind, depth + 1) for _ in range(length)]
 
     def _tensors(self, count: int) -> dict[str, GGUFTensor]:
@@ -131,10 +198,8 @@ class GGUFFile:
         if shape[-1] % block:
             raise self._bad(f"tensor {name}: rows of {shape[-1]} do not divide into "
                             f"{type_.name} blocks of {block}")
-        row_bytes = shape[-1] // block * block_bytes
-        size = prod(shape[:-1]) * row_bytes
-        if size == 0 or begin + size > len(self._map):
+        size = prod(shape[:-1]) * (shape[-1] // block * block_bytes)
+        if size == 0 or begin + size > self._size:
             raise self._bad(f"tensor {name} of shape {list(shape)} ({type_.name}) spans bytes "
-                            f"{begin} to {begin + size} of a file of {len(self._map)}")
-        data = np.frombuffer(self._map, np.uint8, size, begin).reshape(-1, row_bytes)
-        return GGUFTensor(name, type_, shape, data)
+                            f"{begin} to {begin + size} of a file of {self._size}")
+        return GGUFTensor(name, type_, shape, self.path, begin)

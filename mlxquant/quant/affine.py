@@ -91,13 +91,25 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
 
 def pack(codes: mx.array, bits: int) -> mx.array:
     """Codes (m, n) to a little-endian bit stream (m, ⌈n·bits / 32⌉) of uint32, zeros at the end."""
+    return mx.array(pack_words(np.array(codes, np.uint8), bits))
+
+
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """``pack`` for NumPy: so many codes at a time that they fill whole octets."""
     rows, columns = codes.shape
-    values = np.array(codes, np.uint8)
-    stream = np.unpackbits(values.reshape(rows, columns, 1), axis=2, count=bits, bitorder="little")
-    packed = np.packbits(stream.reshape(rows, columns * bits), axis=1, bitorder="little")
+    per = 8 // bits if bits in (1, 2, 4, 8) else 8
+    codes = np.pad(codes, [(0, 0), (0, -columns % per)]) if columns % per else codes
+    parts = codes.reshape(rows, -1, per)
+    word = np.uint8 if per * bits == 8 else np.uint64
+    packed = parts[..., 0].astype(word)
+    for place in range(1, per):
+        packed |= parts[..., place].astype(word) << word(bits * place)
+    octets = packed.astype(np.dtype(word).newbyteorder("<")).view(np.uint8).reshape(rows, packed.shape[1], -1)
+    octets = octets[..., :per * bits // 8].reshape(rows, -1)
     words = np.zeros((rows, -(-columns * bits // 32)), np.uint32)
-    words.view(np.uint8)[:, :packed.shape[1]] = packed
-    return mx.array(words)
+    size = min(words.shape[1] * 4, octets.shape[1])
+    words.view(np.uint8)[:, :size] = octets[:, :size]
+    return words
 
 
 def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:

@@ -1,0 +1,51 @@
+"""The verb that makes a model folder of a GGUF file."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mlxquant.cli.common import AsJson, app, print_json, progress
+from mlxquant.errors import ModelNotFound
+
+
+@app.command("import", epilog="Example: mlxquant import model-Q4_K_M.gguf -o model")
+def import_gguf(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .gguf file, or any part of a split one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
+    bits: Annotated[Optional[int], typer.Option(
+        help="Width of types that MLX has no exact place for: 2, 3, 4, 5, 6, 8, or 16 to keep them as numbers. "
+             "Default: the narrowest that holds their bits per weight.")] = None,
+    as_json: AsJson = False,
+):
+    """Make a folder that mlx-lm can load of a GGUF file, and say what that rounded."""
+    from mlxquant.gguf import import_file
+
+    if not file.is_file():
+        raise ModelNotFound(f"no such file: {file}")
+    with progress("importing, GB:") as advance:
+        outcome = import_file(file, output, bits, advance)
+    if as_json:
+        print_json({"folder": str(output), "tensors": outcome.tensors, "bytes": outcome.bytes,
+                    "seconds": outcome.seconds, "gb_per_s": outcome.bytes / outcome.seconds / 1e9,
+                    "error": outcome.error, "rounded": [
+                        {"layer": r.path, "type": r.type.name, "bits": r.bits, "repacked": r.repacked,
+                         "error": r.error} for r in outcome.rounded]})
+        return
+    if outcome.rounded:
+        _print_rounded(outcome)
+    exact = outcome.tensors - len(outcome.rounded)
+    print(f"{output}: {exact} of {outcome.tensors} tensors exact"
+          + (f", the others within a relative error of {outcome.error:.1e}" if outcome.rounded else "")
+          + f"; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {outcome.bytes / outcome.seconds / 1e9:.2f} GB/s")
+
+
+def _print_rounded(outcome) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "type", "stored as", "error", box=None)
+    for r in outcome.rounded:
+        how = "same codes, scales in float16" if r.repacked else f"{r.bits} bits, groups of 32"
+        table.add_row(r.path, r.type.name, how, f"{r.error:.1e}")
+    Console().print(table)
