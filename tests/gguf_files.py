@@ -51,6 +51,28 @@ def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind
     return files[0]
 
 
+def random_blocks(type_: Type, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Blocks as ggml's quantiser makes them, where the package has it; else random codes under plausible
+    scales: halves between 0.001 and 0.01 in the places where the type keeps its scale."""
+    random = np.random.default_rng(seed + int(type_))
+    try:
+        return gguf.quantize(random.normal(size=(rows, columns)).astype(np.float32), type_).view(np.uint8)
+    except NotImplementedError:
+        pass
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    blocks = random.integers(0, 256, (rows, columns // block, size), np.uint8)
+    places = {Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2)}
+    if type_ == Type.IQ1_M:  # the half lies in the top bits of four words, here 0x0Cxx
+        words = blocks[..., 48:56].view(np.uint16)
+        words &= 0x0FFF
+        words[..., 2] |= 0xC000
+    else:
+        for place in places.get(type_, (0,)):
+            scales = random.uniform(0.001, 0.01, blocks.shape[:2]).astype(np.float16)
+            blocks[..., place:place + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def _tensors(network, config: dict, architecture: str):
     names = gguf.get_tensor_name_map(NUMBERS[architecture], config["num_hidden_layers"])
     for name, value in tree_flatten(network.parameters()):

@@ -1,6 +1,9 @@
 """GGUF import: from file to folder, split files, and files that lie."""
 
+import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -137,3 +140,50 @@ def test_every_truncation_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(BadCheckpoint):
             open_model(path)
+
+
+def test_a_split_model_is_one_model(tmp_path):
+    network = random_network()
+    whole = write_gguf(tmp_path / "whole.gguf", network)
+    first = write_gguf(tmp_path / "part.gguf", network, parts=3)
+    assert first.name == "part-00001-of-00003.gguf"
+    last = tmp_path / "part-00003-of-00003.gguf"
+    for path, folder in ((whole, "a"), (first, "b"), (last, "c")):
+        import_file(path, tmp_path / folder)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
+    assert import_cached_folder(first, tmp_path) == import_cached_folder(first, tmp_path)
+
+
+def import_cached_folder(path: Path, tmp_path: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
+        return mlxquant.resolve(str(path))
+
+
+def test_an_incomplete_split_model_is_refused(tmp_path):
+    first = write_gguf(tmp_path / "part.gguf", random_network(), parts=3)
+    second = tmp_path / "part-00002-of-00003.gguf"
+    data = second.read_bytes()
+    second.unlink()
+    with pytest.raises(BadCheckpoint, match="one of 3 parts, part-00002-of-00003.gguf is missing"):
+        open_model(first)
+    second.write_bytes((tmp_path / "part-00003-of-00003.gguf").read_bytes())
+    with pytest.raises(BadCheckpoint, match="is in both part-00002"):
+        open_model(first)
+    second.write_bytes(data)
+    alone = tmp_path / "other-00001-of-00001.gguf"
+    alone.write_bytes(first.read_bytes())
+    with pytest.raises(BadCheckpoint, match="says it is one of 3 parts, its name says 1"):
+        open_model(alone)
+
+
+def test_import_verb_reports_each_rounded_layer(tmp_path):
+    path = write_gguf(tmp_path / "t.gguf", random_network(), kind=Type.Q8_0)
+    run = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out", "--json"],
+                         capture_output=True, text=True, check=True)
+    value = json.loads(run.stdout)
+    assert value["rounded"] == [] and value["error"] == 0 and value["tensors"] == 20
+    again = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out"],
+                           capture_output=True, text=True)
+    assert again.returncode == 1 and "already exists" in again.stderr and again.stdout == ""

@@ -6,6 +6,7 @@ in float16. Q4_K and Q5_K multiply a half by 6 bits, IQ4_XS too, and IQ1_S by 4 
 bits of a float32; float16 rounds them by at most 2⁻¹², which is measured and reported.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable
 
@@ -18,6 +19,7 @@ from mlxquant.errors import Unsupported
 from mlxquant.quant.affine import pack_words
 
 GROUP = 32
+_CHUNK = 1 << 18  # bytes repacked at once, which a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,24 @@ class Affine:
 
 
 def affine(name: str, type_: Type, blocks: np.ndarray) -> Affine:
-    """Repack raw blocks (rows, row bytes); raises ``Unsupported`` if float16 has no room for a scale."""
+    """Repack raw blocks (rows, row bytes), some rows on each core; raises ``Unsupported`` if float16 has no
+    room for a scale."""
+    step = max(1, _CHUNK // blocks.shape[1])
+    parts = [blocks[start:start + step] for start in range(0, len(blocks), step)]
+    with ThreadPoolExecutor() as pool:  # NumPy lets others run
+        return joined(list(pool.map(lambda part: _repack(name, type_, part), parts)))
+
+
+def joined(parts: list[Affine]) -> Affine:
+    """Matrices below one another as one."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, scales, biases = (np.concatenate([getattr(part, name) for part in parts])
+                              for name in ("weight", "scales", "biases"))
+    return Affine(weight, scales, biases, parts[0].bits, sum(p.lost for p in parts), sum(p.whole for p in parts))
+
+
+def _repack(name: str, type_: Type, blocks: np.ndarray) -> Affine:
     groups = LAYOUTS[type_].read(blocks)
     with np.errstate(over="ignore"):  # looked for below
         scales, biases = groups.scales.astype(np.float16), groups.biases.astype(np.float16)
@@ -59,8 +78,8 @@ def _loss(groups: Groups, scales: np.ndarray, biases: np.ndarray) -> tuple[float
     off_scale, off_bias = groups.scales - scales, groups.biases - biases
     if not off_scale.any() and not off_bias.any():
         return 0.0, 0.0
-    codes = groups.codes.reshape(*groups.scales.shape, GROUP).astype(np.uint32)
-    first, second = codes.sum(-1), np.square(codes).sum(-1)
+    codes = groups.codes.reshape(*groups.scales.shape, GROUP).astype(np.float32)  # exact: sums stay below 2²⁴
+    first, second = codes @ np.ones(GROUP, np.float32), np.einsum("...i,...i->...", codes, codes)
 
     def squares(scale: np.ndarray, bias: np.ndarray) -> float:
         scale, bias = scale.astype(np.float64), bias.astype(np.float64)

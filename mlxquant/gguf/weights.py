@@ -14,6 +14,7 @@ from mlxquant.errors import BadValue, Unsupported
 from mlxquant.gguf import repack
 from mlxquant.gguf.repack import Affine
 from mlxquant.quant import rtn
+from mlxquant.quant.affine import pack_words
 from mlxquant.quant.spec import Spec
 
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}
@@ -90,17 +91,16 @@ def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Affine:
     if plan.repacked:
         return repack.affine(name, type_, blocks)
     spec = Spec(bits=plan.bits, group_size=repack.GROUP, method="rtn")
-    parts, lost, whole = [], 0.0, 0.0
+    parts = []
     for values in _decoded(type_, blocks):
         weight = mx.array(values)
         made = rtn.quantise(weight, None, spec)
         if not mx.isfinite(made.scales).all().item() or not mx.isfinite(made.biases).all().item():
             raise Unsupported(f"tensor {name} has values outside float16")
-        lost += mx.square(made.dequantise() - weight).sum().item()
-        whole += mx.square(weight).sum().item()
-        parts.append((repack.pack_words(np.array(made.codes), plan.bits),
-                      np.array(made.scales.astype(mx.float16)), np.array(made.biases.astype(mx.float16))))
-    return Affine(*map(np.concatenate, zip(*parts)), plan.bits, lost, whole)
+        lost, whole = mx.square(made.dequantise() - weight).sum().item(), mx.square(weight).sum().item()
+        parts.append(Affine(pack_words(np.array(made.codes), plan.bits), np.array(made.scales.astype(mx.float16)),
+                            np.array(made.biases.astype(mx.float16)), plan.bits, lost, whole))
+    return repack.joined(parts)
 
 
 def _decoded(type_: Type, blocks: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,0 +1,150 @@
+"""Every type of GGUF: exact where MLX has a place for it, else within the error that is reported."""
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import CONFIG, random_network
+from gguf import GGMLQuantizationType as Type
+from gguf_files import random_blocks, write_gguf
+
+import mlxquant
+from mlxquant.errors import BadValue, Unsupported
+from mlxquant.gguf import import_file, repack, weights
+from mlxquant.gguf.model import read
+from mlxquant.gguf.reader import open_model
+
+EXACT = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.IQ4_NL)
+SCALES_ROUNDED = (Type.Q4_K, Type.Q5_K, Type.IQ1_S, Type.IQ4_XS)
+ANEW = [t for t in weights.known() if t not in weights.PLAIN and t not in (*EXACT, *SCALES_ROUNDED)]
+
+
+def dequantise(made: repack.Affine) -> np.ndarray:
+    """MLX's own dequantiser, in float32."""
+    scales, biases = (mx.array(a).astype(mx.float32) for a in (made.scales, made.biases))
+    return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=32, bits=made.bits))
+
+
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return np.square(actual.astype(np.float64) - expected).sum() / np.square(expected.astype(np.float64)).sum()
+
+
+@pytest.mark.parametrize("type_", EXACT)
+@pytest.mark.parametrize("rows,blocks", [(1, 1), (3, 5), (700, 2)])
+def test_repacked_blocks_equal_ggufs_decoder(type_, rows, blocks):
+    data = random_blocks(type_, rows, blocks * gguf.GGML_QUANT_SIZES[type_][0])
+    made = repack.affine("w", type_, data)
+    assert np.array_equal(dequantise(made), gguf.dequantize(data, type_)) and made.lost == 0
+
+
+@pytest.mark.parametrize("type_", SCALES_ROUNDED)
+def test_scales_too_fine_for_float16_cost_what_is_said(type_):
+    data = random_blocks(type_, 20, 512)
+    made, expected = repack.affine("w", type_, data), gguf.dequantize(data, type_)
+    error = relative(dequantise(made), expected)
+    assert 0 < error < 2e-6 and error == pytest.approx(made.lost / made.whole, rel=1e-3)
+    groups = repack.LAYOUTS[type_].read(data)  # in float32 nothing is lost
+    codes = groups.codes.reshape(*groups.scales.shape, 32).astype(np.float32)
+    whole = groups.scales[..., None] * codes + groups.biases[..., None]
+    assert relative(whole.reshape(expected.shape), expected) < 1e-14
+
+
+@pytest.mark.parametrize("type_", ANEW)
+def test_other_types_are_decoded_and_cost_what_is_said(type_):
+    data = random_blocks(type_, 20, 512)
+    expected, errors = gguf.dequantize(data, type_), []
+    for bits in (weights.width_for(type_), 8):
+        made = weights.codes("w", type_, data, weights.plan("w", type_, True, bits))
+        errors.append(relative(dequantise(made), expected))
+        assert made.bits == bits and errors[-1] == pytest.approx(made.lost / made.whole, rel=1e-2)
+    assert errors[1] < 3e-4 and errors[1] <= errors[0] < 0.3
+    kept = weights.plain("w", type_, data, mx.float16)
+    assert weights.plan("w", type_, True, 16) == weights.Plan(None)
+    assert relative(np.array(kept.astype(mx.float32)), expected) < 1e-6
+
+
+def test_default_widths_hold_a_types_bits():
+    widths = {type_.name: weights.width_for(type_) for type_ in ANEW}
+    assert widths == {"Q2_K": 3, "Q3_K": 4, "Q6_K": 8, "IQ2_XXS": 3, "IQ2_XS": 3, "IQ2_S": 3, "IQ3_XXS": 4,
+                      "IQ3_S": 4, "IQ1_M": 2, "NVFP4": 5}
+    assert weights.plan("w", Type.IQ4_NL, True) == weights.Plan(5)
+    assert weights.plan("w", Type.IQ4_NL, True, 8) == weights.Plan(8, repacked=True)
+    assert weights.plan("w", Type.Q4_K, True, 8) == weights.Plan(4, repacked=True)  # the file's codes stay
+
+
+@pytest.mark.parametrize("type_", [Type.Q8_K, Type.Q8_1, Type.F64, Type.I32, Type.Q1_0])
+def test_types_without_a_decoder_are_refused_by_name(type_):
+    with pytest.raises(Unsupported, match=f"w has type {type_.name}; types that can be imported: F32, F16"):
+        weights.plan("w", type_, True)
+
+
+def test_an_impossible_width_is_refused():
+    with pytest.raises(BadValue, match="bits is 7, allowed are 2, 3, 4, 5, 6, 8, 16"):
+        weights.plan("w", Type.Q6_K, True, 7)
+
+
+@pytest.mark.parametrize("type_,place", [(Type.Q8_0, 0), (Type.Q6_K, 208)])
+def test_values_outside_float16_are_refused(type_, place):
+    data = random_blocks(type_, 1, 256)
+    data[0, place:place + 2] = np.frombuffer(np.float16(60000).tobytes(), np.uint8)
+    with pytest.raises(Unsupported, match="outside float16"):
+        weights.codes("w", type_, data, weights.plan("w", type_, True))
+
+
+def mixed(name: str) -> Type:
+    """As Q4_K_M mixes: each part of a block its own type."""
+    return {"attn_v": Type.Q6_K, "ffn_down": Type.Q5_K, "token_embd": Type.Q8_0, "attn_q": Type.Q4_K,
+            "ffn_up": Type.IQ3_S}.get(name.removeprefix("blk.0.").removeprefix("blk.1.").removesuffix(".weight"), Type.F16)
+
+
+def mixed_file(path):
+    config = CONFIG | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    network = random_network(config)
+    rows = {"attn_q": 256, "attn_v": 128, "ffn_down": 256, "ffn_up": 256}
+    blocks = [(f"blk.{b}.{part}.weight", random_blocks(mixed(part), count, 256, seed=b))
+              for b in (0, 1) for part, count in rows.items()]
+    return write_gguf(path, network, config=config, kind=mixed, extra=blocks)
+
+
+def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, monkeypatch):
+    import gguf_files
+
+    plain = gguf_files._tensors
+    monkeypatch.setattr(gguf_files, "_tensors", lambda *a: (
+        (name, value) for name, value in plain(*a) if mixed(name) in (Type.F16, Type.Q8_0)))
+    path = mixed_file(tmp_path / "mix.gguf")
+    outcome = import_file(path, tmp_path / "out")
+    model = mlxquant.load(str(tmp_path / "out"), dense=False)
+    block = model.network.layers[1]
+    assert [getattr(m, "bits", None) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
+                                               block.mlp.up_proj, block.mlp.down_proj)] == [4, None, 8, 4, 5]
+    record = model.config["mlxquant_import"]
+    assert record["types"]["Q6_K"] == 2 and record["rounded"]["model.layers.1.self_attn.v_proj"]["type"] == "Q6_K"
+    assert {r.type for r in outcome.rounded} == {Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ3_S}
+    for rounded in outcome.rounded:
+        source = read(open_model(path)).sources[f"{rounded.path}.weight"]
+        expected = gguf.dequantize(source.blocks(), source.tensor.type)
+        layer = dict(model.network.named_modules())[rounded.path]
+        actual = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, layer.bits))
+        assert relative(actual, expected) == pytest.approx(rounded.error, rel=1e-2)
+    assert outcome.error == pytest.approx(record["error"]) and 0 < outcome.error < 0.02
+
+
+def test_every_tensor_of_the_real_file_is_exact(smollm2):
+    imported = read(open_model(smollm2))
+    assert len(imported.sources) == 272
+    arrays = dict(imported.tensors())
+    for name, source in imported.sources.items():
+        tensor = source.tensor
+        expected = gguf.dequantize(tensor.read(), tensor.type).reshape(tensor.shape)
+        for part, heads in (("q_proj", 9), ("k_proj", 3)):
+            if part in name:  # undo what the import undoes
+                expected = expected.reshape(heads, 32, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        if tensor.type in weights.PLAIN:
+            actual = np.array(arrays[name].astype(mx.float32))
+        else:
+            path = name.removesuffix(".weight")
+            actual = dequantise(repack.Affine(*(np.array(arrays[key]) for key in (
+                name, f"{path}.scales", f"{path}.biases")), repack.LAYOUTS[tensor.type].bits))
+        assert np.array_equal(actual, expected), name
+    assert imported.rounded == []
