@@ -10,13 +10,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator
 
+from mlxquant import tensor_file
 from mlxquant.errors import BadCheckpoint
 from mlxquant.storage import new_folder, write_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
 _MAX_HEADER = 100 << 20
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2,
                "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
@@ -92,14 +93,12 @@ def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tup
     is through; ``others`` are further files (tokenizer, templates) by name.
     ``folder`` must not exist or be empty.
     """
-    import mlx.core as mx
-
     with new_folder(folder) as scratch:
         index: dict[str, str] = {}
         for number, shard in enumerate(_shards(tensors), 1):
             file = f"model-{number:05d}.safetensors"
-            mx.save_safetensors(str(scratch / file), shard, metadata={"format": "mlx"})
             index |= dict.fromkeys(shard, file)
+            tensor_file.write(scratch / file, shard, {"format": "mlx"})
         _name_shards(scratch, index)
         write_json(scratch / "config.json", config() if callable(config) else config)
         for name, content in others.items():

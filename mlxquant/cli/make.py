@@ -96,11 +96,23 @@ def quantize(
     if as_json:
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
                     "file_bytes": result.file_bytes, "seconds": outcome.seconds,
-                    "peak_memory_gb": outcome.peak_memory / 1e9})
+                    "peak_memory_gb": outcome.peak_memory / 1e9, "added_error": outcome.added,
+                    "inherited_error": outcome.inherited})
         return
+    print(_errors(outcome))
     print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
           f"{result.file_bytes / 1e6:.1f} MB on disk, {outcome.seconds:.0f} s, "
           f"peak {outcome.peak_memory / 1e9:.2f} GB")
+
+
+def _errors(outcome) -> str:
+    """What this run added, and what was lost before it, as far as that can be known."""
+    line = (f"error added on the calibration text: {outcome.added['mean']:.1e} in the mean of all layers, "
+            f"{outcome.added['largest']:.1e} in {outcome.added['layer']}")
+    if outcome.inherited is not None:
+        line += (f"\ninherited from importing {outcome.inherited['file']}: {outcome.inherited['error']:.1e} of the weights "
+                 f"in {len(outcome.inherited['rounded'])} tensors; what the file had lost before is not in it")
+    return line
 
 
 @app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt --bits 4 --bits 2")

@@ -15,7 +15,7 @@ from mlxquant.errors import BadCheckpoint
 from mlxquant.gguf import model, tokenizer
 from mlxquant.gguf.model import Rounded
 from mlxquant.gguf.reader import GGUFModel, open_model, part_files
-from mlxquant.storage import cache_dir, require_space
+from mlxquant.storage import cache_dir, exclusive, refuse_existing, require_space
 
 _FORMAT = 2  # part of the cache key: raise it when the written folder changes
 
@@ -38,7 +38,11 @@ def import_cached(path: Path) -> Path:
     state = [(p.name, s.st_size, s.st_mtime_ns) for p in part_files(path) for s in [p.stat()]]
     digest = hashlib.sha256(f"{_FORMAT}:{path}:{state}".encode()).hexdigest()[:12]
     folder = cache_dir("imports", f"{path.stem}-{digest}")
-    if not folder.exists():
+    if folder.exists():
+        return folder
+    with exclusive(folder, wait=True):
+        if folder.exists():  # another process was quicker
+            return folder
         print(f"Importing {path.name}, once", file=sys.stderr)
         outcome = import_file(path, folder)
         if requantised := [r for r in outcome.rounded if not r.repacked]:
@@ -55,6 +59,7 @@ def import_file(path: Path, folder: Path, bits: int | None = None, progress=lamb
     ``BadValue`` or ``TooLarge``.
     """
     start = time.perf_counter()
+    refuse_existing(folder)
     file = open_model(path)
     imported = model.read(file, bits)
     others = tokenizer.files(file)

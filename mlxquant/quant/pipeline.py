@@ -7,23 +7,24 @@ block it was in and ends with the same bytes.
 
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant import checkpoint
-from mlxquant.errors import Unsupported
+from mlxquant.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import repeated
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
-from mlxquant.quant import calibration, rotation
+from mlxquant.quant import calibration, room, rotation
 from mlxquant.quant.assembly import config_of, gates, outside, stored_dtype, turn_of
 from mlxquant.quant.assignment import Target, assign
 from mlxquant.quant.blocks import Context, quantise_block, rebuild
@@ -34,11 +35,12 @@ from mlxquant.quant.job import Job, Outcome, Progress
 from mlxquant.quant.partial import open_partial, read_result, write_result
 from mlxquant.quant.spec import Overrides, Spec
 from mlxquant.quant.storing import BlockResult
-from mlxquant.quant.walk import dense_block, enter, float_walk
+from mlxquant.quant.walk import dense_block, enter, float_walk, identity
 from mlxquant.roofline.traffic import leaf_modules
-from mlxquant.storage import refuse_existing
+from mlxquant.storage import holds_output, refuse_existing
 
 
+@holds_output
 def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int | str = 4,
              group_size: int = 64, rotation: str | None = None, data: list[str] | None = None,
              samples: int = calibration.SAMPLES, sequence_length: int = calibration.SEQUENCE_LENGTH,
@@ -74,6 +76,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
         tokens = calibration.self_written(load(name, revision=revision), samples, sequence_length, seed)
     if target is not None:
         job = assign(folder, job, tokens, target, progress)
+    room.check(network, job, Path(output))
     return run(folder, Path(output), job, tokens, progress)
 
 
@@ -82,35 +85,63 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
     refuse_existing(output)
     start = time.perf_counter()
     mx.reset_peak_memory()
+    source = identity(folder)
     network, config = open_lazily(folder)
     partial = open_partial(output, folder, job, tokens)
     dtype = stored_dtype(network)
-    others, widths, outer_config = outside(network, config, job)
-    others |= gates(job, dtype)
     turn = turn_of(config, job)
     context = Context(job.overrides, config["model_type"], dtype, job.seed,
                       CORRECTION if job.propagation == "corrected" else 0.0, job.activation, job.alpha)
     files = [partial / f"block-{index:04d}.safetensors" for index in range(len(network.layers))]
-    entries: dict[str, dict] = {"plain": widths, "layers": {}, "replicas": {}, "errors": {}}
-    if job.propagation == "float":
-        results = _on_float(network, folder, context, tokens, files, turn)
-    else:
-        results = _on_quantised(network, context, tokens, files, turn)
-    for index, result in enumerate(results):
-        for kind, known in entries.items():
-            known |= {f"model.layers.{index}.{path}": entry for path, entry in getattr(result, kind).items()}
-        network.layers[index] = None  # the block's memory is free again
-        progress(index + 1, len(files), time.perf_counter() - start)
-    config = config_of(outer_config, job, tokens, **entries)
+    entries: dict[str, dict] = {"plain": {}, "layers": {}, "replicas": {}, "errors": {}}
+    walk = _on_float if job.propagation == "float" else _on_quantised
+    with _unchanged(folder, source, partial) as check:
+        for index, result in enumerate(walk(network, folder, context, tokens, files, turn)):
+            for kind, known in entries.items():
+                known |= {f"model.layers.{index}.{path}": entry for path, entry in getattr(result, kind).items()}
+            network.layers[index] = None  # the block's memory is free again
+            check()
+            progress(index + 1, len(files), time.perf_counter() - start)
+        del network
+        # Opened anew, so that an embedding that was calculated with is not held meanwhile.
+        others, widths, outer_config = outside(open_lazily(folder)[0], config, job)
+        others |= gates(job, dtype)
+        entries["plain"] |= widths
+        config = config_of(outer_config, job, tokens, **entries)
 
-    def tensors() -> Iterator[tuple[str, mx.array]]:
-        yield from others.items()
-        for file in files:
-            yield from mx.load(str(file)).items()
+        def tensors() -> Iterator[tuple[str, mx.array]]:
+            while others:
+                name = next(iter(others))
+                yield name, others.pop(name)
+            for file in files:
+                yield from mx.load(str(file)).items()
+            check()
 
-    checkpoint.write(output, config, tensors(), checkpoint.side_files(folder))
+        checkpoint.write(output, config, tensors(), checkpoint.side_files(folder))
     shutil.rmtree(partial)
-    return Outcome(output, time.perf_counter() - start, mx.get_peak_memory())
+    return Outcome(output, time.perf_counter() - start, mx.get_peak_memory(),
+                   config["mlxquant_record"]["output_error"], config.get("mlxquant_import"))
+
+
+@contextmanager
+def _unchanged(folder: Path, source: str, partial: Path) -> Iterator[Callable[[], None]]:
+    """Yields what raises ``BadCheckpoint`` if the model's files are no longer those that ``source`` identifies;
+    what was made of them is removed, since a new run could not go on with it."""
+
+    def check() -> None:
+        try:
+            same = identity(folder) == source
+        except (BadCheckpoint, OSError):
+            same = False
+        if not same:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise BadCheckpoint(f"{folder} changed while it was quantised; nothing was written, start again")
+
+    try:
+        yield check
+    except (RuntimeError, ValueError):  # MLX found less in a file than there was
+        check()
+        raise
 
 
 def _check(network: nn.Module, config: dict, job: Job) -> None:
@@ -139,11 +170,11 @@ def _on_float(network: nn.Module, folder: Path, context: Context, tokens: Calibr
         yield _result(block, index, seen, context, files[index])
 
 
-def _on_quantised(network: nn.Module, context: Context, tokens: Calibration, files: list[Path],
+def _on_quantised(network: nn.Module, folder: Path, context: Context, tokens: Calibration, files: list[Path],
                   turn: mx.array | None) -> Iterator[BlockResult]:
     """The result of every block, each calibrated on what the quantised blocks before give it, and
     with a correction beside what the float ones would."""
-    hidden, runner = enter(network, tokens, turn)
+    hidden, runner = enter(folder, tokens, turn)
     target = list(hidden) if context.correction else None
     for index, file in enumerate(files):
         block, seen, done = dense_block(network, index, turn), None, file.exists()

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlxquant import checkpoint
 from mlxquant.layers.dense import to_dense
+from mlxquant.loading import open_lazily
 from mlxquant.quant import rotation
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.capture import Observation, block_calls, observe
@@ -34,10 +35,11 @@ def identity(folder: Path, *rest) -> str:
     return hashlib.sha256(repr((weights, mx.__version__, *rest)).encode()).hexdigest()
 
 
-def enter(network: nn.Module, tokens: Calibration, turn: mx.array | None = None,
+def enter(folder: Path, tokens: Calibration, turn: mx.array | None = None,
           ) -> tuple[list[mx.array], Callable[[nn.Module, int], Callable[[mx.array], mx.array]]]:
     """Batches of hidden states that enter the first block, in float32, turned by ``turn`` (n, n) where
     given; and what runs a block, given its index, on one of them."""
+    network, _ = open_lazily(folder)  # its embedding is in memory only until this returns
     batches = tokens.batches(16 if mx.default_device() == mx.gpu else 2)
     entered = [block_calls(network, batch) for batch in batches]
     calls = entered[0][1]
@@ -70,7 +72,7 @@ def float_walk(network: nn.Module, folder: Path, tokens: Calibration, turn: mx.a
         for index in range(total):
             yield dense_block(network, index, turn), None if done(index) else _read(files[index])
         return
-    hidden, runner = enter(network, tokens, turn)
+    hidden, runner = enter(folder, tokens, turn)
     _drop_old(kept.parent)
     for index in range(total):
         block = dense_block(network, index, turn)

@@ -14,7 +14,7 @@ from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration
 from mlxquant.quant.walk import identity
-from mlxquant.storage import refuse_existing, working_folder
+from mlxquant.storage import holds_output, refuse_existing, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
 from mlxquant.tuning.trainable import Trainable
 
@@ -34,6 +34,7 @@ class Tuned:
     peak_memory: int
 
 
+@holds_output
 def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
          sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, codes: float = 0.0,
          seed: int = 0, dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
