@@ -50,7 +50,8 @@ def working_folder(output: Path, job: str, record: dict) -> Path:
     """
     partial = output.with_name(f"{output.name}.partial")
     marker = partial / "job.json"
-    if not partial.exists():
+    begun = partial.exists() and any(not p.name.endswith(".part") for p in partial.iterdir())
+    if not begun:  # nor was it by a run killed while it wrote the marker
         write_json(marker, {"job": job, **record})
     elif not marker.exists() or json.loads(marker.read_text())["job"] != job:
         raise MlxquantError(f"{partial} holds the unfinished work of another job; "

@@ -14,6 +14,8 @@ from mlxquant.quant.affine import Affine, expand, fit, nearest
 from mlxquant.quant.spec import Spec
 from mlxquant.quant.statistics import Statistics
 
+_CHUNK = 1 << 24  # weights that are rounded at once
+
 
 def quantise(weight: mx.array, statistics: Statistics | None, spec: Spec,
              dtype: mx.Dtype = mx.float16) -> Affine:
@@ -21,14 +23,21 @@ def quantise(weight: mx.array, statistics: Statistics | None, spec: Spec,
     if spec.symmetric or spec.levels < 4 or spec.group_size == -1:
         return fit(weight, spec, None, dtype)
     rows, columns = weight.shape
-    group = spec.group_for(columns)
+    group, at_once = spec.group_for(columns), max(1, _CHUNK // columns)
+    parts = [_round(weight[start:start + at_once], group, spec.levels, dtype) for start in range(0, rows, at_once)]
+    codes, scales, biases = (mx.concatenate(part) for part in zip(*parts))
+    mx.eval(codes, scales, biases)
+    return Affine(codes, scales, biases, spec)
+
+
+def _round(weight: mx.array, group: int, levels: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of some rows; what that takes in between is free afterwards."""
     weight = weight.astype(mx.float32)
     scales, biases = (x.astype(dtype).astype(mx.float32)
-                      for x in _grid(weight.reshape(rows, -1, group), spec.levels))
-    codes = nearest(weight, expand(scales, group), expand(biases, group), spec.levels)
-    result = Affine(codes.astype(mx.uint8), scales, biases, spec)
-    mx.eval(result.codes, result.scales, result.biases)
-    return result
+                      for x in _grid(weight.reshape(len(weight), -1, group), levels))
+    codes = nearest(weight, expand(scales, group), expand(biases, group), levels).astype(mx.uint8)
+    mx.eval(codes, scales, biases)
+    return codes, scales, biases
 
 
 def _grid(groups: mx.array, levels: int) -> tuple[mx.array, mx.array]:
