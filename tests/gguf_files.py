@@ -29,8 +29,8 @@ def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind
     file, and the path of the first is returned."""
     files = [path] if parts == 1 else [path.with_name(f"{path.stem}-{n:05d}-of-{parts:05d}.gguf")
                                        for n in range(1, parts + 1)]
-    tensors = [*_tensors(network, config, architecture), *extra]
-    tensors = [(name, value) for name, value in tensors if name not in drop]
+    tensors = [(name, value) for name, value in _tensors(network, config, architecture) if name not in drop]
+    tensors += extra
     for number, file in enumerate(files):
         writer = gguf.GGUFWriter(file, architecture)
         if parts > 1:

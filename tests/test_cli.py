@@ -17,7 +17,7 @@ def mlxquant(*arguments, stdin="", **options):
                           capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "chips",
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "import", "chips",
                                   "probe", "bench", "plan"])
 def test_every_verb_has_help_with_an_example(verb):
     result = mlxquant(verb, "--help")

@@ -183,7 +183,7 @@ def test_import_verb_reports_each_rounded_layer(tmp_path):
     run = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out", "--json"],
                          capture_output=True, text=True, check=True)
     value = json.loads(run.stdout)
-    assert value["rounded"] == [] and value["error"] == 0 and value["tensors"] == 20
+    assert value["rounded"] == {} and value["error"] == 0 and value["tensors"] == 20
     again = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out"],
                            capture_output=True, text=True)
     assert again.returncode == 1 and "already exists" in again.stderr and again.stdout == ""

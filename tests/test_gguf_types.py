@@ -1,5 +1,7 @@
 """Every type of GGUF: exact where MLX has a place for it, else within the error that is reported."""
 
+from pathlib import Path
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -97,37 +99,50 @@ def mixed(name: str) -> Type:
             "ffn_up": Type.IQ3_S}.get(name.removeprefix("blk.0.").removeprefix("blk.1.").removesuffix(".weight"), Type.F16)
 
 
-def mixed_file(path):
+@pytest.fixture
+def mix(tmp_path) -> Path:
     config = CONFIG | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
-    network = random_network(config)
     rows = {"attn_q": 256, "attn_v": 128, "ffn_down": 256, "ffn_up": 256}
-    blocks = [(f"blk.{b}.{part}.weight", random_blocks(mixed(part), count, 256, seed=b))
-              for b in (0, 1) for part, count in rows.items()]
-    return write_gguf(path, network, config=config, kind=mixed, extra=blocks)
+    blocks = {f"blk.{b}.{part}.weight": random_blocks(mixed(part), count, 256, seed=b)
+              for b in (0, 1) for part, count in rows.items()}
+    return write_gguf(tmp_path / "mix.gguf", random_network(config), config=config, kind=mixed,
+                      drop=blocks.keys(), extra=blocks.items())
 
 
-def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, monkeypatch):
-    import gguf_files
-
-    plain = gguf_files._tensors
-    monkeypatch.setattr(gguf_files, "_tensors", lambda *a: (
-        (name, value) for name, value in plain(*a) if mixed(name) in (Type.F16, Type.Q8_0)))
-    path = mixed_file(tmp_path / "mix.gguf")
-    outcome = import_file(path, tmp_path / "out")
+def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, mix):
+    outcome = import_file(mix, tmp_path / "out")
     model = mlxquant.load(str(tmp_path / "out"), dense=False)
     block = model.network.layers[1]
     assert [getattr(m, "bits", None) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
                                                block.mlp.up_proj, block.mlp.down_proj)] == [4, None, 8, 4, 5]
     record = model.config["mlxquant_import"]
     assert record["types"]["Q6_K"] == 2 and record["rounded"]["model.layers.1.self_attn.v_proj"]["type"] == "Q6_K"
-    assert {r.type for r in outcome.rounded} == {Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ3_S}
-    for rounded in outcome.rounded:
-        source = read(open_model(path)).sources[f"{rounded.path}.weight"]
+    assert {r["type"] for r in record["rounded"].values()} == {"Q4_K", "Q5_K", "Q6_K", "IQ3_S"}
+    for name, rounded in record["rounded"].items():
+        source = read(open_model(mix)).sources[f"{name}.weight"]
         expected = gguf.dequantize(source.blocks(), source.tensor.type)
-        layer = dict(model.network.named_modules())[rounded.path]
+        layer = dict(model.network.named_modules())[name]
         actual = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, layer.bits))
-        assert relative(actual, expected) == pytest.approx(rounded.error, rel=1e-2)
-    assert outcome.error == pytest.approx(record["error"]) and 0 < outcome.error < 0.02
+        assert relative(actual, expected) == pytest.approx(rounded["error"], rel=1e-2)
+    assert {"file": "mix.gguf", **outcome.record} == record and 0 < record["error"] < 0.02
+
+
+def test_quantising_a_file_tells_what_it_inherits_from_what_it_adds(tmp_path, mix, monkeypatch):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out", method="rtn", bits=3, group_size=64)
+    assert outcome.inherited["rounded"].keys() == import_file(mix, tmp_path / "plain").record["rounded"].keys()
+    assert 0 < outcome.inherited["error"] < 0.02 < outcome.added["mean"] < outcome.added["largest"]
+    tiny = mlxquant.load(str(tmp_path / "out")).config
+    assert tiny["mlxquant_import"] == outcome.inherited and tiny["mlxquant_record"]["output_error"] == outcome.added
+
+
+def test_replicas_of_a_file(tmp_path, mix, monkeypatch):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 20)
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out", method="replica", bits=3, data=[str(tmp_path / "text.txt")],
+                                samples=4, sequence_length=32)
+    assert outcome.inherited["error"] > 0 and 0 < outcome.added["mean"] < 0.2
+    assert "replica_in" in " ".join(mx.load(str(tmp_path / "out" / "model.safetensors")))
 
 
 def test_every_tensor_of_the_real_file_is_exact(smollm2):

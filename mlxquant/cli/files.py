@@ -25,27 +25,25 @@ def import_gguf(
         raise ModelNotFound(f"no such file: {file}")
     with progress("importing, GB:") as advance:
         outcome = import_file(file, output, bits, advance)
+    record, speed = outcome.record, outcome.bytes / outcome.seconds / 1e9
     if as_json:
-        print_json({"folder": str(output), "tensors": outcome.tensors, "bytes": outcome.bytes,
-                    "seconds": outcome.seconds, "gb_per_s": outcome.bytes / outcome.seconds / 1e9,
-                    "error": outcome.error, "rounded": [
-                        {"layer": r.path, "type": r.type.name, "bits": r.bits, "repacked": r.repacked,
-                         "error": r.error} for r in outcome.rounded]})
+        print_json({"folder": str(output), "bytes": outcome.bytes, "seconds": outcome.seconds, "gb_per_s": speed,
+                    **record})
         return
-    if outcome.rounded:
-        _print_rounded(outcome)
-    exact = outcome.tensors - len(outcome.rounded)
-    print(f"{output}: {exact} of {outcome.tensors} tensors exact"
-          + (f", the others within a relative error of {outcome.error:.1e}" if outcome.rounded else "")
-          + f"; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {outcome.bytes / outcome.seconds / 1e9:.2f} GB/s")
+    if record["rounded"]:
+        _print_rounded(record["rounded"])
+    exact = record["tensors"] - len(record["rounded"])
+    print(f"{output}: {exact} of {record['tensors']} tensors exact"
+          + (f", the others within a relative error of {record['error']:.1e}" if record["rounded"] else "")
+          + f"; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s")
 
 
-def _print_rounded(outcome) -> None:
+def _print_rounded(rounded: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("layer", "type", "stored as", "error", box=None)
-    for r in outcome.rounded:
-        how = "same codes, scales in float16" if r.repacked else f"{r.bits} bits, groups of 32"
-        table.add_row(r.path, r.type.name, how, f"{r.error:.1e}")
+    for path, r in rounded.items():
+        how = "same codes, scales in float16" if r["repacked"] else f"{r['bits']} bits, groups of 32"
+        table.add_row(path, r["type"], how, f"{r['error']:.1e}")
     Console().print(table)

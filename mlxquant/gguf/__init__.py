@@ -13,8 +13,7 @@ from pathlib import Path
 from mlxquant import checkpoint
 from mlxquant.errors import BadCheckpoint
 from mlxquant.gguf import model, tokenizer
-from mlxquant.gguf.model import Rounded
-from mlxquant.gguf.reader import GGUFModel, open_model, part_files
+from mlxquant.gguf.reader import open_model, part_files
 from mlxquant.storage import cache_dir, exclusive, refuse_existing, require_space
 
 _FORMAT = 2  # part of the cache key: raise it when the written folder changes
@@ -22,14 +21,12 @@ _FORMAT = 2  # part of the cache key: raise it when the written folder changes
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the import is, what was read, and what was rounded."""
+    """Where the import is, bytes of tensors read, and ``record`` (``model.Imported.record``) of what was rounded."""
 
     folder: Path
-    tensors: int
     bytes: int
     seconds: float
-    rounded: list[Rounded]
-    error: float
+    record: dict
 
 
 def import_cached(path: Path) -> Path:
@@ -45,9 +42,9 @@ def import_cached(path: Path) -> Path:
             return folder
         print(f"Importing {path.name}, once", file=sys.stderr)
         outcome = import_file(path, folder)
-        if requantised := [r for r in outcome.rounded if not r.repacked]:
-            print(f"{len(requantised)} of {outcome.tensors} tensors had no exact place and were rounded anew, "
-                  f"relative error {outcome.error:.1e}; `mlxquant import` shows each", file=sys.stderr)
+        if anew := [r for r in outcome.record["rounded"].values() if not r["repacked"]]:
+            print(f"{len(anew)} of {outcome.record['tensors']} tensors had no exact place and were rounded anew, "
+                  f"relative error {outcome.record['error']:.1e}; `mlxquant import` shows each", file=sys.stderr)
     return folder
 
 
@@ -61,10 +58,9 @@ def import_file(path: Path, folder: Path, bits: int | None = None, progress=lamb
     start = time.perf_counter()
     refuse_existing(folder)
     file = open_model(path)
-    imported = model.read(file, bits)
-    others = tokenizer.files(file)
-    require_space(folder, imported.stored_bytes(), f"importing {path.name}")
     before = file.state()
+    imported, others = model.read(file, bits), tokenizer.files(file)
+    require_space(folder, imported.stored_bytes(), f"importing {path.name}")
 
     def tensors():
         total = sum(source.tensor.bytes for source in imported.sources.values())
@@ -77,10 +73,9 @@ def import_file(path: Path, folder: Path, bits: int | None = None, progress=lamb
         if file.state() != before:
             raise BadCheckpoint(f"{path} changed while it was imported")
 
-    def config() -> dict:
+    def config() -> dict:  # asked for when all tensors are written
         return imported.config | {"mlxquant_import": {"file": path.name, **imported.record()}}
 
     checkpoint.write(folder, config, tensors(), others)
-    record = imported.record()
-    return Outcome(folder, record["tensors"], sum(s.tensor.bytes for s in imported.sources.values()),
-                   time.perf_counter() - start, imported.rounded, record["error"])
+    return Outcome(folder, sum(source.tensor.bytes for source in imported.sources.values()),
+                   time.perf_counter() - start, imported.record())
