@@ -13,7 +13,8 @@ PERMUTED = ("llama", "smollm3", "granite")
 KEYS = {"context_length": "max_position_embeddings", "block_count": "num_hidden_layers",
         "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
         "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-        "attention.key_length": "head_dim", "rope.freq_base": "rope_theta",
+        "attention.key_length": "head_dim", "attention.value_length": "head_dim",
+        "rope.freq_base": "rope_theta",
         "attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
 
@@ -24,9 +25,9 @@ def interleave_rows(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind=Type.F32, pre="gpt-2",
-               drop=(), extra=(), fields=None, parts=1) -> Path:
+               drop=(), extra=(), fields=None, parts=1, tokens=None) -> Path:
     """``kind`` is the type of all matrices, or a function from a GGUF name to one; ``parts`` splits the
-    file, and the path of the first is returned."""
+    file, and the path of the first is returned; ``tokens`` writes another tokenizer to the writer it is given."""
     files = [path] if parts == 1 else [path.with_name(f"{path.stem}-{n:05d}-of-{parts:05d}.gguf")
                                        for n in range(1, parts + 1)]
     tensors = [(name, value) for name, value in _tensors(network, config, architecture) if name not in drop]
@@ -38,7 +39,8 @@ def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind
             writer.add_uint16("split.count", parts)
             writer.add_int32("split.tensors.count", len(tensors))
         if number == 0:
-            _metadata(writer, architecture, config, pre, fields or {})
+            _metadata(writer, architecture, config, fields or {})
+            (tokens or (lambda writer: _tokenizer(writer, pre)))(writer)
         for name, value in tensors[number::parts]:
             type_ = kind(name) if callable(kind) else kind
             type_ = type_ if value.ndim >= 2 and not name.startswith("rope_f") else Type.F32
@@ -87,7 +89,9 @@ def _tensors(network, config: dict, architecture: str):
         yield target, value
 
 
-def _metadata(writer, architecture: str, config: dict, pre: str, fields: dict) -> None:
+def _metadata(writer, architecture: str, config: dict, fields: dict) -> None:
+    if fields.get("attention.key_length", 0) is None:
+        fields = fields | {"attention.value_length": None}
     known = {key: config[source] for key, source in KEYS.items() if source in config}
     for key, value in (known | fields).items():
         if value is None:
@@ -95,6 +99,9 @@ def _metadata(writer, architecture: str, config: dict, pre: str, fields: dict) -
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                str: writer.add_string}[type(value)]
         add(key if key.startswith("tokenizer.") else f"{architecture}.{key}", value)
+
+
+def _tokenizer(writer, pre: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(alphabet())
