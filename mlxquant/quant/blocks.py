@@ -76,7 +76,7 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
     activation = _calibrated(context.activation, statistics)
     for kind, paths in _by_spec(specs).items():
         made = _quantise({path: weights[path] for path in paths}, statistics, kind, context)
-        result.errors |= {path: _relative_error(weights[path], made[path].dequantise(), statistics)
+        result.errors |= {path: _relative_error(weights[path], made[path], statistics)
                           for path in paths}
         if kind.method == "replica":
             store_replicas(made, modules, kind, transform, context.dtype, result)
@@ -85,13 +85,14 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
             store(path, modules[path], quantised, transform, activation, context.dtype, result)
 
 
-def _relative_error(weight: mx.array, made: mx.array, statistics: Statistics) -> float:
+def _relative_error(weight: mx.array, made: Quantised | Replicas, statistics: Statistics) -> float:
     """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large."""
     rows, columns = weight.shape
     step = max(1, min(rows // 256, round(rows * columns**2 / _MEASURED)))
-    weight, made, hessian = weight[::step], made[::step], statistics.hessian
+    weight, hessian = weight[::step], statistics.hessian
+    stored = made.every(step).dequantise() if isinstance(made, Quantised) else made.dequantise()[::step]
     whole = awq.output_error(weight, hessian)
-    return awq.output_error(made - weight, hessian) / whole if whole > 0 else 0.0
+    return awq.output_error(stored - weight, hessian) / whole if whole > 0 else 0.0
 
 
 def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:

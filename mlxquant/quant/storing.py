@@ -45,6 +45,12 @@ class Quantised:
             return weight
         return weight.at[:, mx.array(self.kept)].add(self.residual.astype(mx.float32))
 
+    def every(self, step: int) -> "Quantised":
+        """Every ``step``-th row."""
+        part = self.affine
+        affine = Affine(part.codes[::step], part.scales[::step], part.biases[::step], part.spec)
+        return Quantised(affine, self.kept, None if self.residual is None else self.residual[::step])
+
     def split(self, rows: list[int]) -> list["Quantised"]:
         """The matrices that were stacked, by their numbers of rows."""
         ends = np.cumsum(rows).tolist()
