@@ -75,7 +75,8 @@ def compare_predictions(folder: Path, name: str, architecture: str, changes: dic
     theirs = predictions(server(path))
     gap = max(abs(float(ours[token]) - value) for token, value in theirs.items())
     row = {"model": name, "largest_difference": gap, "spread": max(theirs.values()) - min(theirs.values())}
-    print(f"{name}: log probabilities differ by at most {gap:.4f} (from the first to the 50th: {row['spread']:.2f})", flush=True)
+    print(f"{name}: log probabilities differ by at most {gap:.4f} (from the first to the 50th: {row['spread']:.2f})",
+          flush=True)
     return row
 
 
@@ -132,21 +133,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", type=Path)
     text = parser.parse_args().text.read_text()
-    texts = [*TEXTS, SAMPLE, *[line for line in text.splitlines() if line.strip()][:150], Path(__file__).read_text()[:3000]]
-    texts = [t for t in texts if t]
+    lines = [line for line in text.splitlines() if line.strip()]
+    texts = [t for t in (*TEXTS, SAMPLE, *lines[:150], Path(__file__).read_text()[:3000]) if t]
     with tempfile.TemporaryDirectory(prefix="mlxquant-llamacpp-") as folder:
         folder = Path(folder)
         rows = [compare_predictions(folder, name, name, *case) for name, case in CASES.items()]
         for name, (scaling, fields) in SCALINGS.items():
-            extra = [("rope_freqs.weight", frequency_factors(scaling, 32, 10000.0).astype(np.float32))] if name == "llama3" else []
-            rows.append(compare_predictions(folder, f"llama, rope {name}", "llama", {"rope_scaling": scaling}, fields, extra))
+            extra = []
+            if name == "llama3":
+                extra = [("rope_freqs.weight", frequency_factors(scaling, 32, 10000.0).astype(np.float32))]
+            rows.append(compare_predictions(folder, f"llama, rope {name}", "llama", {"rope_scaling": scaling},
+                                            fields, extra))
         vocabulary, merges = across_words(text[:400_000])
         kinds = [compare_tokens(folder, kind, bytes_tokenizer(kind, vocabulary, merges), len(vocabulary), texts)
                  for kind in SPLITTERS]
         written = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text[:400_000].splitlines()), model_writer=written, model_type="bpe", vocab_size=2000,
-            byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+            sentence_iterator=iter(text[:400_000].splitlines()), model_writer=written, model_type="bpe",
+            vocab_size=2000, byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
             user_defined_symbols=["<tool>"], minloglevel=2)
         fields = piece_fields(sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()))
         kinds.append(compare_tokens(folder, "SentencePiece", pieces_tokenizer(fields), len(fields["tokens"]), texts))

@@ -91,7 +91,8 @@ def seed_safetensors() -> bytes:
 
 SEED_INDEX = {"metadata": {"total_size": 160},
               "weight_map": {f"model.layers.{index}.weight": "model.safetensors" for index in range(6)}}
-NUMBERS = [0, 1, 2, 7, 31, 32, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+NUMBERS = [0, 1, 2, 7, 31, 32, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63,
+           2**64 - 1]
 SCRAPS = [b"\x00", b"\xff" * 8, b'"', b"{", b"[" * 50, b"null", b"-1", b"1e999", b"../../etc/passwd", b"NaN", b"true",
           "▁".encode(), b"blk.0.", b".weight", b"token_embd.weight", b"\xf0\x9f"]
 
@@ -234,7 +235,8 @@ def main() -> None:
             outcomes.update(made["outcomes"])
             failures += made["failures"]
         done = last - a.first
-        print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s", file=sys.stderr,
+              flush=True)
     for failure in failures[:5]:
         print(failure["error"], file=sys.stderr)
     print(save("fuzz", files=done, seconds=time.perf_counter() - start, outcomes=dict(sorted(outcomes.items())),

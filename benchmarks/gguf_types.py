@@ -3,7 +3,8 @@
     pip install xllamacpp; python benchmarks/gguf_types.py [--layers 4]
 
 Blocks are made by ggml's own quantiser (through xllamacpp's build of it) from down_proj matrices of the
-default model, off the grid that they came on by noise of their own rounding's size; errors are Σ(ŵ − w)² / Σw². ``own`` is that of the type against the weights it was made of,
+default model, off the grid that they came on by noise of their own rounding's size; errors are
+Σ(ŵ − w)² / Σw². ``own`` is that of the type against the weights it was made of,
 ``added`` that of the import against the ``gguf`` package's decoder, ``total`` of the import against the weights.
 """
 
@@ -55,7 +56,8 @@ def off_grid(values: np.ndarray) -> np.ndarray:
 
 
 def error(values: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.square(values.astype(np.float64) - reference).sum() / np.square(reference.astype(np.float64)).sum())
+    reference = reference.astype(np.float64)
+    return float(np.square(values - reference).sum() / np.square(reference).sum())
 
 
 def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
@@ -75,7 +77,8 @@ def scale_precision(type_: Type, blocks: np.ndarray, decoded: np.ndarray) -> dic
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         scales, biases = (np.array(mx.array(a).astype(dtype).astype(mx.float32))[..., None]
                           for a in (groups.scales, groups.biases))
-        result[str(dtype).removeprefix("mlx.core.")] = error((scales * codes + biases).reshape(decoded.shape), decoded)
+        values = (scales * codes + biases).reshape(decoded.shape)
+        result[str(dtype).removeprefix("mlx.core.")] = error(values, decoded)
     return result
 
 

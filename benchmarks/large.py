@@ -47,11 +47,12 @@ def write_model(folder: Path, config: dict) -> None:
     def matrix(rows: int, columns: int) -> mx.array:
         return mx.array(random.standard_normal((rows, columns), np.float32) * 0.02).astype(mx.float16)
 
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
-              "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width),
+              "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
               "mlp.down_proj": (width, inner)}
     block = {f"{path}.weight": matrix(*shape) for path, shape in shapes.items()}
-    block |= {f"{norm}.weight": mx.ones(width, mx.float16) for norm in ("input_layernorm", "post_attention_layernorm")}
+    block |= {f"{norm}.weight": mx.ones(width, mx.float16)
+              for norm in ("input_layernorm", "post_attention_layernorm")}
     folder.mkdir(parents=True)
     for index in range(config["num_hidden_layers"]):
         tensor_file.write(folder / f"model-block-{index:03d}.safetensors",
@@ -127,9 +128,10 @@ def main() -> None:
     finally:
         shutil.rmtree(base)
     blocks = config["num_hidden_layers"]
-    print(f"{a.shape}, {blocks} blocks, {a.method}: {size / 1e9:.1f} GB of weights, peak {made['peak_rss_gb']:.2f} GB, "
-          f"{made['seconds']:.0f} s")
-    print(save(f"large-{a.shape}-{a.method}", shape=a.shape, blocks=blocks, method=a.method, bits=a.bits,
+    print(f"{a.shape}, {blocks} blocks, {a.method}: {size / 1e9:.1f} GB of weights, "
+          f"peak {made['peak_rss_gb']:.2f} GB, {made['seconds']:.0f} s")
+    name = f"large-{a.shape}-{a.method}" + (f"-{blocks}-blocks" if a.blocks else "")
+    print(save(name, shape=a.shape, blocks=blocks, method=a.method, bits=a.bits,
                samples=a.samples, length=a.length, source_gb=size / 1e9, **made))
 
 

@@ -89,7 +89,8 @@ def _locked(path: Path, target: Path, wait: bool):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.close()
-            raise MlxquantError(f"another run is writing {target}; wait for it or choose another output path") from error
+            raise MlxquantError(f"another run is writing {target}; wait for it or choose another "
+                                "output path") from error
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()  # whoever held it has removed it meanwhile

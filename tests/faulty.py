@@ -3,7 +3,8 @@
     python faulty.py ACTION MOMENT TARGET VERB …
 
 ``kill`` ends the process as kill -9 does, ``pause`` writes TARGET and waits, ``touch`` and ``shrink`` change the file
-TARGET, ``fill`` makes it so long that its disk is full. MOMENT counts reads of GGUF tensors, writes, syncs and renames; those after it go on undisturbed.
+TARGET, ``fill`` makes it so long that its disk is full. MOMENT counts reads of GGUF tensors, writes,
+syncs and renames; those after it go on undisturbed.
 """
 
 import contextlib

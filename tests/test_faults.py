@@ -96,8 +96,8 @@ def test_killed_while_it_fetches_a_model(tmp_path):
             "mlxquant.cli.main = lambda: recipes.fetch(made)\n"
             f"exec(compile(open({str(FAULTY)!r}).read(), 'faulty', 'exec'))")
     for moment, code_ in ((1, -signal.SIGKILL), (2, -signal.SIGKILL), (0, 0)):
-        result = subprocess.run([sys.executable, "-c", code, "kill", str(moment), "-"], capture_output=True, text=True,
-                                env=os.environ | {"MLXQUANT_CACHE": str(tmp_path / "cache")})
+        result = subprocess.run([sys.executable, "-c", code, "kill", str(moment), "-"], capture_output=True,
+                                text=True, env=os.environ | {"MLXQUANT_CACHE": str(tmp_path / "cache")})
         assert result.returncode == code_, result.stderr
     files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     files = [f for f in files if f.suffix != ".so"]

@@ -37,6 +37,7 @@ def test_what_it_looks_for_is_noticed(fuzzer, monkeypatch):
         while True:
             pass
 
-    for parse, error in ((lambda: bytes(20 << 20), MemoryError), (forever, TimeoutError), (lambda: {}["a"], KeyError)):
+    wrong = ((lambda: bytes(20 << 20), MemoryError), (forever, TimeoutError), (lambda: {}["a"], KeyError))
+    for parse, error in wrong:
         with pytest.raises(error):
             fuzzer._watched("test", parse, 100)

@@ -109,9 +109,9 @@ def _errors(outcome) -> str:
     """What this run added, and what was lost before it, as far as that can be known."""
     line = (f"error added on the calibration text: {outcome.added['mean']:.1e} in the mean of all layers, "
             f"{outcome.added['largest']:.1e} in {outcome.added['layer']}")
-    if outcome.inherited is not None:
-        line += (f"\ninherited from importing {outcome.inherited['file']}: {outcome.inherited['error']:.1e} of the weights "
-                 f"in {len(outcome.inherited['rounded'])} tensors; what the file had lost before is not in it")
+    if (before := outcome.inherited) is not None:
+        line += (f"\ninherited from importing {before['file']}: {before['error']:.1e} of the weights in "
+                 f"{len(before['rounded'])} of {before['tensors']} tensors; what the file had lost before is not in it")
     return line
 
 

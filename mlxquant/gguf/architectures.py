@@ -13,9 +13,9 @@ ROPES = ("linear", "yarn", "llama3", "longrope")
 
 @dataclass(frozen=True)
 class Architecture:
-    """``keys`` are entries of config.json by GGUF key (and default, where one is known), beyond what all have; ``derived`` are computed
-    from the rest; ``ropes`` the scalings that mlx-lm's model knows. ``ignored`` GGUF keys say what its
-    model leaves out."""
+    """``keys`` are entries of config.json by GGUF key (and default, where one is known), beyond what all
+    have; ``derived`` are computed from the rest; ``ropes`` the scalings that mlx-lm's model knows.
+    ``ignored`` GGUF keys say what its model leaves out."""
 
     model_type: str
     keys: dict[str, str | tuple[str, object]] = field(default_factory=dict)

@@ -1,17 +1,18 @@
 """config.json from GGUF metadata: nothing is assumed that the file does not say, and nothing it says is dropped."""
 
-from collections.abc import Callable
+import numpy as np
 
 from mlxquant.errors import BadCheckpoint, Unsupported
 from mlxquant.gguf import rope, tokenizer
 from mlxquant.gguf.architectures import ARCHITECTURES, Architecture
 from mlxquant.gguf.reader import GGUFModel
 
-_WINDOW_FREE = ("vocab_size", "tensor_data_layout", "attention.value_length", "rope.dimension_count",
-                "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "use_parallel_residual")
+# Keys that change nothing, or say what the tensors' shapes say again.
+_HARMLESS = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "use_parallel_residual")
 # Entries that depend on whether the file holds a tensor.
 _PRESENT = {"attention_bias": "blk.0.attn_q.bias", "use_qkv_bias": "blk.0.attn_q.bias",
-            "use_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"}
+            "use_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias",
+            "use_qk_norm": "blk.0.attn_q_norm.weight"}
 
 
 def architecture_of(file: GGUFModel) -> Architecture:
@@ -28,7 +29,7 @@ def config_of(file: GGUFModel) -> dict:
     Raises ``BadCheckpoint`` for a value that is missing or impossible, ``Unsupported`` for a key that
     would change what the model computes and has no place.
     """
-    architecture, field = architecture_of(file), _fields(file)
+    architecture, field = architecture_of(file), Fields(file)
     if "token_embd.weight" not in file.tensors:
         raise BadCheckpoint(f"{file.path} holds no token_embd.weight")
     heads, width, blocks = field("attention.head_count"), field("embedding_length"), field("block_count")
@@ -60,24 +61,26 @@ def config_of(file: GGUFModel) -> dict:
     return config | tokenizer.stops(file)
 
 
-def _fields(file: GGUFModel) -> Callable:
+class Fields:
     """Reads positive numbers and switches of the file's architecture, and remembers which it was asked for."""
-    prefix, asked = file.metadata["general.architecture"], set()
 
-    def field(key: str, kinds=int, **default):
-        asked.add(key)
-        value = file.metadata.get(f"{prefix}.{key}", default.get("default"))
+    def __init__(self, file: GGUFModel):
+        self._path, self._metadata = file.path, file.metadata
+        self.prefix, self.asked = file.metadata["general.architecture"], set()
+
+    def __call__(self, key: str, kinds=int, **default):
+        """The value of ``key`` under the architecture's name; raises ``BadCheckpoint`` for an impossible one."""
+        self.asked.add(key)
+        value = self._metadata.get(f"{self.prefix}.{key}", default.get("default"))
         if value is None and "default" in default or isinstance(value, bool) and kinds != int:
             return value
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
-            raise BadCheckpoint(f"{file.path}: metadata {prefix}.{key} is {value!r}, a positive number is needed")
+            raise BadCheckpoint(f"{self._path}: metadata {self.prefix}.{key} is {value!r}, "
+                                "a positive number is needed")
         return value
 
-    field.asked = asked
-    return field
 
-
-def _check_head(file: GGUFModel, field: Callable, architecture: Architecture, config: dict) -> None:
+def _check_head(file: GGUFModel, field: Fields, architecture: Architecture, config: dict) -> None:
     head = config["head_dim"]
     if field("attention.value_length", default=head) != head:
         raise Unsupported(f"{file.path}: keys and values of different widths are not imported")
@@ -88,11 +91,11 @@ def _check_head(file: GGUFModel, field: Callable, architecture: Architecture, co
     config["partial_rotary_factor"] = rotated / head
 
 
-def _refuse_unknown(file: GGUFModel, field: Callable, architecture: Architecture) -> None:
-    prefix = file.metadata["general.architecture"] + "."
+def _refuse_unknown(file: GGUFModel, field: Fields, architecture: Architecture) -> None:
+    prefix = f"{field.prefix}."
     for key, value in file.metadata.items():
         name = key.removeprefix(prefix)
-        known = name in field.asked or name in _WINDOW_FREE or name in architecture.ignored
-        if key.startswith(prefix) and not known and value not in (0, False, None):
+        known = name in field.asked or name in _HARMLESS or name in architecture.ignored
+        if key.startswith(prefix) and not known and (isinstance(value, np.ndarray) or value not in (0, False, None)):
             raise Unsupported(f"{file.path}: metadata {key} = {value!r} has no place in mlx-lm's "
                               f"{architecture.model_type}")

@@ -1,7 +1,6 @@
 """Scalings of rotary position embeddings, from GGUF's metadata and tensors to mlx-lm's ``rope_scaling``."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -13,13 +12,12 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 TENSORS = (FREQUENCIES, LONG, SHORT)
 
 
-def scaling(file: GGUFModel, architecture: Architecture, config: dict, field: Callable) -> dict:
+def scaling(file: GGUFModel, architecture: Architecture, config: dict, field) -> dict:
     """Entries of config.json: none, or ``rope_scaling`` and what belongs to it.
 
     Raises ``Unsupported`` for a scaling that mlx-lm's model of this architecture does not have.
     """
-    prefix = file.metadata["general.architecture"]
-    kind = file.metadata.get(f"{prefix}.rope.scaling.type", "none")
+    kind = file.metadata.get(f"{field.prefix}.rope.scaling.type", "none")
     field.asked.update(f"rope.scaling.{name}" for name in ("type", "finetuned", "original_context_length"))
     if FREQUENCIES in file.tensors:
         kind = "llama3"
@@ -29,7 +27,7 @@ def scaling(file: GGUFModel, architecture: Architecture, config: dict, field: Ca
         field.asked.add("rope.scaling.factor")
         return {}
     if kind not in architecture.ropes:
-        raise Unsupported(f"{file.path}: rope scaling {kind!r}; supported for {prefix}: "
+        raise Unsupported(f"{file.path}: rope scaling {kind!r}; supported for {field.prefix}: "
                           f"{', '.join(architecture.ropes) or 'none'}")
     made = {"type": kind, "rope_type": kind}
     if kind == "llama3":
@@ -45,7 +43,7 @@ def scaling(file: GGUFModel, architecture: Architecture, config: dict, field: Ca
     return {"rope_scaling": made}
 
 
-def _longrope(file: GGUFModel, made: dict, config: dict, field: Callable) -> dict:
+def _longrope(file: GGUFModel, made: dict, config: dict, field) -> dict:
     half = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
     original = field("rope.scaling.original_context_length")
     factor = config["max_position_embeddings"] / original
@@ -61,7 +59,7 @@ def _longrope(file: GGUFModel, made: dict, config: dict, field: Callable) -> dic
     return {"rope_scaling": made, "original_max_position_embeddings": original}
 
 
-def _llama3(file: GGUFModel, config: dict, field: Callable) -> dict:
+def _llama3(file: GGUFModel, config: dict, field) -> dict:
     """The numbers that give the factors of ``rope_freqs.weight``: it is all that the file keeps of them.
 
     Long wavelengths λ have the factor F, short ones 1, and those between them 1 / ((1 − s) / F + s) with

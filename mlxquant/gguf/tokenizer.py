@@ -138,7 +138,8 @@ def _sentence_piece(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
     begin = [normalizers.Prepend("▁")] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
     end = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end])
     return tokenizer, fields.roles({"bos": 1, "eos": 2, "unk": 0}), True
 
 
@@ -149,4 +150,5 @@ def _frame(tokenizer: Tokenizer, fields: _Fields, roles: dict[str, str | None], 
     around = [token for token in (begin, end) if token]
     if around:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[part for part in (begin, "$A", end) if part], special_tokens=[(token, fields.vocabulary[token]) for token in dict.fromkeys(around)])
+            single=[part for part in (begin, "$A", end) if part],
+            special_tokens=[(token, fields.vocabulary[token]) for token in dict.fromkeys(around)])
