@@ -64,7 +64,7 @@ def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
     """What MLX makes of the import, in float32."""
     if plan.bits is None:
         dtype = {Type.F32: mx.float32, Type.BF16: mx.bfloat16}.get(type_, mx.float16)
-        return np.array(weights.plain("w", type_, blocks, dtype).astype(mx.float32))
+        return np.array(weights.plain("w", type_, blocks, dtype)[0].astype(mx.float32))
     made = weights.codes("w", type_, blocks, plan)
     arrays = (mx.array(made.weight), *(mx.array(a).astype(mx.float32) for a in (made.scales, made.biases)))
     return np.array(mx.dequantize(*arrays, group_size=GROUP, bits=made.bits))

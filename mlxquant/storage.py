@@ -1,5 +1,6 @@
 """Where files are kept, and how they are written: whole or not at all, by one process at a time."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -91,8 +92,9 @@ def _locked(path: Path, target: Path, wait: bool):
             file.close()
             raise MlxquantError(f"another run is writing {target}; wait for it or choose another "
                                 "output path") from error
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
         file.close()  # whoever held it has removed it meanwhile
 
 

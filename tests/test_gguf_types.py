@@ -60,9 +60,10 @@ def test_other_types_are_decoded_and_cost_what_is_said(type_):
         errors.append(relative(dequantise(made), expected))
         assert made.bits == bits and errors[-1] == pytest.approx(made.lost / made.whole, rel=1e-2)
     assert errors[1] < 3e-4 and errors[1] <= errors[0] < 0.3
-    kept = weights.plain("w", type_, data, mx.float16)
+    kept, lost, whole = weights.plain("w", type_, data, mx.float16)
     assert weights.plan("w", type_, True, 16) == weights.Plan(None)
-    assert relative(np.array(kept.astype(mx.float32)), expected) < 1e-6
+    error = relative(np.array(kept.astype(mx.float32)), expected)
+    assert error < 1e-6 and error == pytest.approx(lost / (whole or 1), rel=1e-2)
 
 
 def test_default_widths_hold_a_types_bits():

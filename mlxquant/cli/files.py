@@ -44,6 +44,8 @@ def _print_rounded(rounded: dict[str, dict]) -> None:
 
     table = Table("layer", "type", "stored as", "error", box=None)
     for path, r in rounded.items():
+        if r["bits"] == 16:  # norms and the like, by the hundred
+            continue
         how = "same codes, scales in float16" if r["repacked"] else f"{r['bits']} bits, groups of 32"
         table.add_row(path, r["type"], how, f"{r['error']:.1e}")
     Console().print(table)

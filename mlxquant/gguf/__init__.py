@@ -42,7 +42,7 @@ def import_cached(path: Path) -> Path:
             return folder
         print(f"Importing {path.name}, once", file=sys.stderr)
         outcome = import_file(path, folder)
-        if anew := [r for r in outcome.record["rounded"].values() if not r["repacked"]]:
+        if anew := [r for r in outcome.record["rounded"].values() if not r["repacked"] and r["bits"] < 16]:
             print(f"{len(anew)} of {outcome.record['tensors']} tensors had no exact place and were rounded anew, "
                   f"relative error {outcome.record['error']:.1e}; `mlxquant import` shows each", file=sys.stderr)
     return folder

@@ -24,7 +24,8 @@ _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class Rounded:
-    """What the import took from one matrix: Σ(ŵ − w)² and Σw²."""
+    """What the import took from one tensor: Σ(ŵ − w)² and Σw². ``repacked`` codes are the file's, 16 ``bits``
+    plain numbers."""
 
     path: str
     type: Type
@@ -68,16 +69,19 @@ class Imported:
         for name, source in self.sources.items():
             tensor, shape = source.tensor, source.tensor.shape
             if source.plan.bits is None:
-                values = weights.plain(tensor.name, tensor.type, source.blocks(), dtype, source.offset)
+                values, lost, whole = weights.plain(tensor.name, tensor.type, source.blocks(), dtype, source.offset)
+                self._note(name, source, 16, lost, whole)
                 yield name, values.reshape(shape)
                 continue
             path, made = name.removesuffix(".weight"), weights.codes(
                 tensor.name, tensor.type, source.blocks(), source.plan)
-            if made.lost:
-                self.rounded.append(Rounded(path, tensor.type, made.bits, source.plan.repacked,
-                                            made.lost, made.whole))
+            self._note(path, source, made.bits, made.lost, made.whole)
             for key, array in ((name, made.weight), (f"{path}.scales", made.scales), (f"{path}.biases", made.biases)):
                 yield key, mx.array(array.reshape(*shape[:-1], -1))
+
+    def _note(self, path: str, source: Source, bits: int, lost: float, whole: float) -> None:
+        if lost:
+            self.rounded.append(Rounded(path, source.tensor.type, bits, source.plan.repacked, lost, whole))
 
     def stored_bytes(self) -> int:
         """What the arrays will take."""

@@ -74,20 +74,25 @@ def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> 
     return Plan(None if bits == UNROUNDED else bits or width_for(type_))
 
 
-def plain(name: str, type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0) -> mx.array:
-    """Values (rows, n) plus ``offset`` in ``dtype``; raises ``Unsupported`` if one overflows it."""
+def plain(name: str, type_: Type, blocks: np.ndarray, dtype: mx.Dtype,
+          offset: float = 0.0) -> tuple[mx.array, float, float]:
+    """Values (rows, n) plus ``offset`` in ``dtype``, and the sums of squares of what rounding took and of all
+    values; raises ``Unsupported`` if one overflows it."""
     if type_ in PLAIN:
         values = mx.array(blocks.view(PLAIN[type_]))
         values = values.view(mx.bfloat16) if type_ == Type.BF16 else values
     else:
-        values = mx.concatenate([mx.array(part).astype(dtype) for part in _decoded(type_, blocks)])
+        values = mx.concatenate([mx.array(part) for part in _decoded(type_, blocks)])
     if offset:
         values = values.astype(mx.float32) + offset
-    values = values.astype(dtype)
+    wide, values = values, values.astype(dtype)
     word, infinite, mask = _INFINITE[dtype]
     if (np.asarray(values.view(word)) & mask).max() >= infinite:
         raise Unsupported(f"tensor {name} has values outside {dtype}")
-    return values
+    if wide.dtype == dtype:
+        return values, 0.0, 0.0
+    lost = mx.square(wide.astype(mx.float32) - values.astype(mx.float32)).sum().item()
+    return values, lost, mx.square(wide.astype(mx.float32)).sum().item() if lost else 0.0
 
 
 def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Affine:
