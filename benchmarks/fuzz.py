@@ -134,7 +134,7 @@ class Fuzzer:
     """Runs cases in a folder; ``run`` returns what came of one, and raises what no file may cause."""
 
     def __init__(self, folder: Path):
-        self.folder, self.gguf = folder, folder / "m.gguf"
+        self.folder, self.gguf, self.most = folder, folder / "m.gguf", (0, 0)  # bytes taken, of a file
         self.seeds = [seed_gguf(folder / "seed.gguf", pieces=pieces) for pieces in (False, True)]
         self.headers = [data.find(b"blk.0.ffn_down.weight") + 60 for data in self.seeds]
         self.safetensors, self.index = seed_safetensors(), json.dumps(SEED_INDEX).encode()
@@ -183,6 +183,7 @@ class Fuzzer:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         taken = tracemalloc.get_traced_memory()[1] - before
+        self.most = max(self.most, (taken, size))
         if taken > PER_BYTE * size + FIXED:
             raise MemoryError(f"{taken} bytes were taken for a file of {size}")
         return f"{kind} {outcome}"
@@ -209,7 +210,7 @@ def chunk(first: int, last: int, folder: Path) -> None:
             if isinstance(error, KeyboardInterrupt):
                 raise
             failures.append({"case": number, "error": "".join(traceback.format_exception(error))[-1500:]})
-    print(json.dumps({"outcomes": outcomes, "failures": failures}))
+    print(json.dumps({"outcomes": outcomes, "failures": failures, "most": fuzzer.most}))
 
 
 def main() -> None:
@@ -223,7 +224,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="mlxquant-fuzz-") as folder:
             chunk(*a.chunk, Path(folder))
         return
-    outcomes, failures, done, start = Counter(), [], 0, time.perf_counter()
+    outcomes, failures, done, most, start = Counter(), [], 0, [0, 0], time.perf_counter()
     while done < a.count and time.perf_counter() - start < a.seconds:
         first, last = a.first + done, a.first + min(done + CHUNK, a.count)
         result = subprocess.run([sys.executable, __file__, "--chunk", str(first), str(last)], stdout=subprocess.PIPE,
@@ -234,13 +235,14 @@ def main() -> None:
             made = json.loads(result.stdout)
             outcomes.update(made["outcomes"])
             failures += made["failures"]
+            most = max(most, made["most"])
         done = last - a.first
         print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s", file=sys.stderr,
               flush=True)
     for failure in failures[:5]:
         print(failure["error"], file=sys.stderr)
     print(save("fuzz", files=done, seconds=time.perf_counter() - start, outcomes=dict(sorted(outcomes.items())),
-               failures=failures))
+               most_bytes_taken=most[0], by_a_file_of=most[1], failures=failures))
     sys.exit(1 if failures else 0)
 
 
