@@ -6,7 +6,13 @@ its message and exits with 1. Anything else that escapes is a bug of ours.
 
 
 class MlxquantError(Exception):
-    """Base of the errors whose message is meant for the user."""
+    """Base of the errors whose message is meant for the user.
+
+    It stays one line, and harmless to a terminal, whatever names a file brings into it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ModelNotFound(MlxquantError):

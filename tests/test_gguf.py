@@ -119,6 +119,7 @@ ENTRY = named(b"w") + struct.pack("<I", 1)
     (header(fields=1, body=named(b"k") + struct.pack("<IIQ", 9, 8, 2**50)), "wanted"),
     (header(fields=2, body=2 * (named(b"k") + struct.pack("<IB", 0, 1))), "duplicate metadata key k"),
     (header(tensors=1, body=named(b"w") + struct.pack("<I", 2**31)), "2147483648 dimensions"),
+    (header(tensors=1, body=named(b"\n\x1b[2J") + struct.pack("<I", 2**31)), r"tensor \\n\\x1b\[2J has"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 2**40, 0, 0)), "spans bytes"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 4, 0, 2**63)), "spans bytes"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 33, 3, 0)), "do not divide"),

@@ -38,7 +38,7 @@ def files(file: GGUFModel) -> dict[str, str]:
     except MlxquantError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        fields.refuse(str(error))
+        fields.refuse(str(error).split("\n")[0])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
