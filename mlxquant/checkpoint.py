@@ -205,10 +205,11 @@ def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:
     weight_map = read_object(index, "weight_map")["weight_map"]
     if not isinstance(weight_map, dict):
         raise BadCheckpoint(f"{index}: weight_map is no object")
+    present = {path.name for path in index.parent.iterdir()}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise BadCheckpoint(f"{index} sends tensor {name} outside its folder: {file!r}")
-        if not (index.parent / file).exists():
+        if file not in present:
             raise BadCheckpoint(f"{index} names {file}, which is missing")
         if name not in tensors:
             raise BadCheckpoint(f"{index} promises tensor {name}, which {file} does not hold")

@@ -59,6 +59,8 @@ def test_lying_safetensors_end_in_one_line(tmp_path, data, message):
     ({"a": "/etc/passwd"}, "outside its folder"),
     ({"a": 3}, "outside its folder"),
     ({"a": "model-00002-of-00002.safetensors"}, "which is missing"),
+    ({"a": "m" * 5000}, "which is missing"),
+    ({"a": "model\0.safetensors"}, "which is missing"),
     ({"b": "model.safetensors"}, "does not hold"),
     ([], "no object"),
 ])
