@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
 from mlxquant.errors import MlxquantError
-from mlxquant.generation import Message, PromptCache, stream_generate
+from mlxquant.generation import Message, stream_generate
 from mlxquant.loading import LanguageModel
+from mlxquant.prompt_cache import PromptCache
 from mlxquant.report import Report
 from mlxquant.sampling import Sampling
 

@@ -1,105 +1,53 @@
-"""Text from a prompt or a conversation, over mlx-lm's generation loop."""
+"""Text from a prompt or a conversation, over mlx-lm's generation loops."""
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Iterator, Sequence
+from functools import partial
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
-import mlx_lm
-from mlx_lm.generate import TextStateMachine
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.utils import common_prefix_len
+from mlx_lm.generate import TextStateMachine, generate_step, generation_stream, wired_limit
 
 from mlxquant import report
 from mlxquant.errors import BadValue, TooLarge, Unsupported
 from mlxquant.loading import LanguageModel
-from mlxquant.report import Report
+from mlxquant.prompt_cache import PromptCache
+from mlxquant.reply import Chunk, FinishReason, Response, Splitter
 from mlxquant.roofline import traffic
 from mlxquant.sampling import Sampling
+from mlxquant.speculation import DRAFT_TOKENS, Speculation, Token, draft_steps, lookup_steps
 
-Message = dict[str, str]
+Message = dict[str, Any]
+Tool = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+PromptProgress = Callable[[int, int], None]
 
-_KV_GROUP = 32
+KV_GROUP = 32
 _KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 
 
-@dataclass
-class PromptCache:
-    """Keys and values of a conversation, kept between calls.
-
-    Give the same object to successive calls: only the tokens after the longest
-    prefix shared with the last call are processed again.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    layers: list = field(default_factory=list)
-
-    def reuse(self, model: LanguageModel, prompt: list[int]) -> int:
-        """Trim to what ``prompt`` shares with the held tokens; returns how many remain.
-
-        At least one prompt token is left to process. A cache that cannot be
-        trimmed (a sliding window that has wrapped) is started afresh.
-        """
-        shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
-        surplus = len(self.tokens) - shared
-        if not self.layers or (surplus and not can_trim_prompt_cache(self.layers)):
-            self.layers, shared = make_prompt_cache(model.network), 0
-        elif surplus:
-            trim_prompt_cache(self.layers, surplus)
-        self.tokens = self.tokens[:shared]
-        return shared
-
-    def record(self, fed: list[int]) -> None:
-        """Note the tokens of the last call, as far as the layers have taken them in."""
-        held = max((getattr(layer, "offset", 0) for layer in self.layers), default=0)
-        surplus = held - len(self.tokens) - len(fed)
-        if surplus > 0 and can_trim_prompt_cache(self.layers):
-            held -= trim_prompt_cache(self.layers, surplus)
-            surplus = 0
-        if held == 0 or surplus > 0:  # unknown contents: start afresh next time
-            self.tokens, self.layers = [], []
-        else:
-            self.tokens = (self.tokens + fed)[:held]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a reply. The last one carries ``finish_reason`` and the ``report``."""
-
-    text: str
-    finish_reason: str | None = None
-    report: Report | None = None
-
-
-@dataclass(frozen=True)
-class Response:
-    """A whole reply: its text, why it ended ("stop" or "length"), and how fast it was."""
-
-    text: str
-    finish_reason: str
-    report: Report
-
-    def as_dict(self) -> dict:
-        """The JSON form: text, finish_reason and every field of the report, flat."""
-        return {"text": self.text, **asdict(self.report), "finish_reason": self.finish_reason}
-
-
-def generate(model: LanguageModel, prompt: str | Sequence[Message] | Sequence[int], **options) -> Response:
+def generate(model: LanguageModel, prompt: Prompt, *, tools: Sequence[Tool] | None = None,
+             **options: Any) -> Response:
     """The whole reply to a prompt; the options are those of ``stream_generate``."""
-    chunks = list(stream_generate(model, prompt, **options))
-    return Response("".join(c.text for c in chunks), chunks[-1].finish_reason, chunks[-1].report)
+    parse = model.tokenizer.tool_parser
+    return Response.of(stream_generate(model, prompt, tools=tools, **options),
+                       parse and partial(_parse_call, parse, tools))
 
 
-def stream_generate(model: LanguageModel, prompt: str | Sequence[Message] | Sequence[int], *,
-                    max_tokens: int = 256, sampling: Sampling = Sampling(),
-                    stop: Sequence[str] = (), cache: PromptCache | None = None,
-                    kv_bits: int | None = None) -> Iterator[Chunk]:
+def stream_generate(model: LanguageModel, prompt: Prompt, *, max_tokens: int = 256, sampling: Sampling = Sampling(),
+                    stop: Sequence[str] = (), tools: Sequence[Tool] | None = None,
+                    cache: PromptCache | None = None, kv_bits: int | None = None,
+                    draft: LanguageModel | None = None, draft_tokens: int = DRAFT_TOKENS, lookup: int = 0,
+                    progress: PromptProgress | None = None) -> Iterator[Chunk]:
     """Yield the reply piece by piece.
 
     ``prompt`` is raw text, a list of chat messages (``{"role", "content"}``,
     put through the model's template) or token ids. ``stop`` strings end the
-    reply and are not part of it. ``cache`` carries keys and values over calls;
-    ``kv_bits`` stores them quantised, in groups of 32.
+    reply and are not part of it. ``tools`` are JSON schemas of functions, for
+    templates that have a place for them. ``cache`` carries keys and values over
+    calls; ``kv_bits`` stores them quantised, in groups of 32. ``draft`` is a
+    small model of the same vocabulary that guesses ``draft_tokens`` at a time;
+    ``lookup`` guesses up to so many tokens from the text itself; either only
+    changes the speed. ``progress`` is told the prompt tokens processed, and all.
 
     Closing the generator early keeps ``cache`` usable. Raises ``BadValue``,
     ``Unsupported``, or ``TooLarge`` for a prompt longer than the context.
@@ -110,31 +58,38 @@ def stream_generate(model: LanguageModel, prompt: str | Sequence[Message] | Sequ
         raise BadValue(f"kv_bits is {kv_bits}, allowed are {', '.join(map(str, _KV_BITS[1:]))}")
     if not all(stop):
         raise BadValue("a stop string is empty")
-    tokens = encode(model, prompt)
-    max_tokens = _room(model, len(tokens), max_tokens)
+    speculation = Speculation(draft, draft_tokens, lookup)
+    tokens = encode(model, prompt, tools)
+    max_tokens = room(model, len(tokens), max_tokens)
     cache = PromptCache() if cache is None else cache
-    return _stream(model, tokens, max_tokens, sampling, tuple(stop), cache, kv_bits)
+    return _stream(model, tokens, max_tokens, sampling, tuple(stop), cache, kv_bits, speculation,
+                   progress or (lambda done, total: None))
 
 
-def encode(model: LanguageModel, prompt: str | Sequence[Message] | Sequence[int]) -> list[int]:
+def encode(model: LanguageModel, prompt: Prompt, tools: Sequence[Tool] | None = None) -> list[int]:
     """Token ids of raw text, of chat messages through the template, or of ids as they are."""
     tokenizer = model.tokenizer
+    chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+    if tools and not (chat and tokenizer.has_tool_calling):
+        raise Unsupported(f"{model.name} has no place for tools in its template" if chat
+                          else "tools need a list of chat messages")
     if isinstance(prompt, str):
         special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
         tokens = tokenizer.encode(prompt, add_special_tokens=special)
-    elif prompt and isinstance(prompt[0], dict):
+    elif chat:
         if not tokenizer.has_chat_template:
             raise Unsupported(f"{model.name} has no chat template; give raw text instead")
-        tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
+        given = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **given)
     else:
         tokens = list(prompt)
     if not tokens:
         raise BadValue("the prompt is empty")
-    return tokens
+    return list(tokens)
 
 
-def _room(model: LanguageModel, prompt: int, wanted: int) -> int:
-    """How many tokens may follow a prompt within the context."""
+def room(model: LanguageModel, prompt: int, wanted: int) -> int:
+    """How many tokens may follow a prompt within the context; raises ``TooLarge`` for none."""
     context = model.context_length
     if context is None:
         return wanted
@@ -143,42 +98,90 @@ def _room(model: LanguageModel, prompt: int, wanted: int) -> int:
     return min(wanted, context - prompt)
 
 
+def _parse_call(parse: Callable[[str, Any], Any], tools: Sequence[Tool] | None, text: str) -> Any:
+    return parse(text, tools)
+
+
+def _steps(model: LanguageModel, tokens: list[int], fresh: list[int], cache: PromptCache, sampling: Sampling,
+           max_tokens: int, kv_bits: int | None, speculation: Speculation,
+           progress: PromptProgress) -> Iterator[Token]:
+    """Tokens by the loop that ``speculation`` asks for."""
+    network = model.network
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens, "sampler": sampling.sampler(len(model.tokenizer)),
+        "logits_processors": sampling.logits_processors(), "kv_bits": kv_bits, "kv_group_size": KV_GROUP}
+    if speculation.draft is not None:
+        return draft_steps(fresh, network, speculation.draft.network, cache.layers, cache.draft_layers,
+                           num_draft_tokens=speculation.draft_tokens, **options)
+    if speculation.lookup:
+        return lookup_steps(speculation.lookup, tokens, len(fresh), network, cache.layers, progress=progress,
+                            **options)
+    return _plain_steps(generate_step(mx.array(fresh), network, prompt_cache=cache.layers, quantized_kv_start=0,
+                                      prompt_progress_callback=progress, **options))
+
+
+def _plain_steps(steps: Any) -> Iterator[Token]:
+    try:
+        for token, _ in steps:
+            yield token, False
+    finally:
+        steps.close()
+
+
 def _stream(model: LanguageModel, tokens: list[int], max_tokens: int, sampling: Sampling,
-            stop: tuple[str, ...], cache: PromptCache, kv_bits: int | None) -> Iterator[Chunk]:
+            stop: tuple[str, ...], cache: PromptCache, kv_bits: int | None, speculation: Speculation,
+            progress: PromptProgress) -> Iterator[Chunk]:
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    cached = cache.reuse(model, tokens)
+    cached = cache.reuse(model.network, tokens, speculation.draft and speculation.draft.network)
+    if speculation:
+        speculation.check(model, cache.layers, kv_bits)
     fresh, generated = tokens[cached:], []
+    guessed = passes = 0
+    detokenizer, ends = model.tokenizer.detokenizer, model.tokenizer.eos_token_ids
     matcher = TextStateMachine({"normal": [(s, None) for s in stop]}).make_state()
+    splitter, written = Splitter(model.tokenizer, tokens), ""
+    reason: FinishReason | None = None
+    stopped_by, kv_before = None, 0
     mx.reset_peak_memory()
-    start = first = time.perf_counter()
-    steps = mlx_lm.stream_generate(
-        model.network, model.tokenizer, mx.array(fresh), max_tokens=max_tokens,
-        sampler=sampling.sampler(len(model.tokenizer)),
-        logits_processors=sampling.logits_processors(), prompt_cache=cache.layers,
-        kv_bits=kv_bits, kv_group_size=_KV_GROUP, quantized_kv_start=0)
-    reason, kv_before = None, 0
+    start = first = last = time.perf_counter()
+    steps = _steps(model, tokens, fresh, cache, sampling, max_tokens, kv_bits, speculation, progress)
     try:
-        for step in steps:
-            last = time.perf_counter()
-            generated.append(step.token)
-            if len(generated) == 1:
-                first, kv_before = last, traffic.kv_bytes(cache.layers)
-            matcher, text, state = TextStateMachine.step(matcher, step.text)
-            reason = "stop" if state is None else step.finish_reason
-            if reason:
-                break
-            if text:
-                yield Chunk(text)
+        with wired_limit(model.network, [generation_stream]):
+            for token, was_guessed in steps:
+                last = time.perf_counter()
+                generated.append(token)
+                guessed, passes = guessed + was_guessed, passes + (not was_guessed)
+                if len(generated) == 1:
+                    first, kv_before = last, traffic.kv_bytes(cache.layers)
+                if token in ends:
+                    reason = "stop"
+                else:
+                    detokenizer.add_token(token)
+                    reason = "length" if len(generated) == max_tokens else None
+                if reason:
+                    detokenizer.finalize()
+                piece = detokenizer.last_segment
+                written += piece
+                matcher, text, state = TextStateMachine.step(matcher, piece)
+                if state is None:
+                    reason, stopped_by = "stop", min((s for s in stop if s in written), key=written.index)
+                if reason:
+                    break
+                if text:
+                    yield Chunk(text, tuple(splitter.feed(text)))
     except NotImplementedError as error:
         raise Unsupported(f"{model.name}: {error}") from error
     finally:
         steps.close()
         cache.record(fresh + generated)
-    if state is not None:  # no stop string: what was held back as a possible one is text
+    if stopped_by is None:  # what was held back as a possible stop string is text
         text += TextStateMachine.flush(matcher)[1]
     kv = (kv_before + traffic.kv_bytes(cache.layers)) // 2
-    yield Chunk(text, reason, report.make(
+    parts = (*splitter.feed(text), *splitter.finish())
+    yield Chunk(text, parts, reason, stopped_by, report.make(
         prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(generated),
+        guessed_tokens=guessed if speculation else None, passes=passes + was_guessed,  # the last pass, if it ended before its own token
         ttft_s=first - start, decode_s=last - first,
-        bytes_per_token=model.weight_bytes_per_token + kv, peak_bytes=mx.get_peak_memory()))
+        bytes_per_token=model.weight_bytes_per_token + kv + speculation.guessing_bytes(),
+        peak_bytes=mx.get_peak_memory()))

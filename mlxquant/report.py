@@ -9,12 +9,15 @@ class Report:
 
     ``prompt_tokens`` were processed now, ``cached_tokens`` were already in the
     prompt cache. Decode speed counts the tokens after the first, which belongs
-    to the prompt's time (``ttft_s``, seconds).
+    to the prompt's time (``ttft_s``, seconds). ``guessed_tokens`` of the reply were
+    guessed ahead and found right, None where nothing was guessed; bytes per token are
+    then those of all passes, shared out.
     """
 
     prompt_tokens: int
     cached_tokens: int
     generation_tokens: int
+    guessed_tokens: int | None
     prompt_tps: float
     generation_tps: float | None
     ttft_s: float
@@ -31,6 +34,8 @@ class Report:
         cached = f" (+{self.cached_tokens} cached)" if self.cached_tokens else ""
         parts = [f"prompt {self.prompt_tokens} tokens{cached} at {self.prompt_tps:.1f} tokens/s",
                  f"reply {self.generation_tokens} tokens"]
+        if self.guessed_tokens is not None:
+            parts[1] += f", {self.guessed_tokens} guessed right,"
         if self.generation_tps is not None:
             parts[1] += f" at {self.generation_tps:.1f} tokens/s"
             parts.append(f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s"
@@ -49,18 +54,26 @@ class Report:
         return f" = {', '.join(shares)}" if shares else ""
 
 
-def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float,
-         decode_s: float, bytes_per_token: int, peak_bytes: int) -> Report:
-    """Turn raw counts and seconds into a report, with this machine's ceilings."""
+def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float, decode_s: float,
+         bytes_per_token: int, peak_bytes: int, passes: int | None = None,
+         guessed_tokens: int | None = None) -> Report:
+    """Turn raw counts and seconds into a report, with this machine's ceilings.
+
+    ``passes`` over the weights made the reply, each reading ``bytes_per_token``; unless
+    given, there was one for each token.
+    """
     from mlxquant.roofline import chips, probe
 
     ceiling = probe.read_ceiling()
     steps = generation_tokens - 1
-    tps = steps / decode_s if steps > 0 and decode_s > 0 else None
+    further = steps if passes is None else passes - 1  # the first pass belongs to the prompt
+    tps = steps / decode_s if further > 0 and decode_s > 0 else None
+    if tps is not None:
+        bytes_per_token = round(bytes_per_token * further / steps)
     rate = tps * bytes_per_token / 1e9 if tps is not None else None
     return Report(
         prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
-        generation_tokens=generation_tokens, prompt_tps=prompt_tokens / ttft_s,
+        generation_tokens=generation_tokens, guessed_tokens=guessed_tokens, prompt_tps=prompt_tokens / ttft_s,
         generation_tps=tps, ttft_s=ttft_s, bytes_per_token=bytes_per_token, gb_per_s=rate,
         ceiling_gb_per_s=ceiling.gb_per_s, ceiling_source="probe",
         headline_gb_per_s=chips.detect().headline_gb_per_s,

@@ -30,6 +30,11 @@ MinP = Annotated[float, typer.Option(help="Least probability, relative to the li
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeats.")]
 Seed = Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")]
 KvBits = Annotated[Optional[int], typer.Option(help="Quantise the KV cache: 2, 3, 4, 5, 6 or 8.")]
+Draft = Annotated[Optional[str], typer.Option(
+    metavar="MODEL", help="A small model of the same vocabulary that guesses tokens ahead.")]
+DraftTokens = Annotated[int, typer.Option(help="Tokens that --draft guesses at a time.")]
+Lookup = Annotated[int, typer.Option(
+    metavar="N", help="Guess up to N tokens ahead from what followed the same words before; 0 is off.")]
 System = Annotated[Optional[str], typer.Option(help="System prompt.")]
 
 

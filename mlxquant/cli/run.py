@@ -5,8 +5,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant.cli.common import (MODEL_HELP, AsJson, KvBits, MaxTokens, Memory, MinP, ModelName, Penalty,
-                                 Revision, Seed, System, Temperature, TopK, TopP, Trust, app,
+from mlxquant.cli.common import (MODEL_HELP, AsJson, Draft, DraftTokens, KvBits, Lookup, MaxTokens, Memory, MinP,
+                                 ModelName, Penalty, Revision, Seed, System, Temperature, TopK, TopP, Trust, app,
                                  load_model, print_json, remark)
 
 
@@ -19,27 +19,29 @@ def generate(
     max_tokens: MaxTokens = 256, temp: Temperature = 0.0, top_p: TopP = 1.0, top_k: TopK = 0,
     min_p: MinP = 0.0, repetition_penalty: Penalty = 1.0, seed: Seed = None,
     stop: Annotated[Optional[list[str]], typer.Option(help="End at this text; repeatable.")] = None,
-    kv_bits: KvBits = None, revision: Revision = None, memory: Memory = None,
-    trust_remote_code: Trust = False, as_json: AsJson = False,
+    kv_bits: KvBits = None, draft: Draft = None, draft_tokens: DraftTokens = 4, lookup: Lookup = 0,
+    revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False, as_json: AsJson = False,
 ):
     """Answer one prompt, streaming, with a report of the speed."""
-    from mlxquant.generation import Response, stream_generate
+    from mlxquant.generation import stream_generate
+    from mlxquant.reply import Response
     from mlxquant.sampling import Sampling
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = sys.stdin.read() if prompt is None else prompt
     loaded = load_model(model, revision, memory, trust_remote_code)
+    guesser = load_model(draft, None, memory, trust_remote_code, probe=False) if draft else None
     request = text
     if not raw and loaded.tokenizer.has_chat_template:
         request = [{"role": "system", "content": system}] if system else []
         request.append({"role": "user", "content": text})
-    pieces = []
-    for chunk in stream_generate(loaded, request, max_tokens=max_tokens, sampling=sampling,
-                                 stop=stop or (), kv_bits=kv_bits):
-        pieces.append(chunk.text)
+    chunks = []
+    for chunk in stream_generate(loaded, request, max_tokens=max_tokens, sampling=sampling, stop=stop or (),
+                                 kv_bits=kv_bits, draft=guesser, draft_tokens=draft_tokens, lookup=lookup):
+        chunks.append(chunk)
         if not as_json:
             print(chunk.text, end="", flush=True)
-    response = Response("".join(pieces), chunk.finish_reason, chunk.report)
+    response = Response.of(chunks)
     if as_json:
         print_json(response.as_dict())
     else:

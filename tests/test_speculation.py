@@ -1,0 +1,132 @@
+"""Guessing ahead: the same greedy text, fewer passes, caches that stay right."""
+
+import mlx.core as mx
+import pytest
+from conftest import CONFIG, random_network, write_folder
+
+import mlxquant
+from mlxquant import PromptCache, Sampling
+from mlxquant.errors import BadValue, Unsupported
+from mlxquant.speculation import Speculation, _Occurrences
+
+REPEATING = [5, 6, 7, 8, 9, 10] * 6
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    """Another random model: it guesses wrong nearly always."""
+    folder = tmp_path_factory.mktemp("draft") / "other"
+    return mlxquant.load(str(write_folder(folder, random_network(seed=7))))
+
+
+@pytest.mark.parametrize("prompt", [REPEATING, [5, 6, 7], "Once upon a time"])
+@pytest.mark.parametrize("how", ["lookup", "other model", "itself"])
+def test_greedy_text_is_unchanged(tiny, draft, prompt, how):
+    options = {"lookup": dict(lookup=5), "other model": dict(draft=draft), "itself": dict(draft=tiny)}[how]
+    plain = mlxquant.generate(tiny, prompt, max_tokens=40)
+    guessed = mlxquant.generate(tiny, prompt, max_tokens=40, **options)
+    assert (guessed.text, guessed.finish_reason) == (plain.text, plain.finish_reason)
+    assert guessed.report.generation_tokens == plain.report.generation_tokens
+    assert plain.report.guessed_tokens is None and "guessed" not in plain.report.line()
+    assert f"{guessed.report.guessed_tokens} guessed right" in guessed.report.line()
+
+
+def test_a_model_that_guesses_itself_is_always_right(tiny):
+    report = mlxquant.generate(tiny, REPEATING, max_tokens=30, draft=tiny, draft_tokens=4).report
+    assert report.guessed_tokens == 24  # four of every five
+    weights = tiny.weight_bytes_per_token
+    assert report.bytes_per_token == pytest.approx(5 * weights * 5 / 29, rel=0.2)
+
+
+def test_look_up_reads_the_weights_less_often(tiny, monkeypatch):
+    """A model made to repeat its prompt: most tokens then come from the text."""
+    passes = []
+    original = type(tiny.network).__call__
+
+    def parrot(self, inputs, cache=None, **options):
+        original(self, inputs, cache=cache, **options)
+        passes.append(inputs.shape[1])
+        following = (inputs - 5 + 1) % 6 + 5
+        return 30.0 * (mx.arange(CONFIG["vocab_size"]) == following[..., None])
+
+    monkeypatch.setattr(type(tiny.network), "__call__", parrot)
+    response = mlxquant.generate(tiny, REPEATING, max_tokens=30, lookup=5)
+    assert response.report.guessed_tokens == 25 and len(passes) == 1 + 5
+    plain = mlxquant.generate(tiny, REPEATING, max_tokens=30)
+    assert response.text == plain.text
+    assert response.report.bytes_per_token < plain.report.bytes_per_token / 4
+
+
+@pytest.mark.parametrize("options", [dict(lookup=4), dict(lookup=4, kv_bits=8), "draft"])
+@pytest.mark.parametrize("taken", [1, 3, 100])
+def test_the_cache_stays_right(tiny, draft, options, taken):
+    options = dict(draft=draft) if options == "draft" else options
+    cache = PromptCache()
+    chunks = mlxquant.stream_generate(tiny, REPEATING, max_tokens=20, cache=cache, **options)
+    for _, _chunk in zip(range(taken), chunks):
+        pass
+    chunks.close()
+    assert {layer.offset for layer in cache.layers + cache.draft_layers} == {len(cache.tokens)}
+    following = REPEATING + [40, 41]
+    again = mlxquant.generate(tiny, following, max_tokens=12, cache=cache, **options)
+    assert again.report.cached_tokens > 0
+    assert again.text == mlxquant.generate(tiny, following, max_tokens=12, kv_bits=options.get("kv_bits")).text
+
+
+def test_a_cache_made_without_a_draft_serves_one(tiny, draft):
+    cache = PromptCache()
+    mlxquant.generate(tiny, REPEATING, max_tokens=5, cache=cache)
+    with_draft = mlxquant.generate(tiny, REPEATING, max_tokens=9, cache=cache, draft=draft)
+    without = mlxquant.generate(tiny, REPEATING, max_tokens=9, cache=cache)
+    assert with_draft.text == without.text and without.report.cached_tokens == len(REPEATING) - 1
+
+
+def test_penalties_see_the_same_text(tiny):
+    penalised = Sampling(repetition_penalty=1.3)
+    plain = mlxquant.generate(tiny, REPEATING, max_tokens=30, sampling=penalised)
+    assert mlxquant.generate(tiny, REPEATING, max_tokens=30, sampling=penalised, lookup=5).text == plain.text
+
+
+def test_stop_strings_and_seeds_work(tiny):
+    whole = mlxquant.generate(tiny, REPEATING, max_tokens=40).text
+    cut = mlxquant.generate(tiny, REPEATING, max_tokens=40, lookup=5, stop=[whole[10:13]])
+    assert cut.text == whole[:whole.index(whole[10:13])] and cut.stopped_by == whole[10:13]
+    hot = dict(max_tokens=20, lookup=5, sampling=Sampling(temperature=2.0, seed=4))
+    assert mlxquant.generate(tiny, REPEATING, **hot).text == mlxquant.generate(tiny, REPEATING, **hot).text
+
+
+def test_occurrences():
+    found = _Occurrences([1, 2, 3, 4, 1, 2])
+    assert found.continuation(9) == [3, 4, 1, 2]  # two tokens match
+    found.append(3)
+    assert found.continuation(2) == [4, 1]
+    found.append(9)
+    assert found.continuation(5) == [] and _Occurrences([1]).continuation(5) == []
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(lookup=-1), "lookup is -1, allowed are 0 to 64"),
+    (dict(draft_tokens=0), "draft_tokens is 0, allowed are 1 to 64"),
+])
+def test_ranges(options, message):
+    with pytest.raises(BadValue, match=message):
+        Speculation(**options)
+
+
+def test_what_excludes_each_other(tiny, tmp_path):
+    with pytest.raises(BadValue, match="exclude each other"):
+        mlxquant.generate(tiny, "x", draft=tiny, lookup=3)
+    with pytest.raises(BadValue, match="kv_bits and a draft model"):
+        mlxquant.generate(tiny, "x", draft=tiny, kv_bits=8)
+    config = CONFIG | {"vocab_size": 400}
+    other = mlxquant.load(str(write_folder(tmp_path / "other", random_network(config), config)))
+    with pytest.raises(BadValue, match="has 400 tokens and .* 384; a draft needs the same vocabulary"):
+        mlxquant.generate(tiny, "x", draft=other)
+
+
+def test_a_sliding_window_is_refused(tiny):
+    from mlx_lm.models.cache import RotatingKVCache
+
+    cache = PromptCache([5], [RotatingKVCache(max_size=8) for _ in tiny.network.layers])
+    with pytest.raises(Unsupported, match="cannot take tokens back"):
+        mlxquant.generate(tiny, [5, 6], cache=cache, lookup=3)
