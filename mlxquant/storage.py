@@ -28,6 +28,14 @@ def cache_dir(*parts: str) -> Path:
     return Path(root).joinpath(*parts)
 
 
+def state_dir(*parts: str) -> Path:
+    """Folder for what the user would miss, such as the history of the chat (``MLXQUANT_STATE`` moves it)."""
+    root = os.environ.get("MLXQUANT_STATE")
+    if not root:
+        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mlxquant"
+    return Path(root).joinpath(*parts)
+
+
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise ``TooLarge`` unless ``needed`` bytes are free on the disk of ``folder``."""
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())

@@ -1,38 +1,39 @@
-"""The conversation and its terminal, by transcript with the small random model."""
+"""The conversation by transcript: through a pipe, with a model that says what is written here."""
 
 import io
-import os
-import pty
-import re
-import select
-import subprocess
 import sys
-import time
 
 import pytest
+from scripted import scripted
 
-from mlxquant import chat
-from mlxquant.chat import Conversation
+from mlxquant.chat import Conversation, Session, run, terminal
+from mlxquant.chat.terminal import is_open, unquoted
+
+GREETING = "<think>Be nice.</think>\n\nHello **you**."
 
 
 @pytest.fixture
-def talk(tiny, monkeypatch, capsys):
+def talk(tiny_folder, monkeypatch, capsys):
     """Run a scripted conversation; returns (stdout, stderr, conversation)."""
 
-    def run(*lines, **options):
-        conversation = Conversation(tiny, max_tokens=12, **options)
+    def start(*lines, replies=("One.", "Two.", "Three."), load=None, **options):
+        model = scripted(tiny_folder, replies)
+        conversation = Conversation(model, **{"max_tokens": 200, **options})
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat.run(conversation)
+        run(Session(conversation, load or (lambda name: scripted(name, ["From another."]))))
         captured = capsys.readouterr()
         return captured.out, captured.err, conversation
 
-    return run
+    return start
+
+
+def contents(conversation):
+    return [message["content"] for message in conversation.messages]
 
 
 def test_a_piped_conversation_answers_each_line_and_ends(talk):
     out, err, conversation = talk("hello", "", "again")
-    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
-    assert out == "".join(m["content"] + "\n" for m in conversation.messages[1::2])
+    assert out == "One.\nTwo.\n" and contents(conversation) == ["hello", "One.", "again", "Two."]
     assert err.count("tokens/s") >= 2
 
 
@@ -41,23 +42,61 @@ def test_a_turn_does_not_process_the_conversation_again(talk):
     assert conversation.last_report.cached_tokens > conversation.last_report.prompt_tokens
 
 
-def test_commands(talk):
-    out, err, conversation = talk("/help", "/stats", "/system", "/system Be brief.", "/system", "/nonsense")
-    assert out == "" and conversation.messages == []
-    for expected in ("Ctrl-C stops a reply", "no reply yet; 0 of 512 tokens", "(no system prompt)",
-                     "(system prompt set", "Be brief.", "no command /nonsense"):
+def test_reasoning_is_folded_or_shown_and_kept(talk):
+    out, err, conversation = talk("hi", "/show thoughts", replies=[GREETING])
+    assert out == "Hello **you**.\n" and "thought, 2 words" in err and err.count("Be nice.") == 1
+    assert contents(conversation)[1] == GREETING
+    out, err, _ = talk("/set thoughts shown", "hi", replies=[GREETING])
+    assert out == "Hello **you**.\n" and "Be nice." in err and "thought, 2" not in err
+
+
+def test_several_lines_and_files_make_one_message(talk, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("a\nb\n")
+    _, err, conversation = talk('"""first', "", 'second"""', f"/read {file}", "what is this?", "/read nowhere",
+                                f"/read {tmp_path}")
+    assert contents(conversation)[0] == "first\n\nsecond"
+    assert contents(conversation)[2] == "notes.txt:\n```\na\nb\n```\n\nwhat is this?"
+    assert "(notes.txt, 2 lines, goes with the next message)" in err
+    assert "error: cannot read nowhere: No such file" in err and f"error: cannot read {tmp_path}: Is a dir" in err
+
+
+def test_binary_and_large_files_are_refused(talk, tmp_path):
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(5 << 20)
+    _, err, _ = talk(f"/read {tmp_path}/b", f"/read {tmp_path}/large")
+    assert "is not text in UTF-8" in err and "has 5 MB, allowed are 4" in err
+
+
+def test_help_names_every_command_of_the_table(talk):
+    from mlxquant.chat.commands import TABLE
+
+    _, err, _ = talk("/help")
+    assert all(command.usage in err and command.help in err for command in TABLE.values())
+    assert set(TABLE) == {"/help", "/set", "/show", "/system", "/clear", "/retry", "/undo", "/edit", "/save",
+                          "/load", "/read", "/stats", "/bench", "/model", "/exit"}
+
+
+def test_settings_change_during_the_conversation(talk):
+    _, err, conversation = talk("/set temperature 0.5", "/set top_k=7", "/set seed 3", "/set seed none",
+                                "/set max_tokens 9", "/set lookup 4", "/show", "/set", "/set heat 3",
+                                "/set top_p 2", "/set top_k x", "/set max_tokens 0", "/set thoughts maybe")
+    sampling = conversation.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.5, 7, None)
+    assert (conversation.max_tokens, conversation.lookup) == (9, 4)
+    for expected in ("temperature 0.5 · top_p 1.0 · top_k 7", "(seed is None)", "error: /set NAME VALUE",
+                     "error: top_p is 2.0, allowed are 0 to 1", "error: top_k is 'x', allowed is a whole number",
+                     "error: max_tokens is 0, at least 1", "error: thoughts is 'maybe', allowed are folded"):
         assert expected in err
 
 
-def test_exit_leaves_at_once(talk):
-    _, _, conversation = talk("/exit", "never asked")
-    assert conversation.messages == []
-
-
-def test_clear_forgets_messages_but_not_the_system_prompt(talk):
-    _, err, conversation = talk("hello", "/clear", "/stats", system="Be brief.")
-    assert conversation.messages == [] and conversation.system == "Be brief."
-    assert "tokens of context in use" in err
+def test_system_clear_stats_and_unknown_commands(talk):
+    out, err, conversation = talk("/stats", "/system", "/system Be brief.", "/system", "hi", "/clear", "/nonsense")
+    assert out == "One.\n" and conversation.messages == [] and conversation.system == "Be brief."
+    for expected in ("no reply yet", "0/512 tokens", "(no system prompt)", "(system prompt set", "Be brief.",
+                     "(conversation cleared)", "no command /nonsense"):
+        assert expected in err
 
 
 def test_the_system_prompt_reaches_the_model(talk):
@@ -66,81 +105,137 @@ def test_the_system_prompt_reaches_the_model(talk):
     assert with_system.last_report.prompt_tokens > without.last_report.prompt_tokens
 
 
-def test_ctrl_c_stops_the_reply_and_keeps_the_session(talk, monkeypatch):
-    original, calls = Conversation.reply, []
-
-    def interrupted(self, text):
-        pieces = original(self, text)
-        calls.append(text)
-        if len(calls) > 1:
-            yield from pieces
-            return
-        try:
-            yield next(pieces)
-            raise KeyboardInterrupt
-        finally:
-            pieces.close()
-
-    monkeypatch.setattr(Conversation, "reply", interrupted)
-    _, err, conversation = talk("hello", "go on")
-    assert "(stopped)" in err and len(conversation.messages) == 4
-    assert conversation.messages[1]["content"] and conversation.last_report.cached_tokens > 0
+def test_retry_undo_and_edit(talk):
+    _, _, conversation = talk("a", "/retry")
+    assert contents(conversation) == ["a", "Two."]
+    _, err, conversation = talk("a", "b", "/undo")
+    assert contents(conversation) == ["a", "One."] and "(taken back: b)" in err
+    _, _, conversation = talk("a", "/edit c")
+    assert contents(conversation) == ["c", "Two."]
+    _, err, _ = talk("/undo", "/retry", "/edit")
+    assert err.count("error: nothing has been said yet") == 3
 
 
-def test_ctrl_c_at_the_prompt_keeps_the_session(tiny, monkeypatch, capsys):
+def test_edit_alone_begins_the_next_prompt(tiny_folder, monkeypatch):
+    session = Session(Conversation(scripted(tiny_folder, ["One."])))
+    session.handle("a question")
+    session.handle("/edit")
+    assert session.read(lambda start: f"{start}, changed") == "a question, changed"
+    assert session.read(lambda start: start) == "" and session.conversation.messages == []
+
+
+def test_bench_leaves_the_conversation_alone(talk):
+    _, err, conversation = talk("a", "/bench", "b", replies=["One.", "Bench.", "Two."])
+    assert contents(conversation) == ["a", "One.", "b", "Two."] and err.count("tokens/s") >= 3
+    assert conversation.last_report.cached_tokens > 0
+
+
+def test_exit_leaves_at_once(talk):
+    assert talk("/exit", "never asked")[2].messages == []
+
+
+def test_another_model_goes_on_with_the_conversation(talk, tiny_folder):
+    out, err, conversation = talk("a", f"/model {tiny_folder}", "b", "/model")
+    assert out == "One.\nFrom another.\n" and contents(conversation)[::2] == ["a", "b"]
+    assert conversation.last_report.cached_tokens == 0 and "the conversation goes on" in err
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folder):
+    from mlxquant.errors import TooLarge
+
+    calls = []
+
+    def load(name):
+        calls.append(name)
+        if len(calls) == 1:
+            raise TooLarge("too large")
+        return scripted(name, ["Still here."])
+
+    out, err, conversation = talk("a", "/model no-such", f"/model {tiny_folder}", "b", load=load)
+    assert "error: no model named 'no-such'" in err and "error: too large" in err
+    assert out == "One.\nStill here.\n" and len(calls) == 2
+
+
+def test_a_full_context_forgets_whole_turns_and_says_so(talk):
+    system = "S" * 40
+    lines = [f"{i} " + "x" * 60 for i in range(6)]
+    out, err, conversation = talk(*lines, replies=[f"Reply {i}." for i in range(6)], system=system, max_tokens=100)
+    assert out == "".join(f"Reply {i}.\n" for i in range(6))
+    assert "the context is full: the model no longer sees the oldest" in err
+    assert len(conversation.messages) == 12 and conversation.forgotten % 2 == 0 < conversation.forgotten
+    seen = conversation.model.tokenizer.decode(conversation.cache.tokens)
+    assert seen.startswith("<|im_start|>system\n" + system) and "0 xxx" not in seen and "5 xxx" in seen
+    assert seen.count("<|im_start|>user") == seen.count("<|im_start|>assistant")
+
+
+def test_a_message_longer_than_the_context_is_refused_and_survived(talk):
+    out, err, conversation = talk("before", "x" * 600, "short", replies=["One.", "Two."])
+    assert "error: the message has" in err and "the context of" in err
+    assert contents(conversation)[::2] == ["before", "short"] and conversation.forgotten == 0
+    assert conversation.last_report.cached_tokens > 0
+
+
+def test_a_reply_that_is_cut_says_why(talk):
+    _, err, _ = talk("a", replies=["A long reply."], max_tokens=4)
+    assert "(cut at 4 tokens; /set max_tokens allows more)" in err
+    _, err, _ = talk("x" * 300, replies=["y" * 400], max_tokens=500)
+    assert "(cut: the context is full)" in err
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(tiny_folder, capsys):
+    session = Session(Conversation(scripted(tiny_folder, ["A long reply that goes on.", "Two."]), max_tokens=100))
+    feed, fed = session._screen.feed, []
+
+    def interrupted(parts):
+        fed.append(parts)
+        feed(parts)
+        if len(fed) == 8:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    session._screen.feed = interrupted
+    session.handle("hello")
+    session.handle("go on")
+    assert "(stopped)" in capsys.readouterr().err
+    kept = contents(session.conversation)
+    assert "A long reply that goes on.".startswith(kept[1]) and 0 < len(kept[1]) < 20
+    assert kept[2:] == ["go on", "Two."] and session.conversation.last_report.cached_tokens > 0
+
+
+def test_ctrl_c_while_the_prompt_is_read_keeps_the_conversation(tiny_folder, capsys):
+    session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
+    reading = session._reading
+
+    def once(interrupted):
+        session._reading = reading
+        return reading(lambda: True)
+
+    session._reading = once
+    session.handle("hello")
+    session.handle("again")
+    assert "(stopped)" in capsys.readouterr().err
+    assert contents(session.conversation)[:3] == ["hello", "", "again"] and contents(session.conversation)[3]
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_session(tiny_folder, monkeypatch, capsys):
     answers = iter([KeyboardInterrupt, "hello", EOFError])
 
-    def read():
+    def read(_):
         answer = next(answers)
         if isinstance(answer, str):
             return answer
         raise answer
 
-    monkeypatch.setattr(chat, "_reader", lambda: read)
-    conversation = Conversation(tiny, max_tokens=3)
-    chat.run(conversation)
-    assert len(conversation.messages) == 2 and "leaves" in capsys.readouterr().err
+    monkeypatch.setattr(terminal, "reader", lambda names, status: read)
+    session = Session(Conversation(scripted(tiny_folder)))
+    run(session)
+    assert len(session.conversation.messages) == 2 and "leaves" in capsys.readouterr().err
 
 
-def test_a_full_context_is_said_and_survived(talk):
-    _, err, conversation = talk("x" * 600, "short")
-    assert "error: the prompt has" in err and "the context of" in err
-    assert [m["content"] for m in conversation.messages[::2]] == ["short"]
-
-
-def test_in_a_real_terminal(tiny_folder, tmp_path):
-    """Through a pseudo-terminal: the line editor, a reply, Ctrl-D."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxquant", "chat", str(tiny_folder), "--max-tokens", "5"],
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        env=os.environ | {"TERM": "dumb", "PROMPT_TOOLKIT_NO_CPR": "1"})
-    os.close(slave)
-    seen = _until(master, "> ")
-    os.write(master, b"hello\r")
-    seen += _until(master, "peak.*> ")
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        os.write(master, b"\x04")  # again, should it come before the editor is back
-        _read(master)
-    os.close(master)
-    assert process.wait(timeout=10) == 0
-    assert "/help lists the commands" in seen and "tokens/s" in seen
-
-
-def _until(terminal: int, pattern: str, patience: float = 120) -> str:
-    seen, deadline = "", time.monotonic() + patience
-    while not re.search(pattern, seen, re.DOTALL) and time.monotonic() < deadline:
-        seen += _read(terminal)
-    assert re.search(pattern, seen, re.DOTALL), seen
-    return seen
-
-
-def _read(terminal: int) -> str:
-    """What the terminal shows within a second; nothing once the other side has closed it."""
-    if not select.select([terminal], [], [], 1)[0]:
-        return ""
-    try:
-        return os.read(terminal, 4096).decode("utf-8", "replace")
-    except OSError:
-        return ""
+@pytest.mark.parametrize("text,whole,opened", [
+    ('"""a', "a", True), ('"""a\nb"""', "a\nb", False), ('"""', "", True), ("plain ", "plain", False),
+    ('""""""', "", False), ('say """x"""', 'say """x"""', False)])
+def test_quotes_around_several_lines(text, whole, opened):
+    assert unquoted(text) == whole and is_open(text) is opened

@@ -54,15 +54,19 @@ def chat(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "",
     system: System = None, max_tokens: MaxTokens = 1024, temp: Temperature = 0.7,
     top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repetition_penalty: Penalty = 1.0,
-    seed: Seed = None, kv_bits: KvBits = None, revision: Revision = None, memory: Memory = None,
-    trust_remote_code: Trust = False,
+    seed: Seed = None, kv_bits: KvBits = None, draft: Draft = None, lookup: Lookup = 0,
+    revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False,
 ):
     """Talk with a model; /help lists the commands."""
-    from mlxquant.chat import Conversation, run
+    from mlxquant.chat import Conversation, Session, run
     from mlxquant.models import DEFAULT_MODEL
     from mlxquant.sampling import Sampling
 
+    def load(name: str):
+        return load_model(name, revision, memory, trust_remote_code)
+
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
-    loaded = load_model(model or DEFAULT_MODEL, revision, memory, trust_remote_code)
+    loaded = load(model or DEFAULT_MODEL)
+    guesser = load_model(draft, None, memory, trust_remote_code, probe=False) if draft else None
     remark(f"{loaded.name}: /help lists the commands, Ctrl-D leaves")
-    run(Conversation(loaded, system, sampling, max_tokens, kv_bits))
+    run(Session(Conversation(loaded, system, sampling, max_tokens, kv_bits, guesser, lookup), load))

@@ -1,0 +1,220 @@
+"""What a line that begins with a slash does. One function a command; the table at the end names them."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable
+
+from mlxquant import recipes
+from mlxquant.chat import saved
+from mlxquant.errors import BadValue, MlxquantError
+from mlxquant.generation import generate
+from mlxquant.prompt_cache import PromptCache
+from mlxquant.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlxquant.chat.session import Session
+
+READ_LIMIT = 4 << 20  # bytes; no context holds more
+_BENCH = "Explain in a few sentences why the sky is blue."
+_BENCH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Command:
+    """``takes`` gives the words to complete with; None stands for paths."""
+
+    usage: str
+    help: str
+    run: Callable[["Session", str], None]
+    takes: Callable[[], list[str]] | None = list
+
+    @property
+    def name(self) -> str:
+        return self.usage.partition(" ")[0]
+
+
+def obey(session: "Session", line: str) -> None:
+    """Run the command in ``line``; raises ``MlxquantError`` with what is wrong."""
+    name, _, argument = line.partition(" ")
+    command = TABLE.get(name)
+    if command is None:
+        raise BadValue(f"no command {name}; /help lists them")
+    command.run(session, argument.strip())
+
+
+def _help(session: "Session", _: str) -> None:
+    width = max(len(command.usage) for command in TABLE.values()) + 2
+    for command in TABLE.values():
+        session.say(f"{command.usage:{width}}{command.help}")
+    session.say('Several lines: begin and end with """, or press Alt-Enter for a new one.\n'
+                "Ctrl-R searches what was typed before. Ctrl-C stops a reply and keeps the conversation.")
+
+
+def _settings(session: "Session") -> dict[str, object]:
+    talk = session.conversation
+    return {**{f.name: getattr(talk.sampling, f.name) for f in fields(Sampling)}, "max_tokens": talk.max_tokens,
+            "lookup": talk.lookup, "thoughts": session.thoughts}
+
+
+def _set(session: "Session", argument: str) -> None:
+    name, _, text = argument.replace("=", " ").partition(" ")
+    settings = _settings(session)
+    if name not in settings or not text.strip():
+        raise BadValue(f"/set NAME VALUE, where NAME is one of {', '.join(settings)}")
+    text, talk = text.strip(), session.conversation
+    if name == "thoughts":
+        if text not in ("folded", "shown"):
+            raise BadValue(f"thoughts is {text!r}, allowed are folded and shown")
+        session.thoughts = text
+    elif name in ("max_tokens", "lookup"):
+        value = _number(name, text, whole=True)
+        lowest = 1 if name == "max_tokens" else 0
+        if value is None or value < lowest:
+            raise BadValue(f"{name} is {text}, at least {lowest} is needed")
+        setattr(talk, name, value)
+    else:
+        whole = name in ("top_k", "seed")
+        talk.sampling = replace(talk.sampling, **{name: _number(name, text, whole)})
+    session.say(f"({name} is {_settings(session)[name]})")
+
+
+def _number(name: str, text: str, whole: bool) -> int | float | None:
+    if name == "seed" and text in ("none", "off"):
+        return None
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        raise BadValue(f"{name} is {text!r}, allowed is a {'whole ' * whole}number") from None
+
+
+def _show(session: "Session", argument: str) -> None:
+    if argument == "thoughts":
+        session.say(session.conversation.thoughts.strip() or "(no reasoning before the last reply)")
+        return
+    if argument:
+        raise BadValue("/show has no argument, or: thoughts")
+    talk = session.conversation
+    session.say(f"model {talk.model.name} in {talk.model.folder}")
+    session.say(f"system {talk.system or '(none)'}")
+    session.say(" · ".join(f"{name} {value}" for name, value in _settings(session).items()))
+    session.say(f"{len(talk.messages) // 2} turns, {talk.forgotten // 2} forgotten, context {talk.used()}")
+
+
+def _system(session: "Session", text: str) -> None:
+    if not text:
+        session.say(session.conversation.system or "(no system prompt)")
+        return
+    session.conversation.system = text
+    session.conversation.clear()
+    session.say("(system prompt set, conversation cleared)")
+
+
+def _clear(session: "Session", _: str) -> None:
+    session.conversation.clear()
+    session.attached = []
+    session.say("(conversation cleared)")
+
+
+def _retry(session: "Session", _: str) -> None:
+    session.answer(session.conversation.undo())
+
+
+def _undo(session: "Session", _: str) -> None:
+    said = session.conversation.undo()
+    session.say(f"(taken back: {said.splitlines()[0][:60]})")
+
+
+def _edit(session: "Session", text: str) -> None:
+    said = session.conversation.undo()
+    if text:
+        session.answer(text)
+    else:
+        session.draft = said  # the next prompt begins with it
+
+
+def _save(session: "Session", argument: str) -> None:
+    if not argument:
+        raise BadValue("/save needs a file's name")
+    files = saved.save(session.conversation, Path(argument))
+    size = sum(file.stat().st_size for file in files)
+    session.say(f"(saved: {' and '.join(map(str, files))}, {size / 1e6:.1f} MB)")
+
+
+def _load(session: "Session", argument: str) -> None:
+    if not argument:
+        raise BadValue("/load needs a file's name")
+    talk = session.conversation
+    found = saved.load(Path(argument), talk.model)
+    found.into(talk)
+    kept = f"{len(talk.cache.tokens)} tokens need no processing" if found.cache else \
+        f"its keys and values are not there or not of this model ({found.model}): computed again when needed"
+    session.say(f"({len(talk.messages) // 2} turns; {kept})")
+
+
+def _read(session: "Session", argument: str) -> None:
+    if not argument:
+        raise BadValue("/read needs a file's name")
+    path = Path(argument).expanduser()
+    try:
+        if path.stat().st_size > READ_LIMIT:
+            raise BadValue(f"{path} has {path.stat().st_size / 1e6:.0f} MB, allowed are {READ_LIMIT >> 20}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MlxquantError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MlxquantError(f"{path} is not text in UTF-8") from error
+    session.attached.append(f"{path.name}:\n```\n{text.rstrip()}\n```\n")
+    session.say(f"({path.name}, {len(text.splitlines())} lines, goes with the next message)")
+
+
+def _stats(session: "Session", _: str) -> None:
+    talk = session.conversation
+    session.say(talk.last_report.line() if talk.last_report else "no reply yet")
+    session.say(f"{talk.used()} tokens of context in use")
+
+
+def _bench(session: "Session", _: str) -> None:
+    talk = session.conversation
+    report = generate(talk.model, [{"role": "user", "content": _BENCH}], max_tokens=_BENCH_TOKENS,
+                      cache=PromptCache(), kv_bits=talk.kv_bits).report
+    session.say(report.line())
+
+
+def _model(session: "Session", name: str) -> None:
+    if not name:
+        session.say(session.conversation.model.name)
+        return
+    session.change_model(name)
+    session.say(f"(now {session.conversation.model.name}; the conversation goes on)")
+
+
+def _exit(session: "Session", _: str) -> None:
+    session.over = True
+
+
+def _models() -> list[str]:
+    return [*recipes.names(), *(f"{p}/" for p in Path().iterdir() if (p / "config.json").is_file()),
+            *(p.name for p in Path().glob("*.gguf"))]
+
+
+def _names() -> list[str]:
+    return [*(f.name for f in fields(Sampling)), "max_tokens", "lookup", "thoughts"]
+
+
+TABLE = {command.name: command for command in (
+    Command("/help", "this list", _help),
+    Command("/set NAME VALUE", "temperature, top_p, seed, max_tokens, thoughts …", _set, _names),
+    Command("/show [thoughts]", "settings, or the reasoning before the last reply", _show, lambda: ["thoughts"]),
+    Command("/system [TEXT]", "set the system prompt and start over; alone: show it", _system),
+    Command("/clear", "forget the conversation, keep the system prompt", _clear),
+    Command("/retry", "answer the last message again", _retry),
+    Command("/undo", "take the last exchange back", _undo),
+    Command("/edit [TEXT]", "change the last message and ask again", _edit),
+    Command("/save FILE", "keep the conversation, with its keys and values", _save, None),
+    Command("/load FILE", "go on with one", _load, None),
+    Command("/read FILE", "send a text file with the next message", _read, None),
+    Command("/stats", "speed of the last reply, and how full the context is", _stats),
+    Command("/bench", "speed of a short fixed reply", _bench),
+    Command("/model [NAME]", "go on with another model", _model, _models),
+    Command("/exit", "leave (also Ctrl-D)", _exit),
+)}

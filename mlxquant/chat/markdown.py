@@ -1,0 +1,75 @@
+"""Markdown that arrives piece by piece, as lines for a terminal.
+
+A block (paragraph, list, table, code) is finished once another begins; until then
+more text may change how all of it looks.
+"""
+
+import re
+from typing import Any
+
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown
+from rich.padding import Padding
+from rich.syntax import Syntax
+
+# A model's text must not steer the terminal: no control characters but new line and tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_PARSER = MarkdownIt().enable("table")
+
+
+class _Code(CodeBlock):
+    """Highlighted in the terminal's own colours, without filling lines up: it can be copied."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        syntax = Syntax("", self.lexer_name, theme="ansi_dark")
+        yield Padding(syntax.highlight(str(self.text).rstrip()), (0, 0, 0, 2))
+
+
+class _Heading(Heading):
+    """On the left, at every level."""
+
+    LEVEL_ALIGN = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
+
+
+class _Markdown(Markdown):
+    elements = Markdown.elements | {"fence": _Code, "code_block": _Code, "heading_open": _Heading}
+
+
+def clean(text: str) -> str:
+    """``text`` without control characters."""
+    return _CONTROL.sub("", text)
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """The finished blocks of ``text``, and the rest that may still change."""
+    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
+    lines = text.splitlines(keepends=True)
+    edges = sorted({0, *starts})
+    blocks = ["".join(lines[a:b]) for a, b in zip(edges, [*edges[1:], len(lines)])]
+    return [block for block in blocks[:-1] if block.strip()], blocks[-1] if blocks else ""
+
+
+def render(console: Console, block: str) -> list[str]:
+    """The lines of one block, with escape sequences where the console has them; none is empty
+    at either end. One column stays free, so that no terminal wraps a full line."""
+    width = max(console.width - 1, 10)
+    with console.capture() as capture:
+        console.print(_Markdown(block, hyperlinks=False), width=width)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    while lines and not _visible(lines[0]):
+        lines.pop(0)
+    while lines and not _visible(lines[-1]):
+        lines.pop()
+    return lines
+
+
+def plain(console: Console, text: Any, style: str) -> list[str]:
+    """Lines of ``text`` as it is, in one style."""
+    with console.capture() as capture:
+        console.print(text, style=style, markup=False, highlight=False, width=max(console.width - 1, 10))
+    return capture.get().splitlines()
+
+
+def _visible(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()

@@ -1,0 +1,108 @@
+"""Reading what the user says: a line editor on a terminal, plain lines from a pipe.
+
+A message that begins with three double quotes goes on until three close it.
+"""
+
+import sys
+from typing import Any, Callable, Iterator
+
+from mlxquant.storage import state_dir
+
+QUOTES = '"""'
+Read = Callable[[str], str]  # takes text to begin with; raises EOFError at the end
+
+
+def reader(names: dict[str, Callable[[], list[str]] | None], status: Callable[[int], str]) -> Read:
+    """A function that reads one message.
+
+    ``names`` are commands, and what gives the words that may follow each; None stands
+    for paths. ``status`` gives the line under the prompt for a width.
+    """
+    return _editor(names, status) if sys.stdin.isatty() else _lines
+
+
+def unquoted(text: str) -> str:
+    """``text`` without the quotes around several lines, and without blanks around it."""
+    text = text.strip()
+    if text.startswith(QUOTES):
+        text = text.removeprefix(QUOTES).removesuffix(QUOTES)
+    return text.strip()
+
+
+def is_open(text: str) -> bool:
+    """Whether quotes were opened and not closed."""
+    text = text.strip()
+    return text.startswith(QUOTES) and not (text.endswith(QUOTES) and len(text) >= 2 * len(QUOTES))
+
+
+def _lines(_: str) -> str:
+    text = ""
+    while not text or is_open(text):
+        line = sys.stdin.readline()
+        if not line and not text:
+            raise EOFError
+        text += line
+        if not line:
+            break
+    return text
+
+
+def _editor(names: dict[str, Callable[[], list[str]] | None], status: Callable[[int], str]) -> Read:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.shortcuts import CompleteStyle
+    from prompt_toolkit.styles import Style
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(
+        history=_history(), completer=_completer(names), complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE, enable_history_search=True, key_bindings=keys,
+        multiline=Condition(lambda: is_open(get_app().current_buffer.text)),
+        prompt_continuation=lambda width, number, wrapped: "" if wrapped else "… ".rjust(width),
+        bottom_toolbar=lambda: status(get_app().output.get_size().columns),
+        style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}))
+    return lambda start: session.prompt("> ", default=start)
+
+
+def _history() -> Any:
+    """What was typed in earlier sessions; only this one's where it cannot be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = state_dir("chat_history")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path)
+
+
+def _completer(names: dict[str, Callable[[], list[str]] | None]) -> Any:
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        """Commands after a slash, then what each of them takes."""
+
+        def get_completions(self, document: Document, complete_event: Any) -> Iterator[Completion]:
+            command, space, rest = document.text_before_cursor.partition(" ")
+            if not command.startswith("/"):
+                return
+            if not space:
+                yield from _matching(names, command)
+            elif (words := names.get(command, list)) is not None:
+                yield from _matching(words(), rest)
+            else:
+                yield from paths.get_completions(Document(rest), complete_event)
+
+    def _matching(words: Any, start: str) -> Iterator[Completion]:
+        return (Completion(word, -len(start)) for word in sorted(words) if word.startswith(start))
+
+    return Commands()
+
+

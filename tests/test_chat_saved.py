@@ -1,0 +1,110 @@
+"""Saved conversations: what comes back, what is refused, keys and values that fit."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from conftest import random_network, write_folder
+from scripted import scripted
+
+import mlxquant
+from mlxquant import PromptCache, Sampling
+from mlxquant.chat import Conversation, saved
+from mlxquant.errors import BadCheckpoint, BadValue, MlxquantError
+
+
+@pytest.fixture
+def spoken(tiny):
+    conversation = Conversation(tiny, system="Be brief.", sampling=Sampling(temperature=0.5, seed=4), max_tokens=9)
+    list(conversation.reply("hello"))
+    return conversation
+
+
+def test_a_conversation_comes_back_with_its_keys_and_values(spoken, tiny, tmp_path):
+    files = saved.save(spoken, tmp_path / "talk")
+    assert [file.name for file in files] == ["talk.json", "talk.safetensors"]
+    other = Conversation(tiny)
+    saved.load(tmp_path / "talk.json", tiny).into(other)
+    assert (other.messages, other.system, other.sampling) == (spoken.messages, spoken.system, spoken.sampling)
+    assert other.cache.tokens == spoken.cache.tokens
+    for ours, theirs in zip(other.cache.layers, spoken.cache.layers):
+        assert all(mx.array_equal(a, b) for a, b in zip(ours.state, theirs.state))
+    again = list(other.reply("more"))[-1].report
+    assert again.cached_tokens > 20
+    assert other.messages == (list(spoken.reply("more")), spoken.messages)[1]
+
+
+def test_a_quantised_cache_comes_back(tiny, tmp_path):
+    cache = PromptCache()
+    mlxquant.generate(tiny, list(range(3, 60)), max_tokens=4, cache=cache, kv_bits=8)
+    cache.save(tmp_path / "c.safetensors")
+    back = PromptCache.load(tmp_path / "c.safetensors")
+    again = mlxquant.generate(tiny, list(range(3, 60)), max_tokens=4, cache=back, kv_bits=8)
+    assert again.report.cached_tokens == 56 and back.layers[0].bits == 8
+
+
+def test_other_weights_get_no_keys_and_values(spoken, tmp_path):
+    saved.save(spoken, tmp_path / "talk")
+    other = mlxquant.load(str(write_folder(tmp_path / "other", random_network())), dense=False)
+    other.folder = tmp_path / "other"
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "other" / "model-00001-of-00001.safetensors")
+    found = saved.load(tmp_path / "talk", other)
+    assert found.cache is None and found.messages == spoken.messages
+
+
+def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, tmp_path):
+    saved.save(spoken, tmp_path / "talk")
+    assert saved.save(Conversation(tiny), tmp_path / "talk") == [tmp_path / "talk.json"]
+    assert not (tmp_path / "talk.safetensors").exists()
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda v: "not json", "is no saved conversation"),
+    (lambda v: json.dumps([]), "is no saved conversation of format 1"),
+    (lambda v: json.dumps(v | {"format": 2}), "of format 1"),
+    (lambda v: json.dumps(v | {"messages": [{"role": "user", "content": "x"}]}), "pairs of user and assistant"),
+    (lambda v: json.dumps(v | {"messages": [{"role": "user"}, {"role": "assistant"}]}), "pairs of user"),
+    (lambda v: json.dumps(v | {"sampling": {"heat": 1}}), "other settings"),
+])
+def test_what_is_no_saved_conversation_is_refused(spoken, tiny, tmp_path, change, message):
+    path, _ = saved.save(spoken, tmp_path / "talk")
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(BadCheckpoint, match=message):
+        saved.load(path, tiny)
+
+
+def test_a_damaged_cache_is_refused(spoken, tiny, tmp_path):
+    _, cache = saved.save(spoken, tmp_path / "talk")
+    cache.write_bytes(cache.read_bytes()[:100])
+    with pytest.raises(BadCheckpoint, match="is no prompt cache"):
+        saved.load(tmp_path / "talk", tiny)
+    (tmp_path / "plain.safetensors").unlink(missing_ok=True)
+    mx.save_safetensors(str(tmp_path / "plain.safetensors"), {"a": mx.zeros(3)})
+    with pytest.raises(BadCheckpoint, match="is no prompt cache"):
+        PromptCache.load(tmp_path / "plain.safetensors")
+
+
+def test_a_missing_file_and_a_bad_value_are_one_line(tiny, spoken, tmp_path):
+    with pytest.raises(MlxquantError, match="cannot read .*talk.json: No such file"):
+        saved.load(tmp_path / "talk", tiny)
+    path, _ = saved.save(spoken, tmp_path / "talk")
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"sampling": value["sampling"] | {"top_p": 7}}))
+    with pytest.raises(BadValue, match="top_p is 7"):
+        saved.load(path, tiny)
+
+
+def test_commands_save_and_load(tiny_folder, tmp_path, capsys):
+    from mlxquant.chat import Session
+
+    session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
+    session.handle("hello")
+    session.handle(f"/save {tmp_path}/talk")
+    session.handle("/clear")
+    session.handle(f"/load {tmp_path}/talk")
+    session.handle("/save")
+    session.handle("/load")
+    err = " ".join(capsys.readouterr().err.split())
+    assert "(saved: " in err and "1 turns;" in err and "need no processing" in err
+    assert "error: /save needs a file's name" in err and "error: /load needs a file's name" in err
+    assert [m["content"] for m in session.conversation.messages] == ["hello", "One."]
