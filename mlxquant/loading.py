@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlxquant import checkpoint
+from mlxquant import checkpoint, distributed
 from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
 from mlxquant.layers import formats
 from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
@@ -57,12 +57,14 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     ``memory`` limits what the model may take: bytes, or text such as "8GB"
     (default: what the device recommends, or what is free). ``dense`` expands the
     weights to float32 (default: on a plain CPU, where it fits). Code from a model
-    folder runs only with ``trust_remote_code``. Raises ``ModelNotFound``,
+    folder runs only with ``trust_remote_code``. Under ``mlx.launch`` each machine keeps
+    its part of the weights (``distributed.py``). Raises ``ModelNotFound``,
     ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
     """
     folder = resolve(name, revision=revision)
     limit = memory_limit() if memory is None else parse_size(memory)
-    stored = sum(header.bytes for header in checkpoint.validate(folder).values())
+    group = mx.distributed.init()
+    stored = sum(header.bytes for header in checkpoint.validate(folder).values()) // group.size()
     if stored > limit:
         raise TooLarge(f"{name} needs {stored / 1e9:.2f} GB for its weights, "
                        f"{limit / 1e9:.2f} GB may be used")
@@ -76,7 +78,10 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
         network = to_dense(network)
     elif on_cpu:
         network = to_float32(network)
-    else:
+    if group.size() > 1:
+        network = distributed.shard(network, name, group)
+        distributed.agree_on_randomness(group)
+    if not on_cpu:
         network = pack(network)
     mx.eval(network.parameters())
     tokenizer = open_tokenizer(folder, config, trust_remote_code)

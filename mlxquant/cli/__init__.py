@@ -24,11 +24,18 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Entry point: turns our errors and Ctrl-C into one line and an exit code."""
+    """Entry point: turns our errors and Ctrl-C into one line and an exit code.
+
+    Of several machines that run the same command under ``mlx.launch``, the first one speaks.
+    """
+    rank, stderr = int(os.environ.get("MLX_RANK") or 0), sys.stderr
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         app()
     except MlxquantError as error:
-        remark(f"error: {error}")
+        sys.stderr = stderr
+        remark(f"machine {rank}: error: {error}" if rank else f"error: {error}")
         sys.exit(2 if isinstance(error, BadValue) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
