@@ -174,6 +174,8 @@ def _stream(model: LanguageModel, tokens: list[int], max_tokens: int, sampling: 
         raise Unsupported(f"{model.name}: {error}") from error
     finally:
         steps.close()
+        if mx.distributed.init().size() > 1:  # a token begun ahead must not add up with other machines' next sum
+            mx.synchronize(generation_stream)
         cache.record(fresh + generated)
     if stopped_by is None:  # what was held back as a possible stop string is text
         text += TextStateMachine.flush(matcher)[1]

@@ -1,10 +1,11 @@
 """A model over two processes of this machine: the same tokens as one, or a clear refusal."""
 
 import json
+import os
+import random
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -13,92 +14,102 @@ from conftest import CONFIG, random_network, write_folder
 import mlxquant
 from mlxquant import Sampling
 
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
 PROMPT = list(range(3, 40))
 GENERATE = """
-import json, sys, mlxquant
+import json, sys
+import mlxquant
 import mlx.core as mx
-from mlxquant.distributed import rank
-model = mlxquant.load(sys.argv[1], dense={dense})
-kinds = sorted({{type(module).__name__ for module in model.network.modules()}})
-text = mlxquant.generate(model, {prompt}, max_tokens=8, sampling=mlxquant.Sampling({sampling})).text
-logits = model.network(mx.array([{prompt}]))[0, -1, :24].tolist()
-if sys.argv[2] in (str(rank()), "both"):
-    print(json.dumps([text, logits, kinds, model.weight_bytes_per_token]))
-"""
-
-pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside Python")
-
-
-def launch(*command, count=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return subprocess.run([LAUNCH, "-n", str(count), "--backend", "ring", "--starting-port", str(min(port, 65000)),
-                           "--env", "OPENBLAS_NUM_THREADS=1", "--", sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120)
-
-
-def on_two(tmp_path, folder, dense=None, sampling="", rank=0):
-    script = tmp_path / "generate.py"
-    script.write_text(GENERATE.format(prompt=PROMPT, dense=dense, sampling=sampling))
-    result = launch(script, folder, rank)
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    return found if rank == "both" else found[0]
-
-
-def alone(folder, **options):
-    model = mlxquant.load(str(folder), **options)
+for folder in sys.argv[1:]:
+    model = mlxquant.load(folder, dense=False)
+    kinds = sorted({type(module).__name__ for module in model.network.modules()})
+    text, sampled = (mlxquant.generate(model, PROMPT, max_tokens=8, sampling=mlxquant.Sampling(heat)).text
+                     for heat in (0.0, 30.0))
     logits = model.network(mx.array([PROMPT]))[0, -1, :24].tolist()
-    text = mlxquant.generate(model, PROMPT, max_tokens=8).text
-    return text, pytest.approx(logits, abs=1e-4), model.weight_bytes_per_token
+    print(json.dumps([text, logits, kinds, sampled, model.weight_bytes_per_token]))
+"""
+WAYS = {"dense": {}, "affine": dict(method="rtn", bits=4),
+        "rotated": dict(method="replica", bits="ternary", replicas=2, rotation="online"),
+        "grouped": dict(method="replica", bits=3, replicas=2, replica_group=16, rotation="online")}
+
+
+def launch(folder, *command):
+    """Run a command twice, as mlx.launch does on this machine; the processes as they ended."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    processes = [subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}) for rank in (0, 1)]
+    try:
+        said = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(processes, said)]
+
+
+def free_ports(count):
+    """Ports below those that connections are made from: one of those could meet itself, and the
+    ring would wait for a minute."""
+    found = []
+    while len(found) < count:
+        with socket.socket() as trial:
+            port = random.randrange(20_000, 32_000)
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            found.append(port)
+    return found
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_folder):
-    """Quantised folders of the tiny model by name."""
+    """Folders of the tiny model by name."""
     above = tmp_path_factory.mktemp("quantised")
-    small = dict(samples=4, sequence_length=32)
-    ways = {"affine": dict(method="rtn", bits=4),
-            "rotated": dict(method="replica", bits="ternary", replicas=2, rotation="online", **small),
-            "grouped": dict(method="replica", bits=3, replicas=2, replica_group=16, rotation="online", **small)}
-    for name, options in ways.items():
-        mlxquant.quantize(str(tiny_folder), above / name, **options)
-    return above
+    for name, options in WAYS.items():
+        if options:
+            mlxquant.quantize(str(tiny_folder), above / name, samples=4, sequence_length=32, **options)
+    return {name: above / name if options else tiny_folder for name, options in WAYS.items()}
 
 
-def test_dense_layers(tiny_folder, tmp_path):
-    *said, kinds, size = on_two(tmp_path, tiny_folder)
-    *expected, whole = alone(tiny_folder)
-    assert said == expected and {"AllToShardedLinear", "ShardedToAllLinear"} <= set(kinds)
-    assert size < whole
+@pytest.fixture(scope="module")
+def said(made, tmp_path_factory):
+    """What each of the two says of every folder."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "generate.py"
+    script.write_text(GENERATE.replace("PROMPT", str(PROMPT)))
+    results = launch(folder, script, *made.values())
+    assert [result.returncode for result in results] == [0, 0], results
+    return [dict(zip(made, map(json.loads, result.stdout.splitlines()))) for result in results]
 
 
-@pytest.mark.parametrize("name,kind", [("affine", "QuantizedShardedToAllLinear"), ("rotated", "AddedReplicated"),
-                                       ("grouped", "AddedReplicated")])
-def test_packed_layers(made, tmp_path, name, kind):
-    *said, kinds, size = on_two(tmp_path, made / name, dense=False)
-    *expected, whole = alone(made / name, dense=False)
-    assert said == expected and kind in kinds and size < whole
+@pytest.mark.parametrize("name,kind", [
+    ("dense", "ShardedToAllLinear"), ("affine", "QuantizedShardedToAllLinear"), ("rotated", "AddedReplicated"),
+    ("grouped", "AddedReplicated")])
+def test_two_say_the_same_as_one(said, made, name, kind):
+    model = mlxquant.load(str(made[name]), dense=False)
+    expected = model.network(mx.array([PROMPT]))[0, -1, :24].tolist()
+    text, logits, kinds, sampled, size = said[0][name]
+    assert text == mlxquant.generate(model, PROMPT, max_tokens=8).text
+    assert logits == pytest.approx(expected, abs=1e-4) and kind in kinds
+    assert size < model.weight_bytes_per_token
+    assert said[1][name] == said[0][name] and sampled != text  # both sample the same, without a seed
 
 
-def test_all_machines_sample_the_same(tiny_folder, tmp_path):
-    first, second = on_two(tmp_path, tiny_folder, sampling="temperature=30.0", rank="both")
-    assert first == second and first[0] != alone(tiny_folder)[0]
-
-
-def test_the_command_line_speaks_once(tiny_folder):
-    options = ("-m", "mlxquant", "generate", tiny_folder, "-p", "hello", "--max-tokens", 6, "--temp", 30)
-    result = launch(*options, "--seed", 1)
-    assert result.returncode == 0 and result.stderr.count("tokens/s") == 2, result.stderr  # prompt and reply
+def test_the_first_machine_speaks(tiny_folder, tmp_path):
+    first, second = launch(tmp_path, "-m", "mlxquant", "generate", tiny_folder, "-p", "hello", "--max-tokens", 6,
+                           "--temp", 30, "--seed", 1)
+    assert (first.returncode, second.returncode, second.stdout, second.stderr) == (0, 0, "", ""), (first, second)
     expected = mlxquant.generate(mlxquant.load(str(tiny_folder)), [{"role": "user", "content": "hello"}],
                                  max_tokens=6, sampling=Sampling(temperature=30.0, seed=1)).text
-    assert result.stdout.strip() == expected.strip()
+    assert first.stdout == expected + "\n" and "tokens/s" in first.stderr
 
 
 def test_heads_that_do_not_divide_are_refused(tmp_path):
     config = CONFIG | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
-    result = launch("-m", "mlxquant", "generate", write_folder(tmp_path / "three", random_network(config), config),
-                    "-p", "x")
-    assert "has 3 key-value heads, which 2 machines cannot share evenly" in result.stderr
-    assert "exited with code 1" in result.stderr and "Traceback" not in result.stderr
+    folder = write_folder(tmp_path / "three", random_network(config), config)
+    first, second = launch(tmp_path, "-m", "mlxquant", "generate", folder, "-p", "x")
+    assert (first.returncode, second.returncode) == (1, 1) and "Traceback" not in first.stderr + second.stderr
+    assert f"\nerror: {folder} has 3 key-value heads, which 2 machines cannot share evenly" in f"\n{first.stderr}"
+    assert "machine 1: error: " in second.stderr
