@@ -15,6 +15,8 @@ _HOME = {
     "LanguageModel": "loading",
     "generate": "generation",
     "stream_generate": "generation",
+    "batch_generate": "batch",
+    "BatchResponse": "batch",
     "Chunk": "reply",
     "Response": "reply",
     "PromptCache": "prompt_cache",

@@ -1,0 +1,90 @@
+"""The parts of a reply: answer, reasoning, tool calls, whatever pieces they come in."""
+
+import json
+
+import mlxquant
+import pytest
+from scripted import scripted
+
+from mlxquant.errors import Unsupported
+from mlxquant.reply import Part, Splitter
+
+TOOLS = [{"type": "function", "function": {
+    "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+CHAT = [{"role": "user", "content": "Is it raining in Oslo?"}]
+
+
+def split(tokenizer, text, size):
+    splitter = Splitter(tokenizer)
+    parts = [p for start in range(0, len(text), size) for p in splitter.feed(text[start:start + size])]
+    parts += splitter.finish()
+    joined = []
+    for part in parts:
+        if joined and joined[-1].kind == part.kind:
+            part = Part(part.kind, joined.pop().text + part.text)
+        joined.append(part)
+    return [(part.kind, part.text) for part in joined if part.text]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_pieces_of_any_size_give_the_same_parts(tiny, size):
+    assert split(tiny.tokenizer, "<think>a < b</think>So <b>", size) == [("thought", "a < b"), ("answer", "So <b>")]
+    assert split(tiny.tokenizer, "no reasoning <thi", size) == [("answer", "no reasoning <thi")]
+    assert split(tiny.tokenizer, "<think>cut", size) == [("thought", "cut")]
+
+
+@pytest.fixture
+def caller(tiny_folder):
+    """A model whose template and tokenizer know tools, in the JSON form of Qwen and others."""
+    def make(*replies):
+        model = scripted(tiny_folder, replies)
+        tokenizer = model.tokenizer
+        from mlx_lm.tool_parsers import json_tools
+
+        tokenizer._tool_parser = json_tools.parse_tool_call
+        tokenizer._tool_call_start, tokenizer._tool_call_end = "<tool_call>", "</tool_call>"
+        tokenizer._tokenizer.chat_template = ("{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
+                                              + tokenizer._tokenizer.chat_template)
+        return model
+
+    return make
+
+
+def test_tool_calls_are_found_and_parsed(caller):
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    again = json.dumps({"name": "weather", "arguments": {"city": "Bergen"}})
+    model = caller(f"Let me look.<tool_call>{call}</tool_call><tool_call>{again}</tool_call>")
+    reply = mlxquant.generate(model, CHAT, tools=TOOLS, max_tokens=200)
+    assert reply.answer == "Let me look." and reply.finish_reason == "stop" and "<tool_call>" in reply.text
+    assert [call["arguments"]["city"] for call in reply.tool_calls] == ["Oslo", "Bergen"]
+    assert reply.report.prompt_tokens > len(json.dumps(TOOLS))  # the template has told the model of them
+
+
+def test_a_call_that_was_cut_off_is_none(caller):
+    reply = mlxquant.generate(caller('<tool_call>{"name": "weat'), CHAT, tools=TOOLS, max_tokens=200)
+    assert reply.tool_calls == () and reply.answer == ""
+
+
+def test_tools_need_a_template_with_a_place_for_them(tiny, caller):
+    with pytest.raises(Unsupported, match="no place for tools"):
+        mlxquant.generate(tiny, CHAT, tools=TOOLS)
+    with pytest.raises(Unsupported, match="tools need a list of chat messages"):
+        mlxquant.generate(caller("x"), "raw text", tools=TOOLS)
+
+
+def test_reasoning_is_kept_apart(tiny_folder):
+    reply = mlxquant.generate(scripted(tiny_folder, ["<think>Hm.</think>Yes."]), CHAT)
+    assert (reply.answer, reply.thoughts, reply.text) == ("Yes.", "Hm.", "<think>Hm.</think>Yes.")
+
+
+def test_the_stop_string_that_ended_a_reply_is_named(tiny_folder):
+    reply = mlxquant.generate(scripted(tiny_folder, ["one two three"]), CHAT, stop=["three", "two"])
+    assert (reply.text, reply.finish_reason, reply.stopped_by) == ("one ", "stop", "two")
+    reply = mlxquant.generate(scripted(tiny_folder, ["one"]), CHAT, stop=["two"])
+    assert (reply.finish_reason, reply.stopped_by) == ("stop", None)
+
+
+def test_progress_over_the_prompt_is_told(tiny):
+    told = []
+    mlxquant.generate(tiny, list(range(3, 40)), max_tokens=2, progress=lambda *step: told.append(step))
+    assert told[0] == (0, 37) and told[-1] == (37, 37)
