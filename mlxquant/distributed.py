@@ -70,7 +70,7 @@ def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
 def agree_on_randomness(group: Any) -> None:
     """Give all machines the first one's random state, so that they sample the same tokens."""
     own = mx.random.randint(0, 1 << 30, (1,)) * (group.rank() == 0)
-    mx.random.seed(mx.distributed.all_sum(own, group=group, stream=mx.cpu).item())
+    mx.random.seed(int(mx.distributed.all_sum(own, group=group, stream=mx.cpu).item()))
 
 
 class AddedReplicated(nn.Module):

@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Generator, Mapping, Sequence
 
 import mlx.core as mx
 from mlx_lm.generate import TextStateMachine, generate_step, generation_stream, wired_limit
@@ -37,7 +37,7 @@ def stream_generate(model: LanguageModel, prompt: Prompt, *, max_tokens: int = 2
                     stop: Sequence[str] = (), tools: Sequence[Tool] | None = None,
                     cache: PromptCache | None = None, kv_bits: int | None = None,
                     draft: LanguageModel | None = None, draft_tokens: int = DRAFT_TOKENS, lookup: int = 0,
-                    progress: PromptProgress | None = None) -> Iterator[Chunk]:
+                    progress: PromptProgress | None = None) -> Generator[Chunk, None, None]:
     """Yield the reply piece by piece.
 
     ``prompt`` is raw text, a list of chat messages (``{"role", "content"}``,
@@ -104,7 +104,7 @@ def _parse_call(parse: Callable[[str, Any], Any], tools: Sequence[Tool] | None, 
 
 def _steps(model: LanguageModel, tokens: list[int], fresh: list[int], cache: PromptCache, sampling: Sampling,
            max_tokens: int, kv_bits: int | None, speculation: Speculation,
-           progress: PromptProgress) -> Iterator[Token]:
+           progress: PromptProgress) -> Generator[Token, None, None]:
     """Tokens by the loop that ``speculation`` asks for."""
     network = model.network
     options: dict[str, Any] = {
@@ -120,7 +120,7 @@ def _steps(model: LanguageModel, tokens: list[int], fresh: list[int], cache: Pro
                                       prompt_progress_callback=progress, **options))
 
 
-def _plain_steps(steps: Any) -> Iterator[Token]:
+def _plain_steps(steps: Any) -> Generator[Token, None, None]:
     try:
         for token, _ in steps:
             yield token, False
@@ -130,7 +130,7 @@ def _plain_steps(steps: Any) -> Iterator[Token]:
 
 def _stream(model: LanguageModel, tokens: list[int], max_tokens: int, sampling: Sampling,
             stop: tuple[str, ...], cache: PromptCache, kv_bits: int | None, speculation: Speculation,
-            progress: PromptProgress) -> Iterator[Chunk]:
+            progress: PromptProgress) -> Generator[Chunk, None, None]:
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     cached = cache.reuse(model.network, tokens, speculation.draft and speculation.draft.network)

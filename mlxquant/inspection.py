@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 
@@ -39,7 +40,7 @@ class Inspection:
     bytes_per_token_cpu: int
     layers: list[Layer]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

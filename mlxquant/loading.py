@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,8 +36,8 @@ class LanguageModel:
     name: str
     folder: Path
     network: nn.Module
-    tokenizer: object
-    config: dict
+    tokenizer: Any
+    config: dict[str, Any]
 
     @property
     def context_length(self) -> int | None:
@@ -88,7 +89,7 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     return LanguageModel(name, folder, network, tokenizer, config)
 
 
-def open_lazily(folder: Path) -> tuple[nn.Module, dict]:
+def open_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a folder with its weights still on disk, for looking at shapes and formats."""
     return _build(folder, trust_remote_code=False)
 
@@ -118,7 +119,7 @@ def memory_limit() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
+def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     try:
         return load_model(folder, lazy=True, trust_remote_code=trust_remote_code,
                           get_model_classes=formats.model_classes)
@@ -132,7 +133,7 @@ def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
         raise BadCheckpoint(f"{folder}: config and weights do not make a model: {reason}") from error
 
 
-def open_tokenizer(folder: Path, config: dict, trust_remote_code: bool = False):
+def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """mlx-lm's wrapper of the folder's tokenizer; raises ``BadCheckpoint``."""
     # Our own model_type makes transformers remark that it does not know it; it need not.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)

@@ -104,7 +104,8 @@ class Response:
 
 def _calls(parts: list[Part]) -> list[str]:
     """The text of every tool call: a run of parts of that kind, whatever pieces it came in."""
-    calls, inside = [], False
+    calls: list[str] = []
+    inside = False
     for part in parts:
         if part.kind == "tool":
             calls = [*calls[:-1], calls[-1] + part.text] if inside else [*calls, part.text]

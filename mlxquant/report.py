@@ -36,20 +36,20 @@ class Report:
                  f"reply {self.generation_tokens} tokens"]
         if self.guessed_tokens is not None:
             parts[1] += f", {self.guessed_tokens} guessed right,"
-        if self.generation_tps is not None:
+        if self.generation_tps is not None and self.gb_per_s is not None:
             parts[1] += f" at {self.generation_tps:.1f} tokens/s"
             parts.append(f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s"
-                         + self._against_ceilings())
+                         + self._against_ceilings(self.gb_per_s))
         parts.append(f"peak {self.peak_memory_gb:.2f} GB")
         return " · ".join(parts)
 
-    def _against_ceilings(self) -> str:
+    def _against_ceilings(self, gb_per_s: float) -> str:
         shares = []
         if self.percent_of_ceiling is not None:
             source = "measured here" if self.ceiling_source == "probe" else "stated"
             shares.append(f"{self.percent_of_ceiling:.0f} % of {self.ceiling_gb_per_s:.1f} GB/s {source}")
         if self.headline_gb_per_s and self.ceiling_source != "headline":
-            percent = 100 * self.gb_per_s / self.headline_gb_per_s
+            percent = 100 * gb_per_s / self.headline_gb_per_s
             shares.append(f"{percent:.0f} % of {self.headline_gb_per_s:g} GB/s stated")
         return f" = {', '.join(shares)}" if shares else ""
 

@@ -1,6 +1,7 @@
 """How the next token is chosen; mlx-lm does the choosing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlxquant.errors import BadValue
 
@@ -17,7 +18,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, low, high in [
                 ("temperature", self.temperature, 0, 100), ("top_p", self.top_p, 0, 1),
                 ("min_p", self.min_p, 0, 1), ("top_k", self.top_k, 0, 10**9),
@@ -25,14 +26,14 @@ class Sampling:
             if not low <= value <= high:
                 raise BadValue(f"{name} is {value}, allowed are {low} to {high}")
 
-    def sampler(self, vocabulary: int):
+    def sampler(self, vocabulary: int) -> Any:
         """An mlx-lm sampler over log-probabilities of ``vocabulary`` entries."""
         from mlx_lm.sample_utils import make_sampler
 
         return make_sampler(temp=self.temperature, top_p=self.top_p, min_p=self.min_p,
                             top_k=self.top_k if self.top_k < vocabulary else 0)
 
-    def logits_processors(self) -> list:
+    def logits_processors(self) -> list[Any]:
         """mlx-lm's processors for what acts on logits rather than probabilities."""
         from mlx_lm.sample_utils import make_logits_processors
 

@@ -90,6 +90,7 @@ class _Provider(ModelProvider):
 
     def __init__(self, model: LanguageModel, options: Options):
         super().__init__(_arguments(model, options))
+        self.model_key: tuple[str, None, str | None] | None = None
         self._model, self._draft = model, options.draft
         self._lock = threading.Lock()
 
@@ -98,9 +99,9 @@ class _Provider(ModelProvider):
             raise ValueError("adapters are not supported")
         with self._lock:
             if self.model_key is None:
-                self.model_key = (self._model.name, None, self._draft and self._draft.name)
+                self.model_key = (self._model.name, None, self._draft.name if self._draft else None)
                 self.model, self.tokenizer = self._model.network, self._model.tokenizer
-                self.draft_model = self._draft and self._draft.network
+                self.draft_model = self._draft.network if self._draft else None
                 self.is_batchable = self._draft is None and all(
                     hasattr(layer, "merge") for layer in make_prompt_cache(self.model))
         return self.model, self.tokenizer
@@ -118,6 +119,8 @@ class _Generator(ResponseGenerator):
 
 class _Handler(APIHandler):
     """mlx-lm's, with limits on what a request may ask for."""
+
+    max_tokens: int
 
     def __init__(self, model: LanguageModel, verbose: bool, *args: Any, **kwargs: Any):
         self._served, self._verbose = model, verbose

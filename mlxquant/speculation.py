@@ -9,7 +9,7 @@ same distribution.
 """
 
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Generator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,7 +70,7 @@ class Speculation:
 
 
 def draft_steps(prompt: list[int], network: nn.Module, draft: nn.Module, layers: list[Any],
-                draft_layers: list[Any], **options: Any) -> Iterator[Token]:
+                draft_layers: list[Any], **options: Any) -> Generator[Token, None, None]:
     """Tokens by mlx-lm's loop over both models; ``options`` are its own."""
     steps = speculative_generate_step(mx.array(prompt), network, draft, prompt_cache=layers + draft_layers, **options)
     try:
@@ -82,7 +82,7 @@ def draft_steps(prompt: list[int], network: nn.Module, draft: nn.Module, layers:
 
 def lookup_steps(lookup: int, history: list[int], fresh: int, network: nn.Module, layers: list[Any], *,
                  max_tokens: int, sampler: Sampler, logits_processors: list[Any],
-                 progress: Callable[[int, int], None], kv_bits: int | None, kv_group_size: int) -> Iterator[Token]:
+                 progress: Callable[[int, int], None], kv_bits: int | None, kv_group_size: int) -> Generator[Token, None, None]:
     """Tokens after ``history``, of which the last ``fresh`` are not in the cache yet."""
     found = _Occurrences(history)
 
@@ -113,7 +113,7 @@ def lookup_steps(lookup: int, history: list[int], fresh: int, network: nn.Module
         produced = 0
         while produced < max_tokens:
             guesses = found.continuation(min(lookup, max_tokens - produced - 1))
-            tokens = choose(forward(pending + guesses), guesses).tolist()
+            tokens: list[int] = choose(forward(pending + guesses), guesses).tolist()
             right = next((i for i, guess in enumerate(guesses) if tokens[i] != guess), len(guesses))
             trim_prompt_cache(layers, len(guesses) - right)
             if not produced:

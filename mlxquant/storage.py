@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Iterator
 
 from mlxquant import tensor_file
 from mlxquant.errors import MlxquantError, TooLarge
@@ -22,18 +22,14 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 def cache_dir(*parts: str) -> Path:
     """Folder for what can be fetched or computed again (``MLXQUANT_CACHE`` moves it)."""
-    root = os.environ.get("MLXQUANT_CACHE")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxquant"
-    return Path(root).joinpath(*parts)
+    above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MLXQUANT_CACHE") or above / "mlxquant").joinpath(*parts)
 
 
 def state_dir(*parts: str) -> Path:
     """Folder for what the user would miss, such as the history of the chat (``MLXQUANT_STATE`` moves it)."""
-    root = os.environ.get("MLXQUANT_STATE")
-    if not root:
-        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mlxquant"
-    return Path(root).joinpath(*parts)
+    above = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Path(os.environ.get("MLXQUANT_STATE") or above / "mlxquant").joinpath(*parts)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
@@ -51,7 +47,7 @@ def refuse_existing(target: Path) -> None:
         raise MlxquantError(f"{target} already exists; choose another output path or remove it")
 
 
-def working_folder(output: Path, job: str, record: dict) -> Path:
+def working_folder(output: Path, job: str, record: dict[str, Any]) -> Path:
     """``OUT.partial``, where a long job that makes ``output`` keeps its state.
 
     ``job`` identifies it; ``record`` is for people. Raises ``MlxquantError`` where the
@@ -69,7 +65,7 @@ def working_folder(output: Path, job: str, record: dict) -> Path:
 
 
 @contextmanager
-def exclusive(target: Path, *, wait: bool = False):
+def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``target`` for this process; with ``wait``, until whoever holds it is done.
 
     A process that dies lets go. Raises ``MlxquantError`` where another holds it.
@@ -127,7 +123,7 @@ def drop_stale(target: Path) -> None:
 
 
 @contextmanager
-def new_folder(target: Path):
+def new_folder(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``target`` if the block succeeds.
 
     The scratch folder sits beside the target, so the last step is one rename;
@@ -153,10 +149,10 @@ def new_folder(target: Path):
 
 
 @contextmanager
-def new_file(target: Path):
+def new_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path that replaces ``target`` if the block succeeds."""
 
-    def make(**where) -> str:
+    def make(**where: Any) -> str:
         handle, name = tempfile.mkstemp(**where)
         os.close(handle)
         return name
@@ -173,13 +169,13 @@ def new_file(target: Path):
             raise
 
 
-def write_json(target: Path, value) -> None:
+def write_json(target: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, replacing ``target`` in one step."""
     with new_file(target) as scratch:
         scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_arrays(target: Path, arrays: dict, metadata: dict[str, str]) -> None:
+def save_arrays(target: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
     """Write MLX arrays as safetensors, replacing ``target`` in one step."""
     with new_file(target) as scratch:
         tensor_file.write(scratch, dict(arrays), metadata)
@@ -197,7 +193,7 @@ def _disk_errors(target: Path):
         raise MlxquantError(f"cannot write {target}: {error.strerror}{where}") from error
 
 
-def _scratch(target: Path, make) -> Path:
+def _scratch(target: Path, make: Callable[..., str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return Path(make(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
 

@@ -1,7 +1,9 @@
 """The package itself: public names, a light import, the BLAS before MLX."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,17 +19,30 @@ def run(code: str) -> str:
 
 def test_public_names():
     assert mlxquant.__all__ == [
-        "LanguageModel", "MlxquantError", "PromptCache", "Response", "Sampling", "bench", "evaluate",
-        "generate", "inspect", "load", "plan", "quantize", "resolve", "stream_generate", "tune"]
+        "BatchResponse", "Chunk", "LanguageModel", "MlxquantError", "PromptCache", "Response", "Sampling",
+        "batch_generate", "bench", "evaluate", "generate", "inspect", "load", "plan", "quantize", "resolve",
+        "stream_generate", "tune"]
     for name in mlxquant.__all__:
         assert getattr(mlxquant, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         mlxquant.nonsense
 
 
-def test_importing_and_help_load_nothing_heavy():
-    heavy = "[m for m in ('mlx.core', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules]"
-    assert run(f"import sys, mlxquant, mlxquant.cli; print({heavy})").strip() == "[]"
+@pytest.mark.parametrize("code", ["import mlxquant", "import mlxquant.cli; mlxquant.cli.app(['--help'])"])
+def test_importing_and_help_load_nothing_heavy(code):
+    heavy = ("mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "matplotlib", "rich", "prompt_toolkit")
+    ends = f"print('loaded', sorted({{m.partition('.')[0] for m in sys.modules}} & {set(heavy)}))"
+    assert run(f"import atexit, sys; atexit.register(lambda: {ends})\n{code}").endswith("loaded []\n")
+
+
+def test_names_users_import_are_typed():
+    """mypy, strict, over the modules that pyproject.toml lists; type checkers see every public name."""
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-m", "mypy"], cwd=root,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    listed = set(re.findall(r" as (\w+)$", (root / "mlxquant" / "__init__.py").read_text(), re.MULTILINE))
+    assert listed == set(mlxquant.__all__) and (root / "mlxquant" / "py.typed").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")

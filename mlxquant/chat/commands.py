@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from mlxquant import recipes
 from mlxquant.chat import saved
@@ -74,7 +74,8 @@ def _set(session: "Session", argument: str) -> None:
         setattr(talk, name, value)
     else:
         whole = name in ("top_k", "seed")
-        talk.sampling = replace(talk.sampling, **{name: _number(name, text, whole)})
+        changed: dict[str, Any] = {name: _number(name, text, whole)}
+        talk.sampling = replace(talk.sampling, **changed)
     session.say(f"({name} is {_settings(session)[name]})")
 
 

@@ -1,7 +1,7 @@
 """What has been said, and the keys and values computed for it."""
 
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
+from typing import Callable, Generator
 
 from mlxquant.errors import BadValue, TooLarge
 from mlxquant.generation import Message, encode, stream_generate
@@ -33,7 +33,7 @@ class Conversation:
     thoughts: str = ""
     last_report: Report | None = None
 
-    def reply(self, text: str, progress: Callable[[int, int], None] | None = None) -> Iterator[Chunk]:
+    def reply(self, text: str, progress: Callable[[int, int], None] | None = None) -> Generator[Chunk, None, None]:
         """Stream the answer to ``text``; a stopped answer stays in the history as far as it came.
 
         Raises ``TooLarge`` for a message longer than the context; it is then not kept.

@@ -52,7 +52,7 @@ class Session:
                      f"turn{'s' * (turns > 1)}; /save keeps them)")
         self._progress = "reading the prompt"
         self._screen.begin()
-        reason = None
+        reason: str | None = None
         try:
             with _interruptible() as interrupted:
                 pieces = talk.reply(text, self._reading(interrupted))
@@ -75,9 +75,10 @@ class Session:
         if reason == "stopped":
             self.say("(stopped)")
         elif reason == "length":
-            self.say("(cut: the context is full)" if talk.last_report.generation_tokens < talk.max_tokens else
-                     f"(cut at {talk.max_tokens} tokens; /set max_tokens allows more)")
-        if talk.last_report is not before:
+            room = talk.last_report is not None and talk.last_report.generation_tokens >= talk.max_tokens
+            self.say(f"(cut at {talk.max_tokens} tokens; /set max_tokens allows more)" if room else
+                     "(cut: the context is full)")
+        if talk.last_report is not None and talk.last_report is not before:
             self.say(talk.last_report.line())
 
     def change_model(self, name: str) -> None:
