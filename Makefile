@@ -1,13 +1,16 @@
-# `make demo` answers a question, `make test` runs the tests; both set up .venv first.
+# `make demo` answers a question, `make test` runs the tests, `make docs` writes docs/cli.md; all set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test docs install clean
 demo: install
 	$(BIN)/mlxquant generate smollm2-135m --prompt "What is gravity? Answer in three sentences." --max-tokens 160
 
 test: install
 	$(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/python docs/make_cli.py
 
 install: .venv/.installed
 
