@@ -54,6 +54,12 @@ def read(name: str) -> Recipe:
         raise BadValue(f"{path} is not a recipe: {error}") from error
 
 
+def about(name: str) -> dict[str, str]:
+    """A recipe's title, licence and homepage."""
+    value = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    return {key: value[key] for key in ("title", "licence", "homepage")}
+
+
 def fetch(recipe: Recipe) -> Path:
     """Return the recipe's file, downloading it once; its sha256 is verified before it is kept."""
     target = recipe.target

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "api.md"]
 SLOW = {"serve", "tune"}  # one never ends, the other takes a thousand steps: only read
 SMALL_TEXT = ["--samples", "4", "--sequence-length", "64", "--data", "train.txt"]
-SMALL = {"quantize": SMALL_TEXT, "compare": [*SMALL_TEXT, "--methods", "rtn,gptq", "--bits", "4", "--context", "64", "--windows", "2"],
-         "evaluate": ["--context", "64", "--windows", "2"]}  # the last of two options counts
+FEW_WINDOWS = ["--context", "64", "--windows", "2"]
+SMALL = {"quantize": SMALL_TEXT, "evaluate": FEW_WINDOWS,  # the last of two options counts
+         "compare": [*SMALL_TEXT, *FEW_WINDOWS, "--methods", "rtn,gptq", "--bits", "4"]}
 STANDS_FOR = {"MODEL": "smollm2-135m", "DIR": "small", "OUT": "new", "FILE": "test.txt", "TEXT": "hello"}
 
 

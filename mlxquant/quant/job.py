@@ -24,7 +24,8 @@ class Job:
     for the error already made. ``embedding_bits`` None keeps embedding and head
     as stored. ``activation`` quantises the inputs of all layers as well. ``repeats``
     are the blocks that run more than once in the result; with their gates at 0 they
-    change nothing, so the blocks themselves are quantised without them.
+    change nothing, so the blocks themselves are quantised without them. ``base`` says of
+    which model this is the job, for the card.
     """
 
     overrides: Overrides
@@ -34,6 +35,7 @@ class Job:
     alpha: float | None = None
     seed: int = 0
     repeats: tuple[Repeat, ...] = ()
+    base: dict | None = None
 
     def __post_init__(self):
         if self.propagation not in PROPAGATIONS:
@@ -77,6 +79,6 @@ def record(job: Job, tokens: Calibration) -> dict:
     """How the checkpoint was made, for its config.json."""
     return {"version": __version__, **asdict(job.spec), "propagation": job.propagation,
             "overrides": [list(rule) for rule in job.overrides.rules],
-            "activation": asdict(job.activation) if job.activation else None, "seed": job.seed,
+            "activation": asdict(job.activation) if job.activation else None, "seed": job.seed, "base": job.base,
             "calibration": {"source": tokens.source, "samples": len(tokens.tokens),
                             "sequence_length": tokens.tokens.shape[1], "digest": tokens.digest}}

@@ -24,7 +24,7 @@ from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
-from mlxquant.quant import calibration, room, rotation
+from mlxquant.quant import calibration, card, room, rotation
 from mlxquant.quant.assembly import config_of, gates, outside, stored_dtype, turn_of
 from mlxquant.quant.assignment import Target, assign
 from mlxquant.quant.blocks import Context, quantise_block, rebuild
@@ -62,8 +62,9 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
                 act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
                 replica_group=replica_group, salient=salient)
-    job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed, repeats)
     folder = resolve(name, revision=revision)
+    job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed, repeats,
+              card.base_of(name, folder).as_dict())
     network, config = open_lazily(folder)
     _check(network, config, job)
     refuse_existing(Path(output))
@@ -118,6 +119,7 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
             check()
 
         checkpoint.write(output, config, tensors(), checkpoint.side_files(folder))
+    card.write(output)
     shutil.rmtree(partial)
     return Outcome(output, time.perf_counter() - start, mx.get_peak_memory(),
                    config["mlxquant_record"]["output_error"], config.get("mlxquant_import"))

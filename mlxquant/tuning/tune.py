@@ -12,7 +12,7 @@ from mlxquant import __version__, checkpoint
 from mlxquant.errors import BadValue
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
-from mlxquant.quant import calibration
+from mlxquant.quant import calibration, card
 from mlxquant.quant.walk import identity
 from mlxquant.storage import holds_output, refuse_existing, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
@@ -74,6 +74,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
         "divergence_before": state.first_loss, "divergence_after": state.best_loss}}
     checkpoint.write(output, config | {"mlxquant_record": record},
                      _tensors(folder, student.tensors(state.best)), checkpoint.side_files(folder))
+    card.write(output)
     shutil.rmtree(partial)
     return Tuned(output, state.first_loss, state.best_loss, time.perf_counter() - start, mx.get_peak_memory())
 
