@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Callable, Generator, Mapping, Sequence
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm.generate import TextStateMachine, generate_step, generation_stream, wired_limit
 
 from mlxquant import report
@@ -80,7 +81,10 @@ def encode(model: LanguageModel, prompt: Prompt, tools: Sequence[Tool] | None = 
         if not tokenizer.has_chat_template:
             raise Unsupported(f"{model.name} has no chat template; give raw text instead")
         given = {"tools": [dict(tool) for tool in tools]} if tools else {}
-        tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **given)
+        try:
+            tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **given)
+        except TemplateError as error:
+            raise Unsupported(f"the template of {model.name} refuses these messages: {error}") from error
     else:
         tokens = list(prompt)
     if not tokens:

@@ -234,6 +234,33 @@ def test_ctrl_c_at_the_prompt_keeps_the_session(tiny_folder, monkeypatch, capsys
     assert len(session.conversation.messages) == 2 and "leaves" in capsys.readouterr().err
 
 
+def test_an_unexpected_failure_keeps_the_conversation(tiny_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MLXQUANT_STATE", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
+    session = Session(Conversation(scripted(tiny_folder)))
+    answer = session.answer
+    monkeypatch.setattr(session, "answer", lambda text: answer(text) if text == "hello" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(session)
+    assert "the conversation is kept" in capsys.readouterr().err
+    back = Session(Conversation(scripted(tiny_folder)))
+    back.handle(f"/load {tmp_path}/kept.json")
+    assert contents(back.conversation)[0] == "hello"
+
+
+def test_a_template_that_refuses_is_one_line(talk, capsys):
+    def refusing(*args, **kwargs):
+        import jinja2
+
+        raise jinja2.TemplateError("System role not supported")
+
+    _, err, conversation = talk("hello", "/system x")
+    conversation.model.tokenizer._chat_template = refusing
+    session = Session(conversation)
+    session.handle("hi")
+    assert conversation.messages == [] and "refuses these messages: System" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text,whole,opened", [
     ('"""a', "a", True), ('"""a\nb"""', "a\nb", False), ('"""', "", True), ("plain ", "plain", False),
     ('""""""', "", False), ('say """x"""', 'say """x"""', False)])

@@ -64,6 +64,8 @@ def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, t
     (lambda v: json.dumps(v | {"format": 2}), "of format 1"),
     (lambda v: json.dumps(v | {"messages": [{"role": "user", "content": "x"}]}), "pairs of user and assistant"),
     (lambda v: json.dumps(v | {"messages": [{"role": "user"}, {"role": "assistant"}]}), "pairs of user"),
+    (lambda v: json.dumps(v | {"max_tokens": "many"}), "whole numbers that fit"),
+    (lambda v: json.dumps(v | {"forgotten": 4}), "whole numbers that fit"),
     (lambda v: json.dumps(v | {"sampling": {"heat": 1}}), "other settings"),
 ])
 def test_what_is_no_saved_conversation_is_refused(spoken, tiny, tmp_path, change, message):

@@ -18,7 +18,7 @@ def mlxquant(*arguments, stdin="", **options):
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "import", "chips",
-                                  "probe", "bench", "plan"])
+                                  "probe", "bench", "plan", "serve", "tune"])
 def test_every_verb_has_help_with_an_example(verb):
     result = mlxquant(verb, "--help")
     assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout
@@ -46,6 +46,14 @@ def test_generate_options_reach_the_model(tiny_folder):
     assert stopped["text"] == plain["text"][:plain["text"].index(plain["text"][4:6])]
     raw = json.loads(mlxquant(*arguments, "--raw").stdout)
     assert raw["prompt_tokens"] == 5 < plain["prompt_tokens"]
+
+
+def test_generate_guesses_ahead(tiny_folder):
+    arguments = ("generate", tiny_folder, "-p", "one two three one two", "--max-tokens", 20, "--json")
+    plain, looked_up, drafted = (json.loads(mlxquant(*arguments, *how).stdout) for how in (
+        (), ("--lookup", 5), ("--draft", tiny_folder, "--draft-tokens", 3)))
+    assert looked_up["text"] == plain["text"] == drafted["text"] and plain["guessed_tokens"] is None
+    assert drafted["guessed_tokens"] == 15 and looked_up["guessed_tokens"] >= 0
 
 
 def test_evaluate_json(tiny_folder, tmp_path):

@@ -55,6 +55,13 @@ class Conversation:
             self.thoughts = "".join(thoughts)
             chunks.close()
 
+    def check_fits(self, text: str) -> None:
+        """Raise ``TooLarge`` where not even ``text`` alone, after the system prompt, fits the context."""
+        context = self.model.context_length
+        tokens = len(encode(self.model, [*self._told(), {"role": "user", "content": text}]))
+        if context is not None and tokens >= context:
+            raise TooLarge(f"the message has {tokens} tokens, the context of {self.model.name} holds {context}")
+
     def make_room(self, text: str) -> int:
         """Let the model forget the oldest turns where ``text`` and a reply would not fit; how many.
 
@@ -95,13 +102,7 @@ class Conversation:
 
     def _seen(self, history: list[Message]) -> list[Message]:
         """What the model gets: the system prompt, and the messages not forgotten."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return system + history[self.forgotten:]
+        return self._told() + history[self.forgotten:]
 
-
-def check_fits(conversation: Conversation, text: str) -> None:
-    """Raise ``TooLarge`` where not even ``text`` alone fits the context."""
-    context = conversation.model.context_length
-    tokens = len(encode(conversation.model, [{"role": "user", "content": text}]))
-    if context is not None and tokens >= context:
-        raise TooLarge(f"the message has {tokens} tokens, the context of {conversation.model.name} holds {context}")
+    def _told(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []

@@ -72,6 +72,9 @@ def load(path: Path, model: LanguageModel) -> Saved:
         raise BadCheckpoint(f"{path} is no saved conversation of format {FORMAT}")
     if not _are_messages(value["messages"]):
         raise BadCheckpoint(f"{path}: messages must be pairs of user and assistant with their content")
+    if not (type(value["max_tokens"]) is int and value["max_tokens"] > 0
+            and value["forgotten"] in range(0, len(value["messages"]) + 1, 2)):
+        raise BadCheckpoint(f"{path}: max_tokens and forgotten must be whole numbers that fit the messages")
     beside = path.with_suffix(".safetensors")
     fits = value["weights"] == _weights(model) and beside.is_file()
     try:

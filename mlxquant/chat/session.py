@@ -9,13 +9,14 @@ from typing import Any, Callable, Iterator
 
 from rich.console import Console
 
-from mlxquant.chat import commands, status, terminal
-from mlxquant.chat.conversation import Conversation, check_fits
+from mlxquant.chat import commands, saved, status, terminal
+from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.screen import LiveScreen, PlainScreen, Screen
 from mlxquant.errors import MlxquantError
 from mlxquant.loading import LanguageModel
 from mlxquant.models import resolve
 from mlxquant.prompt_cache import PromptCache
+from mlxquant.storage import state_dir
 
 Load = Callable[[str], LanguageModel]
 
@@ -46,7 +47,7 @@ class Session:
     def answer(self, text: str) -> None:
         """Let the model answer; Ctrl-C ends the reply and keeps what came."""
         talk, before = self.conversation, self.conversation.last_report
-        check_fits(talk, text)
+        talk.check_fits(text)
         if turns := talk.make_room(text):
             self.say(f"(the context is full: the model no longer sees the oldest {turns} "
                      f"turn{'s' * (turns > 1)}; /save keeps them)")
@@ -85,7 +86,7 @@ class Session:
         """Go on with another model; on any failure with the one there was."""
         resolve(name)  # an error here costs nothing
         talk, old = self.conversation, self.conversation.model
-        talk.cache, old.network = PromptCache(), None  # free before the other comes: it may not fit beside
+        talk.cache, talk.draft, old.network = PromptCache(), None, None  # free before the other comes: it may not fit beside
         try:
             talk.model = self._load(name)
         except BaseException:
@@ -141,7 +142,13 @@ def run(session: Session) -> None:
             continue
         except EOFError:
             return
-        session.handle(text)
+        try:
+            session.handle(text)
+        except Exception:  # a bug of ours or MLX's must not take the conversation with it
+            session.conversation.cache = PromptCache()
+            kept = saved.save(session.conversation, state_dir("kept"))
+            session.say(f"(the conversation is kept: /load {kept[0]})")
+            raise
 
 
 def _load(name: str) -> LanguageModel:
