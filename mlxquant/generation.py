@@ -187,7 +187,8 @@ def _stream(model: LanguageModel, tokens: list[int], max_tokens: int, sampling: 
     parts = (*splitter.feed(text), *splitter.finish())
     yield Chunk(text, parts, reason, stopped_by, report.make(
         prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(generated),
-        guessed_tokens=guessed if speculation else None, passes=passes + was_guessed,  # the last pass, if it ended before its own token
+        guessed_tokens=guessed if speculation else None,
+        passes=passes + was_guessed,  # the last one, if the reply ended before its own token
         ttft_s=first - start, decode_s=last - first,
         bytes_per_token=model.weight_bytes_per_token + kv + speculation.guessing_bytes(),
         peak_bytes=mx.get_peak_memory()))

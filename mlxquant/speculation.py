@@ -82,7 +82,8 @@ def draft_steps(prompt: list[int], network: nn.Module, draft: nn.Module, layers:
 
 def lookup_steps(lookup: int, history: list[int], fresh: int, network: nn.Module, layers: list[Any], *,
                  max_tokens: int, sampler: Sampler, logits_processors: list[Any],
-                 progress: Callable[[int, int], None], kv_bits: int | None, kv_group_size: int) -> Generator[Token, None, None]:
+                 progress: Callable[[int, int], None], kv_bits: int | None,
+                 kv_group_size: int) -> Generator[Token, None, None]:
     """Tokens after ``history``, of which the last ``fresh`` are not in the cache yet."""
     found = _Occurrences(history)
 

@@ -86,7 +86,8 @@ class Session:
         """Go on with another model; on any failure with the one there was."""
         resolve(name)  # an error here costs nothing
         talk, old = self.conversation, self.conversation.model
-        talk.cache, talk.draft, old.network = PromptCache(), None, None  # free before the other comes: it may not fit beside
+        talk.cache, talk.draft = PromptCache(), None
+        old.network = None  # free before the other comes: it may not fit beside
         try:
             talk.model = self._load(name)
         except BaseException:
