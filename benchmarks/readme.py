@@ -114,7 +114,35 @@ def widths() -> str:
                       f"{papers}."])
 
 
-TABLES = {"default-model": default_model, "widths": widths, "methods": methods}
+def replicas() -> str:
+    """Rotated replicas beside rotated groups, calibrated only, on the protocol's text and on one that took no part."""
+    lines = ["| body | bits/weight | folder, MB | perplexity | KL | same top token | other text | seconds |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    results = [read(path.stem) for path in sorted(RESULTS.glob("replicas-h100-*.json"))]
+    for row in sorted((row for result in results for row in result["rows"]), key=lambda row: row["perplexity"]):
+        lines.append(f"| {row['method']}{', tuned' * row['tuned']} | {row['bits_per_weight']:.2f} | "
+                     f"{row['file_bytes'] / 1e6:.1f} | {row['perplexity']:.1f} | {row['kl_mean']:.3f} | "
+                     f"{100 * row['top1_agreement']:.0f} % | {row['other_perplexity']:.1f} | {row['seconds']:.0f} |")
+    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {row['other_reference']:.2f}. "
+                      f"{place(results[-1])}; the first two ran side by side, which slowed both."])
+
+
+def kernels() -> str:
+    """One token through 2-bit layers, ours beside MLX's."""
+    result = read("kernels-h100-1")
+    lines = ["| 14336 × 4096, cold weights | µs, alone | µs, in a chain | GB/s |", "|---|--:|--:|--:|"]
+    for row in result["rows"]:
+        if row["rows"] != 14336:
+            continue
+        what = (f"MLX, {row['bits']} bit, groups of 64" if row["replicas"] is None else
+                f"ours, {row['bits']} bit, K={row['replicas']}" + f" G={row['group']}" * bool(row["group"]))
+        tokens = f", {row['tokens']} tokens" * (row["tokens"] > 1)
+        lines.append(f"| {what}{tokens} | {row['free_us']:.1f} | {row['chain_us']:.1f} | {row['gb_per_s']:.0f} |")
+    return "\n".join([*lines, "", f"{place(result)}: `{result['command']}`. One run, differences of a fifth are noise."])
+
+
+TABLES = {"default-model": default_model, "widths": widths, "replicas": replicas, "kernels": kernels,
+          "methods": methods}
 
 
 def render(text: str) -> str:

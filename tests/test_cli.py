@@ -18,7 +18,7 @@ def mlxquant(*arguments, stdin="", **options):
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "import", "chips",
-                                  "probe", "bench", "plan", "serve", "tune"])
+                                  "probe", "bench", "plan", "serve", "tune", "check"])
 def test_every_verb_has_help_with_an_example(verb):
     result = mlxquant(verb, "--help")
     assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout

@@ -4,6 +4,7 @@ By default every width, float type, K and G appears, but not every combination: 
 """
 
 import itertools
+import json
 import os
 import sys
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_replicated import siblings
+from typer.testing import CliRunner
 
 from metal import Compiler, Emulation, OutOfBounds, Unsettled
+from mlxquant.cli import app
 from mlxquant.kernels import backend, check, code_order, expand_codes, prepare_input, replicated_matvec
 from mlxquant.kernels.check import Case
 from mlxquant.layers.packed import PackedGroup, PackedLinear, pack
@@ -189,3 +192,22 @@ def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsy
 
 def test_no_kernel_is_trusted_without_a_gpu():
     assert not any(check.trusted(name) for name in check._CHECKS) or backend.has_gpu()
+
+
+@needs_clang
+def test_the_table_of_all_kernels_shows_what_agrees_and_what_does_not(emulation, monkeypatch):
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(check, "comparisons", lambda: [
+        ("replicated_matvec", "small", 1e-5, lambda: check._matvec(SUBSET[5])),
+        ("worse", "small", 1e-5, lambda: 0.5), ("broken", "small", 1e-5, lambda: 1 / 0)])
+    result = CliRunner().invoke(app, ["check", "--json"])
+    assert result.exit_code == 1
+    rows = json.loads(result.stdout)
+    assert [row["passed"] for row in rows] == [True, False, False]
+    assert rows[1]["error"] == 0.5 and rows[2]["error"] is None and "division" in rows[2]["complaint"]
+    assert "DISAGREES" in CliRunner().invoke(app, ["check"]).stdout
+
+
+def test_without_a_gpu_there_is_nothing_to_hold_against_a_reference():
+    result = CliRunner().invoke(app, ["check"])
+    assert result.exit_code == 0 and (backend.has_gpu() or "no GPU" in result.output)

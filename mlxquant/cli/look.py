@@ -1,4 +1,4 @@
-"""Verbs that measure and describe: evaluate and inspect."""
+"""Verbs that measure and describe: evaluate, inspect and check."""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from mlxquant.cli.common import (AsJson, Memory, ModelName, Revision, Trust, app, load_model, print_json,
-                                 progress)
+                                 progress, remark)
 from mlxquant.errors import BadValue, MlxquantError
 
 
@@ -91,3 +91,33 @@ def inspect(model: ModelName, revision: Revision = None, as_json: AsJson = False
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "
           f"({result.bytes_per_token_cpu / 1e6:.1f} MB as dense float32 on a plain CPU)")
+
+
+@app.command(epilog="Example: mlxquant check")
+def check(as_json: AsJson = False):
+    """Hold every GPU kernel against its reference on this machine."""
+    from dataclasses import asdict
+
+    from mlxquant.kernels.check import comparisons, outcomes
+
+    total, found = len(comparisons()), []
+    if not total:
+        remark("no GPU here: layers run as plain operations, which are the kernels' reference")
+    with progress("kernels") as advance:
+        for outcome in outcomes():
+            found.append(outcome)
+            advance(len(found), total, outcome.error or 0.0)
+    if as_json:
+        print_json([asdict(outcome) | {"passed": outcome.passed} for outcome in found])
+    elif found:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("kernel", "case", "error", "allowed", "", box=None)
+        for outcome in found:
+            error = "" if outcome.error is None else f"{outcome.error:.1e}"
+            table.add_row(outcome.kernel, outcome.case, error, f"{outcome.allowed:.0e}",
+                          "agrees" if outcome.passed else outcome.complaint or "DISAGREES")
+        Console().print(table)
+    if not all(outcome.passed for outcome in found):
+        raise typer.Exit(1)

@@ -1,6 +1,7 @@
 """Each kernel against its reference, on this machine: at first use, and all of them for ``mlxquant check``."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterator
 
 import mlx.core as mx
@@ -122,20 +123,25 @@ _CHECKS: dict[str, tuple[Callable[[Case], float], tuple]] = {
 }
 
 
-def outcomes() -> Iterator[Outcome]:
-    """Every comparison that this machine can make, one by one; none without a GPU."""
+def comparisons() -> list[tuple[str, str, float, Callable[[], float]]]:
+    """(kernel, case, allowed error, how to find the error) of all that this machine can compare; none without a GPU."""
     if not backend.has_gpu():
-        return
-    yield Outcome("column_sweep", "70×64, 4 levels", column_sweep.disagreement(), column_sweep.TIES)
-    yield Outcome("read_ceiling", "192 kB", read_ceiling.disagreement(), 0.0)
+        return []
+    made = [("column_sweep", "70×64, 4 levels", column_sweep.TIES, column_sweep.disagreement),
+            ("read_ceiling", "192 kB", 0.0, read_ceiling.disagreement)]
     for kernel, (error_of, dtypes) in _CHECKS.items():
-        if kernel == "replicated_tensor_cores" and not backend.is_cuda():
-            continue
-        for case in _cases(dtypes):
-            try:
-                yield Outcome(kernel, str(case), error_of(case), _ALLOWED[case.dtype])
-            except Exception as failure:  # a compiler's complaints have no common type
-                yield Outcome(kernel, str(case), None, _ALLOWED[case.dtype], str(failure).strip().split("\n")[0])
+        if kernel != "replicated_tensor_cores" or backend.is_cuda():
+            made += [(kernel, str(case), _ALLOWED[case.dtype], partial(error_of, case)) for case in _cases(dtypes)]
+    return made
+
+
+def outcomes() -> Iterator[Outcome]:
+    """What ``comparisons`` give, one by one."""
+    for kernel, case, allowed, find_error in comparisons():
+        try:
+            yield Outcome(kernel, case, find_error(), allowed)
+        except Exception as failure:  # a compiler's complaints have no common type
+            yield Outcome(kernel, case, None, allowed, str(failure).strip().split("\n")[0])
 
 
 def trusted(kernel: str) -> bool:
