@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from mlxquant.cli.common import (AsJson, Memory, ModelName, Revision, Trust, app, load_model, print_json,
-                                 progress, remark)
+                                 progress)
 from mlxquant.errors import BadValue, MlxquantError
 
 
@@ -101,15 +101,15 @@ def check(as_json: AsJson = False):
     from mlxquant.kernels.check import comparisons, outcomes
 
     total, found = len(comparisons()), []
-    if not total:
-        remark("no GPU here: layers run as plain operations, which are the kernels' reference")
     with progress("kernels") as advance:
         for outcome in outcomes():
             found.append(outcome)
             advance(len(found), total, outcome.error or 0.0)
     if as_json:
         print_json([asdict(outcome) | {"passed": outcome.passed} for outcome in found])
-    elif found:
+    elif not total:
+        print("no GPU here: layers run as plain operations, which are the kernels' reference")
+    else:
         from rich.console import Console
         from rich.table import Table
 
