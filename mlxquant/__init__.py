@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mlxquant.quant.pipeline import quantize as quantize
     from mlxquant.reply import Chunk as Chunk
     from mlxquant.reply import Response as Response
+    from mlxquant.roofline.bench import bench as bench
+    from mlxquant.roofline.plan import plan as plan
     from mlxquant.sampling import Sampling as Sampling
     from mlxquant.tuning.tune import tune as tune
 

@@ -86,11 +86,12 @@ def side_files(folder: Path) -> dict[str, bytes]:
 
 
 def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tuple[str, "mx.array"]],
-          others: dict[str, str | bytes]) -> None:
+          others: dict[str, str | bytes], finish: Callable[[Path], None] = lambda _: None) -> None:
     """Write a model folder in one step, holding at most one shard in memory.
 
     ``tensors`` may be a generator, and ``config`` a function that is called when it
-    is through; ``others`` are further files (tokenizer, templates) by name.
+    is through; ``others`` are further files (tokenizer, templates) by name. ``finish``
+    is called with the finished folder before it takes its place.
     ``folder`` must not exist or be empty.
     """
     with new_folder(folder) as scratch:
@@ -103,6 +104,7 @@ def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tup
         write_json(scratch / "config.json", config() if callable(config) else config)
         for name, content in others.items():
             (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        finish(scratch)
 
 
 def _shards(tensors: Iterable[tuple[str, "mx.array"]]) -> Iterator[dict[str, "mx.array"]]:

@@ -7,6 +7,7 @@ or a Hugging Face repository (``owner/name``).
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from mlxquant import checkpoint, recipes
 from mlxquant.errors import BadCheckpoint, ModelNotFound
@@ -42,7 +43,7 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def config_of(name: str, *, revision: str | None = None) -> dict:
+def config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
     """The configuration of the model called ``name``, without its weights where they are not here yet.
 
     Of a repository only ``config.json`` is downloaded; a ``.json`` file is a configuration

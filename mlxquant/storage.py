@@ -10,11 +10,12 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import IO, Any, Callable, Iterator, TypeVar
 
 from mlxquant import tensor_file
 from mlxquant.errors import MlxquantError, TooLarge
 
+_Result = TypeVar("_Result")
 _held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
          errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
@@ -87,7 +88,7 @@ def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
         file.close()
 
 
-def _locked(path: Path, target: Path, wait: bool):
+def _locked(path: Path, target: Path, wait: bool) -> IO[str]:
     while True:
         file = path.open("a")
         try:
@@ -102,11 +103,11 @@ def _locked(path: Path, target: Path, wait: bool):
         file.close()  # whoever held it has removed it meanwhile
 
 
-def holds_output(function: Callable) -> Callable:
+def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """For functions of (name, output, …): two that write one output do not run at once."""
 
     @functools.wraps(function)
-    def run(name: str, output: str | Path, *args, **kwargs):
+    def run(name: str, output: str | Path, *args: Any, **kwargs: Any) -> _Result:
         with exclusive(Path(output)):
             return function(name, output, *args, **kwargs)
 
@@ -182,7 +183,7 @@ def save_arrays(target: Path, arrays: dict[str, Any], metadata: dict[str, str]) 
 
 
 @contextmanager
-def _disk_errors(target: Path):
+def _disk_errors(target: Path) -> Iterator[None]:
     """Say in one line that a disk is full, a folder read-only, a file in a folder's place."""
     try:
         yield

@@ -58,7 +58,7 @@ def test_what_is_known_of_the_base_model(tmp_path):
 
 
 def test_a_folder_that_says_nothing_of_its_making_gets_no_card(tiny_folder):
-    card.write(tiny_folder)
+    card.write(tiny_folder, "tiny")
     assert not (tiny_folder / "README.md").exists()
 
 

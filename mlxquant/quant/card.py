@@ -8,7 +8,6 @@ from typing import Any
 from mlxquant import checkpoint, recipes
 from mlxquant.inspection import Inspection, inspect_folder
 from mlxquant.quant.calibration import none
-from mlxquant.storage import new_file
 
 _CARD = "README.md"
 
@@ -36,15 +35,14 @@ def base_of(name: str, folder: Path) -> Base:
                 f"https://huggingface.co/{name}" if on_hub else None)
 
 
-def write(folder: Path) -> None:
-    """Put a card into a folder that ``quantize`` or ``tune`` made; one that says nothing of how it
-    was made, or of what, gets none."""
+def write(folder: Path, name: str) -> None:
+    """Put a card into a folder that ``quantize`` or ``tune`` makes under ``name``; one that says nothing
+    of how it was made, or of what, gets none."""
     config = checkpoint.read_config(folder)
     record = config.get("mlxquant_record", {})
     if record.get("base"):
-        text = _text(folder.name, Base(**record["base"]), record, inspect_folder(folder), config["model_type"])
-        with new_file(folder / _CARD) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+        text = _text(name, Base(**record["base"]), record, inspect_folder(folder), config["model_type"])
+        (folder / _CARD).write_text(text, encoding="utf-8")
 
 
 def _text(name: str, base: Base, record: dict[str, Any], found: Inspection, model_type: str) -> str:

@@ -118,8 +118,8 @@ def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Pro
                 yield from mx.load(str(file)).items()
             check()
 
-        checkpoint.write(output, config, tensors(), checkpoint.side_files(folder))
-    card.write(output)
+        checkpoint.write(output, config, tensors(), checkpoint.side_files(folder),
+                         finish=lambda made: card.write(made, output.name))
     shutil.rmtree(partial)
     return Outcome(output, time.perf_counter() - start, mx.get_peak_memory(),
                    config["mlxquant_record"]["output_error"], config.get("mlxquant_import"))

@@ -73,8 +73,8 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     record = config.get("mlxquant_record", {}) | {"tuned": settings | {
         "divergence_before": state.first_loss, "divergence_after": state.best_loss}}
     checkpoint.write(output, config | {"mlxquant_record": record},
-                     _tensors(folder, student.tensors(state.best)), checkpoint.side_files(folder))
-    card.write(output)
+                     _tensors(folder, student.tensors(state.best)), checkpoint.side_files(folder),
+                     finish=lambda made: card.write(made, output.name))
     shutil.rmtree(partial)
     return Tuned(output, state.first_loss, state.best_loss, time.perf_counter() - start, mx.get_peak_memory())
 
