@@ -37,7 +37,7 @@ class Fit:
 def fit(bytes_per_token: Sequence[float], milliseconds: Sequence[float]) -> Fit | None:
     """The split, or None where it cannot be told: fewer than 3 points, all of nearly the same
     bytes, or times that grow with bytes by less than twice the error of that, or that leave
-    less than no time for the rest by more than that."""
+    less than no time for the rest."""
     gigabytes, times = np.array(bytes_per_token) / 1e9, np.array(milliseconds)
     if len(set(gigabytes)) < _LEAST_POINTS or gigabytes.max() < _LEAST_RANGE * gigabytes.min():
         return None
@@ -46,7 +46,7 @@ def fit(bytes_per_token: Sequence[float], milliseconds: Sequence[float]) -> Fit 
     residuals = times - terms @ (fixed, slope)
     variance = residuals @ residuals / max(len(times) - 2, 1)
     errors = np.sqrt(np.diag(variance * np.linalg.inv(terms.T @ terms)))
-    if slope <= 2 * errors[1] or fixed < -2 * errors[0]:
+    if slope <= 2 * errors[1] or fixed < 0:
         return None
     rate = 1e3 / slope
     return Fit(float(fixed), float(errors[0]), float(rate), float(rate * errors[1] / slope),
