@@ -109,6 +109,7 @@ def plot(records: list[Record], chip: Chip, product_tflops: float, path: Path) -
         axes.plot([], [], "o", color=f"C{models.index(model) % 10}", label=Path(model).name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="10¹² operations/s",
              title=f"{records[0].chip}, {records[0].device}")
+    axes.set_ylim(bottom=min(rates) / 2)  # room for labels below the lowest point
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
