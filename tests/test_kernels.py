@@ -185,9 +185,21 @@ def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsy
     assert backend.trusted("good", lambda: 0.01, 0.1)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "worse" in said[0] and "0.5" in said[0] and "division" in said[1]
-    backend.trusted.cache_clear()  # a new process reads what this one found
+    monkeypatch.setattr(backend, "_answers", {})  # a new process reads what this one found
     assert not backend.trusted("worse", lambda: 0.0, 0.1) and backend.trusted("good", lambda: 1.0, 0.1)
     assert not capsys.readouterr().err
+
+
+def test_a_layer_that_asks_again_reads_no_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend, "_answers", {})
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(check, "_worst", lambda kernel: 0.5)
+    reads, read = [], backend._read
+    monkeypatch.setattr(backend, "_read", lambda path: reads.append(path) or read(path))
+    assert check.trusted("expand_codes")
+    once = len(reads)
+    assert once and all(check.trusted("expand_codes") for _ in range(5)) and len(reads) == once
 
 
 def test_no_kernel_is_trusted_without_a_gpu():

@@ -5,7 +5,6 @@ below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTIO
 least 8 elements: Metal puts smaller ones into another address space.
 """
 
-import functools
 import json
 import sys
 from typing import Callable
@@ -41,6 +40,7 @@ inline __device__ float simd_sum(float x) {
 }
 """
 SMALLEST = 8  # elements of a buffer
+_answers: dict[str, bool] = {}
 
 
 def has_gpu() -> bool:
@@ -60,13 +60,19 @@ def build(name: str, inputs: list[str], outputs: list[str], body: str, header: s
     return mx.fast.cuda_kernel(f"mlxquant_{name}", inputs, outputs, body, _CUDA + header)
 
 
-@functools.cache
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
     """Whether a kernel's error on a small random case, ``check()``, is at most ``allowed``.
 
-    Asked once per chip and MLX version; the answer is kept in the cache. A kernel that
-    errs or does not compile costs one warning: its reference takes its place.
+    Asked once per chip and MLX version; the answer is kept in the cache, and by name in this
+    process, since every call of a layer asks. A kernel that errs or does not compile costs
+    one warning: its reference takes its place.
     """
+    if name not in _answers:
+        _answers[name] = _ask(name, check, allowed)
+    return _answers[name]
+
+
+def _ask(name: str, check: Callable[[], float], allowed: float) -> bool:
     path = cache_dir("kernels", f"{chips.slug()}.json")
     known = _read(path)
     if name not in known:
