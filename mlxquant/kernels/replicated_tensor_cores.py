@@ -22,30 +22,28 @@ import mlx.core as mx
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.prepare_input import Layout, Scales, sizes
 
+
+def _pair(scalar: str, pair: str, both: str, operand: str, power: str, mantissa: int) -> str:
+    """What the kernel needs to know of a 16-bit type: its pairs, a power of two that codes fit into, its product."""
+    return f"""
+template <> struct Pair<{scalar}> {{
+    using type = {pair};
+    static constexpr uint power = {power}u;
+    static constexpr int mantissa = {mantissa};
+    static __device__ type both(float x) {{ return {both}(x); }}
+    static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {{
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, "
+            "{{%0,%1,%2,%3}};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }}
+}};
+"""
+
+
 _HEADER = code_order.DECODE + """
 template <class T> struct Pair;
-template <> struct Pair<__half> {
-    using type = __half2;
-    static constexpr uint power = 0x64006400u;
-    static constexpr int mantissa = 10;
-    static __device__ type both(float x) { return __float2half2_rn(x); }
-    static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-template <> struct Pair<__nv_bfloat16> {
-    using type = __nv_bfloat162;
-    static constexpr uint power = 0x43004300u;
-    static constexpr int mantissa = 7;
-    static __device__ type both(float x) { return __float2bfloat162_rn(x); }
-    static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
+""" + _pair("__half", "__half2", "__float2half2_rn", "f16", "0x64006400", 10) + _pair(
+    "__nv_bfloat16", "__nv_bfloat162", "__float2bfloat162_rn", "bf16", "0x43004300", 7) + """
 // 2·code − top of pair p of a chunk, in both halves.
 template <class T, int BITS, int LEVELS>
 inline __device__ uint decode_pair(const uint* words, int p) {

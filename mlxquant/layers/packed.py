@@ -44,8 +44,7 @@ class PackedGroup(nn.Module):
 
     def operations(self) -> int:
         """Multiply-adds per token that the definition takes: K per weight, grouped 1 + K / G, and the rotation's."""
-        uses = 1 + self.spec.replicas / self.spec.replica_group if self.spec.replica_group else self.spec.replicas
-        return round(self.weight_count * uses) + self.inputs * max(self.spec.rotation_block.bit_length() - 1, 0)
+        return self.spec.multiply_adds(self.weight_count) + self.spec.rotation_additions(self.inputs)
 
     def outputs(self, x: mx.array, reader: nn.Module) -> mx.array:
         """All siblings' outputs (…, m) of ``x`` (…, n), in its dtype; made once for the siblings that hand in

@@ -53,7 +53,7 @@ class ReplicaInput(nn.Module):
 
     def operations(self) -> int:
         """Additions per token: those of the rotation, n·log₂(block)."""
-        return self.inputs * max(self.spec.rotation_block.bit_length() - 1, 0)
+        return self.spec.rotation_additions(self.inputs)
 
     def envelope(self, dtype: mx.Dtype = mx.float32) -> mx.array:
         """A (n, K), computed in ``dtype``."""
@@ -125,10 +125,7 @@ class ReplicatedLinear(nn.Module):
 
     def operations(self) -> int:
         """Multiply-adds per token: K per weight, grouped 1 + K / G."""
-        spec = self._input.spec
-        if not spec.replica_group:
-            return self.weight_count * spec.replicas
-        return self.weight_count + self.weight_count * spec.replicas // spec.replica_group
+        return self._input.spec.multiply_adds(self.weight_count)
 
     def keep_levels(self) -> int:
         """Unpack the codes once and for all, as training wants; returns the bytes that takes.

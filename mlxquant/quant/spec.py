@@ -41,6 +41,16 @@ class ReplicaShape:
                 raise BadValue(f"{name} {size} does not divide the {inputs} inputs of {path}; "
                                f"allowed are {', '.join(map(str, fitting))}")
 
+    def multiply_adds(self, weights: int) -> int:
+        """What one token costs: K per weight, grouped 1 + K / G."""
+        if not self.replica_group:
+            return weights * self.replicas
+        return weights + weights * self.replicas // self.replica_group
+
+    def rotation_additions(self, inputs: int) -> int:
+        """What rotating one token's ``inputs`` costs: n·log₂(block)."""
+        return inputs * max(self.rotation_block.bit_length() - 1, 0)
+
     def as_dict(self) -> dict:
         return asdict(self)
 
