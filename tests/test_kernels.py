@@ -10,6 +10,7 @@ import sys
 
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -51,7 +52,9 @@ def emulation(compiler, monkeypatch):
     made = Emulation(compiler, alignment=16)
     for module in KERNELS:
         made.install(monkeypatch, module)
-    return made
+    mx.disable_compile()  # an emulated kernel wants numbers, not tracers
+    yield made
+    mx.enable_compile()
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 129])
@@ -176,6 +179,31 @@ def test_one_token_costs_each_group_two_dispatches(monkeypatch):
     assert len(readers) > 1
     mx.eval([reader(x) for reader in readers])
     assert calls == ["prepare", "multiply"]
+
+
+class Summed(nn.Module):
+    """In the place of an MLP: what siblings compute, as one array."""
+
+    def __init__(self, siblings: nn.Module):
+        super().__init__()
+        self.inner = siblings
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([self.inner[name](x) for name in "qkv"], axis=-1)
+
+
+def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
+    """A group and the MLP around it are traced for each number of tokens once, and replayed."""
+    traced, by_kernel = [], PackedGroup._by_kernel
+    monkeypatch.setattr(PackedGroup, "_by_kernel", lambda self, x: traced.append(len(x)) or by_kernel(self, x))
+    network, stored = nn.Module(), Summed(siblings(bits=2, replicas=4)[0])
+    network.mlp = Summed(siblings(bits=2, replicas=4)[0])
+    pack(network)
+    random = np.random.default_rng(2)
+    for tokens in (1, 1, 5, 5, 1, 20):
+        x = mx.array(random.normal(size=(1, tokens, 64)).astype(np.float32))
+        assert backend.relative_error(network.mlp(x), stored(x)) < 1e-5
+    assert traced == [1, 5]
 
 
 def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):

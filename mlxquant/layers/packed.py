@@ -4,6 +4,9 @@
 gate, up; down) two dispatches: its input is prepared once, its codes are read in one call. Few tokens take the same
 kernels; a longer prompt expands the codes once and multiplies. A kernel that disagrees with its reference on this
 machine (``kernels/check.py``) is not used; ``mx`` operations are, which are right everywhere.
+
+To call a kernel takes Python some ten microseconds, of which a token has hundreds: for few tokens a group, and a
+whole MLP, is traced once by ``mx.compile`` and replayed.
 """
 
 import mlx.core as mx
@@ -35,7 +38,7 @@ class PackedGroup(nn.Module):
                            shared.get("column_scale"), shared.get("rotation_signs"))
         self.replica_in, self.column_scale, self.rotation_signs = (
             scales.replica_in, scales.column_scale, scales.signs)
-        self._made = MadeOnce()
+        self._made, self._few = MadeOnce(), mx.compile(self._by_kernel)
         self.freeze()
 
     @property
@@ -56,7 +59,7 @@ class PackedGroup(nn.Module):
         y = self._few(flat) if len(flat) <= FEW_TOKENS else self._many(flat)
         return y.reshape(*x.shape[:-1], -1)
 
-    def _few(self, x: mx.array) -> mx.array:
+    def _by_kernel(self, x: mx.array) -> mx.array:
         scales, levels, dtype = self._scales(), level_count(self.spec.bits), x.dtype
         if (not trusted("prepare_input") or scales.rotation > prepare_input.LARGEST_BLOCK
                 or self.codes.size < backend.SMALLEST):
@@ -105,6 +108,18 @@ class PackedLinear(nn.Module):
         return y + self.bias.astype(y.dtype) if "bias" in self else y
 
 
+class TracedForFew(nn.Module):
+    """``module``, a function of x (…, n) alone, traced once for each number of tokens up to ``FEW_TOKENS``."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self._few = module, mx.compile(module)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return (self._few if x.size <= FEW_TOKENS * x.shape[-1] else self.module)(x)
+
+
 def pack(network: nn.Module) -> nn.Module:
     """Put the packed form in the place of every replicated layer, in place, one group after the other, so that
     the stored codes of one group at most are held beside the packed ones."""
@@ -122,4 +137,7 @@ def pack(network: nn.Module) -> nn.Module:
             modules[below] = None  # lets go of its codes
         network.update_modules(tree_unflatten(made))
         mx.clear_cache()
+    traced = [(path, TracedForFew(module)) for path, module in network.named_modules()
+              if path.endswith(".mlp") and any(isinstance(inner, PackedGroup) for inner in module.modules())]
+    network.update_modules(tree_unflatten(traced))
     return network
