@@ -20,7 +20,7 @@ from mlxquant.errors import BadValue
 from mlxquant.layers.dense import to_dense
 from mlxquant.loading import open_lazily
 from mlxquant.quant.assembly import gates, outside, stored_dtype
-from mlxquant.quant.blocks import quantise_trial
+from mlxquant.quant.blocks import quantise_trials
 from mlxquant.quant.budget import Option, choose
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.job import Job, Progress
@@ -110,11 +110,10 @@ def _ways(block: nn.Module, prefix: str, paths: list[str], statistics, importanc
     full = [f"{prefix}.{path}" for path in paths]
     spec, felt = job.overrides.spec_for(full[0]), mx.concatenate([importance[path] for path in full])
     candidates = [{}] if spec != job.spec else REPLICATED if spec.method == "replica" else WIDTHS
-    ways = []
-    for choice in candidates:
-        trial = replace(spec, refine=0, **choice)
-        error, hessian, stored = quantise_trial(block, prefix, paths, trial, statistics, job.seed)
-        ways.append((choice, stored, expected_divergence(error, hessian, felt)))
+    trials = quantise_trials(block, prefix, paths, [replace(spec, refine=0, **choice) for choice in candidates],
+                             statistics, job.seed)
+    ways = [(choice, stored, expected_divergence(error, hessian, felt))
+            for choice, (error, hessian, stored) in zip(candidates, trials)]
     return {",".join(full): ways}
 
 

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, replace
+from typing import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -121,17 +122,21 @@ def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
     return dict(zip(weights, parts))
 
 
-def quantise_trial(block: nn.Module, prefix: str, paths: list[str], spec: Spec, statistics: Statistics,
-                   seed: int) -> tuple[mx.array, mx.array, int]:
-    """The error (m, n) of stacked siblings under ``spec``, the second moments (n, n) of the input they
-    multiply, both rotated where the spec rotates, and the bits they store. Balancing is left out."""
-    weight, stored = mx.concatenate([linears(block)[path].weight for path in paths]), 0
+def quantise_trials(block: nn.Module, prefix: str, paths: list[str], specs: list[Spec], statistics: Statistics,
+                    seed: int) -> Iterator[tuple[mx.array, mx.array, int]]:
+    """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of stacked siblings, the
+    second moments (n, n) of the input they multiply, both rotated where the spec rotates, and the bits they store.
+    Balancing is left out."""
+    weight, stored, spec = mx.concatenate([linears(block)[path].weight for path in paths]), 0, specs[0]
     if spec.rotation == "online":
         signs, size = _rotation(seed, prefix, paths[0], statistics)
         weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
         stored = len(signs) * (1 if spec.method == "replica" else len(paths))
-    made = _METHODS[spec.method].quantise(weight, statistics, spec)
-    return made.dequantise() - weight, statistics.hessian, stored + made.stored_bits()
+    sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
+    options = {"sweep": gptq.sweep_of(statistics, spec)} if sweeping else {}
+    for trial in specs:
+        made = _METHODS[trial.method].quantise(weight, statistics, trial, **options)
+        yield made.dequantise() - weight, statistics.hessian, stored + made.stored_bits()
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:

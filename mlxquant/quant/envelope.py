@@ -137,14 +137,13 @@ def _start(weight: mx.array, replicas: int, importance: mx.array, seed: int) -> 
 
 def _orthonormal(columns: mx.array) -> mx.array:
     """Gram–Schmidt, twice for accuracy, in operations that run anywhere."""
-    made = []
+    made = mx.zeros((len(columns), 0))
     for k in range(columns.shape[1]):
-        column = columns[:, k]
+        column = columns[:, k:k + 1]
         for _ in range(2):
-            for other in made:
-                column = column - (other @ column) * other
-        made.append(column / mx.maximum(mx.linalg.norm(column), 1e-20))
-    return mx.stack(made, axis=1)
+            column = column - made @ (made.T @ column)
+        made = mx.concatenate([made, column / mx.maximum(mx.linalg.norm(column), 1e-20)], axis=1)
+    return made
 
 
 def _outer(a: mx.array) -> mx.array:

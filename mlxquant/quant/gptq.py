@@ -17,6 +17,8 @@ W E[x̃ xᵀ] H⁻¹ (QEP, https://arxiv.org/abs/2504.09629, with its damping α
 same asymmetry as GPTAQ, https://arxiv.org/abs/2504.02692).
 """
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import numpy as np
 
@@ -30,33 +32,50 @@ DAMPING = 0.01
 CORRECTION = 0.5
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The order in which columns are taken and what an error adds to later ones: the same for every width."""
+
+    order: mx.array
+    back: mx.array
+    feedback: mx.array
+
+    @classmethod
+    def of(cls, hessian: np.ndarray, act_order: bool) -> "Sweep":
+        """For the damped ``hessian`` (n, n); the most active inputs first, or as they come."""
+        order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(len(hessian))
+        feedback = feedback_matrix(hessian[np.ix_(order, order)])
+        return cls(mx.array(order), mx.array(np.argsort(order)), mx.array(feedback.astype(np.float32)))
+
+    def codes(self, weight: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
+        """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n)."""
+        return sweep_columns(*(x[:, self.order] for x in (weight, scales, biases)), self.feedback,
+                             levels)[:, self.back]
+
+
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dtype = mx.float16, *,
-             correction: float = 0.0) -> Affine:
+             correction: float = 0.0, sweep: Sweep | None = None) -> Affine:
     """Quantise ``weight`` (m, n) for inputs with these statistics.
 
     ``correction`` between 0 and 1 is how far the target moves to make up for
-    the error of earlier layers; it needs ``statistics.cross``.
+    the error of earlier layers; it needs ``statistics.cross``. ``sweep`` is that of
+    the statistics, where it is known.
     """
     if correction:
         weight = correct(weight, statistics, correction)
     weight, hessian = weight.astype(mx.float32), damped(np.array(statistics.hessian, np.float64))
     start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
     scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
-    codes = ordered_sweep(weight, scales, biases, hessian, spec)
+    codes = (sweep or Sweep.of(hessian, spec.act_order)).codes(weight, scales, biases, spec.levels)
     swept = Affine(codes.astype(mx.uint8), start.scales, start.biases, spec)
     result = refine(weight, swept, mx.array(hessian.astype(np.float32)), spec.refine, dtype)
     mx.eval(result.codes, result.scales, result.biases)
     return result
 
 
-def ordered_sweep(weight: mx.array, scales: mx.array, biases: mx.array, hessian: np.ndarray,
-                  spec: Spec) -> mx.array:
-    """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n),
-    for the damped ``hessian``; columns in the order that ``spec`` says."""
-    order = np.argsort(-hessian.diagonal(), kind="stable") if spec.act_order else np.arange(len(hessian))
-    in_order, back = mx.array(order), mx.array(np.argsort(order))
-    feedback = mx.array(feedback_matrix(hessian[np.ix_(order, order)]).astype(np.float32))
-    return sweep_columns(*(x[:, in_order] for x in (weight, scales, biases)), feedback, spec.levels)[:, back]
+def sweep_of(statistics: Statistics, spec: Spec) -> Sweep:
+    """What all widths of a layer with these statistics can share."""
+    return Sweep.of(damped(np.array(statistics.hessian, np.float64)), spec.act_order)
 
 
 def correct(weight: mx.array, statistics: Statistics, amount: float) -> mx.array:

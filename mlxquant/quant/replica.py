@@ -24,17 +24,18 @@ _GRADIENT_STEPS = 8
 
 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dtype = mx.float16, *,
-             correction: float = 0.0) -> Replicas:
+             correction: float = 0.0, sweep: gptq.Sweep | None = None) -> Replicas:
     """Codes and scalings of stacked siblings ``weight`` (m, n), rotated already where ``spec`` rotates.
 
-    ``correction`` is that of ``gptq.quantise``. Scales are rounded to ``dtype``.
+    ``correction`` and ``sweep`` are those of ``gptq.quantise``. Scales are rounded to ``dtype``.
     """
     if correction:
         weight = gptq.correct(weight, statistics, correction)
     weight, damped = weight.astype(mx.float32), gptq.damped(np.array(statistics.hessian, np.float64))
     found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
                          statistics.hessian.diagonal()).rounded(dtype)
-    found = replace(found, codes=gptq.ordered_sweep(weight, *found.grid(), damped, spec))
+    sweep = sweep or gptq.Sweep.of(damped, spec.act_order)
+    found = replace(found, codes=sweep.codes(weight, *found.grid(), level_count(spec.bits)))
     hessian = mx.array(damped.astype(np.float32))
     for _ in range(spec.refine):
         found = move_codes(weight, found, hessian)
