@@ -4,7 +4,8 @@
         [--plan NAME …] [--steps 1000] [--codes 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
-the protocol wt2-40 and on one that took no part. Rows are saved one by one.
+the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in FOLDER from an earlier
+run is tuned without being made and measured again.
 """
 
 import argparse
@@ -65,19 +66,30 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
     about = dict(method=name, bits=options["bits"], group_size=options.get("group_size"),
                  rotated="rotation" in options, replicas=options.get("replicas"),
                  replica_group=options.get("replica_group"))
-    start = time.perf_counter()
-    mlxquant.quantize(arguments.model, folder / name, data=arguments.data, samples=arguments.samples, **options)
-    seconds = time.perf_counter() - start
-    yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
+    if not (folder / name).exists():
+        start = time.perf_counter()
+        mlxquant.quantize(arguments.model, folder / name, data=arguments.data, samples=arguments.samples,
+                          progress=tell("block"), **options)
+        seconds = time.perf_counter() - start
+        yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
     if not arguments.steps:
         return
     schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate,
-                        max(1, arguments.steps // 4))
-    result = mlxquant.tune(str(folder / name), folder / f"{name}-tuned", teacher=arguments.model,
-                           data=arguments.data, schedule=schedule, sequence_length=arguments.length,
-                           codes=arguments.codes)
-    yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps) | quality(
-        folder / f"{name}-tuned", teacher, arguments)
+                        max(1, arguments.steps // 8))
+    tuned = folder / f"{name}-tuned{'-codes' * bool(arguments.codes)}"
+    result = mlxquant.tune(str(folder / name), tuned, teacher=arguments.model, data=arguments.data, schedule=schedule,
+                           sequence_length=arguments.length, codes=arguments.codes, progress=tell("step"))
+    yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps, batch_size=arguments.batch_size,
+                       codes=arguments.codes, divergence_before=result.divergence_before,
+                       divergence_after=result.divergence_after) | quality(tuned, teacher, arguments)
+
+
+def tell(what: str):
+    """A line now and then: how far, and the value that comes with it (seconds, or a loss)."""
+    def progress(done: int, total: int, value: float) -> None:
+        if done in (1, 2) or done % max(1, total // 8) == 0:
+            print(f"  {what} {done}/{total}: {value:.4g}, {time.strftime('%H:%M:%S')}", flush=True)
+    return progress
 
 
 def main() -> None:
