@@ -9,6 +9,8 @@ To call a kernel takes Python some ten microseconds, of which a token has hundre
 whole MLP, is traced once by ``mx.compile`` and replayed.
 """
 
+import itertools
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -33,12 +35,13 @@ class PackedGroup(nn.Module):
         self.inputs, self.spec = shared.inputs, spec
         parts = [code_order.reorder(linear.codes, spec.bits, shared.inputs) for linear in linears]
         self.codes = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        self.ends = list(itertools.accumulate(map(len, parts)))[:-1]  # of the siblings' rows, but for the last's
         self.replica_out = mx.concatenate([linear.replica_out for linear in linears])
         scales = Scales.of(self.inputs, spec.replicas, spec.replica_group, spec.rotation_block, shared.replica_in,
                            shared.get("column_scale"), shared.get("rotation_signs"))
         self.replica_in, self.column_scale, self.rotation_signs = (
             scales.replica_in, scales.column_scale, scales.signs)
-        self._made, self._few = MadeOnce(), mx.compile(self._by_kernel)
+        self._made, self._few = MadeOnce(), mx.compile(self._multiply)
         self.freeze()
 
     @property
@@ -49,15 +52,15 @@ class PackedGroup(nn.Module):
         """Multiply-adds per token that the definition takes: K per weight, grouped 1 + K / G, and the rotation's."""
         return self.spec.multiply_adds(self.weight_count) + self.spec.rotation_additions(self.inputs)
 
-    def outputs(self, x: mx.array, reader: nn.Module) -> mx.array:
-        """All siblings' outputs (…, m) of ``x`` (…, n), in its dtype; made once for the siblings that hand in
+    def outputs(self, x: mx.array, reader: nn.Module) -> list[mx.array]:
+        """Each sibling's output (…, rows) of ``x`` (…, n), in its dtype; made once for the siblings that hand in
         the same array."""
-        return self._made.get(x, reader, self._multiply)
+        return self._made.get(x, reader, self._few if x.size <= FEW_TOKENS * self.inputs else self._multiply)
 
-    def _multiply(self, x: mx.array) -> mx.array:
+    def _multiply(self, x: mx.array) -> list[mx.array]:
         flat = x.reshape(-1, self.inputs)
-        y = self._few(flat) if len(flat) <= FEW_TOKENS else self._many(flat)
-        return y.reshape(*x.shape[:-1], -1)
+        y = self._by_kernel(flat) if len(flat) <= FEW_TOKENS else self._by_product(flat)
+        return mx.split(y.reshape(*x.shape[:-1], -1), self.ends, axis=-1)
 
     def _by_kernel(self, x: mx.array) -> mx.array:
         scales, levels, dtype = self._scales(), level_count(self.spec.bits), x.dtype
@@ -72,7 +75,7 @@ class PackedGroup(nn.Module):
         prepared = prepare_input.prepare(x, scales, layout)
         return kernel.multiply(prepared, self.codes, self.replica_out, scales, levels, len(x), dtype)
 
-    def _many(self, x: mx.array) -> mx.array:
+    def _by_product(self, x: mx.array) -> mx.array:
         if not trusted("expand_codes"):
             return self._reference(x)
         scales = self._scales()
@@ -91,20 +94,18 @@ class PackedGroup(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """One sibling: rows ``start`` to ``stop`` of what its group computes, plus its ``bias``."""
+    """The sibling of number ``index`` in what its group computes, plus its ``bias``."""
 
-    def __init__(self, group: PackedGroup, start: int, stop: int, bias: mx.array | None):
+    def __init__(self, group: PackedGroup, index: int, bias: mx.array | None):
         super().__init__()
         object.__setattr__(self, "_group", group)  # past Module: its parameters are those of the group alone
-        self.start, self.stop = start, stop
+        self.index = index
         if bias is not None:
             self.bias = bias
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._group.outputs(x, self)
-        if self.stop - self.start < y.shape[-1]:
-            y = y[..., self.start:self.stop]
+        y = self._group.outputs(x, self)[self.index]
         return y + self.bias.astype(y.dtype) if "bias" in self else y
 
 
@@ -130,10 +131,9 @@ def pack(network: nn.Module) -> nn.Module:
         linears = {p: m for p, m in modules.items() if isinstance(m, ReplicatedLinear) and m.input is shared}
         group = PackedGroup(shared, list(linears.values()))
         mx.eval(group.parameters())
-        made, start = [(path, group)], 0
-        for below, linear in linears.items():
-            made.append((below, PackedLinear(group, start, start + linear.shape[0], linear.get("bias"))))
-            start += linear.shape[0]
+        made = [(path, group)]
+        for index, (below, linear) in enumerate(linears.items()):
+            made.append((below, PackedLinear(group, index, linear.get("bias"))))
             modules[below] = None  # lets go of its codes
         network.update_modules(tree_unflatten(made))
         mx.clear_cache()
