@@ -114,17 +114,57 @@ def widths() -> str:
                       f"{papers}."])
 
 
+def replica_rows() -> dict[str, dict[bool, dict]]:
+    """By method, the latest row calibrated only (False) and tuned (True), of those whose codes stayed."""
+    found: dict[str, dict[bool, dict]] = {}
+    for path in sorted(RESULTS.glob("replicas-h100-*.json")):
+        for row in read(path.stem)["rows"]:
+            if not row.get("codes"):
+                found.setdefault(row["method"], {})[row["tuned"]] = row
+    return found
+
+
 def replicas() -> str:
-    """Rotated replicas beside rotated groups, calibrated only, on the protocol's text and on one that took no part."""
-    lines = ["| body | bits/weight | folder, MB | perplexity | KL | same top token | other text | seconds |",
-             "|---|--:|--:|--:|--:|--:|--:|--:|"]
-    results = [read(path.stem) for path in sorted(RESULTS.glob("replicas-h100-*.json"))]
-    for row in sorted((row for result in results for row in result["rows"]), key=lambda row: row["perplexity"]):
-        lines.append(f"| {row['method']}{', tuned' * row['tuned']} | {row['bits_per_weight']:.2f} | "
-                     f"{row['file_bytes'] / 1e6:.1f} | {row['perplexity']:.1f} | {row['kl_mean']:.3f} | "
-                     f"{100 * row['top1_agreement']:.0f} % | {row['other_perplexity']:.1f} | {row['seconds']:.0f} |")
-    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {row['other_reference']:.2f}. "
-                      f"{place(results[-1])}; the first two ran side by side, which slowed both."])
+    """Rotated replicas beside rotated groups, on the protocol's text and on one that took no part."""
+    lines = ["| body | bits/weight | folder, MB | calibrated | tuned | KL, tuned | same top token | other text, calibrated "
+             "| tuned | seconds, both |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+
+    def value(row: dict | None, name: str, form: str) -> str:
+        return format(row[name], form) if row else ""
+
+    for name, rows in sorted(replica_rows().items(), key=lambda item: item[1][False]["bits_per_weight"]):
+        plain, tuned = rows[False], rows.get(True)
+        lines.append(f"| {name} | {plain['bits_per_weight']:.2f} | {plain['file_bytes'] / 1e6:.1f} | "
+                     f"{plain['perplexity']:,.1f} | {value(tuned, 'perplexity', '.1f')} | {value(tuned, 'kl_mean', '.3f')} | "
+                     f"{value(tuned, 'top1_agreement', '.0%')} | {plain['other_perplexity']:,.1f} | "
+                     f"{value(tuned, 'other_perplexity', '.1f')} | {plain['seconds']:.0f}"
+                     f"{' + ' + value(tuned, 'seconds', '.0f') if tuned else ''} |")
+    steps = {row["steps"] for rows in replica_rows().values() for row in rows.values() if row["tuned"]}
+    last = read(sorted(RESULTS.glob("replicas-h100-*.json"))[-1].stem)
+    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {plain['other_reference']:.2f}. "
+                      f"{place(last)}. Tuned: {', '.join(map(str, sorted(steps))) or 'no'} steps of 8 × 512 tokens."])
+
+
+def draw_replicas() -> None:
+    """Perplexity over whole-folder bytes: replicas and groups, calibrated only and tuned."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, color in (("replicas", "C0"), ("groups", "C1")):
+        for tuned in (False, True):
+            rows = [found[tuned] for found in replica_rows().values()
+                    if tuned in found and (found[tuned]["group_size"] is None) == (kind == "replicas")
+                    and found[tuned]["rotated"]]
+            points = sorted((row["file_bytes"] / 1e6, row["perplexity"]) for row in rows)
+            if points:
+                axes.plot(*zip(*points), marker="o", color=color, linestyle="-" if tuned else ":",
+                          label=f"{kind}, {'tuned' if tuned else 'calibrated only'}")
+    axes.axhline(24.47, color="gray", linewidth=1)
+    axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "replicas-h100.png")
 
 
 def kernels() -> str:
@@ -161,3 +201,4 @@ if __name__ == "__main__":
         sys.exit(old != new)
     README.write_text(new, encoding="utf-8")
     draw_methods()
+    draw_replicas()
