@@ -42,6 +42,7 @@ PLAN = {
     "groups-192": GROUPS | dict(group_size=192),
     "groups-64": GROUPS | dict(group_size=64),
     "groups-32": GROUPS | dict(group_size=32),
+    "groups-budget-2.40": GROUPS | dict(group_size=192, target=Target(2.40)),
     "replica-4-3bit": REPLICA | dict(bits=3, replicas=4),
     "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
     "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
