@@ -2,23 +2,21 @@
 
     python benchmarks/kernels.py [--out NAME] [--quick]
 
-Weights are cold: matrices that together are several times the cache take turns. A step's time is a difference: the
-time of 2N steps less that of N, both behind a product that keeps the GPU busy until everything is queued, so that neither
-launching from Python nor waiting for the first step counts. "chain": every step reads what the last one wrote, as
+Weights are cold: matrices that together are several times the cache take turns. Times are the GPU's own
+(``mlxquant/kernels/gpu_clock.py``): launching from Python does not count. "chain": every step reads what the last one wrote, as
 decoding does (for our layers that includes preparing the input). "free": no step waits for another, so that ends of
 kernels overlap: the kernel alone.
 """
 
 import argparse
 import statistics
-import time
 from typing import Callable
 
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels import (backend, code_order, expand_codes, prepare_input, replicated_matvec,
+from mlxquant.kernels import (backend, code_order, expand_codes, gpu_clock, prepare_input, replicated_matvec,
                               replicated_tensor_cores)
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.prepare_input import Scales
@@ -29,33 +27,12 @@ from record import save
 
 COLD = 600e6  # bytes of distinct weights
 REPEATS = 7
-BUSY = 32  # products of 8192 × 8192, some 50 ms on an H100: longer than queueing the steps takes
 HALF = mx.float16
 MAIN = (14336, 4096)
-_busy = None
 
 
-def seconds_per_step(run: Callable[[int, mx.array], list[mx.array]], steps: int) -> float:
-    """Median over repeats of (time of 2N steps − time of N) / N; ``run(n, zero)`` builds n steps behind ``zero``."""
-    global _busy
-    if _busy is None:
-        _busy = mx.random.normal((8192, 8192)).astype(mx.bfloat16)
-        mx.eval(_busy)
-
-    def measure(count: int) -> float:
-        keep_busy = _busy
-        for _ in range(BUSY):
-            keep_busy = keep_busy @ _busy
-        outputs = run(count, (keep_busy[0, :1] * 0).astype(HALF))
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(outputs)
-        mx.synchronize()
-        return time.perf_counter() - start
-
-    measure(steps)
-    measure(2 * steps)
-    return statistics.median((measure(2 * steps) - measure(steps)) / steps for _ in range(REPEATS))
+def seconds_per_step(run: gpu_clock.Steps, steps: int) -> float:
+    return statistics.median(gpu_clock.seconds_per_step(run, steps, REPEATS))
 
 
 def chain(step: Callable[[int, mx.array], mx.array], x: mx.array):

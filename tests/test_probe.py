@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlxquant.quant.spec import ReplicaShape
+from mlxquant.kernels import gpu_clock
 from mlxquant.roofline import probe, replica_probe
 
 
@@ -72,8 +73,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(replica_probe, "device", lambda: "gpu")
 
     def install(rate):
-        def timed(shape, size, busy):
-            assert busy > 0
+        def timed(shape, size):
             cost = shape.replicas / (shape.replica_group or 1)
             return shape.as_dict() | {"microseconds": 10 + cost, "gb_per_s": rate(shape.bits)}
         monkeypatch.setattr(replica_probe, "time_layers", timed)
@@ -92,7 +92,7 @@ def test_limits_of_a_gpu_and_the_way_through_the_cache(small, on_a_gpu):
 
 def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
     on_a_gpu(lambda bits: 10 if bits == 3 else 90)
-    limits = replica_probe.measure_replicas(100, 0.1)
+    limits = replica_probe.measure_replicas(100)
     assert limits.largest_replicas["3"] is None and limits.largest_replicas["2"] == 1
     assert "3 (10 GB/s) bits: no kernel" in limits.reason
 
@@ -101,9 +101,33 @@ def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
 def test_layers_are_timed_through_their_call(monkeypatch, shape):
     monkeypatch.setattr(replica_probe, "_LEAST_BYTES", 0)
     monkeypatch.setattr(replica_probe, "_CALLS", 8)
-    monkeypatch.setattr(replica_probe, "_BUSY_SIZE", 8)
-    result = replica_probe.time_layers(shape, (192, 64), mx.float32, busy=2)
+    result = replica_probe.time_layers(shape, (192, 64), mx.float32)
     assert result["microseconds"] > 0 and result["gb_per_s"] > 0 and result["layers"] == 8
     layer = replica_probe._layer(shape, 512, 512, mx.float32)
     x = mx.random.normal((1, 512))
     assert 0.5 < (mx.linalg.norm(layer(x)) / mx.linalg.norm(x)).item() < 2
+
+
+def test_a_steps_time_is_that_of_a_step(monkeypatch):
+    """Off CUDA a difference of two runs: of steps that do nothing next to nothing, of slow ones their time."""
+    monkeypatch.setattr(gpu_clock.time, "perf_counter", lambda: clock[0])
+    clock, counts = [0.0], []
+
+    def run(count, zero):
+        counts.append(count)
+        return [Advance(clock, 5.0 + 0.25 * count)]
+
+    monkeypatch.setattr(gpu_clock.mx, "eval", lambda outputs: [output() for output in outputs])
+    monkeypatch.setattr(gpu_clock, "_square", lambda: mx.zeros((1, 1)))
+    assert gpu_clock.seconds_per_step(run, 8, repeats=3) == [0.25] * 3
+    assert counts == [16, 8] * 4  # a pass that does not count, then three
+
+
+class Advance:
+    """In the place of an array: its evaluation takes so many seconds."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def __call__(self):
+        self.clock[0] += self.seconds

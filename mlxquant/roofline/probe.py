@@ -77,7 +77,7 @@ def measured(*, refresh: bool = False, replicas: bool = False,
         known = _measure()
         write_json(_file(), known.as_dict())
     if replicas and known.replicas is None:
-        limits = measure_replicas(known.ceiling.gb_per_s, known.product_tflops, progress)
+        limits = measure_replicas(known.ceiling.gb_per_s, progress)
         known = Probe(known.ceiling, known.readers, known.product_tflops, limits)
         write_json(_file(), known.as_dict())
     return known

@@ -1,13 +1,11 @@
 """How many replicas this machine runs for nothing: replicated layers timed over widths, replicas and groups.
 
 One token through a chain of distinct layers, each fed by the one before, together several times
-larger than any cache. A layer's time is a difference, that of 2N layers less that of N, both behind
-products that keep the GPU busy until all is queued: launching from Python would hide what a replica costs.
+larger than any cache, by the GPU's own time (``kernels/gpu_clock.py``): launching from Python would hide what a
+replica costs.
 """
 
-import math
 import statistics
-import time
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -15,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxquant.kernels import gpu_clock
 from mlxquant.layers.packed import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.quant.packing import level_grid
@@ -27,7 +26,6 @@ _GROUPS = sorted((group for group in REPLICA_GROUPS if group), reverse=True)
 _SHAPE = (14336, 4096)
 _LEAST_LAYERS, _LEAST_BYTES = 8, 256e6
 _CALLS = 64
-_BUSY_SECONDS, _BUSY_SIZE = 0.05, 4096  # longer than queueing the calls takes
 _PASSES = 7
 _LEAST_SHARE = 0.25  # of the ceiling, that one replica must reach for the others to mean something
 
@@ -57,18 +55,17 @@ class ReplicaLimits:
         return smallest is not None and (smallest == 0 or smallest <= group)
 
 
-def measure_replicas(ceiling_gb_per_s: float, product_tflops: float,
+def measure_replicas(ceiling_gb_per_s: float,
                      progress: Callable[[int, int, float], None] = lambda *_: None) -> ReplicaLimits:
     """Time this machine's replicated layers; ``progress`` gets widths done, of how many, and microseconds."""
     if device() == "cpu":
         return ReplicaLimits("on a plain CPU replicated layers run as dense weights, for which replicas cost nothing")
-    busy = math.ceil(_BUSY_SECONDS * product_tflops * 1e12 / (2 * _BUSY_SIZE**3))
     largest, groups, timings, slow = {}, {}, [], []
     for done, bits in enumerate(REPLICA_WIDTHS):
         found: list[dict] = []
 
         def timer(replicas: int, group: int) -> float:
-            found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE, busy=busy))
+            found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
             progress(done, len(REPLICA_WIDTHS), found[-1]["microseconds"])
             return found[-1]["microseconds"]
 
@@ -101,34 +98,24 @@ def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[st
     return largest, groups
 
 
-def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16, busy: int = 0) -> dict:
+def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
     """Median microseconds of one layer with one token, as a loaded model runs it, the spread of the passes,
-    and GB/s of what it stores. ``busy`` products keep the GPU from starting before all is queued."""
+    and GB/s of what it stores."""
     one = size[0] * size[1] * (2 if shape.bits == "ternary" else shape.bits) / 8
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
     chain = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)])
     stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
-    rounds = max(1, _CALLS // count)
     start = mx.random.normal((1, size[1])).astype(dtype)
-    square = mx.random.normal((_BUSY_SIZE if busy else 1,) * 2).astype(dtype) / 128  # products stay small
-    mx.eval(start, square, chain.parameters())
+    mx.eval(start, chain.parameters())
     chain = pack(chain)
 
-    def seconds(rounds: int) -> float:
-        held = square
-        for _ in range(busy):
-            held = held @ square
-        x = start + held[0, :1] * 0
+    def run(rounds: int, zero: mx.array) -> list[mx.array]:
+        x = start + zero.astype(dtype)
         for _ in range(rounds):
             x = chain(x)
-        mx.synchronize()
-        begin = time.perf_counter()
-        mx.eval(x)
-        mx.synchronize()
-        return time.perf_counter() - begin
+        return [x]
 
-    seconds(2 * rounds)
-    times = [max(seconds(2 * rounds) - seconds(rounds), 1e-9) / (rounds * count) for _ in range(_PASSES)]
+    times = [seconds / count for seconds in gpu_clock.seconds_per_step(run, max(1, _CALLS // count), _PASSES)]
     median = statistics.median(times)
     return shape.as_dict() | {"microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
                               "gb_per_s": stored / median / 1e9, "layers": count}

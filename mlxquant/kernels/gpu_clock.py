@@ -1,0 +1,82 @@
+"""How long steps take on the GPU itself, without what queueing them costs the host.
+
+On CUDA a kernel reads the GPU's own clock before the first step and another one after the last; both stand
+behind a wait in which the host queues everything. Metal lets no kernel read a clock: there a step's time is that of 2N steps less
+that of N, both behind matrix products that keep the GPU busy meanwhile. Products are no good where there is a clock: the power they
+draw moves the GPU's frequency, and with it the difference, by more than a step takes.
+"""
+
+import functools
+import time
+from typing import Callable
+
+import mlx.core as mx
+
+from mlxquant.kernels import backend
+
+Steps = Callable[[int, mx.array], list[mx.array]]
+_WAIT = 30_000_000  # nanoseconds; queueing some hundred steps takes a tenth of it
+_BODY = """
+    if (thread_position_in_grid.x != 0) return;
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin) :: "memory");
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now) :: "memory"); while (now - begin < WAIT);
+    clock[0] = static_cast<uint>(now);
+    clock[1] = static_cast<uint>(now >> 32);
+    zero[0] = 0;
+"""
+_PRODUCTS, _PRODUCT_SIZE = 32, 8192  # some 50 ms on an H100
+
+
+def seconds_per_step(run: Steps, steps: int, repeats: int = 7) -> list[float]:
+    """Seconds of one step in each of ``repeats`` passes, after one that does not count.
+
+    ``run(n, zero)`` builds n steps that start from ``zero`` (1,), a float16 0, and returns what they end in.
+    """
+    measure = _by_gpu_clock if backend.is_cuda() else _by_difference
+    measure(run, steps)
+    return [measure(run, steps) for _ in range(repeats)]
+
+
+def _by_gpu_clock(run: Steps, steps: int) -> float:
+    before, zero = _stamp([mx.zeros(1)], _WAIT)
+    after, _ = _stamp(run(steps, zero), 0)
+    mx.eval(before, after)
+    start, end = (words[0].item() + (words[1].item() << 32) for words in (before, after))
+    return 1e-9 * (end - start) / steps
+
+
+def _by_difference(run: Steps, steps: int) -> float:
+    def seconds(count: int) -> float:
+        held = _square()
+        for _ in range(_PRODUCTS if backend.has_gpu() else 0):
+            held = held @ _square()
+        outputs = run(count, (held[0, :1] * 0).astype(mx.float16))
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(outputs)
+        mx.synchronize()
+        return time.perf_counter() - start
+
+    return max(seconds(2 * steps) - seconds(steps), 1e-9) / steps
+
+
+def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
+    """The clock's two words once ``after`` is there and ``wait`` nanoseconds have gone by, and a zero."""
+    clock, zero = _kernel(len(after))(
+        inputs=after, template=[("WAIT", wait)], grid=(1, 1, 1), threadgroup=(1, 1, 1),
+        output_shapes=[(2,), (1,)], output_dtypes=[mx.uint32, mx.float16])
+    return clock, zero
+
+
+@functools.cache
+def _kernel(inputs: int):
+    return backend.build(f"gpu_clock_{inputs}", [f"input{i}" for i in range(inputs)], ["clock", "zero"], _BODY)
+
+
+@functools.cache
+def _square() -> mx.array:
+    size = _PRODUCT_SIZE if backend.has_gpu() else 1
+    made = mx.random.normal((size, size)).astype(mx.bfloat16) / size  # products stay small
+    mx.eval(made)
+    return made
