@@ -1,5 +1,10 @@
 """Tuning: better on held-out text, never worse, resumable to the bit, codes untouched."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
@@ -131,3 +136,34 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
                       sequence_length=32, method="smoothquant", bits=8, activation=ActivationSpec())
     with pytest.raises(Unsupported, match="rounds activations"):
         tune(str(tmp_path / "w8a8"), tmp_path / "out", teacher=str(places / "source"), data=[str(places / "text.txt")])
+
+
+COMPILED_TWICE = """
+import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx, numpy as np, pathlib, sys
+from conftest import CONFIG, random_network
+from mlxquant.quant.spec import ReplicaShape
+from mlxquant.roofline import outline
+from mlxquant.tuning.distill import Distillation, Schedule
+from mlxquant.tuning.trainable import Trainable
+
+for layers in (2, 3):
+    config = CONFIG | {"num_hidden_layers": layers}
+    network = outline.replicated(config, ReplicaShape(2, 1))
+    for path, module in network.named_modules():
+        if "norm" in path:
+            module.weight = mx.random.normal(module.weight.shape)
+    tokens = np.random.default_rng(0).integers(0, 384, (4, 8))
+    Distillation(Trainable(network, mx.float32), random_network(config), tokens[2:], tokens[:2], Schedule(1, 2)).run()
+    print(len(list(pathlib.Path(sys.argv[1]).rglob("*.so"))))
+"""
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="counts the files of MLX's compiler for the CPU")
+def test_a_deeper_model_compiles_no_further_kernels(tmp_path):
+    """MLX writes a captured array of one element into a kernel's source: of those a model has one a norm."""
+    done = subprocess.run([sys.executable, "-c", COMPILED_TWICE, str(tmp_path)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, done.stdout.split())
+    assert first == second > 0

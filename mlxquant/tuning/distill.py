@@ -92,9 +92,15 @@ class Distillation:
         self._compile()
 
     def _compile(self) -> None:
-        """One step as one graph. What it changes is handed in and out, so that it is traced once."""
+        """One step as one graph. What it changes is handed in and out, so that it is traced once.
+
+        What it starts from is handed in too: MLX writes the value of a captured array of one element into
+        the source of every kernel that reads it, and a model has hundreds (the sizes of norms, of single
+        replicas). Each such kernel took a GPU's compiler seconds: the first step did not come in nine minutes.
+        """
         state = self.state
         live = [state.moved, state.optimizer.state]
+        constant = [self.student.base, self.student.size]
 
         def loss(moved: dict[str, mx.array], batch: mx.array) -> mx.array:
             return divergence_loss(self.student.install(self.student.values(moved)), self.teacher, batch)
@@ -105,7 +111,7 @@ class Distillation:
             return value
 
         self._live = live
-        self._step = mx.compile(step, inputs=live, outputs=live)
+        self._step = mx.compile(step, inputs=[*live, *constant], outputs=live)
 
     def run(self, report: Report = lambda *_: None, save: Callable[[], None] = lambda: None) -> State:
         """Train to the end; ``report`` gets (steps done, steps, loss), ``save`` is called after each check."""
