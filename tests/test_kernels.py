@@ -24,6 +24,7 @@ from mlxquant.kernels.check import Case
 from mlxquant.layers.packed import PackedGroup, PackedLinear, pack
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.quant.packing import level_count, pack_codes
+from mlxquant.roofline.traffic import leaf_modules, module_bytes
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]
@@ -204,6 +205,7 @@ def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
         x = mx.array(random.normal(size=(1, tokens, 64)).astype(np.float32))
         assert backend.relative_error(network.mlp(x), stored(x)) < 1e-5
     assert traced == [1, 5]
+    assert sum(module_bytes(module) for _, module in leaf_modules(network)) == sum(a.nbytes for _, a in tree_flatten(network.parameters()))
 
 
 def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):

@@ -35,7 +35,7 @@ class PackedGroup(nn.Module):
         self.inputs, self.spec = shared.inputs, spec
         parts = [code_order.reorder(linear.codes, spec.bits, shared.inputs) for linear in linears]
         self.codes = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        self.ends = list(itertools.accumulate(map(len, parts)))[:-1]  # of the siblings' rows, but for the last's
+        self._ends = tuple(itertools.accumulate(map(len, parts)))[:-1]  # of siblings' rows; no list: that would be a child
         self.replica_out = mx.concatenate([linear.replica_out for linear in linears])
         scales = Scales.of(self.inputs, spec.replicas, spec.replica_group, spec.rotation_block, shared.replica_in,
                            shared.get("column_scale"), shared.get("rotation_signs"))
@@ -60,7 +60,7 @@ class PackedGroup(nn.Module):
     def _multiply(self, x: mx.array) -> list[mx.array]:
         flat = x.reshape(-1, self.inputs)
         y = self._by_kernel(flat) if len(flat) <= FEW_TOKENS else self._by_product(flat)
-        return mx.split(y.reshape(*x.shape[:-1], -1), self.ends, axis=-1)
+        return mx.split(y.reshape(*x.shape[:-1], -1), list(self._ends), axis=-1)
 
     def _by_kernel(self, x: mx.array) -> mx.array:
         scales, levels, dtype = self._scales(), level_count(self.spec.bits), x.dtype
@@ -114,7 +114,7 @@ class TracedForFew(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self._few = module, mx.compile(module)
+        self.module, self._few = module, mx.compile(module.__call__)  # the module itself would count twice
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
