@@ -12,12 +12,14 @@ from pathlib import Path
 from record import RESULTS, read
 
 from mlxquant.evaluation.comparison import Row, plot
+from mlxquant.roofline import bench_output
+from mlxquant.roofline.bench import Record
 
 README = Path(__file__).parents[1] / "README.md"
 LITERATURE = Path(__file__).parent / "literature.json"
 
-# Two runs side by side on one host: their perplexities hold, their seconds do not.
-SHARED_HOST = ("methods-h200-2", "methods-h200-3")
+# Runs side by side on one host: their perplexities hold, their seconds do not.
+SHARED_HOST = ("methods-h200-2", "methods-h200-3", "methods-h100-1")
 # Made before GPTQ took active inputs first and refined its result, today's --no-act-order --refine 0,
 # and with a rounding that no longer exists (see LOG.md).
 EARLIER = tuple(f"methods-h200-{n}" for n in range(1, 6))
@@ -85,7 +87,8 @@ def methods() -> str:
                      f"{seconds} |")
     original = read("methods-h200-1")["rows"][0]["perplexity"]
     return "\n".join([*lines, "", f"The model itself: {original:.2f}. {place(read('methods-h200-6'))}. Rows without "
-                      "seconds ran two at a time, or on a CPU: their perplexities compare, their times do not."])
+                      "seconds ran beside other work, on that GPU or an H100, or on a CPU: their perplexities compare, "
+                      "their times do not."])
 
 
 def widths() -> str:
@@ -168,21 +171,35 @@ def draw_replicas() -> None:
 
 
 def kernels() -> str:
-    """One token through 2-bit layers, ours beside MLX's."""
-    result = read("kernels-h100-1")
-    lines = ["| 14336 × 4096, cold weights | µs, alone | µs, in a chain | GB/s |", "|---|--:|--:|--:|"]
+    """One token through a layer, ours beside MLX's."""
+    result = read("kernels-h100-3")
+    lines = ["| one token, cold weights | µs, alone | GB/s | of measured ceiling | µs, in a chain |", "|---|--:|--:|--:|--:|"]
     for row in result["rows"]:
-        if row["rows"] != 14336:
+        if row["rows"] < row["inputs"] or row["rows"] == 4096:
             continue
-        what = (f"MLX, {row['bits']} bit, groups of 64" if row["replicas"] is None else
-                f"ours, {row['bits']} bit, K={row['replicas']}" + f" G={row['group']}" * bool(row["group"]))
+        width = "ternary" if row["bits"] == "ternary" else f"{row['bits']} bit"
+        what = (f"MLX, {width}, groups of 64" if row["replicas"] is None else
+                f"ours, {width}, K={row['replicas']}" + f" G={row['group']}" * bool(row["group"]))
         tokens = f", {row['tokens']} tokens" * (row["tokens"] > 1)
-        lines.append(f"| {what}{tokens} | {row['free_us']:.1f} | {row['chain_us']:.1f} | {row['gb_per_s']:.0f} |")
-    return "\n".join([*lines, "", f"{place(result)}: `{result['command']}`. One run, differences of a fifth are noise."])
+        chain = f"{row['chain_us']:.1f}" if "chain_us" in row else ""
+        lines.append(f"| {row['rows']} × {row['inputs']}: {what}{tokens} | {row['free_us']:.1f} | {row['gb_per_s']:,.0f} | "
+                     f"{row['percent_of_ceiling']:.0f} % | {chain} |")
+    return "\n".join([*lines, "", f"The ceiling is MLX's reduction, {result['ceiling']['gb_per_s']:,.0f} GB/s, the fastest of the "
+                      f"readers tried. {place(result)}: `{result['command']}`."])
+
+
+def speeds() -> str:
+    """Whole models of one shape with random weights, and the default model."""
+    parts = []
+    for name in ("bench-h100", "bench-cpu"):
+        result = read(name)
+        records = [Record(**row) for row in result["records"] if row["test"] in ("pp512", "tg128")]
+        parts.append(f"{bench_output.markdown(records)}\n\n{place(result)}: `{result['command']}`")
+    return "\n\n".join(parts)
 
 
 TABLES = {"default-model": default_model, "widths": widths, "replicas": replicas, "kernels": kernels,
-          "methods": methods}
+          "speeds": speeds, "methods": methods}
 
 
 def render(text: str) -> str:

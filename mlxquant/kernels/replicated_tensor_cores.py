@@ -146,7 +146,7 @@ _BODY = """
 """
 MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
 _ROWS = 16
-_FEW_ROWS = 8192
+_MANY_ROWS = 8192
 
 
 def layout(bits: int, dtype: mx.Dtype) -> Layout:
@@ -164,7 +164,7 @@ def multiply(prepared: mx.array, codes: mx.array, replica_out: mx.array, scales:
     """y (tokens, m) in ``dtype``, float16 or bfloat16; as ``replicated_matvec.multiply``."""
     rows, chunks, bits = codes.shape
     runs = chunks * code_order.CHUNK // code_order.RUN[bits]
-    warps, ahead = launch_shape(rows, runs, scales.replicas * tokens)
+    warps, ahead = launch_shape(rows, runs)
     return _kernel()(
         inputs=[prepared, codes, replica_out, sizes(rows, runs)],
         template=[("T", dtype), ("BITS", bits), ("LEVELS", levels), ("K", scales.replicas), ("RUN", code_order.RUN[bits]),
@@ -173,11 +173,10 @@ def multiply(prepared: mx.array, codes: mx.array, replica_out: mx.array, scales:
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
 
 
-def launch_shape(rows: int, runs: int, uses: int) -> tuple[int, int]:
-    """(warps that share 16 rows, blocks of inputs that each has under way)."""
-    # Where there are few rows, more warps to each keep the chip busy, as far as their sums fit in shared memory.
-    warps = 8 if rows < _FEW_ROWS and uses <= 16 else 4
-    return min(warps, -(-runs // 4)), 4
+def launch_shape(rows: int, runs: int) -> tuple[int, int]:
+    """(warps that share 16 rows, blocks of inputs that each has under way): of seven tried on an H100 the fastest in a
+    chain (``benchmarks/LOG.md``); few rows leave the chip room for more under way."""
+    return min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
 
 
 @functools.cache
