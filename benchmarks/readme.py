@@ -154,14 +154,15 @@ def draw_replicas() -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for kind, color in (("replicas", "C0"), ("groups", "C1")):
+    kinds = {"replicas under a budget": lambda row: row["method"].startswith("budget"),
+             "replicas, one K": lambda row: row["replicas"], "groups": lambda row: row["group_size"]}
+    for color, (kind, belongs) in enumerate(kinds.items()):
         for tuned in (False, True):
             rows = [found[tuned] for found in replica_rows().values()
-                    if tuned in found and (found[tuned]["group_size"] is None) == (kind == "replicas")
-                    and found[tuned]["rotated"]]
+                    if tuned in found and belongs(found[tuned]) and found[tuned]["rotated"]]
             points = sorted((row["file_bytes"] / 1e6, row["perplexity"]) for row in rows)
             if points:
-                axes.plot(*zip(*points), marker="o", color=color, linestyle="-" if tuned else ":",
+                axes.plot(*zip(*points), marker="o", color=f"C{color}", linestyle="-" if tuned else ":",
                           label=f"{kind}, {'tuned' if tuned else 'calibrated only'}")
     axes.axhline(24.47, color="gray", linewidth=1)
     axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
