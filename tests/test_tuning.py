@@ -71,10 +71,28 @@ def test_codes_move_where_they_are_let_to(places, tmp_path):
     moved = [not mx.array_equal(array, after[path]) for path, array in before.items() if path.endswith(".codes")]
     assert any(moved) and before.keys() == after.keys()
     teacher = mlxquant.load(str(places / "source")).network
-    held = calibration.from_files(mlxquant.load(str(places / "source")).tokenizer, [str(places / "text.txt")],
-                                  SCHEDULE.steps * SCHEDULE.batch_size + 32, 32, 0).tokens[:32]
-    ours = divergence_loss(mlxquant.load(str(tmp_path / "out")).network, teacher, mx.array(held)).item()
+    _, held = calibration.held_apart(mlxquant.load(str(places / "source")).tokenizer, [str(places / "text.txt")],
+                                     SCHEDULE.steps * SCHEDULE.batch_size, 32, 32)
+    ours = divergence_loss(mlxquant.load(str(tmp_path / "out")).network, teacher, mx.array(held.tokens)).item()
     assert ours == pytest.approx(result.divergence_after, rel=0.02)  # what was stored is what was measured
+
+
+class Counting:
+    """A tokenizer of which every token is its place in the text."""
+
+    def encode(self, text, **_):
+        return list(range(len(text)))
+
+
+def test_what_is_held_out_is_in_no_window_of_training(monkeypatch):
+    monkeypatch.setattr(calibration, "_text", lambda name: "x" * 1000)
+    training, held = calibration.held_apart(Counting(), ["a.txt", "b.txt"], 300, 40, 30)
+    assert training.tokens.shape == (300, 30) and held.tokens.shape == (40, 30)
+    assert training.tokens.max() < 950 <= held.tokens.min()
+    training, held = calibration.held_apart(Counting(), ["a.txt"], 300, 40, 400)  # a twentieth is less than a window
+    assert training.tokens.max() < 600 <= held.tokens.min()
+    with pytest.raises(BadValue, match="there must be 2"):
+        calibration.held_apart(Counting(), ["a.txt"], 1, 1, 501)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):

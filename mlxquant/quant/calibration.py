@@ -42,11 +42,34 @@ def from_files(tokenizer, names: list[str], samples: int = SAMPLES,
     or JSON lines with a ``text`` field). Raises ``BadValue`` for texts too short.
     """
     _check(samples, length)
+    return _drawn(_streams(tokenizer, names, length), names, samples, length, seed)
+
+
+def held_apart(tokenizer, names: list[str], samples: int, held: int, length: int,
+               seed: int = 0) -> tuple[Calibration, Calibration]:
+    """``samples`` windows to train on, as ``from_files``, and ``held`` from the ends of the texts, a twentieth
+    of each or one window, which training never sees. Drawn together with calibration's windows, as they once were, they
+    would be those that the codes were fitted to. Raises ``BadValue`` for texts of fewer than two windows."""
+    _check(min(samples, held), length)
+    streams = _streams(tokenizer, names, length, windows=2)
+    ends = [max(length, len(stream) // 20) for stream in streams]
+    return (_drawn([stream[:-end] for stream, end in zip(streams, ends)], names, samples, length, seed),
+            _drawn([stream[-end:] for stream, end in zip(streams, ends)], names, held, length, seed))
+
+
+def _streams(tokenizer, names: list[str], length: int, windows: int = 1) -> list[np.ndarray]:
+    """The tokens of each text; raises ``BadValue`` for fewer than so many windows of ``length``."""
     streams = [np.array(tokenizer.encode(_text(name), add_special_tokens=False, verbose=False))
                for name in names]
     for name, stream in zip(names, streams):
-        if len(stream) < length:
-            raise BadValue(f"{name} has {len(stream)} tokens, a sample needs {length}")
+        if len(stream) < windows * length:
+            raise BadValue(f"{name} has {len(stream)} tokens, a sample needs {length}"
+                           + f", and there must be {windows} of them" * (windows > 1))
+    return streams
+
+
+def _drawn(streams: list[np.ndarray], names: list[str], samples: int, length: int, seed: int) -> Calibration:
+    """Windows at random places of the streams, each stream in turn."""
     random = np.random.default_rng(seed)
     rows = []
     for index in range(samples):

@@ -57,7 +57,8 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
         raise BadValue(f"{teacher} has {original.config.get('vocab_size')} tokens and {name} "
                        f"{config.get('vocab_size')}; a teacher needs the same vocabulary")
     count = schedule.steps * schedule.batch_size
-    texts = calibration.from_files(open_tokenizer(folder, config), data, count + HELD_OUT, sequence_length, seed)
+    texts, held_out = calibration.held_apart(open_tokenizer(folder, config), data, count, HELD_OUT,
+                                             sequence_length, seed)
     settings = {"schedule": schedule.as_dict(), "norms": norms, "codes": codes, "seed": seed,
                 "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
                 "dtype": str(dtype).removeprefix("mlx.core.")}
@@ -65,7 +66,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     student = Trainable(network, dtype, norms, codes)  # refuses what cannot be tuned, before anything is written
     partial = working_folder(output, job, settings)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
-                            texts.tokens[HELD_OUT:], texts.tokens[:HELD_OUT], schedule)
+                            texts.tokens, held_out.tokens, schedule)
     state_file = partial / _STATE
     if state_file.exists():
         training.restore(state_file)
