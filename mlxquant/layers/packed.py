@@ -25,6 +25,11 @@ from mlxquant.quant.packing import level_count
 FEW_TOKENS = 8  # more are a prompt: expanding the codes once is cheaper (benchmarks/LOG.md)
 
 
+def _is_few(x: mx.array) -> bool:
+    """Whether x (…, n) holds so few tokens that kernels take them."""
+    return x.size <= FEW_TOKENS * x.shape[-1]
+
+
 class PackedGroup(nn.Module):
     """Siblings of n inputs and, stacked, m outputs: ``codes`` (m, chunks, b) in the kernels' order,
     ``replica_out`` (m, K), and what ``ReplicaInput`` holds, in float32."""
@@ -55,11 +60,11 @@ class PackedGroup(nn.Module):
     def outputs(self, x: mx.array, reader: nn.Module) -> list[mx.array]:
         """Each sibling's output (…, rows) of ``x`` (…, n), in its dtype; made once for the siblings that hand in
         the same array."""
-        return self._made.get(x, reader, self._few if x.size <= FEW_TOKENS * self.inputs else self._multiply)
+        return self._made.get(x, reader, self._few if _is_few(x) else self._multiply)
 
     def _multiply(self, x: mx.array) -> list[mx.array]:
         flat = x.reshape(-1, self.inputs)
-        y = self._by_kernel(flat) if len(flat) <= FEW_TOKENS else self._by_product(flat)
+        y = self._by_kernel(flat) if _is_few(flat) else self._by_product(flat)
         return mx.split(y.reshape(*x.shape[:-1], -1), list(self._ends), axis=-1)
 
     def _by_kernel(self, x: mx.array) -> mx.array:
@@ -118,7 +123,7 @@ class TracedForFew(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return (self._few if x.size <= FEW_TOKENS * x.shape[-1] else self.module)(x)
+        return (self._few if _is_few(x) else self.module)(x)
 
 
 def pack(network: nn.Module) -> nn.Module:

@@ -133,7 +133,7 @@ def quantise_trials(block: nn.Module, prefix: str, paths: list[str], specs: list
         weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
         stored = len(signs) * (1 if spec.method == "replica" else len(paths))
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
-    options = {"sweep": gptq.sweep_of(statistics, spec)} if sweeping else {}
+    options = {"sweep": gptq.Sweep.of(statistics, spec.act_order)} if sweeping else {}
     for trial in specs:
         made = _METHODS[trial.method].quantise(weight, statistics, trial, **options)
         yield made.dequantise() - weight, statistics.hessian, stored + made.stored_bits()

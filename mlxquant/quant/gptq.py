@@ -34,18 +34,22 @@ CORRECTION = 0.5
 
 @dataclass(frozen=True)
 class Sweep:
-    """The order in which columns are taken and what an error adds to later ones: the same for every width."""
+    """What the inputs alone decide, the same for every width: the damped H (n, n) in float32, the order in which
+    columns are taken, and what an error adds to later ones."""
 
+    hessian: mx.array
     order: mx.array
     back: mx.array
     feedback: mx.array
 
     @classmethod
-    def of(cls, hessian: np.ndarray, act_order: bool) -> "Sweep":
-        """For the damped ``hessian`` (n, n); the most active inputs first, or as they come."""
+    def of(cls, statistics: Statistics, act_order: bool) -> "Sweep":
+        """The most active inputs first, or as they come."""
+        hessian = damped(np.array(statistics.hessian, np.float64))
         order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(len(hessian))
         feedback = feedback_matrix(hessian[np.ix_(order, order)])
-        return cls(mx.array(order), mx.array(np.argsort(order)), mx.array(feedback.astype(np.float32)))
+        return cls(mx.array(hessian.astype(np.float32)), mx.array(order), mx.array(np.argsort(order)),
+                   mx.array(feedback.astype(np.float32)))
 
     def codes(self, weight: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
         """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n)."""
@@ -63,19 +67,14 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     """
     if correction:
         weight = correct(weight, statistics, correction)
-    weight, hessian = weight.astype(mx.float32), damped(np.array(statistics.hessian, np.float64))
+    weight, sweep = weight.astype(mx.float32), sweep or Sweep.of(statistics, spec.act_order)
     start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
     scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
-    codes = (sweep or Sweep.of(hessian, spec.act_order)).codes(weight, scales, biases, spec.levels)
+    codes = sweep.codes(weight, scales, biases, spec.levels)
     swept = Affine(codes.astype(mx.uint8), start.scales, start.biases, spec)
-    result = refine(weight, swept, mx.array(hessian.astype(np.float32)), spec.refine, dtype)
+    result = refine(weight, swept, sweep.hessian, spec.refine, dtype)
     mx.eval(result.codes, result.scales, result.biases)
     return result
-
-
-def sweep_of(statistics: Statistics, spec: Spec) -> Sweep:
-    """What all widths of a layer with these statistics can share."""
-    return Sweep.of(damped(np.array(statistics.hessian, np.float64)), spec.act_order)
 
 
 def correct(weight: mx.array, statistics: Statistics, amount: float) -> mx.array:

@@ -10,7 +10,6 @@ gradient steps. Each step lowers E‖(Ŵ − W) x‖², rounding included, or is
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quant import envelope, gptq
@@ -31,16 +30,14 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     """
     if correction:
         weight = gptq.correct(weight, statistics, correction)
-    weight, damped = weight.astype(mx.float32), gptq.damped(np.array(statistics.hessian, np.float64))
+    weight, sweep = weight.astype(mx.float32), sweep or gptq.Sweep.of(statistics, spec.act_order)
     found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
                          statistics.hessian.diagonal()).rounded(dtype)
-    sweep = sweep or gptq.Sweep.of(damped, spec.act_order)
     found = replace(found, codes=sweep.codes(weight, *found.grid(), level_count(spec.bits)))
-    hessian = mx.array(damped.astype(np.float32))
     for _ in range(spec.refine):
-        found = move_codes(weight, found, hessian)
-        found = fit_outputs(weight, found, hessian, dtype)
-        found = fit_inputs(weight, found, hessian, dtype)
+        found = move_codes(weight, found, sweep.hessian)
+        found = fit_outputs(weight, found, sweep.hessian, dtype)
+        found = fit_inputs(weight, found, sweep.hessian, dtype)
     mx.eval(found.codes, found.replica_out, found.replica_in)
     return found
 
