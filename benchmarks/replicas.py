@@ -1,7 +1,7 @@
 """Replicated layers and their controls on the default model, calibrated only and tuned.
 
     python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--plan NAME …] [--steps 1000] [--codes 0] [--samples 128] [--windows 40] [--keep FOLDER]
+        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
 the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in FOLDER from an earlier
@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--out", default="replicas")
     parser.add_argument("--plan", nargs="+", default=list(PLAN), choices=PLAN)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--codes", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)

@@ -62,13 +62,15 @@ def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tmp_path,
             assert mx.array_equal(array, after[path])
 
 
-def test_codes_move_where_they_are_let_to(places, tmp_path):
-    still = run(places, "replica", tmp_path / "still")
-    result = run(places, "replica", tmp_path / "out", codes=10.0)
+@pytest.mark.parametrize("name, stored", [("replica", ".codes"), ("affine", ".weight"), ("rows", ".codes")])
+def test_codes_move_where_they_are_let_to(places, tmp_path, name, stored):
+    still = run(places, name, tmp_path / "still")
+    result = run(places, name, tmp_path / "out", codes=0.3)
     assert result.divergence_before == pytest.approx(still.divergence_before, rel=1e-4)
     assert result.divergence_after < result.divergence_before
-    before, after = tensors(places / "replica"), tensors(tmp_path / "out")
-    moved = [not mx.array_equal(array, after[path]) for path, array in before.items() if path.endswith(".codes")]
+    before, after = tensors(places / name), tensors(tmp_path / "out")
+    moved = [not mx.array_equal(array, after[path]) for path, array in before.items()
+             if path.endswith(stored) and array.dtype in (mx.uint32, mx.uint8)]
     assert any(moved) and before.keys() == after.keys()
     teacher = mlxquant.load(str(places / "source")).network
     _, held = calibration.held_apart(mlxquant.load(str(places / "source")).tokenizer, [str(places / "text.txt")],

@@ -18,10 +18,10 @@ def tune(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Relative to the size of what is trained.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Relative to the size of what is trained.")] = 1e-3,
     norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, typer.Option(
-        help="Let codes of replicated layers move: levels where a scale would double; 0: they stay.")] = 0.0,
+        help="Let codes move: so many levels where every step pulls one way. 0.5 serves well; 0: they stay.")] = 0.0,
     check_every: Annotated[int, typer.Option(
         help="Steps between tries on held-out text; state is saved there.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same order of texts.")] = 0,

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlxquant.kernels import backend
 
 Steps = Callable[[int, mx.array], list[mx.array]]
-_WAIT = 30_000_000  # nanoseconds; queueing some hundred steps takes a tenth of it
+_WAIT = 0.03  # seconds; queueing some hundred kernels takes a tenth of it
 _BODY = """
     if (thread_position_in_grid.x != 0) return;
     unsigned long long begin, now;
@@ -28,20 +28,26 @@ _BODY = """
 _PRODUCTS, _PRODUCT_SIZE = 32, 8192  # some 50 ms on an H100
 
 
-def seconds_per_step(run: Steps, steps: int, repeats: int = 7) -> list[float]:
+def seconds_per_step(run: Steps, steps: int, repeats: int = 7, wait: float = _WAIT) -> list[float]:
     """Seconds of one step in each of ``repeats`` passes, after one that does not count.
 
-    ``run(n, zero)`` builds n steps that start from ``zero`` (1,), a float16 0, and returns what they end in.
+    ``run(n, zero)`` builds n steps that start from ``zero`` (1,), a float16 0, and returns what they end in. The
+    host has ``wait`` seconds to queue them; raises ``RuntimeError`` where it takes longer.
     """
-    measure = _by_gpu_clock if backend.is_cuda() else _by_difference
+    measure = functools.partial(_by_gpu_clock, wait=wait) if backend.is_cuda() else _by_difference
     measure(run, steps)
     return [measure(run, steps) for _ in range(repeats)]
 
 
-def _by_gpu_clock(run: Steps, steps: int) -> float:
-    before, zero = _stamp([mx.zeros(1)], _WAIT)
+def _by_gpu_clock(run: Steps, steps: int, wait: float) -> float:
+    before, zero = _stamp([mx.zeros(1)], round(1e9 * wait))
     after, _ = _stamp(run(steps, zero), 0)
+    queued = time.perf_counter()
+    mx.async_eval(before, after)
+    queued = time.perf_counter() - queued
     mx.eval(before, after)
+    if queued > wait:
+        raise RuntimeError(f"queueing took {queued:.3f} s, more than the {wait:g} s that the GPU waits")
     start, end = (words[0].item() + (words[1].item() << 32) for words in (before, after))
     return 1e-9 * (end - start) / steps
 

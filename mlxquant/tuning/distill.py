@@ -1,8 +1,8 @@
 """Distillation: train a quantised model's scales until it predicts as the original does.
 
 The loss is KL(teacher ‖ student) over the whole vocabulary at every position, as
-in LLM-QAT (https://arxiv.org/abs/2305.17888); codes are frozen, as in
-PEQA (https://arxiv.org/abs/2305.14152). Adam with a cosine schedule. Some
+in LLM-QAT (https://arxiv.org/abs/2305.17888); codes stay, as in
+PEQA (https://arxiv.org/abs/2305.14152), unless they are let move. Adam with a cosine schedule. Some
 sequences are held out: the state that serves them best, rounded as it will be
 stored, is what is written, and if none beats the model as it was, that is.
 """
@@ -32,7 +32,7 @@ class Schedule:
 
     steps: int = 1000
     batch_size: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     check_every: int = 100
 
     def __post_init__(self):
@@ -46,6 +46,11 @@ class Schedule:
         rise = max(1, self.steps // 20)
         return optim.join_schedules([optim.linear_schedule(0, self.learning_rate, rise),
                                      optim.cosine_decay(self.learning_rate, max(1, self.steps - rise))], [rise])
+
+    @property
+    def reach(self) -> float:
+        """The sum of all rates: how far what is always pulled one way goes."""
+        return self.learning_rate * self.steps / 2
 
     def as_dict(self) -> dict:
         return asdict(self)

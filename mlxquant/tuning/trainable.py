@@ -16,42 +16,15 @@ from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.quant.affine import unpack
 from mlxquant.quant.rotation import expanded_weight
-from mlxquant.tuning.moving import MovingCodes
-
-
-class UnpackedAffine(nn.Module):
-    """y = x Wᵀ with W = scale·q + bias by groups of inputs; differentiable by scales and biases.
-
-    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear`` and keeps its
-    parameters' names. ``levels`` (m, n) uint8 are held outside the parameters.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        if isinstance(layer, GroupedLinear):
-            columns, codes = layer.shape[1], layer.codes
-        else:
-            columns, codes = layer.weight.shape[1] * 32 // layer.bits, layer.weight
-        self._levels = unpack(codes, layer.bits, columns)
-        self.scales, self.biases = layer.scales, layer.biases
-        if "bias" in layer:
-            self.bias = layer.bias
-
-    def __call__(self, x: mx.array) -> mx.array:
-        rows, groups = self.scales.shape
-        levels = self._levels.astype(x.dtype).reshape(len(self._levels), groups, -1)
-        scales, biases = (a.astype(x.dtype)[..., None] for a in (self.scales, self.biases))
-        y = x @ (scales * levels + biases).reshape(self._levels.shape).T
-        return y + self.bias.astype(x.dtype) if "bias" in self else y
+from mlxquant.tuning.unpacked import MovableCodes, MovingReplica, UnpackedAffine
 
 
 class Trainable:
     """The arrays of a network that are trained, by path, and the network as they make it.
 
-    ``norms`` trains the weights of normalisation layers too, ``codes`` the codes of replicated
-    layers: a step of one moves a code by that many levels. What is not trained is
+    ``norms`` trains the weights of normalisation layers too, ``codes`` the codes:
+    a step of one moves a code by that many levels. What is not trained is
     cast to ``dtype``, in which the network then computes. Raises ``Unsupported`` where
     nothing in the network has scales.
     """
@@ -85,9 +58,10 @@ class Trainable:
         """What a checkpoint holds of them, by name."""
         values = self.stored_values(moved)
         modules = dict(self.network.named_modules())
-        packed = {path.removesuffix("moves") + "codes": modules[path.removesuffix(".moves")].packed(values.pop(path))
-                  for path in list(values) if path.endswith(".moves")}
-        return values | packed
+        for path in [path for path in values if path.endswith(".moves")]:
+            module = modules[path.removesuffix(".moves")]
+            values[path.removesuffix("moves") + module.stored_as] = module.packed(values.pop(path))
+        return values
 
     def install(self, values: dict[str, mx.array]) -> nn.Module:
         """The network with these values in it."""
@@ -105,13 +79,13 @@ def _unpack(network: nn.Module, codes: bool) -> None:
             raise Unsupported(f"{path} keeps salient inputs apart or rounds activations; "
                               "tuning covers neither")
         if isinstance(module, ReplicatedLinear) and codes:
-            made.append((path, MovingCodes(module)))
+            made.append((path, MovingReplica(module)))
         elif isinstance(module, ReplicatedLinear):
             module.keep_levels()
         elif isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear)) and ".layers." not in path:
             made.append((path, _dense(module)))
         elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
-            made.append((path, UnpackedAffine(module)))
+            made.append((path, UnpackedAffine(module, moving=codes)))
     network.update_modules(tree_unflatten(made))
 
 
@@ -137,10 +111,8 @@ def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, m
     for path, module in network.named_modules():
         if isinstance(module, UnpackedAffine):
             names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
-        elif isinstance(module, ReplicatedLinear):
+        elif isinstance(module, (ReplicatedLinear, MovingReplica)):
             names = {"replica_out": _rms(module.replica_out)}
-        elif isinstance(module, MovingCodes):
-            names = {"replica_out": _rms(module.replica_out), "moves": mx.array(codes)}
         elif isinstance(module, ReplicaInput):
             names = {"replica_in": _rms(module.replica_in)}
             if "column_scale" in module:
@@ -151,6 +123,8 @@ def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, m
             names = {"repeat_gates": mx.ones_like(module.repeat_gates)}
         else:
             continue
+        if isinstance(module, MovableCodes) and "moves" in module:
+            names["moves"] = mx.array(codes)
         for name, scale in names.items():
             base[f"{path}.{name}"] = module[name].astype(mx.float32)
             size[f"{path}.{name}"] = scale.astype(mx.float32)

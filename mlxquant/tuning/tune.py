@@ -40,8 +40,9 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
          seed: int = 0, dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
     """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
 
-    ``data`` are texts as for ``quantize``. ``codes`` above 0 lets the codes of replicated layers
-    move too, by so many levels where a scale would double (``moving.py``). ``dtype`` is that of
+    ``data`` are texts as for ``quantize``. ``codes`` above 0 lets the codes move too (``unpacked.py``): one that
+    every step pulls the same way moves so many levels in all. At 0.5, half the way to the next level, those change that are
+    pulled harder than most; at 1.5 nearly all did, and the model was lost (``benchmarks/LOG.md``). ``dtype`` is that of
     the computation: bfloat16 on a GPU and float32 on a CPU unless given; scales are trained in
     float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts too short or another
     vocabulary, ``Unsupported`` for a model without scales to train.
@@ -63,7 +64,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
                 "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
                 "dtype": str(dtype).removeprefix("mlx.core.")}
     job = identity(folder, identity(resolve(teacher)), settings, texts.digest, __version__)
-    student = Trainable(network, dtype, norms, codes)  # refuses what cannot be tuned, before anything is written
+    student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses what cannot be tuned, before anything is written
     partial = working_folder(output, job, settings)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
                             texts.tokens, held_out.tokens, schedule)

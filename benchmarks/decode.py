@@ -1,0 +1,101 @@
+"""Where a token's time goes: Python, MLX's launching, and the GPU itself.
+
+    python benchmarks/decode.py SHAPE:FORM … [--out NAME]
+
+A SHAPE:FORM is what ``bench.py`` takes. For each, one token after the other: what Python takes to build its graph, what
+MLX takes to launch it, and both together with the wait, which is what a user sees. Then the GPU's own time for
+a token, by its clock (``mlxquant/kernels/gpu_clock.py``): some tokens queued behind a wait, so that launching does not count.
+To queue whole tokens MLX must be let put them into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER
+are raised for the GPU's time; ``--limits default`` leaves them, for what a user sees.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+
+_TOKENS, _LOOPS, _QUEUED, _WAIT = 48, 5, 3, 0.25
+if "--limits" not in sys.argv:  # read once, when MLX is imported
+    os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "1000000", "MLX_MAX_MB_PER_BUFFER": "1000000"}
+
+import mlxquant  # noqa: E402  first: it loads the BLAS before MLX
+import mlx.core as mx  # noqa: E402
+from bench import open_model  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlxquant.kernels import gpu_clock  # noqa: E402
+from mlxquant.roofline import traffic  # noqa: E402
+from mlxquant.roofline.probe import read_ceiling  # noqa: E402
+from record import save  # noqa: E402
+
+
+class Decoding:
+    """One sequence of a model with random weights, a token at a time, after a prompt of 16."""
+
+    def __init__(self, name: str):
+        model = open_model(name)
+        self.network, self.cache = model.network, make_prompt_cache(model.network)
+        self.bytes = traffic.weight_bytes(model.network, model.config)
+        self.token = mx.array([1])
+        mx.eval(self.network(mx.array([[1] * 16]), cache=self.cache))
+
+    def next(self, token: mx.array) -> mx.array:
+        return mx.argmax(self.network(token[None], cache=self.cache)[:, -1], -1)
+
+    def seen(self) -> dict:
+        """Milliseconds of a token as a user sees it, and the parts of it that the host takes: medians."""
+        loops = []
+        for _ in range(_LOOPS + 1):
+            build = launch = 0.0
+            start = time.perf_counter()
+            for _ in range(_TOKENS):
+                begun = time.perf_counter()
+                self.token = self.next(self.token)
+                built = time.perf_counter()
+                mx.async_eval(self.token)
+                build, launch = build + built - begun, launch + time.perf_counter() - built
+            mx.eval(self.token)
+            loops.append((time.perf_counter() - start, build, launch))
+        token, build, launch = (1e3 * statistics.median(times) / _TOKENS for times in zip(*loops[1:]))
+        return dict(token_ms=token, build_ms=build, launch_ms=launch, tps=1e3 / token)
+
+    def on_gpu(self) -> dict:
+        """Milliseconds that the GPU itself takes for a token, and the bandwidth that is."""
+        def run(count: int, zero: mx.array) -> list[mx.array]:
+            token = self.token + zero.astype(mx.int32)
+            for _ in range(count):
+                token = self.next(token)
+            return [token]
+
+        times = gpu_clock.seconds_per_step(run, _QUEUED, 7, _WAIT)
+        seconds = statistics.median(times)
+        return dict(gpu_ms=1e3 * seconds, gpu_ms_spread=1e3 * (max(times) - min(times)),
+                    gpu_gb_per_s=self.bytes / seconds / 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--limits", choices=["default"])
+    parser.add_argument("--out", default="cpu")
+    arguments = parser.parse_args()
+    ceiling, rows = read_ceiling(), []
+    for name in arguments.models:
+        decoding = Decoding(name)
+        row = dict(model=name, bytes_per_token=decoding.bytes, **decoding.seen())
+        if not arguments.limits:
+            try:
+                row |= decoding.on_gpu()
+                row["percent_of_ceiling"] = 100 * row["gpu_gb_per_s"] / ceiling.gb_per_s
+            except RuntimeError as error:  # what a user sees is a result all the same
+                print(f"{name}: {error}", flush=True)
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
+              flush=True)
+        save(f"decode-{arguments.out}", graph_limits=arguments.limits or "raised", ceiling=ceiling.__dict__, rows=rows)
+        del decoding
+        mx.clear_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Quantised layers as training sees them: codes unpacked, and free to move where that is asked for.
+
+Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020, https://arxiv.org/abs/2004.10568) a code may
+end at another level than the nearest; as in LSQ (Esser et al. 2019, https://arxiv.org/abs/1902.08153) the gradient
+passes straight through the rounding. Every code starts where the sweep left it, in the middle of its cell: started
+from the float weights it ended worse (``benchmarks/LOG.md``).
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicatedLinear
+from mlxquant.quant import affine
+from mlxquant.quant.packing import level_count, level_grid, pack_codes, unpack_codes
+
+
+class MovableCodes(nn.Module):
+    """Codes (m, n) uint8 of levels 0 to ``top``, held outside the parameters. ``moves`` (m, n), zero at first and
+    only where ``moving``, are how many levels a code has moved before rounding; beyond the lowest and the
+    highest level they have no gradient. ``stored_as`` is what a checkpoint calls the codes."""
+
+    stored_as = "codes"
+
+    def __init__(self, codes: mx.array, top: int, moving: bool):
+        super().__init__()
+        self._codes, self._top = codes, top
+        if moving:
+            self.moves = mx.zeros(codes.shape)
+            self.freeze(recurse=False, keys="moves")  # trained by ``Trainable``, never by itself
+
+    def levels(self) -> mx.array:
+        """Codes (m, n) as they stand: uint8, or float32 with a gradient by ``moves``."""
+        if "moves" not in self:
+            return self._codes
+        wanted = mx.clip(self._codes + self.moves.astype(mx.float32), 0, self._top)
+        return wanted + mx.stop_gradient(mx.round(wanted) - wanted)
+
+    def rounded(self, moves: mx.array) -> mx.array:
+        """The codes that ``moves`` (m, n) stand for, uint8."""
+        return mx.clip(mx.round(self._codes + moves), 0, self._top).astype(mx.uint8)
+
+
+class MovingReplica(MovableCodes):
+    """Takes the place of a ``ReplicatedLinear`` whose codes move, and keeps its parameters' names but for the codes."""
+
+    def __init__(self, layer: ReplicatedLinear):
+        bits = layer.input.spec.bits
+        super().__init__(unpack_codes(layer.codes, bits, layer.shape[1]), level_count(bits) - 1, moving=True)
+        object.__setattr__(self, "_input", layer.input)  # its parameters are those of the group alone
+        self._grid = level_grid(bits)
+        self.replica_out = layer.replica_out
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def packed(self, moves: mx.array) -> mx.array:
+        return pack_codes(self.rounded(moves), self._input.spec.bits)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        lowest, distance = self._grid
+        scales = self.replica_out.astype(x.dtype) @ self._input.envelope(x.dtype).T
+        y = self._input.rotate(x, self) @ ((lowest + distance * self.levels()).astype(x.dtype) * scales).T
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+class UnpackedAffine(MovableCodes):
+    """y = x Wᵀ with W = scale·q + bias by groups of inputs; differentiable by scales and biases.
+
+    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear`` and keeps its parameters' names but for the codes.
+    """
+
+    def __init__(self, layer: nn.Module, moving: bool):
+        grouped = isinstance(layer, GroupedLinear)
+        columns, codes = ((layer.shape[1], layer.codes) if grouped
+                          else (layer.weight.shape[1] * 32 // layer.bits, layer.weight))
+        super().__init__(affine.unpack(codes, layer.bits, columns), (1 << layer.bits) - 1, moving)
+        self._bits, self.stored_as = layer.bits, "codes" if grouped else "weight"
+        self.scales, self.biases = layer.scales, layer.biases
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def packed(self, moves: mx.array) -> mx.array:
+        return affine.pack(self.rounded(moves), self._bits)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows, groups = self.scales.shape
+        levels = self.levels().astype(x.dtype)
+        scales, biases = (a.astype(x.dtype)[..., None] for a in (self.scales, self.biases))
+        y = x @ (scales * levels.reshape(len(levels), groups, -1) + biases).reshape(levels.shape).T
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
