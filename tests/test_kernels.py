@@ -21,6 +21,7 @@ from metal import Compiler, Emulation, OutOfBounds, Unsettled
 from mlxquant.cli import app
 from mlxquant.kernels import backend, check, code_order, expand_codes, prepare_input, replicated_matvec
 from mlxquant.kernels.check import Case
+from mlxquant.kernels.first_step import Gate, Norm
 from mlxquant.layers.packed import PackedGroup, PackedLinear, pack
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.quant.packing import level_count, pack_codes
@@ -84,9 +85,28 @@ def test_reordering_some_rows_at_a_time_changes_nothing(monkeypatch):
 
 
 @needs_clang
+@pytest.mark.parametrize("prepare", [check._prepare, check._prepare_normed, check._prepare_gated])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prepared_inputs_are_the_reference(emulation, case):
-    assert check._prepare(case) <= ALLOWED[case.dtype]
+def test_prepared_inputs_are_the_reference(emulation, case, prepare):
+    assert prepare(case) <= ALLOWED[case.dtype]
+
+
+@needs_clang
+@pytest.mark.parametrize("dtype, weight_dtype", [(F16, F16), (BF16, BF16), (F16, F32), (F32, BF16)])
+def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype):
+    """In float64, rounded to the type that a block's own operations give."""
+    case = Case(2, 3, 0, 32, 2, 608, 3, F32)
+    x, _, _, scales = case.draw()
+    x, other, weight = x.astype(dtype), case.draw(1)[0].astype(dtype), case.draw(2)[0][0].astype(weight_dtype)
+    layout, exact = replicated_matvec.layout(0), [np.array(a.astype(F32), np.float64) for a in (x, other, weight)]
+    normed = exact[0] / np.sqrt((exact[0] ** 2).mean(1, keepdims=True) + 0.5) * exact[2]
+    gated = exact[0] / (1 + np.exp(-exact[0])) * exact[1]
+    allowed = max(ALLOWED[dtype], ALLOWED[weight_dtype]) / 2
+    for first, given, expected in ((Norm(weight, 0.5), x, normed), (Gate(), mx.concatenate([x, other], 1), gated)):
+        assert first.dtype(given) == first(given).dtype
+        found = prepare_input.prepare(given, scales, layout, first)
+        assert backend.relative_error(found, prepare_input.reference(mx.array(expected, F32), scales, layout)) <= allowed
+        assert backend.relative_error(found, prepare_input.reference(given, scales, layout, first)) <= allowed
 
 
 @needs_clang
@@ -122,14 +142,18 @@ def test_expanded_codes_are_the_reference(emulation, case):
     (replicated_matvec, "if (lane == 0 && ", "if (lane == 0 && row && ", Unsettled),
     (prepare_input, "if (column < n) {", "if (column < padded) {", OutOfBounds),
     (prepare_input, "if (column >= padded) continue;", "", OutOfBounds),
+    (prepare_input, "at < n ? ", "at < n + 512 ? ", OutOfBounds),
+    (prepare_input, "(2 * token + 1) * n", "(2 * token + 2) * n", OutOfBounds),
     (expand_codes, "if (whole) weight", "weight", Unsettled),  # the neighbour row's first element
-], ids=["chunk", "row", "unwritten", "input", "output", "odd"])
+], ids=["chunk", "row", "unwritten", "input", "output", "square", "up", "odd"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wrong, complaint):
     assert correct in module._BODY
     monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
-    run = {replicated_matvec: check._matvec, prepare_input: check._prepare, expand_codes: check._expand}[module]
+    runs = {replicated_matvec: [check._matvec], expand_codes: [check._expand],
+            prepare_input: [check._prepare, check._prepare_normed, check._prepare_gated]}[module]
     with pytest.raises(complaint):
-        run(Case(3, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
+        for run in runs:
+            run(Case(3, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
 
 
 def packed_and_stored(**shape):

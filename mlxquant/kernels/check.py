@@ -9,6 +9,7 @@ import numpy as np
 
 from mlxquant.kernels import (backend, code_order, column_sweep, expand_codes, prepare_input, read_ceiling,
                               replicated_matvec, replicated_tensor_cores)
+from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
 from mlxquant.kernels.prepare_input import Scales
 from mlxquant.quant import hadamard
 from mlxquant.quant.packing import level_count
@@ -78,12 +79,25 @@ def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Ca
 
 
 def _prepare(case: Case) -> float:
-    x, _, _, scales = case.draw()
+    return _preparation(case, case.draw()[0], AS_IS)
+
+
+def _prepare_normed(case: Case) -> float:
+    x = 3 * case.draw()[0]
+    return _preparation(case, x, Norm(mx.abs(case.draw(1)[0][0]), 0.1))  # an eps that shows
+
+
+def _prepare_gated(case: Case) -> float:
+    return _preparation(case, mx.concatenate([case.draw()[0], case.draw(1)[0]], axis=1), Gate())
+
+
+def _preparation(case: Case, x: mx.array, first: AsIs) -> float:
+    scales = case.draw()[-1]
     layouts = [replicated_matvec.layout(case.group)]
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))
-    return max(backend.relative_error(prepare_input.prepare(x, scales, layout), prepare_input.reference(x, scales, layout))
-               for layout in layouts)
+    return max(backend.relative_error(prepare_input.prepare(x, scales, layout, first),
+                                      prepare_input.reference(x, scales, layout, first)) for layout in layouts)
 
 
 def _matvec(case: Case) -> float:
@@ -116,7 +130,9 @@ def _expand(case: Case) -> float:
 
 
 _CHECKS: dict[str, tuple[Callable[[Case], float], tuple]] = {
-    "prepare_input": (_prepare, (mx.float32, mx.float16, mx.bfloat16)),
+    AsIs.kernel: (_prepare, (mx.float32, mx.float16, mx.bfloat16)),
+    Norm.kernel: (_prepare_normed, (mx.float32, mx.float16, mx.bfloat16)),
+    Gate.kernel: (_prepare_gated, (mx.float32, mx.float16, mx.bfloat16)),
     "replicated_matvec": (_matvec, (mx.float32, mx.float16, mx.bfloat16)),
     "replicated_tensor_cores": (_tensor_cores, (mx.float16, mx.bfloat16)),
     "expand_codes": (_expand, (mx.float32, mx.float16, mx.bfloat16)),

@@ -6,16 +6,21 @@ x (tokens, n) of any float type; s signs, H the Walsh–Hadamard matrix in block
 or more) of one token in its registers: strides below 32 are shuffles between lanes, longer ones stay in a lane. It
 reads x, s and A and writes X, each once; at this size the time is the launch.
 
+x may first be normed or gated (``first_step.py``). Of a norm every simdgroup sums the whole row's squares itself: the
+row is in the caches, where a sum shared by all would take a dispatch of its own.
+
 ``Layout``: a matrix kernel's lane decodes ``run`` neighbouring inputs, ``lanes`` of them make a block of inputs, and X
 is [block][piece of the run][u][lane][element], so that the lanes' loads of a piece are neighbours.
 """
 
 import functools
+import struct
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlxquant.kernels import backend
+from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
 from mlxquant.quant import hadamard
 
 LARGEST_BLOCK = 1024  # of a rotation: 32 registers a lane
@@ -24,12 +29,33 @@ _BODY = """
     const int n = sizes[0], padded = sizes[1], tokens = sizes[2];
     const int lane = thread_index_in_simdgroup;
     const int span = thread_position_in_grid.x / 32, token = thread_position_in_grid.y;
+    float inverse = 1.0f;  // of the row's root mean square
+    if (NORM) {
+        float sum = 0.0f;
+        for (int start = lane; start < n; start += 32 * 16) {
+            UNROLL for (int i = 0; i < 16; ++i) {  // loads that do not wait for each other
+                const int at = start + 32 * i;
+                const float value = at < n ? static_cast<float>(x[token * n + at]) : 0.0f;
+                sum += value * value;
+            }
+        }
+        inverse = rsqrt(simd_sum(sum) / float(n) + as_type<float>(sizes[3]));
+    }
     float z[SPAN / 32];
     UNROLL for (int i = 0; i < SPAN / 32; ++i) {
         const int column = span * SPAN + 32 * i + lane;
         z[i] = 0.0f;
         if (column < n) {
-            z[i] = static_cast<float>(x[token * n + column]);
+            z[i] = static_cast<float>(x[(GATE ? 2 : 1) * token * n + column]);
+            if (NORM) {
+                z[i] = static_cast<float>(static_cast<T>(z[i] * inverse));
+                z[i] = static_cast<float>(static_cast<T>(z[i] * static_cast<float>(norm_weight[column])));
+            }
+            if (GATE) {
+                const float up = static_cast<float>(x[(2 * token + 1) * n + column]);
+                const float silu = z[i] / (1.0f + exp(min(-z[i], 80.0f)));  // fast math assumes no infinity
+                z[i] = static_cast<float>(static_cast<T>(silu * up));
+            }
             if (ROTATION && ((signs[column / 8] >> (column % 8)) & 1)) z[i] = -z[i];
         }
     }
@@ -132,26 +158,29 @@ def sizes(*values: int) -> mx.array:
     return made
 
 
-def prepare(x: mx.array, scales: Scales, layout: Layout) -> mx.array:
-    """X of ``x`` (tokens, n), flat, in ``layout``; inputs beyond n are zero."""
-    tokens, inputs = x.shape
+def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS) -> mx.array:
+    """X of ``x`` (tokens, n), flat, in ``layout``; inputs beyond n are zero. ``first`` is done to x before."""
+    tokens, inputs = len(x), scales.inputs
+    norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
     span = max(64, scales.rotation)
     vectors = tokens * (scales.replicas if layout.expand else 1)
     spans = -(-padded // span)
     return _kernel()(
-        inputs=[x, scales.signs, scales.replica_in, scales.column_scale, sizes(inputs, padded, tokens)],
-        template=[("O", layout.dtype), ("SPAN", span), ("ROTATION", scales.rotation), ("K", scales.replicas),
+        inputs=[x, norm.weight, scales.signs, scales.replica_in, scales.column_scale,
+                sizes(inputs, padded, tokens, _float_bits(norm.eps))],
+        template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
+                  ("GATE", isinstance(first, Gate)), ("SPAN", span), ("ROTATION", scales.rotation), ("K", scales.replicas),
                   ("GROUP", scales.group), ("EXPAND", layout.expand), ("LANES", layout.lanes),
                   ("RUN", layout.run), ("PIECE", layout.piece)],
         grid=(-(-spans * 32 // _THREADS) * _THREADS, tokens, 1), threadgroup=(_THREADS, 1, 1),
         output_shapes=[(vectors * padded,)], output_dtypes=[layout.dtype])[0]
 
 
-def reference(x: mx.array, scales: Scales, layout: Layout) -> mx.array:
+def reference(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS) -> mx.array:
     """The same in ``mx`` operations."""
-    tokens, inputs = x.shape
-    z = rotated(x, scales)
+    inputs = scales.inputs
+    z = rotated(first(x), scales)
     if scales.group:
         z = z * scales.column_scale[:inputs]
     if layout.expand:
@@ -176,6 +205,12 @@ def envelope(scales: Scales) -> mx.array:
     return mx.repeat(made, scales.group, axis=0) if scales.group else made
 
 
+def _float_bits(value: float) -> int:
+    """A float32 as the integer of the same bits."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
 @functools.cache
 def _kernel():
-    return backend.build("prepare_input", ["x", "signs", "replica_in", "column_scale", "sizes"], ["prepared"], _BODY)
+    return backend.build("prepare_input", ["x", "norm_weight", "signs", "replica_in", "column_scale", "sizes"],
+                         ["prepared"], _BODY)
