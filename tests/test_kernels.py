@@ -1,4 +1,4 @@
-"""Kernels of replicated layers: their Metal source executed on the CPU, against references and whole layers.
+"""Kernels of replicated layers: their Metal source executed on the CPU, against references.
 
 By default every width, float type, K and G appears, but not every combination: MLXQUANT_ALL_KERNELS=1 runs those too.
 """
@@ -10,11 +10,8 @@ import sys
 
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from test_replicated import siblings
 from typer.testing import CliRunner
 
 from metal import Compiler, Emulation, OutOfBounds, Unsettled
@@ -22,10 +19,7 @@ from mlxquant.cli import app
 from mlxquant.kernels import backend, check, code_order, expand_codes, prepare_input, replicated_matvec
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.first_step import Gate, Norm
-from mlxquant.layers.packed import PackedGroup, PackedLinear, pack
-from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.quant.packing import level_count, pack_codes
-from mlxquant.roofline.traffic import leaf_modules, module_bytes
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]
@@ -105,8 +99,9 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
     for first, given, expected in ((Norm(weight, 0.5), x, normed), (Gate(), mx.concatenate([x, other], 1), gated)):
         assert first.dtype(given) == first(given).dtype
         found = prepare_input.prepare(given, scales, layout, first)
-        assert backend.relative_error(found, prepare_input.reference(mx.array(expected, F32), scales, layout)) <= allowed
-        assert backend.relative_error(found, prepare_input.reference(given, scales, layout, first)) <= allowed
+        for reference in (prepare_input.reference(mx.array(expected, F32), scales, layout),
+                          prepare_input.reference(given, scales, layout, first)):
+            assert backend.relative_error(found, reference) <= allowed
 
 
 @needs_clang
@@ -154,82 +149,6 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
     with pytest.raises(complaint):
         for run in runs:
             run(Case(3, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
-
-
-def packed_and_stored(**shape):
-    """Siblings as they are stored, and the same ones packed."""
-    return siblings(**shape)[0], pack(siblings(**shape)[0])
-
-
-def linears(parent):
-    return [(path, m) for path, m in parent.named_modules() if isinstance(m, ReplicatedLinear)]
-
-
-@pytest.mark.parametrize("emulated", [False, pytest.param(True, marks=needs_clang)], ids=["operations", "kernels"])
-@pytest.mark.parametrize("tokens", [1, 5, 20])
-@pytest.mark.parametrize("shape", [dict(bits=2, replicas=4, rotation_block=64),
-                                   dict(bits="ternary", replicas=3, replica_group=16)], ids=["plain", "grouped"])
-def test_a_packed_network_computes_what_the_stored_one_does(request, monkeypatch, emulated, tokens, shape):
-    if emulated:
-        request.getfixturevalue("emulation")
-        monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    stored, packed = packed_and_stored(**shape)
-    x = mx.array(np.random.default_rng(1).normal(size=(1, tokens, 64)).astype(np.float32))
-    assert any(isinstance(m, PackedGroup) for m in packed.modules()) and not linears(packed)
-    found = {path: m for path, m in packed.named_modules() if isinstance(m, PackedLinear)}
-    for path, layer in linears(stored):
-        assert backend.relative_error(found[path](x), layer(x)) < 1e-5
-
-
-def test_packing_keeps_one_copy_of_the_codes():
-    stored, packed = packed_and_stored(bits=4, replicas=2)
-    held = {name: array.nbytes for name, array in tree_flatten(packed.parameters())}
-    assert sum(size for name, size in held.items() if name.endswith("codes")) == sum(
-        layer.codes.nbytes for _, layer in linears(stored))
-
-
-def test_one_token_costs_each_group_two_dispatches(monkeypatch):
-    """Fixed time per token is most of the loss at low bits: q, k and v must not be three calls."""
-    calls = []
-
-    def count(name, result):
-        monkeypatch.setattr(result[0], name, lambda *a, **k: (calls.append(name), result[1](*a, **k))[1])
-
-    monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
-    count("prepare", (prepare_input, lambda x, scales, layout: x))
-    count("multiply", (replicated_matvec, lambda x, codes, *a: mx.zeros((len(x), len(codes)))))
-    _, packed = packed_and_stored(bits=2, replicas=4)
-    x = mx.zeros((1, 1, 64))
-    readers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
-    assert len(readers) > 1
-    mx.eval([reader(x) for reader in readers])
-    assert calls == ["prepare", "multiply"]
-
-
-class Summed(nn.Module):
-    """In the place of an MLP: what siblings compute, as one array."""
-
-    def __init__(self, siblings: nn.Module):
-        super().__init__()
-        self.inner = siblings
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([self.inner[name](x) for name in "qkv"], axis=-1)
-
-
-def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
-    """A group and the MLP around it are traced for each number of tokens once, and replayed."""
-    traced, by_kernel = [], PackedGroup._by_kernel
-    monkeypatch.setattr(PackedGroup, "_by_kernel", lambda self, x: traced.append(len(x)) or by_kernel(self, x))
-    network, stored = nn.Module(), Summed(siblings(bits=2, replicas=4)[0])
-    network.mlp = Summed(siblings(bits=2, replicas=4)[0])
-    pack(network)
-    random = np.random.default_rng(2)
-    for tokens in (1, 1, 5, 5, 1, 20):
-        x = mx.array(random.normal(size=(1, tokens, 64)).astype(np.float32))
-        assert backend.relative_error(network.mlp(x), stored(x)) < 1e-5
-    assert traced == [1, 5]
-    assert sum(module_bytes(module) for _, module in leaf_modules(network)) == sum(a.nbytes for _, a in tree_flatten(network.parameters()))
 
 
 def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):

@@ -1,18 +1,18 @@
-"""Where a per-input factor can be folded, so that it costs nothing at run time.
+"""What stands before a block's linear layers: where a factor per input can be folded, or a step be fused.
 
 Paths are those of mlx-lm's blocks with one norm before attention and one
 before the MLP (Llama, Qwen 2 and 3, Mistral and their kin). For any other
-architecture nothing is folded: the factor stays in the layer.
+architecture nothing is folded or fused: factor and step stay where they are.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mlxquant.quant.capture import linears
+from mlx_lm.models import llama, qwen2, qwen3
 
 _AFTER_NORM = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
 _FOLDS = ("llama", "qwen2", "qwen3", "mistral")
+_SWIGLU = (llama.MLP, qwen2.MLP, qwen3.MLP)  # Mistral's is Llama's
 
 
 def norm_before(block: nn.Module, paths: list[str], model_type: str) -> str | None:
@@ -23,6 +23,11 @@ def norm_before(block: nn.Module, paths: list[str], model_type: str) -> str | No
         if set(paths) == set(readers) and isinstance(getattr(block, norm, None), nn.RMSNorm):
             return norm
     return None
+
+
+def gates_by_swiglu(mlp: nn.Module, model_type: str) -> bool:
+    """Whether ``mlp`` computes down_proj(silu(gate_proj(x)) ∘ up_proj(x)) and nothing else."""
+    return model_type in _FOLDS and type(mlp) in _SWIGLU
 
 
 def linear_before(block: nn.Module, paths: list[str], model_type: str) -> str | None:
@@ -43,7 +48,7 @@ def shared_factors(block: nn.Module, before: str, factors: mx.array) -> tuple[mx
     Grouped-query heads share the rows of v, so the factors of the heads that read
     one key-value head are replaced by their geometric mean.
     """
-    rows = len(linears(block)[before].weight)
+    rows = len(dict(block.named_modules())[before].weight)
     if rows == len(factors):
         return factors, factors
     kv_heads = block.self_attn.n_kv_heads
