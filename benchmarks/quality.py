@@ -10,8 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from readme import LITERATURE, method_rows
-from record import RESULTS, read
+from readme import LITERATURE, method_rows, replica_results
+from record import read
 
 from mlxquant.evaluation.comparison import METHODS
 from mlxquant.storage import write_json
@@ -39,18 +39,17 @@ def flags(options: dict) -> str:
     return " ".join([*parts, *(["--no-act-order"] if options.get("act_order") is False else [])])
 
 
-def replica_rows() -> list[dict]:
+def calibrated_replicas() -> list[dict]:
     """Rows of ``replicas.py``, whose methods all correct for the blocks before, as ``method_rows`` has them."""
-    rows = [row for path in RESULTS.glob("replicas-*.json") for row in read(path.stem)["rows"]]
     named = ((row, f"replica-{row['replicas']}" + (f"-g{row['replica_group']}" if row["replica_group"] else ""))
-             for row in rows if row["replicas"] and row["rotated"] and not row["tuned"])
+             for row in replica_results() if row["replicas"] and row["rotated"] and not row["tuned"])
     return [row | {"method": f"{name}-corrected"} for row, name in named if f"{name}-corrected" in METHODS]
 
 
 def measured() -> list[dict]:
     original = read("methods-h200-1")["rows"][0]["perplexity"]
     ways: dict[tuple, list[dict]] = {}
-    for row in [*method_rows(), *replica_rows()]:
+    for row in [*method_rows(), *calibrated_replicas()]:
         if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be nearer the original
             row = row | {"method": "rtn", "group_size": 64}
         options = options_of(row["method"])

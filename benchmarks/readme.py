@@ -117,57 +117,65 @@ def widths() -> str:
                       f"{papers}."])
 
 
-def replica_rows() -> dict[str, dict[bool, dict]]:
-    """By method, the latest row calibrated only (False) and tuned (True), of those whose codes stayed."""
-    found: dict[str, dict[bool, dict]] = {}
-    for path in sorted(RESULTS.glob("replicas-h100-*.json")):
-        for row in read(path.stem)["rows"]:
-            if not row.get("codes"):
-                found.setdefault(row["method"], {})[row["tuned"]] = row
+STAGES = ("calibrated", "scales tuned", "codes too")
+
+
+def replica_results() -> list[dict]:
+    """All rows of ``replicas.py``, the oldest first, each with what was done to it (``STAGES``)."""
+    paths = sorted(RESULTS.glob("replicas-h100-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
+    return [row | {"stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]}
+            for path in paths for row in read(path.stem)["rows"]]
+
+
+def replica_rows() -> dict[str, dict[str, dict]]:
+    """The latest row of each method and stage."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in replica_results():
+        found.setdefault(row["method"], {})[row["stage"]] = row
     return found
 
 
 def replicas() -> str:
     """Rotated replicas beside rotated groups, on the protocol's text and on one that took no part."""
-    lines = ["| body | bits/weight | folder, MB | calibrated | tuned | KL, tuned | same top token | other text, calibrated "
-             "| tuned | seconds, both |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-
-    def value(row: dict | None, name: str, form: str) -> str:
-        return format(row[name], form) if row else ""
-
-    for name, rows in sorted(replica_rows().items(), key=lambda item: item[1][False]["bits_per_weight"]):
-        plain, tuned = rows[False], rows.get(True)
-        lines.append(f"| {name} | {plain['bits_per_weight']:.2f} | {plain['file_bytes'] / 1e6:.1f} | "
-                     f"{plain['perplexity']:,.1f} | {value(tuned, 'perplexity', '.1f')} | {value(tuned, 'kl_mean', '.3f')} | "
-                     f"{value(tuned, 'top1_agreement', '.0%')} | {plain['other_perplexity']:,.1f} | "
-                     f"{value(tuned, 'other_perplexity', '.1f')} | {plain['seconds']:.0f}"
-                     f"{' + ' + value(tuned, 'seconds', '.0f') if tuned else ''} |")
-    steps = {row["steps"] for rows in replica_rows().values() for row in rows.values() if row["tuned"]}
-    last = read(sorted(RESULTS.glob("replicas-h100-*.json"))[-1].stem)
-    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {plain['other_reference']:.2f}. "
-                      f"{place(last)}. Tuned: {', '.join(map(str, sorted(steps))) or 'no'} steps of 8 × 512 tokens."])
+    lines = [f"| body | bits/weight | folder, MB | {' | '.join(STAGES)} | KL | same top token | "
+             f"{' | '.join(f'other text, {stage}' for stage in STAGES)} | seconds |",
+             f"|---|{'--:|' * 11}"]
+    for name, rows in sorted(replica_rows().items(), key=lambda item: item[1]["calibrated"]["bits_per_weight"]):
+        last = [rows[stage] for stage in STAGES if stage in rows][-1]
+        perplexities, others = ([format(rows[stage][field], ".1f") if stage in rows else "" for stage in STAGES]
+                                for field in ("perplexity", "other_perplexity"))
+        seconds = " / ".join(f"{rows[stage]['seconds']:.0f}" for stage in STAGES if stage in rows)
+        lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {last['file_bytes'] / 1e6:.1f} | "
+                     f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {last['top1_agreement']:.0%} | "
+                     f"{' | '.join(others)} | {seconds} |")
+    tuned = {stage: " or ".join(sorted({f"{row['steps']} of {row['batch_size']} × 512" for rows in replica_rows().values()
+                                        for row in [rows.get(stage)] if row})) for stage in STAGES[1:]}
+    newest = read(max(RESULTS.glob("replicas-h100-*.json"), key=lambda path: int(path.stem.split("-")[-1])).stem)
+    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {last['other_reference']:.2f}; KL and same top "
+                      f"token are of the last stage. {place(newest)}. Steps and tokens: "
+                      f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}."])
 
 
 def draw_replicas() -> None:
     """Perplexity over whole-folder bytes: replicas and groups, calibrated only and tuned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     kinds = {"replicas under a budget": lambda row: row["method"].startswith("budget"),
              "replicas, one K": lambda row: row["replicas"], "groups": lambda row: row["group_size"]}
     for color, (kind, belongs) in enumerate(kinds.items()):
-        for tuned in (False, True):
-            rows = [found[tuned] for found in replica_rows().values()
-                    if tuned in found and belongs(found[tuned]) and found[tuned]["rotated"]]
+        for stage, line, marker in zip(STAGES, (":", "--", "-"), "vso"):
+            rows = [found[stage] for found in replica_rows().values()
+                    if stage in found and belongs(found[stage]) and found[stage]["rotated"]]
             points = sorted((row["file_bytes"] / 1e6, row["perplexity"]) for row in rows)
             if points:
-                axes.plot(*zip(*points), marker="o", color=f"C{color}", linestyle="-" if tuned else ":",
-                          label=f"{kind}, {'tuned' if tuned else 'calibrated only'}")
+                axes.plot(*zip(*points), marker=marker, color=f"C{color}", linestyle=line, label=f"{kind}, {stage}")
     axes.axhline(24.47, color="gray", linewidth=1)
     axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    axes.set_yticks(ticks := [25, 30, 40, 50, 60, 80], ticks)
+    figure.legend(loc="outside right upper")
     figure.savefig(RESULTS / "replicas-h100.png")
 
 

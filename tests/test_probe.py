@@ -131,3 +131,19 @@ class Advance:
 
     def __call__(self):
         self.clock[0] += self.seconds
+
+
+@pytest.mark.parametrize("queueing, refused", [([3.0] + [0.01] * 3, False), ([0.01, 3.0, 0.01, 3.0], True)])
+def test_a_clock_read_before_all_was_queued_counts_for_nothing(monkeypatch, queueing, refused):
+    """Only the pass that does not count, which compiles, may take longer than the GPU waits."""
+    clock, queueing = [0.0], list(queueing)
+    stamps = iter([mx.array([100, 0]), mx.array([100 + 4_000_000, 0])] * 4)
+    monkeypatch.setattr(gpu_clock.backend, "is_cuda", lambda: True)
+    monkeypatch.setattr(gpu_clock, "_stamp", lambda *_: (next(stamps), None))
+    monkeypatch.setattr(gpu_clock.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(gpu_clock.mx, "async_eval", lambda *_: clock.__setitem__(0, clock[0] + queueing.pop(0)))
+    if refused:
+        with pytest.raises(RuntimeError, match="queueing took 3.000 s"):
+            gpu_clock.seconds_per_step(lambda *_: [], 4, repeats=3)
+    else:
+        assert gpu_clock.seconds_per_step(lambda *_: [], 4, repeats=3) == pytest.approx([0.001] * 3)

@@ -7,6 +7,7 @@ draw moves the GPU's frequency, and with it the difference, by more than a step 
 """
 
 import functools
+import statistics
 import time
 from typing import Callable
 
@@ -36,23 +37,26 @@ def seconds_per_step(run: Steps, steps: int, repeats: int = 7, wait: float = _WA
     """
     measure = functools.partial(_by_gpu_clock, wait=wait) if backend.is_cuda() else _by_difference
     measure(run, steps)
-    return [measure(run, steps) for _ in range(repeats)]
-
-
-def _by_gpu_clock(run: Steps, steps: int, wait: float) -> float:
-    before, zero = _stamp([mx.zeros(1)], round(1e9 * wait))
-    after, _ = _stamp(run(steps, zero), 0)
-    queued = time.perf_counter()
-    mx.async_eval(before, after)
-    queued = time.perf_counter() - queued
-    mx.eval(before, after)
+    passes = [measure(run, steps) for _ in range(repeats)]
+    queued = statistics.median(queued for _, queued in passes)
     if queued > wait:
         raise RuntimeError(f"queueing took {queued:.3f} s, more than the {wait:g} s that the GPU waits")
+    return [seconds for seconds, _ in passes]
+
+
+def _by_gpu_clock(run: Steps, steps: int, wait: float) -> tuple[float, float]:
+    """Seconds of a step, and those that the host took to queue all."""
+    before, zero = _stamp([mx.zeros(1)], round(1e9 * wait))
+    after, _ = _stamp(run(steps, zero), 0)
+    begun = time.perf_counter()
+    mx.async_eval(before, after)
+    queued = time.perf_counter() - begun
+    mx.eval(before, after)
     start, end = (words[0].item() + (words[1].item() << 32) for words in (before, after))
-    return 1e-9 * (end - start) / steps
+    return 1e-9 * (end - start) / steps, queued
 
 
-def _by_difference(run: Steps, steps: int) -> float:
+def _by_difference(run: Steps, steps: int) -> tuple[float, float]:
     def seconds(count: int) -> float:
         held = _square()
         for _ in range(_PRODUCTS if backend.has_gpu() else 0):
@@ -64,7 +68,7 @@ def _by_difference(run: Steps, steps: int) -> float:
         mx.synchronize()
         return time.perf_counter() - start
 
-    return max(seconds(2 * steps) - seconds(steps), 1e-9) / steps
+    return max(seconds(2 * steps) - seconds(steps), 1e-9) / steps, 0.0
 
 
 def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
