@@ -1,7 +1,7 @@
 """Replicated layers and their controls on the default model, calibrated only and tuned.
 
     python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--samples 128] [--windows 40] [--keep FOLDER]
+        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--conversations 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
 the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in FOLDER from an earlier
@@ -79,9 +79,11 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
                         max(1, arguments.steps // 8))
     tuned = folder / f"{name}-tuned{'-codes' * bool(arguments.codes)}"
     result = mlxquant.tune(str(folder / name), tuned, teacher=arguments.model, data=arguments.data, schedule=schedule,
-                           sequence_length=arguments.length, codes=arguments.codes, progress=tell("step"))
+                           sequence_length=arguments.length, codes=arguments.codes,
+                           conversations=arguments.conversations, progress=tell("step"))
     yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps, batch_size=arguments.batch_size,
-                       codes=arguments.codes, divergence_before=result.divergence_before,
+                       codes=arguments.codes, conversations=arguments.conversations,
+                       divergence_before=result.divergence_before,
                        divergence_after=result.divergence_after) | quality(tuned, teacher, arguments)
 
 
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--codes", type=float, default=0.0)
+    parser.add_argument("--conversations", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--keep", type=Path)

@@ -116,6 +116,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
+def test_conversations_are_made_once_and_trained_on(places, tmp_path, monkeypatch):
+    asked = []
+
+    def converse(model, samples, length, seed):
+        asked.append((samples, length))
+        return np.full((samples, length), 7)
+
+    monkeypatch.setattr("mlxquant.tuning.tune.conversation.converse", converse)
+
+    def stop(step, steps, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(places, "replica", tmp_path / "out", conversations=5, progress=stop)
+    run(places, "replica", tmp_path / "out", conversations=5)
+    run(places, "replica", tmp_path / "without")
+    assert asked == [(5, 32)]
+    with_them, without = tensors(tmp_path / "out"), tensors(tmp_path / "without")
+    assert any(not mx.array_equal(array, without[path]) for path, array in with_them.items())
+
+
 def test_what_training_spoils_is_not_written(places, tmp_path):
     result = run(places, "affine", tmp_path / "out", schedule=Schedule(4, 4, 0.9, 1))
     assert result.divergence_after <= result.divergence_before

@@ -22,6 +22,8 @@ def tune(
     norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, typer.Option(
         help="Let codes move: so many levels where every step pulls one way. 0.5 serves well; 0: they stay.")] = 0.0,
+    conversations: Annotated[int, typer.Option(
+        help="Windows of talk that the teacher writes with itself, beside the texts; keeps a chat model talking.")] = 0,
     check_every: Annotated[int, typer.Option(
         help="Steps between tries on held-out text; state is saved there.")] = 100,
     seed: Annotated[int, typer.Option(help="The same seed gives the same order of texts.")] = 0,
@@ -37,7 +39,7 @@ def tune(
     schedule = Schedule(steps, batch_size, learning_rate, check_every)
     with progress("tuning, divergence in nats:") as advance:
         result = run(model, output, teacher=teacher, data=data, schedule=schedule,
-                     sequence_length=sequence_length, norms=norms, codes=codes, seed=seed, progress=advance)
+                     sequence_length=sequence_length, norms=norms, codes=codes, conversations=conversations, seed=seed, progress=advance)
     if as_json:
         print_json({"folder": str(output), "divergence_before": result.divergence_before,
                     "divergence_after": result.divergence_after, "seconds": result.seconds,

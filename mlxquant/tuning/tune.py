@@ -4,22 +4,24 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import mlx.core as mx
+import numpy as np
 
 from mlxquant import __version__, checkpoint
 from mlxquant.errors import BadValue
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration, card
+from mlxquant.quant import conversations as conversation
 from mlxquant.quant.walk import identity
-from mlxquant.storage import holds_output, refuse_existing, working_folder
+from mlxquant.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
 from mlxquant.tuning.trainable import Trainable
 
 HELD_OUT = 32
-_STATE = "state.safetensors"
+_STATE, _TALKS = "state.safetensors", "conversations.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,18 @@ class Tuned:
 @holds_output
 def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
          sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, codes: float = 0.0,
-         seed: int = 0, dtype: mx.Dtype | None = None, progress: Report = lambda *_: None) -> Tuned:
+         conversations: int = 0, seed: int = 0, dtype: mx.Dtype | None = None,
+         progress: Report = lambda *_: None) -> Tuned:
     """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
 
-    ``data`` are texts as for ``quantize``. ``codes`` above 0 lets the codes move too (``unpacked.py``): one that
-    every step pulls the same way moves so many levels in all. At 0.5, half the way to the next level, those change that are
-    pulled harder than most; at 1.5 nearly all did, and the model was lost (``benchmarks/LOG.md``). ``dtype`` is that of
-    the computation: bfloat16 on a GPU and float32 on a CPU unless given; scales are trained in
-    float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts too short or another
-    vocabulary, ``Unsupported`` for a model without scales to train.
+    ``data`` are texts as for ``quantize``; ``conversations`` adds so many windows that the teacher writes by talking
+    to itself (``quant/conversations.py``), drawn as often as each text. ``codes`` above 0 lets the codes move too
+    (``unpacked.py``): one that every step pulls the same way moves so many levels in all. At 0.5, half the way to the
+    next level, those change that are pulled harder than most; at 1.5 nearly all did, and the model was lost
+    (``benchmarks/LOG.md``). ``dtype`` is that of the computation: bfloat16 on a GPU and float32 on a CPU unless given;
+    what is trained is float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts
+    too short or another vocabulary, ``Unsupported`` for a model without scales to train or, asked to converse, without a
+    chat template.
     """
     output, folder = Path(output), resolve(name)
     refuse_existing(output)
@@ -61,11 +66,15 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     texts, held_out = calibration.held_apart(open_tokenizer(folder, config), data, count, HELD_OUT,
                                              sequence_length, seed)
     settings = {"schedule": schedule.as_dict(), "norms": norms, "codes": codes, "seed": seed,
+                "conversations": conversations,
                 "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
                 "dtype": str(dtype).removeprefix("mlx.core.")}
     job = identity(folder, identity(resolve(teacher)), settings, texts.digest, __version__)
-    student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses what cannot be tuned, before anything is written
+    student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses before anything is written
     partial = working_folder(output, job, settings)
+    if conversations:
+        talks = _kept(partial / _TALKS, lambda: conversation.converse(original, conversations, sequence_length, seed))
+        texts = conversation.mixed_in(texts, talks, len(data) + 1, seed)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
                             texts.tokens, held_out.tokens, schedule)
     state_file = partial / _STATE
@@ -86,3 +95,10 @@ def _tensors(folder: Path, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx
     for file in checkpoint.weight_files(folder):
         for path, array in mx.load(str(file)).items():
             yield path, tuned.get(path, array)
+
+
+def _kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What ``make`` makes, from ``file`` if an earlier part of the run has left it there."""
+    if not file.exists():
+        save_arrays(file, {"tokens": mx.array(make())}, {})
+    return np.array(mx.load(str(file))["tokens"])
