@@ -18,6 +18,7 @@ from pathlib import Path
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 from mlxquant.evaluation.divergence import divergence
+from mlxquant.layers.repeated import parse_repeat
 from mlxquant.loading import LanguageModel, load
 from mlxquant.models import DEFAULT_MODEL
 from mlxquant.quant.assignment import Target
@@ -47,6 +48,7 @@ PLAN = {
     "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
     "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
     "replica-4-unswept": REPLICA | dict(bits=2, replicas=4, refine=0),
+    "replica-4-twice": REPLICA | dict(bits=2, replicas=4, repeats=tuple(parse_repeat("8:16x2").one_by_one())),
 }
 
 

@@ -161,6 +161,9 @@ def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsy
     monkeypatch.setattr(backend, "_answers", {})  # a new process reads what this one found
     assert not backend.trusted("worse", lambda: 0.0, 0.1) and backend.trusted("good", lambda: 1.0, 0.1)
     assert not capsys.readouterr().err
+    monkeypatch.setattr(backend, "_answers", {})
+    monkeypatch.setattr(backend, "_sources", lambda: "another")  # whose answers say nothing of it
+    assert backend.trusted("worse", lambda: 0.0, 0.1)
 
 
 def test_a_layer_that_asks_again_reads_no_file(monkeypatch, tmp_path):

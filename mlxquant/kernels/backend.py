@@ -5,8 +5,11 @@ below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTIO
 least 8 elements: Metal puts smaller ones into another address space.
 """
 
+import functools
+import hashlib
 import json
 import sys
+from pathlib import Path
 from typing import Callable
 
 import mlx.core as mx
@@ -63,8 +66,8 @@ def build(name: str, inputs: list[str], outputs: list[str], body: str, header: s
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
     """Whether a kernel's error on a small random case, ``check()``, is at most ``allowed``.
 
-    Asked once per chip and MLX version; the answer is kept in the cache, and by name in this
-    process, since every call of a layer asks. A kernel that errs or does not compile costs
+    Asked once per chip, MLX version and source; the answer is kept in the cache, and by name in
+    this process, since every call of a layer asks. A kernel that errs or does not compile costs
     one warning: its reference takes its place.
     """
     if name not in _answers:
@@ -73,7 +76,7 @@ def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
 
 
 def _ask(name: str, check: Callable[[], float], allowed: float) -> bool:
-    path = cache_dir("kernels", f"{chips.slug()}.json")
+    path = cache_dir("kernels", f"{chips.slug()}-{_sources()}.json")
     known = _read(path)
     if name not in known:
         try:
@@ -86,6 +89,13 @@ def _ask(name: str, check: Callable[[], float], allowed: float) -> bool:
         if not known[name]:
             print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
     return known[name]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the files here: a changed kernel is another kernel."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _read(path) -> dict:
