@@ -21,6 +21,14 @@ openai = pytest.importorskip("openai", reason="OpenAI's client is not installed"
 CHAT = [{"role": "user", "content": "tell me"}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heard():
+    """Ctrl-C reaches this process and its children also where the tests were started with it ignored, as by ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def address(tiny_folder, tmp_path_factory):
     """A server in a process of its own, stopped by Ctrl-C."""
