@@ -120,11 +120,16 @@ def widths() -> str:
 STAGES = ("calibrated", "scales tuned", "codes too")
 
 
+def replica_runs() -> list[dict]:
+    """All results of ``replicas.py``, the oldest first."""
+    names = sorted((path.stem for path in RESULTS.glob("replicas-h100-*.json")), key=lambda name: int(name.split("-")[-1]))
+    return [read(name) for name in names]
+
+
 def replica_results() -> list[dict]:
-    """All rows of ``replicas.py``, the oldest first, each with what was done to it (``STAGES``)."""
-    paths = sorted(RESULTS.glob("replicas-h100-*.json"), key=lambda path: int(path.stem.split("-")[-1]))
+    """Their rows, each with what was done to it (``STAGES``)."""
     return [row | {"stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]}
-            for path in paths for row in read(path.stem)["rows"]]
+            for run in replica_runs() for row in run["rows"]]
 
 
 def replica_rows() -> dict[str, dict[str, dict]]:
@@ -140,7 +145,8 @@ def replicas() -> str:
     lines = [f"| body | bits/weight | folder, MB | {' | '.join(STAGES)} | KL | same top token | "
              f"{' | '.join(f'other text, {stage}' for stage in STAGES)} | seconds |",
              f"|---|{'--:|' * 11}"]
-    for name, rows in sorted(replica_rows().items(), key=lambda item: item[1]["calibrated"]["bits_per_weight"]):
+    found = replica_rows()
+    for name, rows in sorted(found.items(), key=lambda item: item[1]["calibrated"]["bits_per_weight"]):
         last = [rows[stage] for stage in STAGES if stage in rows][-1]
         perplexities, others = ([format(rows[stage][field], ".1f") if stage in rows else "" for stage in STAGES]
                                 for field in ("perplexity", "other_perplexity"))
@@ -148,11 +154,10 @@ def replicas() -> str:
         lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {last['file_bytes'] / 1e6:.1f} | "
                      f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {last['top1_agreement']:.0%} | "
                      f"{' | '.join(others)} | {seconds} |")
-    tuned = {stage: " or ".join(sorted({f"{row['steps']} of {row['batch_size']} × 512" for rows in replica_rows().values()
-                                        for row in [rows.get(stage)] if row})) for stage in STAGES[1:]}
-    newest = read(max(RESULTS.glob("replicas-h100-*.json"), key=lambda path: int(path.stem.split("-")[-1])).stem)
+    tuned = {stage: " or ".join(sorted({f"{rows[stage]['steps']} of {rows[stage]['batch_size']} × 512"
+                                        for rows in found.values() if stage in rows})) for stage in STAGES[1:]}
     return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {last['other_reference']:.2f}; KL and same top "
-                      f"token are of the last stage. {place(newest)}. Steps and tokens: "
+                      f"token are of the last stage. {place(replica_runs()[-1])}. Steps and tokens: "
                       f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}."])
 
 
@@ -164,9 +169,10 @@ def draw_replicas() -> None:
     axes = figure.subplots()
     kinds = {"replicas under a budget": lambda row: row["method"].startswith("budget"),
              "replicas, one K": lambda row: row["replicas"], "groups": lambda row: row["group_size"]}
+    methods = replica_rows().values()
     for color, (kind, belongs) in enumerate(kinds.items()):
         for stage, line, marker in zip(STAGES, (":", "--", "-"), "vso"):
-            rows = [found[stage] for found in replica_rows().values()
+            rows = [found[stage] for found in methods
                     if stage in found and belongs(found[stage]) and found[stage]["rotated"]]
             points = sorted((row["file_bytes"] / 1e6, row["perplexity"]) for row in rows)
             if points:

@@ -123,7 +123,7 @@ def test_conversations_are_made_once_and_trained_on(places, tmp_path, monkeypatc
         asked.append((samples, length))
         return np.full((samples, length), 7)
 
-    monkeypatch.setattr("mlxquant.tuning.tune.conversation.converse", converse)
+    monkeypatch.setattr("mlxquant.tuning.tune.converse", converse)
 
     def stop(step, steps, loss):
         raise KeyboardInterrupt

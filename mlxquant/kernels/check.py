@@ -79,20 +79,21 @@ def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Ca
 
 
 def _prepare(case: Case) -> float:
-    return _preparation(case, case.draw()[0], AS_IS)
+    x, _, _, scales = case.draw()
+    return _preparation(case, x, scales, AS_IS)
 
 
 def _prepare_normed(case: Case) -> float:
-    x = 3 * case.draw()[0]
-    return _preparation(case, x, Norm(mx.abs(case.draw(1)[0][0]), 0.1))  # an eps that shows
+    x, _, _, scales = case.draw()
+    return _preparation(case, 3 * x, scales, Norm(mx.abs(case.draw(1)[0][0]), 0.1))  # an eps that shows
 
 
 def _prepare_gated(case: Case) -> float:
-    return _preparation(case, mx.concatenate([case.draw()[0], case.draw(1)[0]], axis=1), Gate())
+    gate, _, _, scales = case.draw()
+    return _preparation(case, mx.concatenate([gate, case.draw(1)[0]], axis=1), scales, Gate())
 
 
-def _preparation(case: Case, x: mx.array, first: AsIs) -> float:
-    scales = case.draw()[-1]
+def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
     layouts = [replicated_matvec.layout(case.group)]
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))

@@ -152,10 +152,10 @@ class PackedMLP(nn.Module):
     ``down_proj`` holds down's bias, if there is one.
     """
 
-    def __init__(self, gate_up: PackedGroup, down: PackedGroup, down_proj: PackedLinear):
+    def __init__(self, gate_up: PackedGroup, down_proj: PackedLinear):
         super().__init__()
-        self.gate_up, self.down, self.down_proj = gate_up, down, down_proj
-        down.first = Gate()
+        self.gate_up, self.down, self.down_proj = gate_up, down_proj.group, down_proj
+        self.down.first = Gate()
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -222,4 +222,4 @@ def _without_a_step_between(mlp: nn.Module, model_type: str) -> nn.Module:
             or gate.group is not up.group or [gate.index, up.index] != [0, 1] or gate.group.siblings != 2
             or down.group.siblings != 1):
         return mlp
-    return PackedMLP(gate.group, down.group, down)
+    return PackedMLP(gate.group, down)

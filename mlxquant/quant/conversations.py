@@ -5,17 +5,17 @@ speaks, a chat model writes what a user might ask; given that, it answers. Nothi
 is trained on is what it is used for.
 """
 
+from dataclasses import replace
 from typing import Callable
 
 import numpy as np
 
-from mlxquant.batch import batch_generate
+from mlxquant.batch import BATCH, batch_generate
 from mlxquant.errors import Unsupported
 from mlxquant.loading import LanguageModel
 from mlxquant.quant.calibration import Calibration
 from mlxquant.sampling import Sampling
 
-BATCH = 32
 _ASKS, _ANSWERS = Sampling(temperature=1.0), Sampling(temperature=0.7)  # many questions, answers as in use
 _LONGEST_QUESTION, _LONGEST_ANSWER = 64, 256
 _PLACE = "THE USER SPEAKS HERE"
@@ -32,12 +32,12 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
     rows: list[list[int]] = [[]]
     while len(rows) <= samples:
         questions = batch_generate(model, [opening] * batch, max_tokens=_LONGEST_QUESTION,
-                                   sampling=_with_seed(_ASKS, seed), batch_size=batch).texts
+                                   sampling=replace(_ASKS, seed=seed), batch_size=batch).texts
         asked = [[{"role": "user", "content": text.strip()}] for text in questions if text.strip()]
         seed += 1
         if not asked:
             raise Unsupported(f"{model.name} writes nothing where a user would speak")
-        answers = batch_generate(model, asked, max_tokens=_LONGEST_ANSWER, sampling=_with_seed(_ANSWERS, seed),
+        answers = batch_generate(model, asked, max_tokens=_LONGEST_ANSWER, sampling=replace(_ANSWERS, seed=seed),
                                  batch_size=batch).texts
         for messages, answer in zip(asked, answers):
             messages.append({"role": "assistant", "content": answer.strip()})
@@ -67,7 +67,3 @@ def _opening(model: LanguageModel) -> list[int]:
     if not found or not before:
         raise Unsupported(f"the template of {model.name} puts nothing before what a user says")
     return model.tokenizer.encode(before, add_special_tokens=False)
-
-
-def _with_seed(sampling: Sampling, seed: int) -> Sampling:
-    return Sampling(temperature=sampling.temperature, seed=seed)

@@ -17,7 +17,7 @@ from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.quant.rotation import expanded_weight
-from mlxquant.tuning.unpacked import MovableCodes, MovingReplica, UnpackedAffine
+from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
 
 
 class Trainable:
@@ -123,7 +123,7 @@ def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, m
             names = {"repeat_gates": mx.ones_like(module.repeat_gates)}
         else:
             continue
-        if isinstance(module, MovableCodes) and "moves" in module:
+        if "moves" in module:
             names["moves"] = mx.array(codes)
         for name, scale in names.items():
             base[f"{path}.{name}"] = module[name].astype(mx.float32)

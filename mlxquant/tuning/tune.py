@@ -14,7 +14,7 @@ from mlxquant.errors import BadValue
 from mlxquant.loading import load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration, card
-from mlxquant.quant import conversations as conversation
+from mlxquant.quant.conversations import converse, mixed_in
 from mlxquant.quant.walk import identity
 from mlxquant.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
@@ -73,8 +73,8 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses before anything is written
     partial = working_folder(output, job, settings)
     if conversations:
-        talks = _kept(partial / _TALKS, lambda: conversation.converse(original, conversations, sequence_length, seed))
-        texts = conversation.mixed_in(texts, talks, len(data) + 1, seed)
+        talks = _kept(partial / _TALKS, lambda: converse(original, conversations, sequence_length, seed))
+        texts = mixed_in(texts, talks, len(data) + 1, seed)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
                             texts.tokens, held_out.tokens, schedule)
     state_file = partial / _STATE
