@@ -49,3 +49,11 @@ def test_they_are_drawn_as_often_as_each_text():
     assert list(changed) == [False, False, True] * 3 and not texts.tokens.any()
     assert all(any((row == talk).all() for talk in talks) for row in mixed.tokens[changed])
     assert "2 windows of conversations" in mixed.source
+
+
+def test_as_many_conversations_at_once_as_keys_and_values_allow(talker, monkeypatch):
+    assert conversations._at_once(talker, 10**6) == 256
+    assert conversations._at_once(talker, 10 * 320 + 5) == 10
+    position = 2 * 4 * len(talker.network.layers) * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]  # float32
+    monkeypatch.setattr(conversations, "_CACHE_BYTES", 5.5 * 320 * position)
+    assert conversations._at_once(talker, 10**6) == 5

@@ -119,7 +119,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
 def test_conversations_are_made_once_and_trained_on(places, tmp_path, monkeypatch):
     asked = []
 
-    def converse(model, samples, length, seed):
+    def converse(model, samples, length, seed, progress):
         asked.append((samples, length))
         return np.full((samples, length), 7)
 

@@ -53,15 +53,22 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
 
 @contextmanager
 def progress(title: str):
-    """A progress bar on stderr; the context gives a function (done, total, value)."""
+    """A progress bar on stderr; the context gives a function (done, total, value). A part of the work with another title
+    gets a bar of its own."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total, value: bar.update(
-            task, completed=done, total=total, description=f"{title} {value:.2f}")
+        tasks = {title: bar.add_task(title, total=None)}
+
+        def advance(done: int, total: int, value: float | None, part: str = title) -> None:
+            if part not in tasks:
+                tasks[part] = bar.add_task(part, total=None)
+            bar.update(tasks[part], completed=done, total=total,
+                       description=part if value is None else f"{part} {value:.2f}")
+
+        yield advance
 
 
 def print_json(value) -> None:

@@ -39,7 +39,8 @@ def tune(
     schedule = Schedule(steps, batch_size, learning_rate, check_every)
     with progress("tuning, divergence in nats:") as advance:
         result = run(model, output, teacher=teacher, data=data, schedule=schedule,
-                     sequence_length=sequence_length, norms=norms, codes=codes, conversations=conversations, seed=seed, progress=advance)
+                     sequence_length=sequence_length, norms=norms, codes=codes, conversations=conversations, seed=seed,
+                     progress=advance, talked=lambda done, total: advance(done, total, None, "windows of conversation"))
     if as_json:
         print_json({"folder": str(output), "divergence_before": result.divergence_before,
                     "divergence_after": result.divergence_after, "seconds": result.seconds,

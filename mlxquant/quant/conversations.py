@@ -8,27 +8,32 @@ is trained on is what it is used for.
 from dataclasses import replace
 from typing import Callable
 
+import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant.batch import BATCH, batch_generate
+from mlxquant.batch import batch_generate
 from mlxquant.errors import Unsupported
 from mlxquant.loading import LanguageModel
 from mlxquant.quant.calibration import Calibration
+from mlxquant.roofline import traffic
 from mlxquant.sampling import Sampling
 
 _ASKS, _ANSWERS = Sampling(temperature=1.0), Sampling(temperature=0.7)  # many questions, answers as in use
 _LONGEST_QUESTION, _LONGEST_ANSWER = 64, 256
+_MOST_AT_ONCE, _CACHE_BYTES = 256, 2e9  # a pass costs a small model the same for one conversation as for hundreds
 _PLACE = "THE USER SPEAKS HERE"
 
 
-def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, batch: int = BATCH,
+def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, batch: int | None = None,
              progress: Callable[[int, int], None] = lambda *_: None) -> np.ndarray:
     """``samples`` rows of ``length`` tokens, int64: one conversation after the other from the start of a row.
 
-    ``progress`` is told the rows that are full, and all. Raises ``Unsupported`` for a model
-    without a chat template, or that has nothing to ask.
+    ``batch`` conversations are held at a time; by default as many as 2 GB of keys and values allow, no more
+    than are needed for sure, and at most 256. ``progress`` is told the rows that are full, and all. Raises ``Unsupported`` for a model without a chat
+    template, or that has nothing to ask.
     """
-    opening = _opening(model)
+    opening, batch = _opening(model), batch or _at_once(model, samples * length)
     rows: list[list[int]] = [[]]
     while len(rows) <= samples:
         questions = batch_generate(model, [opening] * batch, max_tokens=_LONGEST_QUESTION,
@@ -47,6 +52,14 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
                 rows.append([])
         progress(min(len(rows) - 1, samples), samples)
     return np.array(rows[:samples], np.int64)
+
+
+def _at_once(model: LanguageModel, tokens: int) -> int:
+    cache = make_prompt_cache(model.network)
+    mx.eval(model.network(mx.array([[0]]), cache=cache))
+    longest = _LONGEST_QUESTION + _LONGEST_ANSWER
+    held = int(_CACHE_BYTES // max(1, longest * traffic.kv_bytes(cache)))
+    return max(1, min(_MOST_AT_ONCE, held, tokens // longest))
 
 
 def mixed_in(texts: Calibration, talks: np.ndarray, every: int, seed: int = 0) -> Calibration:

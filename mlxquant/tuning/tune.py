@@ -40,11 +40,12 @@ class Tuned:
 def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
          sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, codes: float = 0.0,
          conversations: int = 0, seed: int = 0, dtype: mx.Dtype | None = None,
-         progress: Report = lambda *_: None) -> Tuned:
+         progress: Report = lambda *_: None, talked: Callable[[int, int], None] = lambda *_: None) -> Tuned:
     """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
 
     ``data`` are texts as for ``quantize``; ``conversations`` adds so many windows that the teacher writes by talking
-    to itself (``quant/conversations.py``), drawn as often as each text. ``codes`` above 0 lets the codes move too
+    to itself (``quant/conversations.py``), drawn as often as each text; ``talked`` is told how many there are, and how
+    many there will be. ``codes`` above 0 lets the codes move too
     (``unpacked.py``): one that every step pulls the same way moves so many levels in all. At 0.5, half the way to the
     next level, those change that are pulled harder than most; at 1.5 nearly all did, and the model was lost
     (``benchmarks/LOG.md``). ``dtype`` is that of the computation: bfloat16 on a GPU and float32 on a CPU unless given;
@@ -73,7 +74,8 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses before anything is written
     partial = working_folder(output, job, settings)
     if conversations:
-        talks = _kept(partial / _TALKS, lambda: converse(original, conversations, sequence_length, seed))
+        talks = _kept(partial / _TALKS, lambda: converse(original, conversations, sequence_length, seed,
+                                                          progress=talked))
         texts = mixed_in(texts, talks, len(data) + 1, seed)
     training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
                             texts.tokens, held_out.tokens, schedule)
