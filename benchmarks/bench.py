@@ -35,6 +35,8 @@ def shape(hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocab
 SHAPES = {"smollm2-135m": shape(576, 30, 1536, 9, 3, 49152, True),
           "smollm2-360m": shape(960, 32, 2560, 15, 5, 49152, True),
           "tinyllama-1.1b": shape(2048, 22, 5632, 32, 4, 32000, False),
+          "llama-3.2-1b": shape(2048, 16, 8192, 32, 8, 128256, True),
+          "llama-3.2-3b": shape(3072, 28, 8192, 24, 8, 128256, True),
           "llama-3.1-8b": shape(4096, 32, 14336, 32, 8, 128256, False)}
 
 
