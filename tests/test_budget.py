@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import BadValue
-from mlxquant.quant.budget import Option, choose
+from mlxquant.quant.budget import Option, at_every_price, choose
 from mlxquant.quant.spec import Spec
 
 
@@ -65,6 +65,22 @@ def test_convex_damage_and_equal_steps_are_solved_exactly(seed):
     for budget in budgets(options, 30):  # also between the steps
         bits, damage = totals(choose(options, budget))
         assert bits <= budget and damage == pytest.approx(least_damage(options, budget), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layers_taken_together_stand_for_all_that_they_take_apart(seed):
+    options = random_options(seed)
+    together = at_every_price(list(options.values()))
+    bits, damages = zip(*(totals(dict(zip(options, ways))) for ways in together))
+    assert list(bits) == sorted(bits) and list(damages) == sorted(damages, reverse=True)
+    for ways in together:
+        budget = sum(option.bits for option in ways)
+        assert tuple(choose(options, budget).values()) == ways
+    first, *rest = options
+    joined = {first: options[first], "rest": [Option(ways, *totals(dict(enumerate(ways))))
+                                              for ways in at_every_price([options[name] for name in rest])]}
+    for budget in map(float, bits):
+        assert totals(choose(joined, budget)) == pytest.approx(totals(choose(options, budget)))
 
 
 def test_the_remainder_takes_an_option_off_the_hull():

@@ -1,14 +1,15 @@
 """Give every layer its own width, so that a model of a wanted size predicts best.
 
-Each layer, or set of replicated siblings, is quantised in every candidate way on the float model's
-statistics, and the error weighed by how much the model's predictions feel it
-(``sensitivity.py``): nats of divergence per token, which add up over layers as
-long as they are small. ``budget.py`` then spends the bits.
+Each layer is quantised in every candidate way on the float model's statistics, replicated siblings together, and
+the error weighed by how much the model's predictions feel it (``sensitivity.py``): nats of divergence per token, which
+add up over layers as long as they are small. ``budget.py`` then spends the bits. Siblings share their input's scales
+where they are stored alike; where one of them is felt more, it may be worth scales of its own.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from mlxquant.layers.dense import to_dense
 from mlxquant.loading import open_lazily
 from mlxquant.quant.assembly import gates, outside, stored_dtype
 from mlxquant.quant.blocks import quantise_trials
-from mlxquant.quant.budget import Option, choose
+from mlxquant.quant.budget import Option, at_every_price, choose
 from mlxquant.quant.calibration import Calibration
 from mlxquant.quant.job import Job, Progress
 from mlxquant.quant.sensitivity import expected_divergence, output_importance
@@ -63,21 +64,21 @@ def assign(folder: Path, job: Job, tokens: Calibration, target: Target, progress
     options = _options(folder, job, tokens, progress)
     budget = _budget(network, config, folder, job, options, target)
     chosen = choose(options, budget)
-    rules = tuple((path, dict(option.choice)) for paths, option in chosen.items() for path in paths.split(",")
-                  if job.overrides.spec_for(path) == job.spec)
+    rules = tuple((path, dict(way)) for paths, option in chosen.items()
+                  for path, way in zip(paths.split(","), option.choice) if job.overrides.spec_for(path) == job.spec)
     return replace(job, overrides=Overrides(job.spec, job.overrides.rules + rules))
 
 
 def _options(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[Option]]:
-    """The ways to store every layer, or replicated siblings (their paths joined by commas), with the
-    bits they take and the nats they cost."""
+    """The ways to store every layer, or replicated siblings (their paths joined by commas, the choice having one
+    part for each), with the bits they take and the nats they cost."""
     plain = replace(job.spec, bits=4, replicas=4)  # what the ways vary plays no part
-    setting = identity(folder, tokens.digest, asdict(plain), job.overrides.rules, job.seed)
+    setting = identity(folder, tokens.digest, asdict(plain), job.overrides.rules, job.seed, WIDTHS, REPLICATED, "apart")
     file = cache_dir("sensitivity", f"{setting[:16]}.json")
     if not file.exists():
         write_json(file, _measure(folder, job, tokens, progress))
-    return {path: [Option(tuple(choice.items()), stored, damage) for choice, stored, damage in ways]
-            for path, ways in json.loads(file.read_text()).items()}
+    return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
+                    for choice, stored, damage in ways] for paths, ways in json.loads(file.read_text()).items()}
 
 
 def _measure(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[tuple]]:
@@ -97,7 +98,7 @@ def _measure(folder: Path, job: Job, tokens: Calibration, progress: Progress) ->
 
 
 def _together(paths: list[str], prefix: str, job: Job) -> list[list[str]]:
-    """Siblings that must be stored alike: replicated ones of one spec; others each by itself."""
+    """Siblings that share scales where they are stored alike: replicated ones of one spec; others each by itself."""
     kinds: dict = {}
     for path in paths:
         spec = job.overrides.spec_for(f"{prefix}.{path}")
@@ -107,14 +108,30 @@ def _together(paths: list[str], prefix: str, job: Job) -> list[list[str]]:
 
 def _ways(block: nn.Module, prefix: str, paths: list[str], statistics, importance: dict[str, mx.array],
           job: Job) -> dict[str, list[tuple]]:
+    """The siblings' ways by their joined paths: all alike, or each in its own at one price per bit.
+
+    What a sibling costs by itself is taken from the fit of all together, whose scales serve it a little worse.
+    """
     full = [f"{prefix}.{path}" for path in paths]
-    spec, felt = job.overrides.spec_for(full[0]), mx.concatenate([importance[path] for path in full])
+    spec, felt = job.overrides.spec_for(full[0]), [importance[path] for path in full]
     candidates = [{}] if spec != job.spec else REPLICATED if spec.method == "replica" else WIDTHS
+    ends = list(accumulate(map(len, felt)))
+    single: list[list[Option]] = [[] for _ in paths]
+    shared = []
     trials = quantise_trials(block, prefix, paths, [replace(spec, refine=0, **choice) for choice in candidates],
                              statistics, job.seed)
-    ways = [(choice, stored, expected_divergence(error, hessian, felt))
-            for choice, (error, hessian, stored) in zip(candidates, trials)]
-    return {",".join(full): ways}
+    for way, (error, hessian, own, common) in enumerate(trials):
+        shared.append(common)
+        for layer, bits, end, weights in zip(single, own, ends, felt):
+            rows = error[end - len(weights):end]
+            layer.append(Option(way, bits + common, expected_divergence(rows, hessian, weights)))
+    found = {}
+    for options in [*zip(*single), *at_every_price(single)]:
+        ways = tuple(option.choice for option in options)
+        twice = sum(shared[way] for way in ways) - sum(shared[way] for way in set(ways))
+        found[ways] = ([candidates[way] for way in ways], sum(option.bits for option in options) - twice,
+                       sum(option.damage for option in options))
+    return {",".join(full): list(found.values())}
 
 
 def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: dict[str, list[Option]],

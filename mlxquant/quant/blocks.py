@@ -123,20 +123,22 @@ def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
 
 
 def quantise_trials(block: nn.Module, prefix: str, paths: list[str], specs: list[Spec], statistics: Statistics,
-                    seed: int) -> Iterator[tuple[mx.array, mx.array, int]]:
+                    seed: int) -> Iterator[tuple[mx.array, mx.array, list[int], int]]:
     """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of stacked siblings, the
-    second moments (n, n) of the input they multiply, both rotated where the spec rotates, and the bits they store.
-    Balancing is left out."""
-    weight, stored, spec = mx.concatenate([linears(block)[path].weight for path in paths]), 0, specs[0]
+    second moments (n, n) of the input they multiply, both rotated where the spec rotates, the bits that each
+    stores by itself, and those that they share. Balancing is left out."""
+    weights, signs, spec = [linears(block)[path].weight for path in paths], (), specs[0]
+    weight, rows = mx.concatenate(weights), list(map(len, weights))
     if spec.rotation == "online":
         signs, size = _rotation(seed, prefix, paths[0], statistics)
         weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
-        stored = len(signs) * (1 if spec.method == "replica" else len(paths))
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
     options = {"sweep": gptq.Sweep.of(statistics, spec.act_order)} if sweeping else {}
     for trial in specs:
         made = _METHODS[trial.method].quantise(weight, statistics, trial, **options)
-        yield made.dequantise() - weight, statistics.hessian, stored + made.stored_bits()
+        shared = made.shared_bits() if trial.method == "replica" else 0
+        own = [part.stored_bits() - shared for part in made.split(rows)]
+        yield made.dequantise() - weight, statistics.hessian, own, shared + len(signs)
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:

@@ -56,6 +56,19 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
     return _fill(chosen, frontiers, left)
 
 
+def at_every_price(layers: list[list[Option]]) -> list[tuple[Option, ...]]:
+    """The options that ``choose`` has several layers take together, at one price per bit after the other, from the
+    smallest."""
+    hulls = [_hull(_frontier(ways)) for ways in layers]
+    chosen = [hull[0] for hull in hulls]
+    found = [tuple(chosen)]
+    steps = [(index, old, new) for index, hull in enumerate(hulls) for old, new in _steps(hull)]
+    for index, _, new in sorted(steps, key=lambda step: -_rate(*step[1:])):
+        chosen[index] = new
+        found.append(tuple(chosen))
+    return found
+
+
 def _fill(chosen: dict[str, Option], frontiers: dict[str, list[Option]], left: float) -> dict[str, Option]:
     """Take further steps while one fits, the most damage saved per bit first, off the hulls too."""
     while True:

@@ -56,9 +56,11 @@ class Replicas:
 
     def stored_bits(self) -> int:
         """Bits of packed codes, and of scales in 16."""
-        scales = self.replica_out.size + self.replica_in.size
-        scales += 0 if self.column_scale is None else self.column_scale.size
-        return 8 * pack_codes(self.codes.astype(mx.uint8), self.bits).nbytes + 16 * scales
+        return 8 * pack_codes(self.codes.astype(mx.uint8), self.bits).nbytes + 16 * self.replica_out.size + self.shared_bits()
+
+    def shared_bits(self) -> int:
+        """Those of the scales on the inputs' side, which siblings share."""
+        return 16 * (self.replica_in.size + (0 if self.column_scale is None else self.column_scale.size))
 
     def rounded(self, dtype: mx.Dtype) -> "Replicas":
         """The scales as ``dtype`` holds them."""
