@@ -52,7 +52,7 @@ def test_they_are_drawn_as_often_as_each_text():
 
 
 def test_as_many_conversations_at_once_as_keys_and_values_allow(talker, monkeypatch):
-    assert conversations._at_once(talker, 10**6) == 256
+    assert conversations._at_once(talker, 10**6) == 64
     assert conversations._at_once(talker, 10 * 320 + 5) == 10
     position = 2 * 4 * len(talker.network.layers) * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]  # float32
     monkeypatch.setattr(conversations, "_CACHE_BYTES", 5.5 * 320 * position)

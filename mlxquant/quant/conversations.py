@@ -21,7 +21,7 @@ from mlxquant.sampling import Sampling
 
 _ASKS, _ANSWERS = Sampling(temperature=1.0), Sampling(temperature=0.7)  # many questions, answers as in use
 _LONGEST_QUESTION, _LONGEST_ANSWER = 64, 256
-_MOST_AT_ONCE, _CACHE_BYTES = 256, 2e9  # a pass costs a small model the same for one conversation as for hundreds
+_MOST_AT_ONCE, _CACHE_BYTES = 64, 2e9  # a pass costs a small model the same for one conversation as for many
 _PLACE = "THE USER SPEAKS HERE"
 
 
@@ -30,8 +30,8 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
     """``samples`` rows of ``length`` tokens, int64: one conversation after the other from the start of a row.
 
     ``batch`` conversations are held at a time; by default as many as 2 GB of keys and values allow, no more
-    than are needed for sure, and at most 256. ``progress`` is told the rows that are full, and all. Raises ``Unsupported`` for a model without a chat
-    template, or that has nothing to ask.
+    than are needed for sure, and at most 64. ``progress`` is told the rows that are full, and all. Raises
+    ``Unsupported`` for a model without a chat template, or that has nothing to ask.
     """
     opening, batch = _opening(model), batch or _at_once(model, samples * length)
     rows: list[list[int]] = [[]]
