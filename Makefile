@@ -7,7 +7,7 @@ demo: install
 	$(BIN)/mlxquant generate smollm2-135m --prompt "What is gravity? Answer in three sentences." --max-tokens 160
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 docs: install
 	$(BIN)/python docs/make_cli.py
