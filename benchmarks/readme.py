@@ -118,6 +118,8 @@ def widths() -> str:
 
 
 STAGES = ("calibrated", "scales tuned", "codes too")
+APART = "2026-11-25"  # the first day on which a budget could store siblings apart
+LONGEST = 800  # steps of the rows that are compared with each other
 
 
 def replica_runs() -> list[dict]:
@@ -127,9 +129,17 @@ def replica_runs() -> list[dict]:
 
 
 def replica_results() -> list[dict]:
-    """Their rows, each with what was done to it (``STAGES``)."""
-    return [row | {"stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]}
-            for run in replica_runs() for row in run["rows"]]
+    """Their rows, each with what was done to it (``STAGES``), named by what sets it apart from others of its plan."""
+    found = []
+    for run in replica_runs():
+        for row in run["rows"]:
+            name = row["method"]
+            if name.startswith("budget") and run["date"] < APART:
+                name += ", alike"
+            if row["steps"] > LONGEST:
+                name += f", {row['steps']} steps"
+            found.append(row | {"method": name, "stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]})
+    return found
 
 
 def replica_rows() -> dict[str, dict[str, dict]]:
@@ -146,19 +156,27 @@ def replicas() -> str:
              f"{' | '.join(f'other text, {stage}' for stage in STAGES)} | seconds |",
              f"|---|{'--:|' * 11}"]
     found = replica_rows()
-    for name, rows in sorted(found.items(), key=lambda item: item[1]["calibrated"]["bits_per_weight"]):
+
+    def cell(row: dict, field: str, form: str, factor: float = 1) -> str:
+        return format(row[field] * factor, form) if field in row else ""
+
+    for name, rows in sorted(found.items(), key=lambda item: next(iter(item[1].values()))["bits_per_weight"]):
         last = [rows[stage] for stage in STAGES if stage in rows][-1]
-        perplexities, others = ([format(rows[stage][field], ".1f") if stage in rows else "" for stage in STAGES]
+        perplexities, others = ([cell(rows.get(stage, {}), field, ".1f") for stage in STAGES]
                                 for field in ("perplexity", "other_perplexity"))
         seconds = " / ".join(f"{rows[stage]['seconds']:.0f}" for stage in STAGES if stage in rows)
-        lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {last['file_bytes'] / 1e6:.1f} | "
-                     f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {last['top1_agreement']:.0%} | "
+        size = next((row for row in rows.values() if "file_bytes" in row), {})
+        lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {cell(size, 'file_bytes', '.1f', 1e-6)} | "
+                     f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {cell(last, 'top1_agreement', '.0%')} | "
                      f"{' | '.join(others)} | {seconds} |")
     tuned = {stage: " or ".join(sorted({f"{rows[stage]['steps']} of {rows[stage]['batch_size']} × 512"
-                                        for rows in found.values() if stage in rows})) for stage in STAGES[1:]}
-    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {last['other_reference']:.2f}; KL and same top "
+                                        for rows in found.values() if stage in rows and rows[stage]["steps"] <= LONGEST}))
+             for stage in STAGES[1:]}
+    reference = next(row["other_reference"] for row in replica_results() if "other_reference" in row)
+    return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {reference:.2f}; KL and same top "
                       f"token are of the last stage. {place(replica_runs()[-1])}. Steps and tokens: "
-                      f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}."])
+                      f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}. Where a cell is empty that was not "
+                      "run, or its file was lost."])
 
 
 def draw_replicas() -> None:
@@ -167,14 +185,15 @@ def draw_replicas() -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    kinds = {"replicas under a budget": lambda row: row["method"].startswith("budget"),
-             "replicas, one K": lambda row: row["replicas"], "groups": lambda row: row["group_size"]}
+    kinds = {"replicas under a budget": lambda row: re.fullmatch(r"budget-[\d.]+", row["method"]),
+             "replicas, one K": lambda row: row["method"] == "replica-4",
+             "groups": lambda row: re.fullmatch(r"groups-\d+", row["method"]),
+             "groups under a budget": lambda row: row["method"].startswith("groups-budget")}
     methods = replica_rows().values()
     for color, (kind, belongs) in enumerate(kinds.items()):
         for stage, line, marker in zip(STAGES, (":", "--", "-"), "vso"):
-            rows = [found[stage] for found in methods
-                    if stage in found and belongs(found[stage]) and found[stage]["rotated"]]
-            points = sorted((row["file_bytes"] / 1e6, row["perplexity"]) for row in rows)
+            points = sorted((found["calibrated"]["file_bytes"] / 1e6, found[stage]["perplexity"]) for found in methods
+                            if stage in found and belongs(found[stage]) and 2 < found[stage]["bits_per_weight"] < 3.1)
             if points:
                 axes.plot(*zip(*points), marker=marker, color=f"C{color}", linestyle=line, label=f"{kind}, {stage}")
     axes.axhline(24.47, color="gray", linewidth=1)
@@ -187,34 +206,50 @@ def draw_replicas() -> None:
 
 def kernels() -> str:
     """One token through a layer, ours beside MLX's."""
-    result = read("kernels-h100-3")
+    result = read("kernels-h100-4")
     lines = ["| one token, cold weights | µs, alone | GB/s | of measured ceiling | µs, in a chain |", "|---|--:|--:|--:|--:|"]
     for row in result["rows"]:
-        if row["rows"] < row["inputs"] or row["rows"] == 4096:
+        if row["rows"] < row["inputs"]:
             continue
         width = "ternary" if row["bits"] == "ternary" else f"{row['bits']} bit"
         what = (f"MLX, {width}, groups of 64" if row["replicas"] is None else
                 f"ours, {width}, K={row['replicas']}" + f" G={row['group']}" * bool(row["group"]))
-        tokens = f", {row['tokens']} tokens" * (row["tokens"] > 1)
+        tokens = f", {row['tokens']} tokens" * (row["tokens"] > 1) + ", expanded first" * row["kernel"].startswith("expand")
         chain = f"{row['chain_us']:.1f}" if "chain_us" in row else ""
         lines.append(f"| {row['rows']} × {row['inputs']}: {what}{tokens} | {row['free_us']:.1f} | {row['gb_per_s']:,.0f} | "
                      f"{row['percent_of_ceiling']:.0f} % | {chain} |")
-    return "\n".join([*lines, "", f"The ceiling is MLX's reduction, {result['ceiling']['gb_per_s']:,.0f} GB/s, the fastest of the "
-                      f"readers tried. {place(result)}: `{result['command']}`."])
+    worst = {dtype: max(row["error"] for row in result["errors"] if row["dtype"] == dtype)
+             for dtype in ("float16", "bfloat16", "float32")}
+    errors = ", ".join(f"{error:.1e} in {dtype}" for dtype, error in worst.items())
+    return "\n".join([*lines, "", f"The ceiling, {result['ceiling']['gb_per_s']:,.0f} GB/s, is that of the fastest reader tried "
+                      f"({result['ceiling']['kernel']}). Relative errors against float64, of both kernels and three forms, at "
+                      f"most {errors}. {place(result)}: `{result['command']}`."])
+
+
+def decoding() -> str:
+    """Where the time of a token of an 8B-shaped model goes."""
+    seen, own = read("decode-h100-default-2"), read("decode-h100")
+    lines = ["| one token after a prompt of 16 | MB/token | the GPU itself, ms | GB/s | of measured ceiling | as a user sees it, ms | tokens/s | "
+             "of it Python, ms | launching, ms |", f"|---|{'--:|' * 8}"]
+    for row, gpu in zip(seen["rows"], own["rows"]):
+        lines.append(f"| {row['model']} | {row['bytes_per_token'] / 1e6:,.0f} | {gpu['gpu_ms']:.2f} | {gpu['gpu_gb_per_s']:.0f} | "
+                     f"{gpu['percent_of_ceiling']:.0f} % | {row['token_ms']:.2f} | {row['tps']:.0f} | {row['build_ms']:.2f} | "
+                     f"{row['launch_ms']:.2f} |")
+    return "\n".join([*lines, "", f"{place(own)}: `{own['command']}` for the GPU's own time, `{seen['command']}` for the rest."])
 
 
 def speeds() -> str:
     """Whole models of one shape with random weights, and the default model."""
     parts = []
-    for name in ("bench-h100", "bench-cpu"):
+    for name in ("bench-h100-2", "bench-h100-16-bit", "bench-cpu"):
         result = read(name)
-        records = [Record(**row) for row in result["records"] if row["test"] in ("pp512", "tg128")]
+        records = [Record(**row) for row in result["records"] if row["depth"] == 0]
         parts.append(f"{bench_output.markdown(records)}\n\n{place(result)}: `{result['command']}`")
     return "\n\n".join(parts)
 
 
 TABLES = {"default-model": default_model, "widths": widths, "replicas": replicas, "kernels": kernels,
-          "speeds": speeds, "methods": methods}
+          "decoding": decoding, "speeds": speeds, "methods": methods}
 
 
 def render(text: str) -> str:
