@@ -201,6 +201,9 @@ def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, 
         kinds = {len(set(option.choice)) for paths, option in chosen.items() if "," in paths}
         assert 1 in kinds and len(kinds) > 1
         assert mlxquant.generate(mlxquant.load(str(tmp_path / "out")), "the cat", max_tokens=2).text
+        quantise(tiny_folder, tmp_path / "alike", text, target=Target(4.3, alike=True), refine=0, **options)
+        assert all(len(set(option.choice)) == 1 for option in taken[1].values())
+        assert inspect(str(tmp_path / "alike")).bits_per_weight <= 4.3
 
 
 def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):

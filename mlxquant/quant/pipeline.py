@@ -49,14 +49,16 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
              overrides: tuple[tuple[str, dict], ...] = (), target: Target | None = None, embedding_bits: int | None = None,
              activation: ActivationSpec | None = None, alpha: float | None = None,
              repeats: tuple[Repeat, ...] = (), seed: int = 0,
-             revision: str | None = None, progress: Progress = lambda *_: None) -> Outcome:
+             revision: str | None = None, progress: Progress = lambda *_: None,
+             weighing: Progress | None = None) -> Outcome:
     """Quantise the model called ``name`` into the new folder ``output``.
 
     ``data`` are calibration texts (files or ``hf://datasets/…``); without any the
     model writes its own. ``target`` gives every layer the width that keeps the
     model's predictions best within a size, ``bits`` then standing only where
     nothing else is said. Blocks in ``repeats`` run more than once in the result,
-    which changes nothing before it is tuned. Raises ``BadValue`` for an impossible
+    which changes nothing before it is tuned. ``progress`` gets blocks done, of how many, and seconds; ``weighing`` the
+    same of the pass over all blocks that a target needs beforehand, or else ``progress`` does. Raises ``BadValue`` for an impossible
     combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
     """
     spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
@@ -76,7 +78,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     else:
         tokens = calibration.self_written(load(name, revision=revision), samples, sequence_length, seed)
     if target is not None:
-        job = assign(folder, job, tokens, target, progress)
+        job = assign(folder, job, tokens, target, weighing or progress)
     room.check(network, job, Path(output))
     return run(folder, Path(output), job, tokens, progress)
 
