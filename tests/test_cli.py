@@ -142,3 +142,23 @@ def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
 def test_probe_json():
     value = json.loads(mlxquant("probe", "--json").stdout)
     assert value["ceiling"]["gb_per_s"] > 0 and value["readers"] and value["replicas"]["reason"]
+
+
+def test_each_part_of_a_job_has_a_bar_of_its_own(monkeypatch):
+    from rich.progress import Progress
+
+    from mlxquant.cli.common import progress
+
+    shown = {}
+    plain = Progress.update
+
+    def update(bar, task, **values):
+        plain(bar, task, **values)
+        shown[task] = (values["description"], values["completed"], values["total"])
+
+    monkeypatch.setattr(Progress, "update", update)
+    with progress("tuning:") as advance:
+        advance(1, 2, None, "talking")
+        advance(2, 2, None, "talking")
+        advance(3, 9, 0.5)
+    assert sorted(shown.values()) == [("talking", 2, 2), ("tuning: 0.50", 3, 9)]

@@ -58,8 +58,8 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     model's predictions best within a size, ``bits`` then standing only where
     nothing else is said. Blocks in ``repeats`` run more than once in the result,
     which changes nothing before it is tuned. ``progress`` gets blocks done, of how many, and seconds; ``weighing`` the
-    same of the pass over all blocks that a target needs beforehand, or else ``progress`` does. Raises ``BadValue`` for an impossible
-    combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
+    same of the pass over all blocks that a target needs beforehand, or else ``progress`` does. Raises ``BadValue`` for
+    an impossible combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
     """
     spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
                 act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
