@@ -21,7 +21,8 @@ def tune(
     learning_rate: Annotated[float, typer.Option(help="Relative to the size of what is trained.")] = 1e-3,
     norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, typer.Option(
-        help="Let codes move: so many levels where every step pulls one way. 0.5 serves well; 0: they stay.")] = 0.0,
+        help="Let codes move, so many levels where every step pulls one way; 0: they stay. 0.5 served well in 300 "
+             "steps of 32 sequences, and worse in 1,400.")] = 0.0,
     conversations: Annotated[int, typer.Option(
         help="Windows of talk that the teacher writes with itself, beside the texts; keeps a chat model talking.")] = 0,
     check_every: Annotated[int, typer.Option(
