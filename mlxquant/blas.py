@@ -34,7 +34,8 @@ def preload() -> str | None:
     global _loaded
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded
-    _open(_under_plain_names()) or _open("libopenblas.so.0")
+    if not _open(_under_plain_names()):
+        _open("libopenblas.so.0")
     return _loaded
 
 

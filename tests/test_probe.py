@@ -94,7 +94,7 @@ def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
     on_a_gpu(lambda bits: 10 if bits == 3 else 90)
     limits = replica_probe.measure_replicas(100)
     assert limits.largest_replicas["3"] is None and limits.largest_replicas["2"] == 1
-    assert "3 (10 GB/s) bits: no kernel" in limits.reason
+    assert "3 (10 GB/s) bits: there it is not reading" in limits.reason
 
 
 @pytest.mark.parametrize("shape", [ReplicaShape(2, 4), ReplicaShape("ternary", 2), ReplicaShape(4, 8, 16)])

@@ -34,8 +34,9 @@ _LEAST_SHARE = 0.25  # of the ceiling, that one replica must reach for the other
 class ReplicaLimits:
     """``largest_replicas`` is the most that cost at most 5 % more time than one, by width.
     ``smallest_group`` is, by width and replicas, the smallest group with which they do (0: they do without
-    groups), None where none does. A width is None where its layers are not run by a kernel of their
-    own; ``reason`` says so, and why where nothing was measured. ``timings`` are the single results."""
+    groups), None where none does. A width is None where reading is not what takes its layers' time (no
+    kernel of their own, or too short to fill a GPU); ``reason`` says so, and why where nothing was measured.
+    ``timings`` are the single results."""
 
     reason: str | None
     largest_replicas: dict[str, int | None] | None = None
@@ -75,7 +76,7 @@ def measure_replicas(ceiling_gb_per_s: float,
         slow += [] if running else [f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)"]
         timings += found
     reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} GB/s at "
-              f"{', '.join(slow)} bits: no kernel of their own runs there") if slow else None
+              f"{', '.join(slow)} bits: there it is not reading that takes the time") if slow else None
     return ReplicaLimits(reason, largest, groups, timings)
 
 
