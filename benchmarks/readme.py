@@ -172,7 +172,7 @@ def replicas() -> str:
     tuned = {stage: " or ".join(sorted({f"{rows[stage]['steps']} of {rows[stage]['batch_size']} × 512"
                                         for rows in found.values() if stage in rows and rows[stage]["steps"] <= LONGEST}))
              for stage in STAGES[1:]}
-    reference = next(row["other_reference"] for row in replica_results() if "other_reference" in row)
+    reference = next(row["other_reference"] for rows in found.values() for row in rows.values() if "other_reference" in row)
     return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {reference:.2f}; KL and same top "
                       f"token are of the last stage. {place(replica_runs()[-1])}. Steps and tokens: "
                       f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}. Where a cell is empty that was not "

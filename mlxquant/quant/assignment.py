@@ -121,15 +121,14 @@ def _ways(block: nn.Module, prefix: str, paths: list[str], statistics, importanc
     full = [f"{prefix}.{path}" for path in paths]
     spec, felt = job.overrides.spec_for(full[0]), [importance[path] for path in full]
     candidates = [{}] if spec != job.spec else REPLICATED if spec.method == "replica" else WIDTHS
-    ends = list(accumulate(map(len, felt)))
+    ends = list(accumulate(map(len, felt)))[:-1]
     single: list[list[Option]] = [[] for _ in paths]
     shared = []
     trials = quantise_trials(block, prefix, paths, [replace(spec, refine=0, **choice) for choice in candidates],
                              statistics, job.seed)
     for way, (error, hessian, own, common) in enumerate(trials):
         shared.append(common)
-        for layer, bits, end, weights in zip(single, own, ends, felt):
-            rows = error[end - len(weights):end]
+        for layer, bits, rows, weights in zip(single, own, mx.split(error, ends), felt):
             layer.append(Option(way, bits + common, expected_divergence(rows, hessian, weights)))
     found = {}
     for options in [*zip(*single), *at_every_price(single)]:

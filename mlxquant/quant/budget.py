@@ -47,8 +47,7 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
         raise BadValue(f"the budget is {budget:.15g} bits, the smallest options of the {len(options)} layers "
                        f"take {least:.15g}; allowed is that or more")
     left = budget - least
-    steps = [(layer, old, new) for layer, ways in frontiers.items() for old, new in _steps(_hull(ways))]
-    for layer, old, new in sorted(steps, key=lambda step: -_rate(*step[1:])):  # stable: ties keep their order
+    for layer, old, new in _walk(frontiers):
         if new.bits - old.bits > left:
             break
         left -= new.bits - old.bits
@@ -59,11 +58,10 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
 def at_every_price(layers: list[list[Option]]) -> list[tuple[Option, ...]]:
     """The options that ``choose`` has several layers take together, at one price per bit after the other, from the
     smallest."""
-    hulls = [_hull(_frontier(ways)) for ways in layers]
-    chosen = [hull[0] for hull in hulls]
+    frontiers = dict(enumerate(map(_frontier, layers)))
+    chosen = [ways[0] for ways in frontiers.values()]
     found = [tuple(chosen)]
-    steps = [(index, old, new) for index, hull in enumerate(hulls) for old, new in _steps(hull)]
-    for index, _, new in sorted(steps, key=lambda step: -_rate(*step[1:])):
+    for index, _, new in _walk(frontiers):
         chosen[index] = new
         found.append(tuple(chosen))
     return found
@@ -100,8 +98,11 @@ def _hull(frontier: list[Option]) -> list[Option]:
     return kept
 
 
-def _steps(hull: list[Option]) -> list[tuple[Option, Option]]:
-    return list(zip(hull, hull[1:]))
+def _walk(frontiers: dict[Any, list[Option]]) -> list[tuple[Any, Option, Option]]:
+    """The steps along the hulls of all layers, as (layer, old, new), the most damage saved per bit first."""
+    hulls = {layer: _hull(ways) for layer, ways in frontiers.items()}
+    steps = [(layer, old, new) for layer, hull in hulls.items() for old, new in zip(hull, hull[1:])]
+    return sorted(steps, key=lambda step: -_rate(*step[1:]))  # stable: ties keep their order
 
 
 def _rate(old: Option, new: Option) -> float:

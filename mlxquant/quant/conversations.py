@@ -8,15 +8,13 @@ is trained on is what it is used for.
 from dataclasses import replace
 from typing import Callable
 
-import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.batch import batch_generate
 from mlxquant.errors import Unsupported
 from mlxquant.loading import LanguageModel
 from mlxquant.quant.calibration import Calibration
-from mlxquant.roofline import traffic
+from mlxquant.roofline import outline
 from mlxquant.sampling import Sampling
 
 _ASKS, _ANSWERS = Sampling(temperature=1.0), Sampling(temperature=0.7)  # many questions, answers as in use
@@ -55,10 +53,8 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
 
 
 def _at_once(model: LanguageModel, tokens: int) -> int:
-    cache = make_prompt_cache(model.network)
-    mx.eval(model.network(mx.array([[0]]), cache=cache))
     longest = _LONGEST_QUESTION + _LONGEST_ANSWER
-    held = int(_CACHE_BYTES // max(1, longest * traffic.kv_bytes(cache)))
+    held = int(_CACHE_BYTES // max(1, outline.kv_bytes(model.network, longest)))
     return max(1, min(_MOST_AT_ONCE, held, tokens // longest))
 
 
