@@ -1,7 +1,8 @@
 """Replicated layers and their controls on the default model, calibrated only and tuned.
 
     python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--conversations 0] [--samples 128] [--windows 40] [--keep FOLDER]
+        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--written 0]
+        [--conversations 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
 the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in FOLDER from an earlier
@@ -36,6 +37,7 @@ PLAN = {
     "budget-2.10": REPLICA | dict(bits=2, target=Target(2.10)),
     "budget-2.20": REPLICA | dict(bits=2, target=Target(2.20)),
     "budget-2.40": REPLICA | dict(bits=2, target=Target(2.40)),
+    "budget-3.00": REPLICA | dict(bits=2, target=Target(3.00)),
     "budget-1.75": REPLICA | dict(bits="ternary", target=Target(1.75)),
     "budget-1.20": REPLICA | dict(bits=1, target=Target(1.20)),
     "ternary-4": REPLICA | dict(bits="ternary", replicas=4),
@@ -43,7 +45,9 @@ PLAN = {
     "groups-192": GROUPS | dict(group_size=192),
     "groups-64": GROUPS | dict(group_size=64),
     "groups-32": GROUPS | dict(group_size=32),
+    "groups-budget-2.20": GROUPS | dict(group_size=192, target=Target(2.20)),
     "groups-budget-2.40": GROUPS | dict(group_size=192, target=Target(2.40)),
+    "groups-budget-3.00": GROUPS | dict(group_size=192, target=Target(3.00)),
     "replica-4-3bit": REPLICA | dict(bits=3, replicas=4),
     "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
     "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
@@ -79,12 +83,13 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
         return
     schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate,
                         max(1, arguments.steps // 8))
-    tuned = folder / f"{name}-tuned{'-codes' * bool(arguments.codes)}"
+    tuned = folder / "-".join(map(str, (name, "tuned", arguments.steps, arguments.codes, arguments.written,
+                                        arguments.conversations)))
     result = mlxquant.tune(str(folder / name), tuned, teacher=arguments.model, data=arguments.data, schedule=schedule,
-                           sequence_length=arguments.length, codes=arguments.codes,
+                           sequence_length=arguments.length, codes=arguments.codes, written=arguments.written,
                            conversations=arguments.conversations, progress=tell("step"))
     yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps, batch_size=arguments.batch_size,
-                       codes=arguments.codes, conversations=arguments.conversations,
+                       codes=arguments.codes, written=arguments.written, conversations=arguments.conversations,
                        divergence_before=result.divergence_before,
                        divergence_after=result.divergence_after) | quality(tuned, teacher, arguments)
 
@@ -108,8 +113,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--codes", type=float, default=0.0)
+    parser.add_argument("--written", type=int, default=0)
     parser.add_argument("--conversations", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
+from mlxquant.batch import BatchResponse
 from mlxquant.errors import Unsupported
 from mlxquant.quant import conversations
-from mlxquant.quant.calibration import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,13 @@ def test_a_model_without_a_template_or_a_question_cannot_talk(tiny):
         conversations.converse(tiny, 1, 10)  # says one blank after the other
 
 
-def test_they_are_drawn_as_often_as_each_text():
-    texts = Calibration(np.zeros((9, 4), np.int64), "a.txt, b.txt")
-    talks = np.arange(1, 9).reshape(2, 4)
-    mixed = conversations.mixed_in(texts, talks, 3)
-    changed = mixed.tokens.any(axis=1)
-    assert list(changed) == [False, False, True] * 3 and not texts.tokens.any()
-    assert all(any((row == talk).all() for talk in talks) for row in mixed.tokens[changed])
-    assert "2 windows of conversations" in mixed.source
+def test_no_more_are_held_at_once_than_are_needed(talker, monkeypatch):
+    asked = []
 
+    def batch_generate(model, prompts, **options):
+        asked.append(len(prompts))
+        return BatchResponse(("a word " * 200,) * len(prompts), (), (), None)
 
-def test_as_many_conversations_at_once_as_keys_and_values_allow(talker, monkeypatch):
-    assert conversations._at_once(talker, 10**6) == 64
-    assert conversations._at_once(talker, 10 * 320 + 5) == 10
-    position = 2 * 4 * len(talker.network.layers) * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]  # float32
-    monkeypatch.setattr(conversations, "_CACHE_BYTES", 5.5 * 320 * position)
-    assert conversations._at_once(talker, 10**6) == 5
+    monkeypatch.setattr(conversations, "batch_generate", batch_generate)
+    conversations.converse(talker, 10, 320)
+    assert set(asked) == {8}  # 320 tokens at most for a question and its answer, and a power of two

@@ -4,12 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from mlxquant.errors import BadValue, MlxquantError, ModelNotFound
-from mlxquant.loading import LanguageModel
+from mlxquant.loading import LanguageModel, memory_limit
+from mlxquant.roofline import outline
 
 SAMPLES, SEQUENCE_LENGTH = 128, 512
 
@@ -27,6 +29,13 @@ class Calibration:
 
     def batches(self, size: int) -> list[mx.array]:
         return [mx.array(self.tokens[i:i + size]) for i in range(0, len(self.tokens), size)]
+
+    def mixed_with(self, rows: np.ndarray, share: float, what: str, seed: int = 0) -> "Calibration":
+        """With ``rows`` (some, length) in place of a ``share`` of the samples, both drawn at random."""
+        tokens, random = self.tokens.copy(), np.random.default_rng(seed)
+        places = random.permutation(len(tokens))[:round(share * len(tokens))]
+        tokens[places] = rows[random.integers(0, len(rows), len(places))]
+        return Calibration(tokens, f"{self.source}, {len(rows)} {what}")
 
 
 def none() -> Calibration:
@@ -80,28 +89,39 @@ def _drawn(streams: list[np.ndarray], names: list[str], samples: int, length: in
 
 
 def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQUENCE_LENGTH,
-                 seed: int = 0, batch: int = 16) -> Calibration:
-    """Samples that the model itself writes at temperature 1 from random first tokens.
+                 seed: int = 0, batch: int = 16, starts: np.ndarray | None = None,
+                 progress: Callable[[int, int], None] = lambda *_: None) -> Calibration:
+    """Samples that the model itself writes at temperature 1.
 
-    For use with no text and no network, after data-free quantization-aware
-    training (LLM-QAT, https://arxiv.org/abs/2305.17888).
+    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or from one random
+    token each: for use with no text and no network, after data-free quantization-aware training (LLM-QAT,
+    https://arxiv.org/abs/2305.17888). ``batch`` are written in each pass; ``progress`` is told the samples done, and all.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     _check(samples, length)
     key, rows = mx.random.key(seed), []
-    for start in range(0, samples, batch):
-        count = min(batch, samples - start)
+    for done in range(0, samples, batch):
+        count = min(batch, samples - done)
         key, first, *steps = mx.random.split(key, length + 1)
-        token = mx.random.randint(0, len(model.tokenizer), (count, 1), key=first)
+        token = (mx.random.randint(0, len(model.tokenizer), (count, 1), key=first) if starts is None
+                 else mx.array(starts[np.arange(done, done + count) % len(starts)]))
         written, cache = [token], make_prompt_cache(model.network)
-        for step in steps:
+        for step in steps[token.shape[1] - 1:]:
             logits = model.network(token, cache=cache)[:, -1].astype(mx.float32)
             token = mx.random.categorical(logits, key=step)[:, None]
-            mx.eval(token)
+            mx.async_eval(token)
             written.append(token)
         rows.append(np.array(mx.concatenate(written, axis=1)))
+        progress(done + count, samples)
     return Calibration(np.concatenate(rows), "written by the model itself")
+
+
+def at_once(model: LanguageModel, length: int, most: int) -> int:
+    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the memory holds keys and
+    values for, but at most ``most``; a power of two, so that a little more free memory does not change what is drawn."""
+    fitting = memory_limit() // 16 // max(1, outline.kv_bytes(model.network, length))
+    return 1 << max(0, min(most, fitting).bit_length() - 1)
 
 
 def _check(samples: int, length: int) -> None:

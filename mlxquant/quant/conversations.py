@@ -13,13 +13,12 @@ import numpy as np
 from mlxquant.batch import batch_generate
 from mlxquant.errors import Unsupported
 from mlxquant.loading import LanguageModel
-from mlxquant.quant.calibration import Calibration
-from mlxquant.roofline import outline
+from mlxquant.quant.calibration import at_once
 from mlxquant.sampling import Sampling
 
 _ASKS, _ANSWERS = Sampling(temperature=1.0), Sampling(temperature=0.7)  # many questions, answers as in use
 _LONGEST_QUESTION, _LONGEST_ANSWER = 64, 256
-_MOST_AT_ONCE, _CACHE_BYTES = 64, 2e9  # a pass costs a small model the same for one conversation as for many
+_MOST_AT_ONCE = 256  # a pass costs a small model on a GPU the same for one conversation as for many
 _PLACE = "THE USER SPEAKS HERE"
 
 
@@ -27,11 +26,12 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
              progress: Callable[[int, int], None] = lambda *_: None) -> np.ndarray:
     """``samples`` rows of ``length`` tokens, int64: one conversation after the other from the start of a row.
 
-    ``batch`` conversations are held at a time; by default as many as 2 GB of keys and values allow, no more
-    than are needed for sure, and at most 64. ``progress`` is told the rows that are full, and all. Raises
+    ``batch`` conversations are held at a time; by default as many as memory allows (``calibration.at_once``), no more
+    than are needed for sure, and at most 256. ``progress`` is told the rows that are full, and all. Raises
     ``Unsupported`` for a model without a chat template, or that has nothing to ask.
     """
-    opening, batch = _opening(model), batch or _at_once(model, samples * length)
+    longest = _LONGEST_QUESTION + _LONGEST_ANSWER
+    opening, batch = _opening(model), batch or at_once(model, longest, min(_MOST_AT_ONCE, samples * length // longest))
     rows: list[list[int]] = [[]]
     while len(rows) <= samples:
         questions = batch_generate(model, [opening] * batch, max_tokens=_LONGEST_QUESTION,
@@ -50,20 +50,6 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
                 rows.append([])
         progress(min(len(rows) - 1, samples), samples)
     return np.array(rows[:samples], np.int64)
-
-
-def _at_once(model: LanguageModel, tokens: int) -> int:
-    longest = _LONGEST_QUESTION + _LONGEST_ANSWER
-    held = int(_CACHE_BYTES // max(1, outline.kv_bytes(model.network, longest)))
-    return max(1, min(_MOST_AT_ONCE, held, tokens // longest))
-
-
-def mixed_in(texts: Calibration, talks: np.ndarray, every: int, seed: int = 0) -> Calibration:
-    """``texts`` with each ``every``-th window replaced by a row of ``talks``, drawn at random."""
-    tokens = texts.tokens.copy()
-    places = slice(every - 1, None, every)
-    tokens[places] = talks[np.random.default_rng(seed).integers(0, len(talks), len(tokens[places]))]
-    return Calibration(tokens, f"{texts.source}, {len(talks)} windows of conversations with itself")
 
 
 def _opening(model: LanguageModel) -> list[int]:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -11,17 +12,18 @@ import numpy as np
 
 from mlxquant import __version__, checkpoint
 from mlxquant.errors import BadValue
-from mlxquant.loading import load, open_lazily, open_tokenizer
+from mlxquant.loading import LanguageModel, load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration, card
-from mlxquant.quant.conversations import converse, mixed_in
+from mlxquant.quant.conversations import converse
 from mlxquant.quant.walk import identity
 from mlxquant.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
 from mlxquant.tuning.trainable import Trainable
 
 HELD_OUT = 32
-_STATE, _TALKS = "state.safetensors", "conversations.safetensors"
+_STATE = "state.safetensors"
+_MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Tuned:
 @holds_output
 def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedule: Schedule = Schedule(),
          sequence_length: int = calibration.SEQUENCE_LENGTH, norms: bool = True, codes: float = 0.0,
-         conversations: int = 0, seed: int = 0, dtype: mx.Dtype | None = None,
-         progress: Report = lambda *_: None, talked: Callable[[int, int], None] = lambda *_: None) -> Tuned:
+         written: int = 0, conversations: int = 0, seed: int = 0, dtype: mx.Dtype | None = None,
+         progress: Report = lambda *_: None, writing: Callable[[int, int, str], None] = lambda *_: None) -> Tuned:
     """Tune the quantised model called ``name`` towards ``teacher`` into the new folder ``output``.
 
-    ``data`` are texts as for ``quantize``; ``conversations`` adds so many windows that the teacher writes by talking
-    to itself (``quant/conversations.py``), drawn as often as each text; ``talked`` is told how many there are, and how
-    many there will be. ``codes`` above 0 lets the codes move too
-    (``unpacked.py``): one that every step pulls the same way moves so many levels in all. At 0.5, half the way to the
-    next level, those change that are pulled harder than most; at 1.5 nearly all did, and the model was lost
-    (``benchmarks/LOG.md``). ``dtype`` is that of the computation: bfloat16 on a GPU and float32 on a CPU unless given;
+    ``data`` are texts as for ``quantize``. ``written`` adds so many windows in which the teacher goes on from what
+    the texts begin, drawn as often as all texts together; ``conversations`` so many in which it talks to itself
+    (``quant/conversations.py``), drawn as often as each text. ``writing`` is told how many of them there are, how many
+    there will be, and of which kind. ``codes`` above 0 lets the codes move too (``unpacked.py``): it is how many levels
+    chance alone would carry one (``Schedule.drift``), so that what changes is what was pulled more steadily than that.
+    At 0.2 the next level, half a level away, is two and a half standard deviations off (``benchmarks/LOG.md``).
+    ``dtype`` is that of the computation: bfloat16 on a GPU and float32 on a CPU unless given;
     what is trained is float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts
     too short or another vocabulary, ``Unsupported`` for a model without scales to train or, asked to converse, without a
     chat template.
@@ -67,19 +70,25 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     texts, held_out = calibration.held_apart(open_tokenizer(folder, config), data, count, HELD_OUT,
                                              sequence_length, seed)
     settings = {"schedule": schedule.as_dict(), "norms": norms, "codes": codes, "seed": seed,
-                "conversations": conversations,
+                "written": written, "conversations": conversations,
                 "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
                 "dtype": str(dtype).removeprefix("mlx.core.")}
     job = identity(folder, identity(resolve(teacher)), settings, texts.digest, __version__)
-    student = Trainable(network, dtype, norms, codes / schedule.reach)  # refuses before anything is written
-    partial = working_folder(output, job, settings)
+    student = Trainable(network, dtype, norms, codes / schedule.drift)  # refuses before anything is written
+    unfinished = working_folder(output, job, settings)
+    original.network.apply(lambda a: a.astype(dtype))
+
+    def with_teachers(kind: str, share: float, write: Callable[..., np.ndarray]) -> calibration.Calibration:
+        rows = _kept(unfinished / f"{kind}.safetensors", lambda: write(progress=lambda *done: writing(*done, kind)))
+        return texts.mixed_with(rows, share, f"windows of {kind} by the teacher", seed)
+
+    if written:
+        texts = with_teachers("continuations", 1 / 2, partial(_continuations, original, texts, written, seed))
     if conversations:
-        talks = _kept(partial / _TALKS, lambda: converse(original, conversations, sequence_length, seed,
-                                                          progress=talked))
-        texts = mixed_in(texts, talks, len(data) + 1, seed)
-    training = Distillation(student, original.network.apply(lambda a: a.astype(dtype)),
-                            texts.tokens, held_out.tokens, schedule)
-    state_file = partial / _STATE
+        texts = with_teachers("conversations", 1 / (len(data) + 1),
+                              partial(converse, original, conversations, sequence_length, seed))
+    training = Distillation(student, original.network, texts.tokens, held_out.tokens, schedule)
+    state_file = unfinished / _STATE
     if state_file.exists():
         training.restore(state_file)
     state = training.run(progress, save=lambda: training.save(state_file))
@@ -88,7 +97,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     checkpoint.write(output, config | {"mlxquant_record": record},
                      _tensors(folder, student.tensors(state.best)), checkpoint.side_files(folder),
                      finish=lambda made: card.write(made, output.name))
-    shutil.rmtree(partial)
+    shutil.rmtree(unfinished)
     return Tuned(output, state.first_loss, state.best_loss, time.perf_counter() - start, mx.get_peak_memory())
 
 
@@ -97,6 +106,15 @@ def _tensors(folder: Path, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx
     for file in checkpoint.weight_files(folder):
         for path, array in mx.load(str(file)).items():
             yield path, tuned.get(path, array)
+
+
+def _continuations(teacher: LanguageModel, texts: calibration.Calibration, count: int, seed: int,
+                   progress: Callable[[int, int], None]) -> np.ndarray:
+    """``count`` windows of which the first eighth is from the texts and the rest as the teacher goes on."""
+    length = texts.tokens.shape[1]
+    return calibration.self_written(
+        teacher, count, length, seed, calibration.at_once(teacher, length, _MOST_AT_ONCE),
+        starts=texts.tokens[:, :max(1, length // 8)], progress=progress).tokens
 
 
 def _kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
