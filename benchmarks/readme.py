@@ -118,34 +118,33 @@ def widths() -> str:
 
 
 STAGES = ("calibrated", "scales tuned", "codes too")
-APART = "2026-11-25"  # the first day on which a budget could store siblings apart
-LONGEST = 800  # steps of the rows that are compared with each other
+COMPARED = 300  # steps of the rows that are compared with each other
+CORRECTED = 19  # the first run in which Adam's bias was corrected; those before it are in LOG.md
 
 
 def replica_runs() -> list[dict]:
-    """All results of ``replicas.py``, the oldest first."""
-    names = sorted((path.stem for path in RESULTS.glob("replicas-h100-*.json")), key=lambda name: int(name.split("-")[-1]))
-    return [read(name) for name in names]
+    """The results of ``replicas.py`` that count, the oldest first."""
+    numbered = {int(path.stem.split("-")[-1]): path.stem for path in RESULTS.glob("replicas-h*.json")}
+    return [read(numbered[number]) for number in sorted(numbered) if number >= CORRECTED]
 
 
 def replica_results() -> list[dict]:
     """Their rows, each with what was done to it (``STAGES``), named by what sets it apart from others of its plan."""
     found = []
-    for run in replica_runs():
-        for row in run["rows"]:
-            name = row["method"]
-            if name.startswith("budget") and run["date"] < APART:
-                name += ", alike"
-            if row["steps"] > LONGEST:
-                name += f", {row['steps']} steps"
-            found.append(row | {"method": name, "stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]})
+    for row in (row for run in replica_runs() for row in run["rows"]):
+        name = row["method"]
+        if row["steps"] > COMPARED:
+            name += f", {row['steps']:,} steps"
+        if row.get("conversations"):
+            name += ", conversations"
+        found.append(row | {"method": name, "stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]})
     return found
 
 
 def replica_rows() -> dict[str, dict[str, dict]]:
-    """The latest row of each method and stage."""
+    """The latest row of each method and stage, the methods by size."""
     found: dict[str, dict[str, dict]] = {}
-    for row in replica_results():
+    for row in sorted(replica_results(), key=lambda row: row["bits_per_weight"]):
         found.setdefault(row["method"], {})[row["stage"]] = row
     return found
 
@@ -156,52 +155,41 @@ def replicas() -> str:
              f"{' | '.join(f'other text, {stage}' for stage in STAGES)} | seconds |",
              f"|---|{'--:|' * 11}"]
     found = replica_rows()
-
-    def cell(row: dict, field: str, form: str, factor: float = 1) -> str:
-        return format(row[field] * factor, form) if field in row else ""
-
-    for name, rows in sorted(found.items(), key=lambda item: next(iter(item[1].values()))["bits_per_weight"]):
+    for name, rows in found.items():
         last = [rows[stage] for stage in STAGES if stage in rows][-1]
-        perplexities, others = ([cell(rows.get(stage, {}), field, ".1f") for stage in STAGES]
+        perplexities, others = ([f"{rows[stage][field]:.1f}" if stage in rows else "" for stage in STAGES]
                                 for field in ("perplexity", "other_perplexity"))
         seconds = " / ".join(f"{rows[stage]['seconds']:.0f}" for stage in STAGES if stage in rows)
-        size = next((row for row in rows.values() if "file_bytes" in row), {})
-        lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {cell(size, 'file_bytes', '.1f', 1e-6)} | "
-                     f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {cell(last, 'top1_agreement', '.0%')} | "
+        lines.append(f"| {name} | {last['bits_per_weight']:.2f} | {last['file_bytes'] / 1e6:.1f} | "
+                     f"{' | '.join(perplexities)} | {last['kl_mean']:.3f} | {last['top1_agreement']:.0%} | "
                      f"{' | '.join(others)} | {seconds} |")
-    tuned = {stage: " or ".join(sorted({f"{rows[stage]['steps']} of {rows[stage]['batch_size']} × 512"
-                                        for rows in found.values() if stage in rows and rows[stage]["steps"] <= LONGEST}))
-             for stage in STAGES[1:]}
-    reference = next(row["other_reference"] for rows in found.values() for row in rows.values() if "other_reference" in row)
+    reference = next(row["other_reference"] for rows in found.values() for row in rows.values())
     return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {reference:.2f}; KL and same top "
-                      f"token are of the last stage. {place(replica_runs()[-1])}. Steps and tokens: "
-                      f"{', '.join(f'{stage} {what}' for stage, what in tuned.items())}. Where a cell is empty that was not "
-                      "run, or its file was lost."])
+                      f"token are of the last stage. {place(replica_runs()[-1])}, other jobs on the host's other GPUs. "
+                      f"Tuned for {COMPARED} steps of 32 × 512 tokens where no other number is given; seconds are those of each "
+                      "stage. Where a cell is empty that was not run."])
 
 
 def draw_replicas() -> None:
     """Perplexity over whole-folder bytes: replicas and groups, calibrated only and tuned."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    kinds = {"replicas under a budget": lambda row: re.fullmatch(r"budget-[\d.]+", row["method"]),
-             "replicas, one K": lambda row: row["method"] == "replica-4",
-             "groups": lambda row: re.fullmatch(r"groups-\d+", row["method"]),
-             "groups under a budget": lambda row: row["method"].startswith("groups-budget")}
-    methods = replica_rows().values()
-    for color, (kind, belongs) in enumerate(kinds.items()):
-        for stage, line, marker in zip(STAGES, (":", "--", "-"), "vso"):
-            points = sorted((found["calibrated"]["file_bytes"] / 1e6, found[stage]["perplexity"]) for found in methods
-                            if stage in found and belongs(found[stage]) and 2 < found[stage]["bits_per_weight"] < 3.1)
+    kinds = {"replicas under a budget": r"budget-[\d.]+", "groups under a budget": r"groups-budget-[\d.]+",
+             "groups": r"groups-\d+", "replicas, one K": "replica-4", "replicas under a budget, 1,800 steps": r"budget-.*1,800 steps"}
+    for color, (kind, names) in enumerate(kinds.items()):
+        for stage, line, marker in zip(STAGES[::2], (":", "-"), "vo"):
+            rows = [rows[stage] for name, rows in replica_rows().items() if stage in rows and re.fullmatch(names, name)]
+            points = [(row["file_bytes"] / 1e6, row["perplexity"]) for row in rows if 2 < row["bits_per_weight"] < 3.1]
             if points:
                 axes.plot(*zip(*points), marker=marker, color=f"C{color}", linestyle=line, label=f"{kind}, {stage}")
     axes.axhline(24.47, color="gray", linewidth=1)
     axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
     axes.set_yticks(ticks := [25, 30, 40, 50, 60, 80], ticks)
-    figure.legend(loc="outside right upper")
-    figure.savefig(RESULTS / "replicas-h100.png")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(RESULTS / "replicas.png")
 
 
 def kernels() -> str:

@@ -91,6 +91,7 @@ def test_chat_through_a_pipe(tiny_folder):
     (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
     (("plan",), 2, "error: give MODEL or --config FILE"),
     (("plan", "no-such-model"), 1, "error: no model named 'no-such-model'"),
+    (("quantize", "TINY", "-o", "out", "--siblings-alike"), 2, "error: --siblings-alike is for budgets"),
     (("generate",), 2, "Missing argument"),
     (("generate", "TINY", "--no-such-option"), 2, "No such option"),
     (("levitate",), 2, "No such command"),

@@ -75,6 +75,8 @@ def quantize(
                   if activation_bits is not None else None)
     target = (Target(target_bpw, target_gb, siblings_alike)
               if target_bpw is not None or target_gb is not None else None)
+    if siblings_alike and target is None:
+        raise BadValue("--siblings-alike is for budgets; give --target-bpw or --target-gb with it")
     repeats = [block for text in repeat_blocks or () for block in parse_repeat(text).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
     if method == "replica":
