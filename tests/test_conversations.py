@@ -3,12 +3,12 @@
 import dataclasses
 
 import mlxquant  # first: it loads the BLAS before MLX
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
-from mlxquant.batch import BatchResponse
-from mlxquant.errors import Unsupported
+from mlxquant.errors import BadValue, Unsupported
 from mlxquant.quant import conversations
 
 
@@ -31,23 +31,31 @@ def test_rows_are_conversations_in_the_models_template(talker):
     assert (rows != conversations.converse(talker, 3, 300, seed=2, batch=4)).any()
 
 
-def test_a_model_without_a_template_or_a_question_cannot_talk(tiny):
+def test_what_has_no_room_to_talk_is_refused(tiny):
     class Mute:
         has_chat_template = False
 
+    class Bare:
+        has_chat_template = True
+
+        def apply_chat_template(self, messages, **_):
+            return "\n".join(message["content"] for message in messages)
+
     with pytest.raises(Unsupported, match="no chat template"):
         conversations.converse(dataclasses.replace(tiny, tokenizer=Mute()), 1, 10)
-    with pytest.raises(Unsupported, match="writes nothing where a user would speak"):
-        conversations.converse(tiny, 1, 10)  # says one blank after the other
+    with pytest.raises(BadValue, match="a window of 6 tokens holds no conversation, .* begins with 6"):
+        conversations.converse(tiny, 1, 6)
+    with pytest.raises(Unsupported, match="puts nothing before"):
+        conversations.converse(dataclasses.replace(tiny, tokenizer=Bare()), 1, 100)
 
 
-def test_no_more_are_held_at_once_than_are_needed(talker, monkeypatch):
-    asked = []
-
-    def batch_generate(model, prompts, **options):
-        asked.append(len(prompts))
-        return BatchResponse(("a word " * 200,) * len(prompts), (), (), None)
-
-    monkeypatch.setattr(conversations, "batch_generate", batch_generate)
-    conversations.converse(talker, 10, 320)
-    assert set(asked) == {8}  # 320 tokens at most for a question and its answer, and a power of two
+def test_turns_end_where_a_speaker_does_or_has_said_enough():
+    ends, said, terse, wordy = 2, 5, [], []
+    logits = np.zeros((2, 30), np.float32)
+    logits[0, ends], logits[:, said] = 2000, 1000  # the first row would rather say nothing
+    turns = conversations._Turns(2, [[10, 11], [20, 21, 22]], {ends}, mx.random.key(0))
+    for _ in range(400):
+        for row, token in zip((terse, wordy), np.array(turns.choose(mx.array(logits)))):
+            row.append(int(token))
+    assert terse[:12] == [said, 10, 11, said, 20, 21, 22, said, 10, 11, said, 20]
+    assert wordy[:400] == [said] * 64 + [10, 11] + [said] * 256 + [20, 21, 22] + [said] * 64 + [10, 11] + [said] * 9

@@ -151,7 +151,7 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
 
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(pipeline.calibration, "self_written", None)
+    monkeypatch.setattr(pipeline, "self_written", None)
     mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="rtn", rotation="online", bits=4)
     record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
     assert record["calibration"]["source"] == "none needed"

@@ -14,7 +14,7 @@ from conftest import CONFIG, random_network, write_folder
 from mlxquant.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.loading import open_lazily
-from mlxquant.quant import calibration
+from mlxquant.quant import calibration, self_written
 from mlxquant.quant.spec import ReplicaShape
 from mlxquant.roofline import outline
 from mlxquant.tuning.distill import Distillation, Schedule, divergence_loss
@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
 
 
 @pytest.mark.parametrize("option, name, asked_for", [("conversations", "converse", [(5, 32)]),
-                                                     ("written", "calibration.self_written", [(5, 32, (240, 4))])])
+                                                     ("written", "self_written", [(5, 32, (240, 4))])])
 def test_what_the_teacher_writes_is_made_once_and_trained_on(places, tmp_path, monkeypatch, option, name, asked_for):
     asked, told = [], []
 
@@ -149,7 +149,7 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(places, tmp_path, m
         asked[-1] += (starts.shape,)
         return calibration.Calibration(rows, "")
 
-    monkeypatch.setattr(f"mlxquant.tuning.tune.{name}", locals()[name.split(".")[-1]])
+    monkeypatch.setattr(f"mlxquant.tuning.tune.{name}", locals()[name])
 
     def stop(step, steps, loss):
         raise KeyboardInterrupt
@@ -174,17 +174,17 @@ def test_what_the_teacher_writes_replaces_its_share():
 
 def test_the_teacher_goes_on_from_what_it_is_given(tiny):
     starts, told = np.array([[5, 6, 7], [8, 9, 10]]), []
-    rows = calibration.self_written(tiny, 5, 20, batch=2, starts=starts, progress=lambda *done: told.append(done)).tokens
+    rows = self_written.self_written(tiny, 5, 20, batch=2, starts=starts, progress=lambda *done: told.append(done)).tokens
     assert rows.shape == (5, 20) and (rows[:, :3] == starts[[0, 1, 0, 1, 0]]).all()
     assert told == [(2, 5), (4, 5), (5, 5)]
-    assert (rows == calibration.self_written(tiny, 5, 20, batch=2, starts=starts).tokens).all()
+    assert (rows == self_written.self_written(tiny, 5, 20, batch=2, starts=starts).tokens).all()
 
 
 def test_as_many_sequences_at_once_as_keys_and_values_allow(tiny, monkeypatch):
     position = 2 * 4 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]  # float32
-    for sequences, at_once in ((5.5, 4), (4, 4), (0.5, 1), (10**6, 32)):
-        monkeypatch.setattr(calibration, "memory_limit", lambda: int(16 * sequences * 100 * position))
-        assert calibration.at_once(tiny, 100, most=63) == at_once
+    for sequences, at_once in ((5.5, 4), (4, 4), (0.5, 1), (10**6, 512)):
+        monkeypatch.setattr(self_written, "memory_limit", lambda: int(16 * sequences * 100 * position))
+        assert self_written.at_once(tiny, 100) == at_once
 
 
 def test_what_training_spoils_is_not_written(places, tmp_path):
@@ -221,6 +221,9 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
         run(places, "source", tmp_path / "out")
     with pytest.raises(BadValue, match="positive whole number"):
         Schedule(steps=0)
+    for codes in (-0.1, 0.6):
+        with pytest.raises(BadValue, match="allowed is 0 to 0.5"):
+            run(places, "affine", tmp_path / "out", codes=codes)
     with pytest.raises(BadValue, match="a sample needs 100000"):
         run(places, "affine", tmp_path / "out", sequence_length=100_000)
     mlxquant.quantize(str(places / "source"), tmp_path / "w8a8", data=[str(places / "text.txt")], samples=4,

@@ -1,17 +1,14 @@
-"""Calibration text: from files, from a data set on a hub, or written by the model itself."""
+"""Calibration text: from files or from a data set on a hub."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from mlxquant.errors import BadValue, MlxquantError, ModelNotFound
-from mlxquant.loading import LanguageModel, memory_limit
-from mlxquant.roofline import outline
 
 SAMPLES, SEQUENCE_LENGTH = 128, 512
 
@@ -50,7 +47,7 @@ def from_files(tokenizer, names: list[str], samples: int = SAMPLES,
     A name is a file, or ``hf://datasets/OWNER/NAME/FILE`` on the hub (plain text,
     or JSON lines with a ``text`` field). Raises ``BadValue`` for texts too short.
     """
-    _check(samples, length)
+    check(samples, length)
     return _drawn(_streams(tokenizer, names, length), names, samples, length, seed)
 
 
@@ -59,7 +56,7 @@ def held_apart(tokenizer, names: list[str], samples: int, held: int, length: int
     """``samples`` windows to train on, as ``from_files``, and ``held`` from the ends of the texts, a twentieth
     of each or one window, which training never sees. Drawn together with calibration's windows, as they once were, they
     would be those that the codes were fitted to. Raises ``BadValue`` for texts of fewer than two windows."""
-    _check(min(samples, held), length)
+    check(min(samples, held), length)
     streams = _streams(tokenizer, names, length, windows=2)
     ends = [max(length, len(stream) // 20) for stream in streams]
     return (_drawn([stream[:-end] for stream, end in zip(streams, ends)], names, samples, length, seed),
@@ -88,43 +85,8 @@ def _drawn(streams: list[np.ndarray], names: list[str], samples: int, length: in
     return Calibration(np.stack(rows), ", ".join(Path(name).name for name in names))
 
 
-def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQUENCE_LENGTH,
-                 seed: int = 0, batch: int = 16, starts: np.ndarray | None = None,
-                 progress: Callable[[int, int], None] = lambda *_: None) -> Calibration:
-    """Samples that the model itself writes at temperature 1.
-
-    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or from one random
-    token each: for use with no text and no network, after data-free quantization-aware training (LLM-QAT,
-    https://arxiv.org/abs/2305.17888). ``batch`` are written in each pass; ``progress`` is told the samples done, and all.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    _check(samples, length)
-    key, rows = mx.random.key(seed), []
-    for done in range(0, samples, batch):
-        count = min(batch, samples - done)
-        key, first, *steps = mx.random.split(key, length + 1)
-        token = (mx.random.randint(0, len(model.tokenizer), (count, 1), key=first) if starts is None
-                 else mx.array(starts[np.arange(done, done + count) % len(starts)]))
-        written, cache = [token], make_prompt_cache(model.network)
-        for step in steps[token.shape[1] - 1:]:
-            logits = model.network(token, cache=cache)[:, -1].astype(mx.float32)
-            token = mx.random.categorical(logits, key=step)[:, None]
-            mx.async_eval(token)
-            written.append(token)
-        rows.append(np.array(mx.concatenate(written, axis=1)))
-        progress(done + count, samples)
-    return Calibration(np.concatenate(rows), "written by the model itself")
-
-
-def at_once(model: LanguageModel, length: int, most: int) -> int:
-    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the memory holds keys and
-    values for, but at most ``most``; a power of two, so that a little more free memory does not change what is drawn."""
-    fitting = memory_limit() // 16 // max(1, outline.kv_bytes(model.network, length))
-    return 1 << max(0, min(most, fitting).bit_length() - 1)
-
-
-def _check(samples: int, length: int) -> None:
+def check(samples: int, length: int) -> None:
+    """Raises ``BadValue`` where there would be nothing to calibrate on."""
     if samples < 1 or length < 2:
         raise BadValue(f"samples is {samples} and sequence length {length}; at least 1 and 2 are needed")
 

@@ -33,6 +33,7 @@ from mlxquant.quant.capture import observe
 from mlxquant.quant.gptq import CORRECTION
 from mlxquant.quant.job import Job, Outcome, Progress
 from mlxquant.quant.partial import open_partial, read_result, write_result
+from mlxquant.quant.self_written import self_written
 from mlxquant.quant.spec import Overrides, Spec
 from mlxquant.quant.storing import BlockResult
 from mlxquant.quant.walk import dense_block, enter, float_walk, identity
@@ -76,7 +77,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
         tokens = calibration.from_files(open_tokenizer(folder, config), data, samples,
                                         sequence_length, seed)
     else:
-        tokens = calibration.self_written(load(name, revision=revision), samples, sequence_length, seed)
+        tokens = self_written(load(name, revision=revision), samples, sequence_length, seed)
     if target is not None:
         job = assign(folder, job, tokens, target, weighing or progress)
     room.check(network, job, Path(output))

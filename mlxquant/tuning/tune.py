@@ -16,6 +16,7 @@ from mlxquant.loading import LanguageModel, load, open_lazily, open_tokenizer
 from mlxquant.models import resolve
 from mlxquant.quant import calibration, card
 from mlxquant.quant.conversations import converse
+from mlxquant.quant.self_written import at_once, self_written
 from mlxquant.quant.walk import identity
 from mlxquant.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
@@ -23,7 +24,6 @@ from mlxquant.tuning.trainable import Trainable
 
 HELD_OUT = 32
 _STATE = "state.safetensors"
-_MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
     chance alone would carry one (``Schedule.drift``), so that what changes is what was pulled more steadily than that.
     At 0.2 the next level, half a level away, is two and a half standard deviations off (``benchmarks/LOG.md``).
     ``dtype`` is that of the computation: bfloat16 on a GPU and float32 on a CPU unless given;
-    what is trained is float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for texts
-    too short or another vocabulary, ``Unsupported`` for a model without scales to train or, asked to converse, without a
+    what is trained is float32 either way. A killed run, repeated, goes on at its last check. Raises ``BadValue`` for ``codes``
+    that would all change, texts too short or another vocabulary, ``Unsupported`` for a model without scales to train or, asked to converse, without a
     chat template.
     """
+    if not 0 <= codes <= 0.5:
+        raise BadValue(f"codes is {codes}, allowed is 0 to 0.5: half a level is the way to the next")
     output, folder = Path(output), resolve(name)
     refuse_existing(output)
     start = time.perf_counter()
@@ -112,9 +114,8 @@ def _continuations(teacher: LanguageModel, texts: calibration.Calibration, count
                    progress: Callable[[int, int], None]) -> np.ndarray:
     """``count`` windows of which the first eighth is from the texts and the rest as the teacher goes on."""
     length = texts.tokens.shape[1]
-    return calibration.self_written(
-        teacher, count, length, seed, calibration.at_once(teacher, length, _MOST_AT_ONCE),
-        starts=texts.tokens[:, :max(1, length // 8)], progress=progress).tokens
+    return self_written(teacher, count, length, seed, at_once(teacher, length),
+                        starts=texts.tokens[:, :max(1, length // 8)], progress=progress).tokens
 
 
 def _kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
