@@ -117,7 +117,7 @@ def widths() -> str:
                       f"{papers}."])
 
 
-STAGES = ("calibrated", "scales tuned", "codes too")
+STAGES = ("calibrated", "tuned")
 COMPARED = 300  # steps of the rows that are compared with each other
 CORRECTED = 19  # the first run in which Adam's bias was corrected; those before it are in LOG.md
 
@@ -137,7 +137,9 @@ def replica_results() -> list[dict]:
             name += f", {row['steps']:,} steps"
         if row.get("conversations"):
             name += ", conversations"
-        found.append(row | {"method": name, "stage": STAGES[bool(row["tuned"]) + bool(row.get("codes"))]})
+        if row["tuned"] and not row["codes"]:
+            name += ", scales alone"
+        found.append(row | {"method": name, "stage": STAGES[row["tuned"]]})
     return found
 
 
@@ -153,7 +155,7 @@ def replicas() -> str:
     """Rotated replicas beside rotated groups, on the protocol's text and on one that took no part."""
     lines = [f"| body | bits/weight | folder, MB | {' | '.join(STAGES)} | KL | same top token | "
              f"{' | '.join(f'other text, {stage}' for stage in STAGES)} | seconds |",
-             f"|---|{'--:|' * 11}"]
+             f"|---|{'--:|' * 9}"]
     found = replica_rows()
     for name, rows in found.items():
         last = [rows[stage] for stage in STAGES if stage in rows][-1]
@@ -166,8 +168,8 @@ def replicas() -> str:
     reference = next(row["other_reference"] for rows in found.values() for row in rows.values())
     return "\n".join([*lines, "", f"The model itself: 24.47, on the other text {reference:.2f}; KL and same top "
                       f"token are of the last stage. {place(replica_runs()[-1])}, other jobs on the host's other GPUs. "
-                      f"Tuned for {COMPARED} steps of 32 × 512 tokens where no other number is given; seconds are those of each "
-                      "stage. Where a cell is empty that was not run."])
+                      f"Tuned, the codes too where it does not say otherwise, for {COMPARED} steps of 32 × 512 tokens where no other "
+                      "number is given; seconds are those of each stage."])
 
 
 def draw_replicas() -> None:
@@ -179,7 +181,7 @@ def draw_replicas() -> None:
     kinds = {"replicas under a budget": r"budget-[\d.]+", "groups under a budget": r"groups-budget-[\d.]+",
              "groups": r"groups-\d+", "replicas, one K": "replica-4", "replicas under a budget, 1,800 steps": r"budget-.*1,800 steps"}
     for color, (kind, names) in enumerate(kinds.items()):
-        for stage, line, marker in zip(STAGES[::2], (":", "-"), "vo"):
+        for stage, line, marker in zip(STAGES, (":", "-"), "vo"):
             rows = [rows[stage] for name, rows in replica_rows().items() if stage in rows and re.fullmatch(names, name)]
             points = [(row["file_bytes"] / 1e6, row["perplexity"]) for row in rows if 2 < row["bits_per_weight"] < 3.1]
             if points:

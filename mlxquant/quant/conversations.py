@@ -12,6 +12,7 @@ import numpy as np
 
 from mlxquant.errors import BadValue, Unsupported
 from mlxquant.loading import LanguageModel
+from mlxquant.quant import calibration
 from mlxquant.quant.self_written import at_once, write_on
 
 # Of an answer, and of a question. Answers are to be as in use, and questions many.
@@ -28,6 +29,7 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
     the rows done, and all. Raises ``Unsupported`` for a model without a chat template or whose template has no places to
     speak, ``BadValue`` for a ``length`` that the template alone fills.
     """
+    calibration.check(samples, length)
     opening, *between = _template(model)
     if len(opening) >= length:
         raise BadValue(f"a window of {length} tokens holds no conversation, the template of {model.name} begins with "
@@ -49,7 +51,7 @@ class _Turns:
 
     def __init__(self, rows: int, between: list[list[int]], ends: set[int], key: mx.array):
         self._lengths = np.array([len(tokens) for tokens in between])
-        self._between = np.zeros((2, max(self._lengths)), np.int64)
+        self._between = np.zeros((2, max(self._lengths) + 1), np.int64)  # the last for rows that are given nothing
         for tokens, row in zip(between, self._between):
             row[:len(tokens)] = tokens
         self._ends, self._key = np.array(sorted(ends)), key
@@ -66,8 +68,7 @@ class _Turns:
         self._left[ended] = self._lengths[self._asking[ended]]
         self._spoken[ended] = 0
         given = self._left > 0
-        place = (self._lengths[self._asking] - self._left) % self._between.shape[1]
-        tokens = np.where(given, self._between[self._asking, place], drawn)
+        tokens = np.where(given, self._between[self._asking, self._lengths[self._asking] - self._left], drawn)
         self._left -= given
         self._spoken += ~given
         return mx.array(tokens)

@@ -53,8 +53,8 @@ class Schedule:
     def drift(self) -> float:
         """How far chance carries what is trained: the standard deviation, at the end, where gradients are noise alone.
 
-        Adam's step is then the rate times a number of mean square 1, and of the squares of a cosine's rates
-        the mean is 3/8.
+        Adam's steps then add up as if each were its rate times a draw of mean square 1, and the squares of a cosine's
+        rates are 3/8 in the mean.
         """
         return self.learning_rate * math.sqrt(3 / 8 * self.steps)
 
