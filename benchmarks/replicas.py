@@ -51,7 +51,7 @@ PLAN = {
     "replica-4-3bit": REPLICA | dict(bits=3, replicas=4),
     "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
     "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
-    "replica-4-unswept": REPLICA | dict(bits=2, replicas=4, refine=0),
+    "replica-4-unrefined": REPLICA | dict(bits=2, replicas=4, refine=0),
     "replica-4-twice": REPLICA | dict(bits=2, replicas=4, repeats=tuple(parse_repeat("8:16x2").one_by_one())),
 }
 
