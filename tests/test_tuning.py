@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
 
 
 @pytest.mark.parametrize("option, name, asked_for", [("conversations", "converse", [(5, 32)]),
-                                                     ("written", "self_written", [(5, 32, (240, 4))])])
+                                                     ("written", "self_written", [(5, 32, (20, 4))])])
 def test_what_the_teacher_writes_is_made_once_and_trained_on(places, tmp_path, monkeypatch, option, name, asked_for):
     asked, told = [], []
 
@@ -150,14 +150,16 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(places, tmp_path, m
         return calibration.Calibration(rows, "")
 
     monkeypatch.setattr(f"mlxquant.tuning.tune.{name}", locals()[name])
+    few = Schedule(steps=5, batch_size=4, check_every=5)
+    options = {"schedule": few, option: 5}
 
     def stop(step, steps, loss):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(places, "replica", tmp_path / "out", progress=stop, writing=lambda *done: told.append(done), **{option: 5})
-    run(places, "replica", tmp_path / "out", **{option: 5})
-    run(places, "replica", tmp_path / "without")
+        run(places, "replica", tmp_path / "out", progress=stop, writing=lambda *done: told.append(done), **options)
+    run(places, "replica", tmp_path / "out", **options)
+    run(places, "replica", tmp_path / "without", schedule=few)
     assert asked == asked_for and told == [(5, 5, {"written": "continuations"}.get(option, option))]
     with_them, without = tensors(tmp_path / "out"), tensors(tmp_path / "without")
     assert any(not mx.array_equal(array, without[path]) for path, array in with_them.items())
