@@ -180,9 +180,10 @@ def draw_replicas() -> None:
     axes = figure.subplots()
     kinds = {"replicas under a budget": r"budget-[\d.]+", "groups under a budget": r"groups-budget-[\d.]+",
              "groups": r"groups-\d+", "replicas, one K": "replica-4", "replicas under a budget, 1,800 steps": r"budget-.*1,800 steps"}
+    methods = replica_rows()
     for color, (kind, names) in enumerate(kinds.items()):
         for stage, line, marker in zip(STAGES, (":", "-"), "vo"):
-            rows = [rows[stage] for name, rows in replica_rows().items() if stage in rows and re.fullmatch(names, name)]
+            rows = [rows[stage] for name, rows in methods.items() if stage in rows and re.fullmatch(names, name)]
             points = [(row["file_bytes"] / 1e6, row["perplexity"]) for row in rows if 2 < row["bits_per_weight"] < 3.1]
             if points:
                 axes.plot(*zip(*points), marker=marker, color=f"C{color}", linestyle=line, label=f"{kind}, {stage}")

@@ -47,7 +47,7 @@ def test_bad_requests_are_refused(tiny, tmp_path):
         mlxquant.evaluate(tiny, tmp_path / "latin.txt", context=2)
 
 
-def test_the_default_model_scores_what_is_published(smollm2_model, wikitext):
+def test_the_default_model_scores_as_when_it_met_the_published_figure(smollm2_model, wikitext):
     """The first window of ``wt2-40``, with what gave 23.08 over the first four, the figure of the protocol's own table:
     those take a slow machine minutes."""
     result = mlxquant.evaluate(smollm2_model, wikitext, windows=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxquant.errors import BadValue, Unsupported
 from mlxquant.loading import LanguageModel
-from mlxquant.quant import calibration
+from mlxquant.quant.calibration import check
 from mlxquant.quant.self_written import at_once, write_on
 
 # Of an answer, and of a question. Answers are to be as in use, and questions many.
@@ -29,7 +29,7 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
     the rows done, and all. Raises ``Unsupported`` for a model without a chat template or whose template has no places to
     speak, ``BadValue`` for a ``length`` that the template alone fills.
     """
-    calibration.check(samples, length)
+    check(samples, length)
     opening, *between = _template(model)
     if len(opening) >= length:
         raise BadValue(f"a window of {length} tokens holds no conversation, the template of {model.name} begins with "

@@ -4,10 +4,10 @@ from typing import Callable
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.loading import LanguageModel, memory_limit
-from mlxquant.quant import calibration
-from mlxquant.quant.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
+from mlxquant.quant.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
 from mlxquant.roofline import outline
 
 _MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
@@ -22,7 +22,7 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
     token each: for use with no text and no network, after data-free quantization-aware training (LLM-QAT,
     https://arxiv.org/abs/2305.17888). ``batch`` are written in each pass; ``progress`` is told the samples done, and all.
     """
-    calibration.check(samples, length)
+    check(samples, length)
     key, rows = mx.random.key(seed), []
     for done in range(0, samples, batch):
         count = min(batch, samples - done)
@@ -38,8 +38,6 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
 def write_on(model: LanguageModel, start: mx.array, length: int, choose: Callable[[mx.array], mx.array]) -> np.ndarray:
     """``start`` (rows, some) and what follows, up to ``length`` tokens, as ``choose`` picks: logits (rows, vocabulary),
     float32, to tokens (rows,)."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     token, written, cache = start, [start], make_prompt_cache(model.network)
     for _ in range(length - start.shape[1]):
         token = choose(model.network(token, cache=cache)[:, -1].astype(mx.float32))[:, None]
