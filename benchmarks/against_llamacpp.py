@@ -30,8 +30,8 @@ from test_gguf_architectures import CASES, frequency_factors, random_model  # no
 from test_gguf_tokenizer import SAMPLE, TEXTS, piece_fields  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 
-from mlxquant.gguf import import_file  # noqa: E402
-from mlxquant.gguf.splitters import SPLITTERS  # noqa: E402
+from mlxquant.sources.gguf import import_file  # noqa: E402
+from mlxquant.sources.gguf.splitters import SPLITTERS  # noqa: E402
 from record import save  # noqa: E402
 
 ALPHABET = [*alphabet()[:-1], "ab"]  # llama.cpp wants a merge

@@ -17,12 +17,15 @@ import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.packed import pack
-from mlxquant.loading import LanguageModel, load
-from mlxquant.models import DEFAULT_MODEL
-from mlxquant.quant.spec import ReplicaShape
-from mlxquant.roofline import bench_output, chips, outline, probe
-from mlxquant.roofline.bench import Record
-from mlxquant.roofline.system import device
+from mlxquant.model.loading import LanguageModel, load
+from mlxquant.sources.names import DEFAULT_MODEL
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline
+from mlxquant.machine import chips
+from mlxquant.report import bench_output
+from mlxquant.runtime import probe
+from mlxquant.report.bench import Record
+from mlxquant.machine.system import device
 from record import RESULTS, read, save
 
 def shape(hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict:

@@ -24,8 +24,8 @@ import mlx.core as mx  # noqa: E402
 from bench import open_model  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlxquant.kernels import gpu_clock  # noqa: E402
-from mlxquant.roofline import traffic  # noqa: E402
-from mlxquant.roofline.probe import read_ceiling  # noqa: E402
+from mlxquant.layers import traffic  # noqa: E402
+from mlxquant.runtime.probe import read_ceiling  # noqa: E402
 from record import save  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlxquant
-from mlxquant.models import DEFAULT_MODEL
+from mlxquant.sources.names import DEFAULT_MODEL
 from record import save
 
 REPETITIONS = 5

@@ -26,10 +26,10 @@ import mlxquant  # first: it loads the BLAS before MLX
 import gguf
 import numpy as np
 
-from mlxquant import checkpoint
-from mlxquant.errors import MlxquantError
-from mlxquant.gguf import model, tokenizer
-from mlxquant.gguf.reader import open_model
+from mlxquant.sources import checkpoint
+from mlxquant.base.errors import MlxquantError
+from mlxquant.sources.gguf import model, tokenizer
+from mlxquant.sources.gguf.reader import open_model
 from record import save
 
 CHUNK = 2000  # cases in a process

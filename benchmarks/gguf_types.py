@@ -21,10 +21,10 @@ import xllamacpp
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from mlxquant.errors import Unsupported
-from mlxquant.gguf import repack, weights
-from mlxquant.gguf.repack import GROUP
-from mlxquant.models import DEFAULT_MODEL
+from mlxquant.base.errors import Unsupported
+from mlxquant.sources.gguf import repack, weights
+from mlxquant.sources.gguf.repack import GROUP
+from mlxquant.sources.names import DEFAULT_MODEL
 from record import save
 
 

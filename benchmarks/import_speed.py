@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 from gguf import GGMLQuantizationType as Type  # noqa: E402
 from gguf_files import random_blocks  # noqa: E402
 
-from mlxquant.gguf import import_file  # noqa: E402
+from mlxquant.sources.gguf import import_file  # noqa: E402
 from record import save  # noqa: E402
 
 KINDS = {"F16": [Type.F16], "Q8_0": [Type.Q8_0], "Q4_0": [Type.Q4_0], "Q4_K": [Type.Q4_K], "Q5_K": [Type.Q5_K],

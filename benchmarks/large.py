@@ -20,13 +20,13 @@ import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 
-from mlxquant import tensor_file
-from mlxquant.checkpoint import folder_bytes
-from mlxquant.loading import open_lazily
-from mlxquant.quant import calibration, room
-from mlxquant.quant.job import Job
-from mlxquant.quant.spec import Overrides, Spec
-from mlxquant.storage import require_space, write_json
+from mlxquant.base import tensor_file
+from mlxquant.sources.checkpoint import folder_bytes
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise import calibration, room
+from mlxquant.quantise.job import Job
+from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.base.storage import require_space, write_json
 from record import save
 
 SHAPES = {  # Llama 3.2 1B and Llama 3.1 8B
@@ -69,7 +69,7 @@ def quantise(folder: Path, method: str, bits: int, samples: int, length: int) ->
     """Quantise the model in ``folder``: its peak memory in GB (10⁹ bytes), and time."""
     import resource
 
-    from mlxquant.quant.pipeline import run
+    from mlxquant.quantise.pipeline import run
 
     spec = Spec(bits=bits, method=method)
     job = Job(Overrides(spec), propagation="float" if method == "rtn" else "quantised")

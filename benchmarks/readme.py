@@ -11,9 +11,9 @@ from pathlib import Path
 
 from record import RESULTS, read
 
-from mlxquant.evaluation.comparison import Row, plot
-from mlxquant.roofline import bench_output
-from mlxquant.roofline.bench import Record
+from mlxquant.report.comparison import Row, plot
+from mlxquant.report import bench_output
+from mlxquant.report.bench import Record
 
 README = Path(__file__).parents[1] / "README.md"
 LITERATURE = Path(__file__).parent / "literature.json"

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
-from mlxquant.roofline.system import machine
-from mlxquant.storage import write_json
+from mlxquant.machine.identity import machine
+from mlxquant.base.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

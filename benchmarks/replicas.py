@@ -18,11 +18,11 @@ from pathlib import Path
 
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
-from mlxquant.evaluation.divergence import divergence
+from mlxquant.report.divergence import divergence
 from mlxquant.layers.repeated import parse_repeat
-from mlxquant.loading import LanguageModel, load
-from mlxquant.models import DEFAULT_MODEL
-from mlxquant.quant.assignment import Target
+from mlxquant.model.loading import LanguageModel, load
+from mlxquant.sources.names import DEFAULT_MODEL
+from mlxquant.quantise.assignment import Target
 from mlxquant.tuning.distill import Schedule
 from record import save
 

@@ -21,10 +21,10 @@ from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 from mlx_lm.quant.dwq import dwq_quantize
 from mlx_lm.quant.gptq import gptq_quantize
 
-from mlxquant.evaluation.divergence import divergence
+from mlxquant.report.divergence import divergence
 from mlxquant.layers.dense import to_dense
-from mlxquant.models import DEFAULT_MODEL
-from mlxquant.quant import calibration
+from mlxquant.sources.names import DEFAULT_MODEL
+from mlxquant.quantise import calibration
 from record import save
 
 GROUP = 64

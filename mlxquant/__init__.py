@@ -7,49 +7,48 @@ a help page stay fast. Only the BLAS must come early: see ``blas.py``.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlxquant import blas
+from mlxquant.base import blas
+from mlxquant.base.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the names below
-    from mlxquant.batch import BatchResponse as BatchResponse
-    from mlxquant.batch import batch_generate as batch_generate
-    from mlxquant.errors import MlxquantError as MlxquantError
-    from mlxquant.evaluation.perplexity import evaluate as evaluate
-    from mlxquant.generation import generate as generate
-    from mlxquant.generation import stream_generate as stream_generate
-    from mlxquant.inspection import inspect as inspect
-    from mlxquant.loading import LanguageModel as LanguageModel
-    from mlxquant.loading import load as load
-    from mlxquant.models import resolve as resolve
-    from mlxquant.prompt_cache import PromptCache as PromptCache
-    from mlxquant.quant.pipeline import quantize as quantize
-    from mlxquant.reply import Chunk as Chunk
-    from mlxquant.reply import Response as Response
-    from mlxquant.roofline.bench import bench as bench
-    from mlxquant.roofline.plan import plan as plan
-    from mlxquant.sampling import Sampling as Sampling
+    from mlxquant.runtime.batch import BatchResponse as BatchResponse
+    from mlxquant.runtime.batch import batch_generate as batch_generate
+    from mlxquant.base.errors import MlxquantError as MlxquantError
+    from mlxquant.report.perplexity import evaluate as evaluate
+    from mlxquant.runtime.generation import generate as generate
+    from mlxquant.runtime.generation import stream_generate as stream_generate
+    from mlxquant.model.inspection import inspect as inspect
+    from mlxquant.model.loading import LanguageModel as LanguageModel
+    from mlxquant.model.loading import load as load
+    from mlxquant.sources.names import resolve as resolve
+    from mlxquant.runtime.prompt_cache import PromptCache as PromptCache
+    from mlxquant.quantise.pipeline import quantize as quantize
+    from mlxquant.runtime.reply import Chunk as Chunk
+    from mlxquant.runtime.reply import Response as Response
+    from mlxquant.report.bench import bench as bench
+    from mlxquant.report.plan import plan as plan
+    from mlxquant.runtime.sampling import Sampling as Sampling
     from mlxquant.tuning.tune import tune as tune
 
-__version__ = "0.1.0"
-
 _HOME = {
-    "load": "loading",
-    "LanguageModel": "loading",
-    "generate": "generation",
-    "stream_generate": "generation",
-    "batch_generate": "batch",
-    "BatchResponse": "batch",
-    "Chunk": "reply",
-    "Response": "reply",
-    "PromptCache": "prompt_cache",
-    "Sampling": "sampling",
-    "evaluate": "evaluation.perplexity",
-    "quantize": "quant.pipeline",
+    "load": "model.loading",
+    "LanguageModel": "model.loading",
+    "generate": "runtime.generation",
+    "stream_generate": "runtime.generation",
+    "batch_generate": "runtime.batch",
+    "BatchResponse": "runtime.batch",
+    "Chunk": "runtime.reply",
+    "Response": "runtime.reply",
+    "PromptCache": "runtime.prompt_cache",
+    "Sampling": "runtime.sampling",
+    "evaluate": "report.perplexity",
+    "quantize": "quantise.pipeline",
     "tune": "tuning.tune",
-    "inspect": "inspection",
-    "bench": "roofline.bench",
-    "plan": "roofline.plan",
-    "resolve": "models",
-    "MlxquantError": "errors",
+    "inspect": "model.inspection",
+    "bench": "report.bench",
+    "plan": "report.plan",
+    "resolve": "sources.names",
+    "MlxquantError": "base.errors",
 }
 
 __all__ = sorted(_HOME)

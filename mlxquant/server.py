@@ -17,11 +17,11 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _image_parts, get_system_fingerprint
 
-from mlxquant.errors import BadValue, MlxquantError
-from mlxquant.generation import KV_GROUP
-from mlxquant.loading import LanguageModel
-from mlxquant.sampling import Sampling
-from mlxquant.speculation import DRAFT_TOKENS
+from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.runtime.generation import KV_GROUP
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.sampling import Sampling
+from mlxquant.runtime.speculation import DRAFT_TOKENS
 
 BODY_LIMIT = 16 << 20  # bytes
 

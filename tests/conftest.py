@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlxquant import checkpoint, recipes
+from mlxquant.sources import checkpoint, recipes
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -69,7 +69,7 @@ def tiny(tiny_folder):
 @pytest.fixture(autouse=True)
 def own_statistics(monkeypatch, tmp_path_factory):
     """Statistics and sensitivities of test models stay out of the user's cache."""
-    from mlxquant.quant import assignment, walk
+    from mlxquant.quantise import assignment, walk
 
     folder = tmp_path_factory.mktemp("cache")
     for module in (assignment, walk):
@@ -80,7 +80,7 @@ def own_statistics(monkeypatch, tmp_path_factory):
 def fixed_ceiling(monkeypatch, request):
     """Tests never wait for the probe, except those of the probe itself."""
     if "probe" not in request.node.nodeid:
-        from mlxquant.roofline import probe
+        from mlxquant.runtime import probe
 
         ceiling = probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
         monkeypatch.setattr(probe, "read_ceiling", lambda **_: ceiling)

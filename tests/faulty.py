@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxquant import cli, tensor_file
+from mlxquant import cli
+from mlxquant.base import tensor_file
 
 action, moment, target = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 passed = 0

@@ -58,7 +58,7 @@ def scripted(folder, replies=REPLIES, seconds: float = 0.0) -> mlxquant.Language
 
 if __name__ == "__main__":
     from mlxquant.chat import Conversation, Session, run
-    from mlxquant.roofline import probe
+    from mlxquant.runtime import probe
 
     probe.read_ceiling = lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
     model = scripted(sys.argv[1], seconds=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxquant.errors import BadValue
-from mlxquant.quant import affine, rtn
-from mlxquant.quant.spec import WIDTHS, Overrides, Spec, parse_bits, parse_override
+from mlxquant.base.errors import BadValue
+from mlxquant.codes import affine, rtn
+from mlxquant.codes.spec import Overrides, Spec, WIDTHS, parse_bits, parse_override
 
 
 @settings(max_examples=60, deadline=None)

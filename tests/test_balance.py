@@ -6,12 +6,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.errors import BadValue
+from mlxquant.base.errors import BadValue
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
-from mlxquant.quant import awq, smoothquant
-from mlxquant.quant.affine import fit
-from mlxquant.quant.spec import Spec
-from mlxquant.quant.statistics import Statistics
+from mlxquant.quantise import awq, smoothquant
+from mlxquant.codes.affine import fit
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 
 N = 128
 W8 = Spec(bits=8, group_size=0, symmetric=True, method="smoothquant")

@@ -5,7 +5,7 @@ from mlx_lm.models.cache import ArraysCache
 
 import mlxquant
 from mlxquant import Sampling
-from mlxquant.errors import BadValue, TooLarge, Unsupported
+from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 
 PROMPTS = ["Once upon", [5, 6, 7, 8], [{"role": "user", "content": "tell me"}], "x"]
 
@@ -47,6 +47,6 @@ def test_a_state_that_cannot_be_put_side_by_side_is_refused(tiny, monkeypatch):
     class Alone(ArraysCache):
         merge = property()  # hasattr says no
 
-    monkeypatch.setattr("mlxquant.batch.make_prompt_cache", lambda network: [Alone(1)])
+    monkeypatch.setattr("mlxquant.runtime.batch.make_prompt_cache", lambda network: [Alone(1)])
     with pytest.raises(Unsupported, match="side by side"):
         mlxquant.batch_generate(tiny, ["x"])

@@ -9,7 +9,8 @@ import pytest
 from conftest import CONFIG
 
 from mlxquant import MlxquantError
-from mlxquant.roofline import bench, bench_output, chips
+from mlxquant.machine import chips
+from mlxquant.report import bench, bench_output
 
 KEYS = ("model test tps_mean tps_stdev ttft_ms bytes_per_token gb_per_s headline_gb_per_s probe_gb_per_s "
         "percent_of_headline percent_of_probe fixed_ms_per_token peak_memory_gb chip gpu_cores mlx mlx_lm device "
@@ -18,7 +19,7 @@ KEYS = ("model test tps_mean tps_stdev ttft_ms bytes_per_token gb_per_s headline
 
 @pytest.fixture(scope="module")
 def records(tiny_folder):
-    from mlxquant.roofline import probe
+    from mlxquant.runtime import probe
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "read_ceiling", lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", "0"))

@@ -6,9 +6,9 @@ import mlxquant  # first: it loads the BLAS before MLX
 import numpy as np
 import pytest
 
-from mlxquant.errors import BadValue
-from mlxquant.quant.budget import Option, at_every_price, choose
-from mlxquant.quant.spec import Spec
+from mlxquant.base.errors import BadValue
+from mlxquant.quantise.budget import Option, at_every_price, choose
+from mlxquant.codes.spec import Spec
 
 
 def random_options(seed, layers=4, ways=5):

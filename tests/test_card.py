@@ -5,7 +5,7 @@ import re
 import pytest
 
 import mlxquant
-from mlxquant.quant import card
+from mlxquant.quantise import card
 from mlxquant.tuning.distill import Schedule
 
 SMALL = dict(samples=4, sequence_length=32)

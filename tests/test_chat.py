@@ -141,7 +141,7 @@ def test_another_model_goes_on_with_the_conversation(talk, tiny_folder):
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folder):
-    from mlxquant.errors import TooLarge
+    from mlxquant.base.errors import TooLarge
 
     calls = []
 

@@ -10,7 +10,7 @@ from scripted import scripted
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.chat import Conversation, saved
-from mlxquant.errors import BadCheckpoint, BadValue, MlxquantError
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mlxquant.chat import markdown, status, terminal
 from mlxquant.chat.screen import LiveScreen
-from mlxquant.reply import Part
+from mlxquant.runtime.reply import Part
 
 TEXT = ("# Title\n\nA paragraph with **bold** text that is longer than forty columns are wide.\n\n"
         "1. one\n2. two\n\n   more of two\n\n```python\nx = 1  # [not markup]\n\ny = 2\n```\n\n"

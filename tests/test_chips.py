@@ -3,7 +3,7 @@
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.roofline import chips, system, table
+from mlxquant.machine import chip_table as table, chips, identity, system
 
 # What `ioreg -rc AGXAccelerator -d1` printed, shortened.
 REGISTRY = {
@@ -118,6 +118,6 @@ def test_power_state_of_a_mac():
 
 def test_this_machine_says_what_a_result_needs():
     known = {"chip", "gpu_cores", "device", "memory_gb", "mlx", "mlx_lm", "gpu_architecture_override"}
-    assert known <= set(system.machine())
+    assert known <= set(identity.machine())
     assert set(system.power_state()) == {*system._mac_power("", "", ""), "load_average"}
     assert system.output_of("no-such-command-anywhere") == ""

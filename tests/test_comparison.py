@@ -9,8 +9,8 @@ import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import numpy as np
 import pytest
 
-from mlxquant.errors import BadValue
-from mlxquant.evaluation import comparison
+from mlxquant.base.errors import BadValue
+from mlxquant.report import comparison
 
 KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", "tuned", "bits_per_weight",
         "file_bytes", "perplexity", "kl_mean", "seconds", "peak_memory_gb"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
-from mlxquant.errors import BadValue, Unsupported
-from mlxquant.quant import conversations
+from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.quantise import conversations
 
 
 @pytest.fixture(scope="module")

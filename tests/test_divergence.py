@@ -13,10 +13,10 @@ from conftest import CONFIG, random_network, write_folder
 from mlx.utils import tree_map
 from test_cli import mlxquant as command
 
-from mlxquant.errors import BadValue, TooLarge, Unsupported
-from mlxquant.evaluation.by_layer import by_layer, hidden_states, plot
-from mlxquant.evaluation.blocks import after_each_block
-from mlxquant.evaluation.divergence import Divergence, divergence
+from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.report.by_layer import by_layer, hidden_states, plot
+from mlxquant.model.blocks import after_each_block
+from mlxquant.report.divergence import Divergence, divergence
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 CONTEXT, WINDOWS = 50, 3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.roofline.fit import fit
+from mlxquant.report.fit import fit
 
 SIZES = [1e9, 2e9, 4e9, 8e9]
 

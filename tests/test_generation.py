@@ -6,7 +6,7 @@ import pytest
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
-from mlxquant.errors import BadValue, TooLarge, Unsupported
+from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 
 CHAT = [{"role": "user", "content": "tell me"}]
 

@@ -15,9 +15,9 @@ from gguf_files import write_gguf
 from mlx_lm.utils import load as stock_load
 
 import mlxquant
-from mlxquant.errors import BadCheckpoint, Unsupported
-from mlxquant.gguf import import_file
-from mlxquant.gguf.reader import open_model
+from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.sources.gguf import import_file
+from mlxquant.sources.gguf.reader import open_model
 
 
 @pytest.mark.parametrize("kind,tolerance", [(Type.F32, 1e-5), (Type.F16, 2e-2), (Type.BF16, 1e-1)])

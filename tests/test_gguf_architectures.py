@@ -13,9 +13,9 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 from mlx_lm.utils import _get_classes
 
 import mlxquant
-from mlxquant.errors import Unsupported
-from mlxquant.gguf import import_file
-from mlxquant.gguf.architectures import ARCHITECTURES
+from mlxquant.base.errors import Unsupported
+from mlxquant.sources.gguf import import_file
+from mlxquant.sources.gguf.architectures import ARCHITECTURES
 
 EPSILON = {"attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": None}
 # mlx-lm's configuration beyond the common one, and GGUF's fields beyond the common ones.

@@ -10,10 +10,10 @@ from conftest import SPECIAL, TEMPLATE, alphabet
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlxquant.errors import BadCheckpoint, Unsupported
-from mlxquant.gguf import tokenizer
-from mlxquant.gguf.reader import GGUFModel
-from mlxquant.gguf.splitters import SPLITTERS
+from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.sources.gguf import tokenizer
+from mlxquant.sources.gguf.reader import GGUFModel
+from mlxquant.sources.gguf.splitters import SPLITTERS
 
 TEXTS = ["Hello there, General Kenobi!", "  two  spaces   and\nnew\tlines ", "naïve Zoë 日本語 🙂", "x = a[1] + 42;",
          "", " ", "the theory of the thing"]

@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import random_blocks, write_gguf
 
 import mlxquant
-from mlxquant.errors import BadValue, Unsupported
-from mlxquant.gguf import import_file, repack, weights
-from mlxquant.gguf.model import read
-from mlxquant.gguf.reader import open_model
+from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.sources.gguf import import_file, repack, weights
+from mlxquant.sources.gguf.model import read
+from mlxquant.sources.gguf.reader import open_model
 
 EXACT = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.IQ4_NL)
 SCALES_ROUNDED = (Type.Q4_K, Type.Q5_K, Type.IQ1_S, Type.IQ4_XS)

@@ -5,10 +5,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.quant import gptq, rtn
-from mlxquant.quant.affine import expand, fit
-from mlxquant.quant.spec import Spec
-from mlxquant.quant.statistics import Statistics
+from mlxquant.codes import rtn
+from mlxquant.quantise import gptq
+from mlxquant.codes.affine import expand, fit
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 
 
 def problem(rows=24, columns=160, tokens=600, seed=0):

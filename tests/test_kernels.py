@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from metal import Compiler, Emulation, OutOfBounds, Unsettled
 from mlxquant.cli import app
-from mlxquant.kernels import backend, check, code_order, expand_codes, prepare_input, replicated_matvec
+from mlxquant.kernels import (
+    backend, check, code_order, expand_codes, prepare_input, replicated_matvec
+)
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.first_step import Gate, Norm
-from mlxquant.quant.packing import level_count, pack_codes
+from mlxquant.codes.packing import level_count, pack_codes
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]

@@ -9,11 +9,11 @@ from conftest import random_network, write_folder
 from mlx_lm import convert
 
 import mlxquant
-from mlxquant import checkpoint
-from mlxquant.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
-from mlxquant.inspection import inspect
-from mlxquant.loading import memory_limit, parse_size
-from mlxquant.roofline import traffic
+from mlxquant.sources import checkpoint
+from mlxquant.base.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
+from mlxquant.model.inspection import inspect
+from mlxquant.machine.memory import memory_limit, parse_size
+from mlxquant.layers import traffic
 
 
 @pytest.fixture(scope="module")

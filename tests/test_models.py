@@ -9,8 +9,8 @@ import pytest
 from conftest import write_folder
 
 import mlxquant
-from mlxquant import models, recipes
-from mlxquant.errors import BadCheckpoint, BadValue, ModelNotFound
+from mlxquant.sources import names as models, recipes
+from mlxquant.base.errors import BadCheckpoint, BadValue, ModelNotFound
 
 
 def test_a_folder_resolves_to_itself(tiny_folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlxquant
-from mlxquant import blas
+from mlxquant.base import blas
 
 
 def run(code: str) -> str:
@@ -48,15 +48,15 @@ def test_names_users_import_are_typed():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
 def test_openblas_is_loaded_before_mlx():
-    assert "openblas" in run("import mlxquant; print(mlxquant.blas.preload())")
-    late = run("import mlx.core, mlxquant; print(mlxquant.blas.hint())")
+    assert "openblas" in run("import mlxquant; print(mlxquant.base.blas.preload())")
+    late = run("import mlx.core, mlxquant; print(mlxquant.base.blas.hint())")
     assert "import mlxquant before mlx" in late
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
 def test_openblas_chooses_its_kernels_by_the_processor():
     """A build for one kind of processor dies of an illegal instruction on another."""
-    library = ctypes.CDLL(run("import mlxquant; print(mlxquant.blas.preload())").strip())
+    library = ctypes.CDLL(run("import mlxquant; print(mlxquant.base.blas.preload())").strip())
     library.openblas_get_config.restype = ctypes.c_char_p
     assert b"DYNAMIC_ARCH" in library.openblas_get_config()
 

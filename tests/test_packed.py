@@ -12,15 +12,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from test_kernels import compiler, emulation, needs_clang  # noqa: F401  fixtures
 from test_replicated import fill, siblings
 
-from mlxquant import distributed
+from mlxquant.model import distributed
 from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
 from mlxquant.layers import repeated
 from mlxquant.layers.packed import NormDoneByReader, PackedGroup, PackedLinear, PackedMLP, pack
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.layers.repeated import Repeat
-from mlxquant.quant.spec import ReplicaShape
-from mlxquant.roofline import outline, traffic
-from mlxquant.roofline.traffic import leaf_modules, module_bytes
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline, traffic
+from mlxquant.layers.traffic import leaf_modules, module_bytes
 
 SHAPE = ReplicaShape(2, 4, 0)
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 150, 6, 11, 250, 42, 17, 90]])

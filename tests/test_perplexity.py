@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mlxquant
-from mlxquant.errors import BadValue, MlxquantError, TooLarge
+from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 

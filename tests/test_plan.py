@@ -10,11 +10,14 @@ import mlxquant
 import pytest
 from conftest import CONFIG
 
-from mlxquant import MlxquantError, checkpoint
+from mlxquant import MlxquantError
+from mlxquant.sources import checkpoint
 from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.loading import open_lazily
-from mlxquant.quant.spec import ReplicaShape
-from mlxquant.roofline import chips, outline, plan, quality, traffic
+from mlxquant.model.loading import open_lazily
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline, traffic
+from mlxquant.machine import chips
+from mlxquant.report import plan, quality
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
          "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
@@ -173,8 +176,8 @@ def test_mixtures_are_not_planned_for():
 
 
 def test_measured_limits_say_which_replicas_are_free(monkeypatch):
-    from mlxquant.roofline import probe
-    from mlxquant.roofline.replica_probe import ReplicaLimits
+    from mlxquant.runtime import probe
+    from mlxquant.machine.replica_limits import ReplicaLimits
 
     limits = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": 32, "16": None}})
     monkeypatch.setattr(probe, "replica_limits", lambda: limits)
@@ -209,7 +212,7 @@ def test_a_configuration_that_makes_no_model(tmp_path, config, says):
 
 
 def test_only_the_configuration_of_a_repository_is_fetched(monkeypatch, tmp_path):
-    from mlxquant import models
+    from mlxquant.sources import names as models
 
     asked = []
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

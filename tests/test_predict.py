@@ -5,7 +5,8 @@ import statistics
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.roofline import chips, lanes, predict
+from mlxquant.machine import chips, lanes
+from mlxquant.report import predict
 
 M1_PRO = chips.find("M1 Pro")
 
@@ -66,7 +67,7 @@ def test_the_errors_of_the_back_test():
 
 
 def test_every_published_row_says_where_it_is_from():
-    from mlxquant.roofline.table import MARKS
+    from mlxquant.machine.chip_table import MARKS
 
     for row in [*lanes.published()["decode"], *lanes.published()["matvec"]]:
         assert row["source"] and row["mark"] in MARKS

@@ -6,9 +6,10 @@ import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import pytest
 
-from mlxquant.quant.spec import ReplicaShape
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import gpu_clock
-from mlxquant.roofline import probe, replica_probe
+from mlxquant.machine import replica_limits
+from mlxquant.runtime import probe, replica_probe
 
 
 @pytest.fixture
@@ -59,12 +60,12 @@ def test_a_plain_cpu_says_why_it_has_no_limits(small):
     (lambda k, g: max(1, (k if not g else 1 + k / g) / 4), 4, {"2": 0, "4": 0, "8": 8, "16": 8}),
     (lambda k, g: 1 + (k if not g else k / g) / 20, 1, {"2": 8, "4": 8, "8": 8, "16": 16})])
 def test_the_search_finds_what_is_free(cost, largest, groups):
-    assert replica_probe.search(1.0, cost) == (largest, groups)
+    assert replica_limits.search(1.0, cost) == (largest, groups)
 
 
 def test_the_search_stops_at_the_first_that_is_not_free():
     asked = []
-    replica_probe.search(1.0, lambda k, g: asked.append((k, g)) or 2.0)
+    replica_limits.search(1.0, lambda k, g: asked.append((k, g)) or 2.0)
     assert asked == [(2, 0), (2, 64), (4, 64), (8, 64), (16, 64)]
 
 

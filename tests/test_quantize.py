@@ -10,13 +10,13 @@ import pytest
 from conftest import CONFIG, random_network, write_folder
 from mlx_lm.utils import load as stock_load
 
-from mlxquant.errors import BadValue, MlxquantError, Unsupported
-from mlxquant.inspection import inspect
+from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.model.inspection import inspect
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quant import assignment, awq, pipeline, walk
-from mlxquant.quant.assignment import Target
-from mlxquant.quant.budget import choose
-from mlxquant.quant.job import PROPAGATIONS
+from mlxquant.quantise import assignment, awq, pipeline, walk
+from mlxquant.quantise.assignment import Target
+from mlxquant.quantise.budget import choose
+from mlxquant.quantise.job import PROPAGATIONS
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 

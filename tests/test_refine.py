@@ -5,9 +5,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.quant import refine
-from mlxquant.quant.affine import Affine, expand, fit
-from mlxquant.quant.spec import Spec
+from mlxquant.quantise import refine
+from mlxquant.codes.affine import Affine, expand, fit
+from mlxquant.codes.spec import Spec
 
 
 def problem(rows=6, columns=96, seed=0):

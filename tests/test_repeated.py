@@ -14,15 +14,15 @@ from mlx_lm.utils import load as stock_load
 from typer.testing import CliRunner
 
 from mlxquant.cli import app
-from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
-from mlxquant.evaluation.blocks import after_each_block
+from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.model.blocks import after_each_block
 from mlxquant.layers import repeated
 from mlxquant.layers.formats import config_with
 from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.repeated_cache import PassesCache
-from mlxquant.loading import open_lazily
-from mlxquant.quant.capture import block_calls
-from mlxquant.roofline import traffic
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise.capture import block_calls
+from mlxquant.layers import traffic
 from mlxquant.tuning.distill import Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.errors import BadValue
-from mlxquant.quant import envelope, gptq, replica
-from mlxquant.quant.spec import ReplicaShape, Spec
-from mlxquant.quant.statistics import Statistics
+from mlxquant.base.errors import BadValue
+from mlxquant.quantise import envelope, gptq, replica
+from mlxquant.codes.spec import ReplicaShape, Spec
+from mlxquant.codes.statistics import Statistics
 
 WIDTHS = [1, "ternary", 2, 3, 4]
 SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]

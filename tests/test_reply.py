@@ -6,8 +6,8 @@ import mlxquant
 import pytest
 from scripted import scripted
 
-from mlxquant.errors import Unsupported
-from mlxquant.reply import Part, Splitter
+from mlxquant.base.errors import Unsupported
+from mlxquant.runtime.reply import Part, Splitter
 
 TOOLS = [{"type": "function", "function": {
     "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]

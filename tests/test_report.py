@@ -1,13 +1,13 @@
 """The report that every reply ends with."""
 
-from mlxquant import report
-from mlxquant.roofline import chips
+from mlxquant.runtime import speed
+from mlxquant.machine import chips
 
 
 def make(**changes):
     values = dict(prompt_tokens=100, cached_tokens=0, generation_tokens=21, ttft_s=0.5, decode_s=2.0,
                   bytes_per_token=2_000_000_000, peak_bytes=3_000_000_000)
-    return report.make(**values | changes)
+    return speed.make(**values | changes)
 
 
 def test_report_arithmetic():

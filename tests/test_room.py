@@ -3,9 +3,9 @@
 import pytest
 
 import mlxquant
-from mlxquant.errors import TooLarge
-from mlxquant.loading import open_lazily
-from mlxquant.quant import room
+from mlxquant.base.errors import TooLarge
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise import room
 
 
 def test_a_block_takes_its_float32_weights_and_its_widest_inputs_moments(tiny_folder):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from test_salient_layer import close, draw
 
-from mlxquant.errors import BadValue
+from mlxquant.base.errors import BadValue
 from mlxquant.layers.salient import SalientLinear
-from mlxquant.quant import awq, gptq, rtn, salient
-from mlxquant.quant.spec import Spec
-from mlxquant.quant.statistics import Statistics
+from mlxquant.codes import rtn
+from mlxquant.quantise import awq, gptq, salient
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 
 LOUD = [5, 70, 71, 150]  # outlying channels of ``problem``
 METHODS = {"rtn": rtn.quantise, "awq": awq.quantise, "gptq": gptq.quantise}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear, tensors_of
 from mlxquant.layers.salient import SalientLinear, expand_salient
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.quant import hadamard, rtn
-from mlxquant.quant.spec import Spec
-from mlxquant.roofline import traffic
+from mlxquant.codes import hadamard, rtn
+from mlxquant.codes.spec import Spec
+from mlxquant.layers import traffic
 
 N, M, GROUP = 96, 7, 32
 COLUMNS = [3, 40, 41, 95]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import CONFIG, random_network
 
-from mlxquant.errors import BadValue
-from mlxquant.quant.capture import linears, observe
-from mlxquant.quant.sensitivity import expected_divergence, output_importance
+from mlxquant.base.errors import BadValue
+from mlxquant.quantise.capture import linears, observe
+from mlxquant.quantise.sensitivity import expected_divergence, output_importance
 
 NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

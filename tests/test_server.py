@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import mlxquant
-from mlxquant.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.server import BODY_LIMIT, Options, serve
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")

@@ -6,8 +6,8 @@ from conftest import CONFIG, random_network, write_folder
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
-from mlxquant.errors import BadValue, Unsupported
-from mlxquant.speculation import Speculation, _Occurrences
+from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.runtime.speculation import Speculation, _Occurrences
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 6
 

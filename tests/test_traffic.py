@@ -8,9 +8,9 @@ from conftest import CONFIG, random_network, write_folder
 from mlx_lm.models import mixtral
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant import checkpoint
-from mlxquant.loading import open_lazily
-from mlxquant.roofline import outline, traffic
+from mlxquant.sources import checkpoint
+from mlxquant.model.loading import open_lazily
+from mlxquant.layers import outline, traffic
 
 LAYER = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 128  # weights of the matrices of one block
 EMBEDDING = 384 * 64

@@ -10,12 +10,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
-from mlxquant.errors import BadValue, Unsupported
+from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear, round_activation
-from mlxquant.quant import hadamard
-from mlxquant.roofline import traffic
+from mlxquant.codes import hadamard
+from mlxquant.layers import traffic
 
 N, M, BLOCK = 96, 7, 32
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
-from mlxquant.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.loading import open_lazily
-from mlxquant.quant import calibration, self_written
-from mlxquant.quant.spec import ReplicaShape
-from mlxquant.roofline import outline
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise import calibration, self_written
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline
 from mlxquant.tuning.distill import Distillation, Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 from mlxquant.tuning.tune import tune
@@ -238,8 +238,8 @@ COMPILED_TWICE = """
 import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx, numpy as np, pathlib, sys
 from conftest import CONFIG, random_network
-from mlxquant.quant.spec import ReplicaShape
-from mlxquant.roofline import outline
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline
 from mlxquant.tuning.distill import Distillation, Schedule
 from mlxquant.tuning.trainable import Trainable
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
-from mlxquant import recipes
+from mlxquant.sources import recipes
 from mlxquant.chat import saved
-from mlxquant.errors import BadValue, MlxquantError
-from mlxquant.generation import generate
-from mlxquant.prompt_cache import PromptCache
-from mlxquant.sampling import Sampling
+from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.runtime.generation import generate
+from mlxquant.runtime.prompt_cache import PromptCache
+from mlxquant.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from mlxquant.chat.session import Session

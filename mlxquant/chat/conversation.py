@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Callable, Generator
 
-from mlxquant.errors import BadValue, TooLarge
-from mlxquant.generation import Message, encode, stream_generate
-from mlxquant.loading import LanguageModel
-from mlxquant.prompt_cache import PromptCache
-from mlxquant.reply import Chunk
-from mlxquant.report import Report
-from mlxquant.sampling import Sampling
+from mlxquant.base.errors import BadValue, TooLarge
+from mlxquant.runtime.generation import Message, encode, stream_generate
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.prompt_cache import PromptCache
+from mlxquant.runtime.reply import Chunk
+from mlxquant.runtime.speed import Report
+from mlxquant.runtime.sampling import Sampling
 
 
 @dataclass

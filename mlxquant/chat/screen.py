@@ -12,7 +12,7 @@ from typing import Callable, Protocol
 from rich.console import Console
 
 from mlxquant.chat import markdown
-from mlxquant.reply import Part
+from mlxquant.runtime.reply import Part
 
 _PAUSE_S = 0.05  # between two drawings of a growing end
 

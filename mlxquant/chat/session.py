@@ -12,11 +12,11 @@ from rich.console import Console
 from mlxquant.chat import commands, saved, status, terminal
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.screen import LiveScreen, PlainScreen, Screen
-from mlxquant.errors import MlxquantError
-from mlxquant.loading import LanguageModel
-from mlxquant.models import resolve
-from mlxquant.prompt_cache import PromptCache
-from mlxquant.storage import state_dir
+from mlxquant.base.errors import MlxquantError
+from mlxquant.model.loading import LanguageModel
+from mlxquant.sources.names import resolve
+from mlxquant.runtime.prompt_cache import PromptCache
+from mlxquant.base.storage import state_dir
 
 Load = Callable[[str], LanguageModel]
 
@@ -153,7 +153,7 @@ def run(session: Session) -> None:
 
 
 def _load(name: str) -> LanguageModel:
-    from mlxquant.loading import load
+    from mlxquant.model.loading import load
 
     return load(name)
 

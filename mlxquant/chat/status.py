@@ -1,8 +1,8 @@
 """One line about the model and the last reply, as wide as the window allows."""
 
 from mlxquant.chat.conversation import Conversation
-from mlxquant.errors import MlxquantError
-from mlxquant.loading import LanguageModel
+from mlxquant.base.errors import MlxquantError
+from mlxquant.model.loading import LanguageModel
 
 
 def segments(conversation: Conversation, bits: float | None) -> list[str]:
@@ -30,7 +30,7 @@ def fit(parts: list[str], width: int) -> str:
 
 def bits_per_weight(model: LanguageModel) -> float | None:
     """Stored bits per weight of the body; None where the folder cannot be read again."""
-    from mlxquant.inspection import inspect_folder
+    from mlxquant.model.inspection import inspect_folder
 
     try:
         return inspect_folder(model.folder).bits_per_weight

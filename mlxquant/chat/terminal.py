@@ -6,7 +6,7 @@ A message that begins with three double quotes goes on until three close it.
 import sys
 from typing import Any, Callable, Iterator
 
-from mlxquant.storage import state_dir
+from mlxquant.base.storage import state_dir
 
 QUOTES = '"""'
 Read = Callable[[str], str]  # takes text to begin with; raises EOFError at the end

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant import blas
+from mlxquant.base import blas
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -41,8 +41,8 @@ System = Annotated[Optional[str], typer.Option(help="System prompt.")]
 def load_model(model: str, revision: str | None, memory: str | None, trust: bool, *,
                probe: bool = True):
     """Load by name, with the hint for a slow BLAS, and the ceiling measured beforehand."""
-    from mlxquant.loading import load
-    from mlxquant.roofline.probe import read_ceiling
+    from mlxquant.model.loading import load
+    from mlxquant.runtime.probe import read_ceiling
 
     if hint := blas.hint():
         remark(hint)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from mlxquant.cli.common import AsJson, app, print_json, progress
-from mlxquant.errors import ModelNotFound
+from mlxquant.base.errors import ModelNotFound
 
 
 @app.command("import", epilog="Example: mlxquant import model-Q4_K_M.gguf -o model")
@@ -19,7 +19,7 @@ def import_gguf(
     as_json: AsJson = False,
 ):
     """Make a folder that mlx-lm can load of a GGUF file, and say what that rounded."""
-    from mlxquant.gguf import import_file
+    from mlxquant.sources.gguf import import_file
 
     if not file.is_file():
         raise ModelNotFound(f"no such file: {file}")

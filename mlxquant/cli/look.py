@@ -5,9 +5,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant.cli.common import (AsJson, Memory, ModelName, Revision, Trust, app, load_model, print_json,
-                                 progress)
-from mlxquant.errors import BadValue, MlxquantError
+from mlxquant.cli.common import (
+    AsJson, Memory, ModelName, Revision, Trust, app, load_model, print_json, progress
+)
+from mlxquant.base.errors import BadValue, MlxquantError
 
 
 @app.command(epilog="Example: mlxquant evaluate smollm2-135m --text wikitext2-raw-test.txt --windows 40")
@@ -28,8 +29,8 @@ def evaluate(
     """Perplexity over the first windows of a text, and the distance from a reference model."""
     from dataclasses import asdict
 
-    from mlxquant.evaluation import by_layer, divergence, perplexity
-    from mlxquant.loading import load
+    from mlxquant.report import by_layer, divergence, perplexity
+    from mlxquant.model.loading import load
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")
@@ -72,7 +73,7 @@ def evaluate(
 @app.command(epilog="Example: mlxquant inspect smollm2-135m")
 def inspect(model: ModelName, revision: Revision = None, as_json: AsJson = False):
     """Show a model's formats, size and bytes read per token."""
-    from mlxquant.inspection import inspect as look
+    from mlxquant.model.inspection import inspect as look
 
     result = look(model, revision=revision)
     if as_json:

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from mlxquant.cli.common import AsJson, ModelName, Revision, app, print_json, progress, remark
-from mlxquant.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue, MlxquantError
 
 Data = Annotated[Optional[list[str]], typer.Option(
     help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
@@ -65,9 +65,9 @@ def quantize(
     """Quantise a model block by block; a killed run goes on where it was."""
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
-    from mlxquant.quant.assignment import Target
-    from mlxquant.quant.pipeline import quantize as run
-    from mlxquant.quant.spec import parse_bits, parse_override
+    from mlxquant.quantise.assignment import Target
+    from mlxquant.quantise.pipeline import quantize as run
+    from mlxquant.codes.spec import parse_bits, parse_override
 
     if rotate and rotate_fused:
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
@@ -80,7 +80,7 @@ def quantize(
     repeats = [block for text in repeat_blocks or () for block in parse_repeat(text).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
     if method == "replica":
-        from mlxquant.roofline.probe import replica_limits
+        from mlxquant.runtime.probe import replica_limits
 
         limits = replica_limits()
         if limits is not None and limits.free(parse_bits(bits), replicas, replica_group) is False:
@@ -96,7 +96,7 @@ def quantize(
             embedding_bits=embedding_bits, activation=activation, alpha=alpha, repeats=tuple(repeats),
             seed=seed, revision=revision, progress=advance,
             weighing=lambda done, total, seconds: advance(done, total, seconds, "weighing layers, seconds:"))
-    from mlxquant.inspection import inspect
+    from mlxquant.model.inspection import inspect
 
     result = inspect(str(output))
     if as_json:
@@ -137,9 +137,9 @@ def compare(
     """The methods side by side on one model: quality, size, time and memory."""
     from rich.console import Console
 
-    from mlxquant.evaluation import comparison
-    from mlxquant.evaluation.by_layer import check_plot
-    from mlxquant.quant.spec import parse_bits
+    from mlxquant.report import comparison
+    from mlxquant.report.by_layer import check_plot
+    from mlxquant.codes.spec import parse_bits
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")

@@ -5,8 +5,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant.cli.common import MODEL_HELP, AsJson, Memory, Revision, app, print_json, progress, remark
-from mlxquant.errors import BadValue
+from mlxquant.cli.common import (
+    AsJson, MODEL_HELP, Memory, Revision, app, print_json, progress, remark
+)
+from mlxquant.base.errors import BadValue
 
 ChipName = Annotated[Optional[str], typer.Option(
     "--chip", help="Predict for this chip, e.g. 'M1 Pro' or 'M3 Max 30c', in place of this machine.")]
@@ -23,10 +25,10 @@ def chips(
     """This machine's chip and all that are known, each figure with the mark of its source."""
     from dataclasses import asdict
 
-    from mlxquant.roofline import chips as known
-    from mlxquant.roofline import lanes as operations
-    from mlxquant.roofline import predict
-    from mlxquant.roofline.table import MARKS
+    from mlxquant.machine import chips as known
+    from mlxquant.machine import lanes as operations
+    from mlxquant.report import predict
+    from mlxquant.machine.chip_table import MARKS
 
     if backtest:
         summary = predict.backtest_summary()
@@ -89,8 +91,8 @@ def probe(
     as_json: AsJson = False,
 ):
     """Measure how fast this machine reads memory, and how many replicas are free on it."""
-    from mlxquant.roofline import chips
-    from mlxquant.roofline.probe import measured
+    from mlxquant.machine import chips
+    from mlxquant.runtime.probe import measured
 
     with progress("replicated layers, microseconds:") as advance:
         found = measured(refresh=refresh, replicas=True, progress=advance)
@@ -134,11 +136,12 @@ def bench(
     Ctrl-C ends early and keeps what was measured. With --chip nothing runs here: the speed there is
     predicted, from a configuration alone.
     """
-    from mlxquant.evaluation.by_layer import check_plot
-    from mlxquant.roofline import bench_output, chips
-    from mlxquant.roofline.bench import bench as run
-    from mlxquant.roofline.probe import measured
-    from mlxquant.storage import new_file
+    from mlxquant.report.by_layer import check_plot
+    from mlxquant.machine import chips
+    from mlxquant.report import bench_output
+    from mlxquant.report.bench import bench as run
+    from mlxquant.runtime.probe import measured
+    from mlxquant.base.storage import new_file
 
     if form not in bench_output.FORMATS:
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
@@ -167,10 +170,10 @@ def bench(
 
 
 def _predict(models: list[str], chip: str, depths: list[int], form: str, output: Path | None) -> None:
-    from mlxquant.models import config_of
-    from mlxquant.roofline import chips as known
-    from mlxquant.roofline.plan import predict_model
-    from mlxquant.storage import write_json
+    from mlxquant.sources.names import config_of
+    from mlxquant.machine import chips as known
+    from mlxquant.report.plan import predict_model
+    from mlxquant.base.storage import write_json
 
     if form not in ("md", "json"):
         raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
@@ -203,7 +206,7 @@ def plan(
 
     Reads a configuration only; of a repository nothing else is downloaded.
     """
-    from mlxquant.roofline.plan import plan as make
+    from mlxquant.report.plan import plan as make
 
     if (model is None) == (config is None):
         raise BadValue("give MODEL or --config FILE, one of them")

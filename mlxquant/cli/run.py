@@ -5,9 +5,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant.cli.common import (MODEL_HELP, AsJson, Draft, DraftTokens, KvBits, Lookup, MaxTokens, Memory, MinP,
-                                 ModelName, Penalty, Revision, Seed, System, Temperature, TopK, TopP, Trust, app,
-                                 load_model, print_json, remark)
+from mlxquant.cli.common import (
+    AsJson, Draft, DraftTokens, KvBits, Lookup, MODEL_HELP, MaxTokens, Memory, MinP, ModelName,
+    Penalty, Revision, Seed, System, Temperature, TopK, TopP, Trust, app, load_model, print_json,
+    remark
+)
 
 
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')
@@ -23,9 +25,9 @@ def generate(
     revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False, as_json: AsJson = False,
 ):
     """Answer one prompt, streaming, with a report of the speed."""
-    from mlxquant.generation import stream_generate
-    from mlxquant.reply import Response
-    from mlxquant.sampling import Sampling
+    from mlxquant.runtime.generation import stream_generate
+    from mlxquant.runtime.reply import Response
+    from mlxquant.runtime.sampling import Sampling
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = sys.stdin.read() if prompt is None else prompt
@@ -59,8 +61,8 @@ def chat(
 ):
     """Talk with a model; /help lists the commands."""
     from mlxquant.chat import Conversation, Session, run
-    from mlxquant.models import DEFAULT_MODEL
-    from mlxquant.sampling import Sampling
+    from mlxquant.sources.names import DEFAULT_MODEL
+    from mlxquant.runtime.sampling import Sampling
 
     def load(name: str):
         return load_model(name, revision, memory, trust_remote_code)

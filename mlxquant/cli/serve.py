@@ -5,8 +5,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from mlxquant.cli.common import (MODEL_HELP, Draft, KvBits, MaxTokens, Memory, MinP, Revision, Temperature, TopK,
-                                 TopP, Trust, app, load_model, remark)
+from mlxquant.cli.common import (
+    Draft, KvBits, MODEL_HELP, MaxTokens, Memory, MinP, Revision, Temperature, TopK, TopP, Trust,
+    app, load_model, remark
+)
 
 
 @app.command(epilog="Example: mlxquant serve smollm2-135m --port 8080")
@@ -22,8 +24,8 @@ def serve(
     revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False,
 ):
     """Serve a model to any OpenAI client, until Ctrl-C."""
-    from mlxquant.models import DEFAULT_MODEL
-    from mlxquant.sampling import Sampling
+    from mlxquant.sources.names import DEFAULT_MODEL
+    from mlxquant.runtime.sampling import Sampling
     from mlxquant.server import Options
     from mlxquant.server import serve as run
 

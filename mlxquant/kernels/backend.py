@@ -14,8 +14,8 @@ from typing import Callable
 
 import mlx.core as mx
 
-from mlxquant.roofline import chips
-from mlxquant.storage import cache_dir, write_json
+from mlxquant.machine import chips
+from mlxquant.base.storage import cache_dir, write_json
 
 _METAL = """
 #define DEVICE device

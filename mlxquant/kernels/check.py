@@ -7,12 +7,14 @@ from typing import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels import (backend, code_order, column_sweep, expand_codes, prepare_input, read_ceiling,
-                              replicated_matvec, replicated_tensor_cores)
+from mlxquant.kernels import (
+    backend, code_order, column_sweep, expand_codes, prepare_input, read_ceiling,
+    replicated_matvec, replicated_tensor_cores
+)
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
 from mlxquant.kernels.prepare_input import Scales
-from mlxquant.quant import hadamard
-from mlxquant.quant.packing import level_count
+from mlxquant.codes import hadamard
+from mlxquant.codes.packing import level_count
 
 HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
 _ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}

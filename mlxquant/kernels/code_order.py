@@ -13,7 +13,7 @@ Made from the file's order when a model is loaded on a GPU, some rows at a time.
 
 import mlx.core as mx
 
-from mlxquant.quant.packing import unpack_codes
+from mlxquant.codes.packing import unpack_codes
 
 CHUNK = 32  # inputs
 RUN = {1: 128, 2: 64, 3: 32, 4: 32}  # inputs that rows are filled up to, by width: 16 bytes, at 3 bits 12

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlxquant.kernels import backend
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.quant import hadamard
+from mlxquant.codes import hadamard
 
 LARGEST_BLOCK = 1024  # of a rotation: 32 registers a lane
 

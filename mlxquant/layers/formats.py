@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import _get_classes
 
-from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
 from mlxquant.layers import repeated
 from mlxquant.layers.repeated import Repeat
 
@@ -85,7 +85,7 @@ def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict
 
 def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
     from mlxquant.layers.replicated import install_group
-    from mlxquant.quant.spec import ReplicaShape
+    from mlxquant.codes.spec import ReplicaShape
 
     keys = {field.name for field in fields(ReplicaShape)} | {"linears"}
     found = dict(module.named_modules())

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.quant.affine import Affine, unpack
+from mlxquant.codes.affine import Affine, unpack
 
 
 class GroupedLinear(nn.Module):

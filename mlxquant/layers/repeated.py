@@ -21,7 +21,7 @@ from typing import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.errors import BadValue, Unsupported
+from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers.repeated_cache import caching, has_cache_for_each_block, of_pass
 
 MOST_PASSES = 8

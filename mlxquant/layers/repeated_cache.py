@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import CacheList, KVCache
 
-from mlxquant.errors import BadValue
+from mlxquant.base.errors import BadValue
 
 
 class PassesCache(CacheList):

@@ -3,7 +3,7 @@
     y = Σ_k b_k ∘ (C (a_k ∘ R x)) = W x  with  W = (C ∘ (B Aᵀ)) R
 
 C (m, n) holds symmetric levels, B (m, K) and A (n, K) scales, R an optional
-rotation (``quant/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per
+rotation (``codes/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per
 weight, where a scale and an offset per 64 weights take half a bit. Grouped, A is
 constant over G neighbouring inputs but for one factor per input, so that the
 replicas can share each group's partial sums.
@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxquant.errors import BadValue
-from mlxquant.quant import hadamard
-from mlxquant.quant.packing import empty_codes, level_grid, unpack_codes
-from mlxquant.quant.spec import ReplicaShape
+from mlxquant.base.errors import BadValue
+from mlxquant.codes import hadamard
+from mlxquant.codes.packing import empty_codes, level_grid, unpack_codes
+from mlxquant.codes.spec import ReplicaShape
 
 
 class ReplicaInput(nn.Module):
@@ -91,7 +91,7 @@ class ReplicatedLinear(nn.Module):
     """y = W x + bias with W = (C ∘ (B Aᵀ)) R, for an input of which ``shared`` holds A and R.
 
     ``codes`` (m, ⌈n·bits / 32⌉) uint32 or, ternary, (m, ⌈n / 5⌉) uint8 (see
-    ``quant/packing.py``) do not train; ``replica_out`` (m, K) is B; ``bias`` (m,).
+    ``codes/packing.py``) do not train; ``replica_out`` (m, K) is B; ``bias`` (m,).
     """
 
     def __init__(self, outputs: int, shared: ReplicaInput, bias: bool = False):

@@ -7,7 +7,7 @@ LLM.int8 (https://arxiv.org/abs/2208.07339) those with outlying activations.
 
 Cutting columns out would break MLX's groups, so their codes stay in place and
 what is kept is the residual over them: a second product, k columns wide.
-``quant/salient.py`` chooses the columns and computes the residual.
+``quantise/salient.py`` chooses the columns and computes the residual.
 """
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlxquant.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
 from mlxquant.layers.grouped import GroupedLinear
 
 

@@ -2,7 +2,7 @@
 
 The input scale carries what AWQ (https://arxiv.org/abs/2306.00978) and
 SmoothQuant (https://arxiv.org/abs/2211.10438) move from weights to inputs; the
-rotation is that of ``quant/hadamard.py``.
+rotation is that of ``codes/hadamard.py``.
 """
 
 import math
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.errors import BadValue, Unsupported
+from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.salient import SalientLinear
-from mlxquant.quant.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
+from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16
@@ -82,7 +82,7 @@ class TransformedLinear(nn.Module):
 
     ``linear`` is a ``Linear``, ``QuantizedLinear`` or ``GroupedLinear`` of n inputs;
     ``input_scale`` (n,) multiplies the input; ``rotation_signs`` (n,) of ±1 and
-    ``rotation_block`` make R (see ``quant/hadamard.py``), and are kept as bits;
+    ``rotation_block`` make R (see ``codes/hadamard.py``), and are kept as bits;
     ``activation`` makes Q. A static step is the parameter ``activation_scale`` (1,).
 
     Q is a simulation, exact in what it rounds to: integers held in float32 are

@@ -19,8 +19,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlxquant.errors import BadValue
-from mlxquant.storage import save_arrays
+from mlxquant.base.errors import BadValue
+from mlxquant.base.storage import save_arrays
 from mlxquant.tuning.trainable import Trainable
 
 Report = Callable[[int, int, float], None]

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxquant.errors import Unsupported
+from mlxquant.base.errors import Unsupported
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.quant.rotation import expanded_weight
+from mlxquant.quantise.rotation import expanded_weight
 from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
 
 

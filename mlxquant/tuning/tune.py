@@ -10,15 +10,16 @@ from typing import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlxquant import __version__, checkpoint
-from mlxquant.errors import BadValue
-from mlxquant.loading import LanguageModel, load, open_lazily, open_tokenizer
-from mlxquant.models import resolve
-from mlxquant.quant import calibration, card
-from mlxquant.quant.conversations import converse
-from mlxquant.quant.self_written import at_once, self_written
-from mlxquant.quant.walk import identity
-from mlxquant.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.base.version import __version__
+from mlxquant.sources import checkpoint
+from mlxquant.base.errors import BadValue
+from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
+from mlxquant.sources.names import resolve
+from mlxquant.quantise import calibration, card
+from mlxquant.quantise.conversations import converse
+from mlxquant.quantise.self_written import at_once, self_written
+from mlxquant.quantise.walk import identity
+from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.tuning.distill import Distillation, Report, Schedule
 from mlxquant.tuning.trainable import Trainable
 
@@ -47,7 +48,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
 
     ``data`` are texts as for ``quantize``. ``written`` adds so many windows in which the teacher goes on from what
     the texts begin, drawn as often as all texts together; ``conversations`` so many in which it talks to itself
-    (``quant/conversations.py``), drawn as often as each text. ``writing`` is told how many of them there are, how many
+    (``quantise/conversations.py``), drawn as often as each text. ``writing`` is told how many of them there are, how many
     there will be, and of which kind. ``codes`` above 0 lets the codes move too (``unpacked.py``): it is how many levels
     chance alone would carry one (``Schedule.drift``), so that what changes is what was pulled more steadily than that.
     At 0.2 the next level, half a level away, is two and a half standard deviations off (``benchmarks/LOG.md``).

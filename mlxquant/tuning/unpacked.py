@@ -11,8 +11,8 @@ import mlx.nn as nn
 
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.quant import affine
-from mlxquant.quant.packing import level_count, level_grid, pack_codes, unpack_codes
+from mlxquant.codes import affine
+from mlxquant.codes.packing import level_count, level_grid, pack_codes, unpack_codes
 
 
 class MovableCodes(nn.Module):

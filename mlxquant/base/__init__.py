@@ -1,0 +1,1 @@
+"""What everything stands on: errors, files, and the BLAS that must load before MLX."""

@@ -1,0 +1,3 @@
+"""The package's version, for records and reports."""
+
+__version__ = "0.1.0"

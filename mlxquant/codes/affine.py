@@ -1,0 +1,166 @@
+"""Affine groups: a code q of a group stands for scale·q + bias.
+
+``fit`` finds the scales of a whole matrix at once: a search over clipped
+ranges, then rounds of nearest codes and weighted least squares, the better of
+the two kept per group. At one bit the two levels are fitted like any others;
+the minimum and maximum, which the stock quantiser takes, are never right there.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.codes.spec import Spec
+
+_CLIPS = tuple(1 - 0.05 * step for step in range(15))
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes of shape (m, n) as uint8; scales and biases of shape (m, n / group) in float32.
+
+    The float32 values are already rounded to the type they are stored in, so
+    ``dequantise`` is what the runtime will multiply with.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    spec: Spec
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dequantise(self) -> mx.array:
+        """The matrix that the codes stand for, (m, n) float32."""
+        return expand(self.scales, self.group) * self.codes.astype(mx.float32) + expand(
+            self.biases, self.group)
+
+    def rows(self, start: int, stop: int) -> "Affine":
+        return Affine(self.codes[start:stop], self.scales[start:stop], self.biases[start:stop], self.spec)
+
+    def split(self, rows: list[int]) -> list["Affine"]:
+        """The matrices that were stacked, by their numbers of rows."""
+        ends = [sum(rows[:i + 1]) for i in range(len(rows))]
+        return [self.rows(e - r, e) for r, e in zip(rows, ends)]
+
+    def stored_bits(self) -> int:
+        """Bits of packed codes, scales and biases, the latter in 16."""
+        return 8 * self.packed().nbytes + 2 * 16 * self.scales.size
+
+    def packed(self) -> mx.array:
+        """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
+        return pack(self.codes, self.spec.code_bits)
+
+
+def expand(per_group: mx.array, group: int) -> mx.array:
+    """Repeat each group's value over its columns: (m, n / group) → (m, n)."""
+    return mx.repeat(per_group, group, axis=1)
+
+
+def nearest(weight: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
+    """The nearest code of every weight, as float32; shapes broadcast."""
+    safe = mx.where(scales == 0, 1.0, scales)
+    return mx.clip(mx.round((weight - biases) / safe), 0, levels - 1)
+
+
+def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
+        dtype: mx.Dtype = mx.float16) -> Affine:
+    """Codes and scales of ``weight`` (m, n) that minimise the squared error.
+
+    ``importance`` (n,) weights each column's error, for instance by diag(H).
+    Scales and biases are rounded to ``dtype``. A per-tensor spec shares one
+    group over all rows.
+    """
+    rows, columns = weight.shape
+    group = spec.group_for(columns)
+    shape = (1, 1, rows * columns) if spec.group_size == -1 else (rows, columns // group, group)
+    w = weight.astype(mx.float32).reshape(shape)
+    h = mx.ones((columns,)) if importance is None else importance / importance.mean()
+    h = mx.broadcast_to(mx.maximum(h, 1e-6), (rows, columns)).reshape(shape)
+    scales, biases = _search(w, h, spec, dtype)
+    scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group)) for x in (scales, biases))
+    codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group), spec.levels)
+    result = Affine(codes.astype(mx.uint8), mx.contiguous(scales), mx.contiguous(biases), spec)
+    mx.eval(result.codes, result.scales, result.biases)
+    return result
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Codes (m, n) to a little-endian bit stream (m, ⌈n·bits / 32⌉) of uint32, zeros at the end."""
+    return mx.array(pack_words(np.array(codes, np.uint8), bits))
+
+
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """``pack`` for NumPy: so many codes at a time that they fill whole octets."""
+    rows, columns = codes.shape
+    per = 8 // bits if bits in (1, 2, 4, 8) else 8
+    codes = np.pad(codes, [(0, 0), (0, -columns % per)]) if columns % per else codes
+    parts = codes.reshape(rows, -1, per)
+    word = np.uint8 if per * bits == 8 else np.uint64
+    packed = parts[..., 0].astype(word)
+    for place in range(1, per):
+        packed |= parts[..., place].astype(word) << word(bits * place)
+    octets = packed.astype(np.dtype(word).newbyteorder("<")).view(np.uint8).reshape(rows, packed.shape[1], -1)
+    octets = octets[..., :per * bits // 8].reshape(rows, -1)
+    words = np.zeros((rows, -(-columns * bits // 32)), np.uint32)
+    size = min(words.shape[1] * 4, octets.shape[1])
+    words.view(np.uint8)[:, :size] = octets[:, :size]
+    return words
+
+
+def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:
+    """The inverse of ``pack``: codes (m, columns) as uint8. Lazy, so that it can be traced."""
+    octets = packed.view(mx.uint8)  # eight codes fill ``bits`` of them, at any width
+    octets = mx.pad(octets, [(0, 0), (0, -octets.shape[1] % bits)]).reshape(len(packed), -1, bits)
+    word = mx.uint32 if bits <= 4 else mx.uint64
+    eight = octets[..., 0].astype(word)
+    for place in range(1, bits):
+        eight = eight | octets[..., place].astype(word) << 8 * place
+    codes = eight[..., None] >> bits * mx.arange(8, dtype=word) & (1 << bits) - 1
+    return codes.astype(mx.uint8).reshape(len(packed), -1)[:, :columns]
+
+
+def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Best (scale, bias) per group of w (…, group), each of shape (…, 1)."""
+    low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
+    if spec.mirrored:
+        high = mx.maximum(high, -low)
+        low = -high
+    best = None
+    for clip in _CLIPS:
+        scale = clip * (high - low) / (spec.levels - 1)
+        best = _keep_better(best, w, h, scale, clip * low, spec, dtype)
+    scale, bias, _ = best
+    for _ in range(_ROUNDS):
+        codes = nearest(w, scale, bias, spec.levels)
+        best = _keep_better(best, w, h, *_least_squares(w, h, codes, spec), spec, dtype)
+        scale, bias, _ = best
+        mx.eval(*best)
+    return scale, bias
+
+
+def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tuple[mx.array, mx.array]:
+    """Scale and bias that minimise Σ h·(w − scale·q − bias)² for fixed codes."""
+    if spec.mirrored:
+        centred = codes - (spec.levels - 1) / 2
+        scale = (h * centred * w).sum(-1, keepdims=True) / mx.maximum(
+            (h * centred * centred).sum(-1, keepdims=True), 1e-12)
+        return scale, -scale * (spec.levels - 1) / 2
+    total = h.sum(-1, keepdims=True)
+    mean_q, mean_w = ((h * x).sum(-1, keepdims=True) / total for x in (codes, w))
+    variance = (h * mx.square(codes - mean_q)).sum(-1, keepdims=True)
+    scale = (h * (codes - mean_q) * (w - mean_w)).sum(-1, keepdims=True) / mx.maximum(variance, 1e-12)
+    return scale, mean_w - scale * mean_q
+
+
+def _keep_better(best, w, h, scale, bias, spec: Spec, dtype: mx.Dtype):
+    scale, bias = (x.astype(dtype).astype(mx.float32) for x in (scale, bias))
+    error = (h * mx.square(w - scale * nearest(w, scale, bias, spec.levels) - bias)).sum(-1, keepdims=True)
+    if best is None:
+        return scale, bias, error
+    better = error < best[2]
+    return tuple(mx.where(better, new, old) for new, old in zip((scale, bias, error), best))

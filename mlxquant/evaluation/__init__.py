@@ -1,1 +1,0 @@
-"""How good a model is: perplexity, divergence from a reference, error by layer, methods compared."""

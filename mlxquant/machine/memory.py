@@ -1,0 +1,36 @@
+"""How much memory a model may take, and sizes as people write them."""
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxquant.base.errors import BadValue
+
+DENSE_SHARE = 0.7  # of the memory, so that activations and the KV cache have room
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def parse_size(size: str | float) -> int:
+    """Bytes from a number or from text such as "16GB", "500 MB"; raises ``BadValue``."""
+    text = str(size).strip().upper().removesuffix("B").rstrip()
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS and text else (text, "")
+    try:
+        value = float(number) * _UNITS[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise BadValue(f"{size!r} is no size; write for example 16GB")
+    return int(value)
+
+
+def memory_limit() -> int:
+    """Bytes a model may take: the GPU's recommended working set, else the free memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended:
+        return int(recommended)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,94 @@
+"""What a model folder holds, layer by layer, read from its headers alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxquant.sources import checkpoint
+from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicatedLinear
+from mlxquant.layers.transformed import TransformedLinear
+from mlxquant.model.loading import open_lazily
+from mlxquant.sources.names import resolve
+from mlxquant.layers import traffic
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight matrix or embedding. ``bits`` are those of one code, scales apart."""
+
+    path: str
+    format: str
+    bits: int | str
+    shape: list[int]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """``bits_per_weight`` is that of the blocks' matrices, scales included; ``file_bytes``
+    of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
+    ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them."""
+
+    architecture: str
+    parameters: int
+    bits_per_weight: float
+    file_bytes: int
+    bytes_per_token: int
+    bytes_per_token_cpu: int
+    layers: list[Layer]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(name: str, *, revision: str | None = None) -> Inspection:
+    """Describe the model called ``name``; its weights are not read."""
+    return inspect_folder(resolve(name, revision=revision))
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Describe a validated model folder."""
+    network, config = open_lazily(folder)
+    modules = traffic.leaf_modules(network)
+    matrices = [(path, m) for path, m in modules
+                if isinstance(m, (GroupedLinear, ReplicatedLinear)) or "weight" in m and m.weight.ndim >= 2]
+    transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
+    layers = [_layer(path, module, transformed) for path, module in matrices]
+    stored = traffic.weight_bytes(network, config)
+    return Inspection(
+        architecture=config.get("base_model_type", config["model_type"]),
+        parameters=traffic.parameters(network),
+        bits_per_weight=traffic.body_bits_per_weight(network),
+        file_bytes=checkpoint.folder_bytes(folder),
+        bytes_per_token=stored,
+        bytes_per_token_cpu=traffic.weight_bytes(network, config, dense=True),
+        layers=layers)
+
+
+def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
+    outer = path.removesuffix(".linear")
+    prefix = "transformed " if outer in transformed else ""
+    path = outer if prefix else path
+    size = traffic.module_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
+    if isinstance(module, GroupedLinear):
+        width = {0: "row", -1: "matrix"}.get(module.group_size, f"g{module.group_size}")
+        return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
+    if isinstance(module, ReplicatedLinear):
+        return Layer(path, _replicated(module), module.input.spec.bits, list(module.shape), size)
+    shape = list(module.weight.shape)
+    bits = getattr(module, "bits", None)
+    if bits is None:
+        name = str(module.weight.dtype).removeprefix("mlx.core.")
+        return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
+    shape[-1] = shape[-1] * 32 // bits
+    return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)
+
+
+def _replicated(module: ReplicatedLinear) -> str:
+    spec = module.input.spec
+    parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
+             "rotated" * bool(spec.rotation_block)]
+    return " ".join(filter(None, parts))

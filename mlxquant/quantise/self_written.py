@@ -1,0 +1,54 @@
+"""Text that a model writes itself, to calibrate on or to be the teacher of another."""
+
+from typing import Callable
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxquant.machine.memory import memory_limit
+from mlxquant.model.loading import LanguageModel
+from mlxquant.quantise.calibration import Calibration, SAMPLES, SEQUENCE_LENGTH, check
+from mlxquant.layers import outline
+
+_MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
+
+
+def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQUENCE_LENGTH,
+                 seed: int = 0, batch: int = 16, starts: np.ndarray | None = None,
+                 progress: Callable[[int, int], None] = lambda *_: None) -> Calibration:
+    """Samples that the model itself writes at temperature 1.
+
+    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or from one random
+    token each: for use with no text and no network, after data-free quantization-aware training (LLM-QAT,
+    https://arxiv.org/abs/2305.17888). ``batch`` are written in each pass; ``progress`` is told the samples done, and all.
+    """
+    check(samples, length)
+    key, rows = mx.random.key(seed), []
+    for done in range(0, samples, batch):
+        count = min(batch, samples - done)
+        key, first, *steps = mx.random.split(key, length + 1)
+        start = (mx.random.randint(0, len(model.tokenizer), (count, 1), key=first) if starts is None
+                 else mx.array(starts[np.arange(done, done + count) % len(starts)]))
+        keys = iter(steps[start.shape[1] - 1:])
+        rows.append(write_on(model, start, length, lambda logits: mx.random.categorical(logits, key=next(keys))))
+        progress(done + count, samples)
+    return Calibration(np.concatenate(rows), "written by the model itself")
+
+
+def write_on(model: LanguageModel, start: mx.array, length: int, choose: Callable[[mx.array], mx.array]) -> np.ndarray:
+    """``start`` (rows, some) and what follows, up to ``length`` tokens, as ``choose`` picks: logits (rows, vocabulary),
+    float32, to tokens (rows,)."""
+    token, written, cache = start, [start], make_prompt_cache(model.network)
+    for _ in range(length - start.shape[1]):
+        token = choose(model.network(token, cache=cache)[:, -1].astype(mx.float32))[:, None]
+        mx.async_eval(token)
+        written.append(token)
+    return np.array(mx.concatenate(written, axis=1))
+
+
+def at_once(model: LanguageModel, length: int) -> int:
+    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the memory holds keys and
+    values for, at most 512; a power of two, so that a little more free memory does not change what is drawn."""
+    fitting = memory_limit() // 16 // max(1, outline.kv_bytes(model.network, length))
+    return 1 << max(0, min(_MOST_AT_ONCE, fitting).bit_length() - 1)

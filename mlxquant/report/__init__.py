@@ -1,0 +1,1 @@
+"""Measurements for people: quality, speed, and plans for a machine."""

@@ -1,0 +1,259 @@
+"""Tokens per second against the ceiling, by llama-bench's conventions.
+
+``pp512`` processes 512 random tokens at once, ``tg128`` generates 128 one by one after none,
+``tg128 @ d4096`` after 4,096; nothing ends early. Each is warmed up and repeated. A record says
+what one token reads and so how close the run came to the headline and to the measured ceiling;
+``fit.py`` splits the time of a token over several records.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Callable, Iterator, Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from mlxquant.base.errors import BadValue
+from mlxquant.model.loading import LanguageModel, load
+from mlxquant.layers import traffic
+from mlxquant.machine import chips, identity, system
+from mlxquant.runtime import probe
+from mlxquant.report.fit import Fit, fit
+
+CHUNK = 2048  # prompt tokens that are processed at once
+_WARM_UP = 8  # tokens, of those generated
+
+
+@dataclass(frozen=True)
+class Test:
+    """``tokens`` processed at once (``kind`` "pp") or generated ("tg") after ``depth``, in ``batch`` sequences."""
+
+    kind: str
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    def __post_init__(self):
+        for name, least in (("tokens", 1), ("depth", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise BadValue(f"{name} is {getattr(self, name)}, at least {least} is needed")
+
+    @property
+    def name(self) -> str:
+        depth = f" @ d{self.depth}" if self.depth else ""
+        return f"{self.kind}{self.tokens}{depth}" + (f" b{self.batch}" if self.batch > 1 else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one test of one model gave. Rates count the tokens of all sequences; bytes are those of weights,
+    scales and keys and values that a token reads (a share, in a batch). What is not known is None.
+
+    ``ttft_ms`` is the time to the first token after the prompt, in tg that of the depth.
+    """
+
+    model: str
+    test: str
+    depth: int
+    batch: int
+    tps_mean: float
+    tps_stdev: float | None
+    ttft_ms: float | None
+    bytes_per_token: float
+    operations_per_byte: float
+    gb_per_s: float
+    headline_gb_per_s: float | None
+    probe_gb_per_s: float
+    percent_of_headline: float | None
+    percent_of_probe: float
+    fixed_ms_per_token: float | None
+    marginal_gb_per_s: float | None
+    fit_residual_ms: float | None
+    fit_over: str | None
+    parameters: int
+    weight_gb: float
+    peak_memory_gb: float
+    chip: str
+    gpu_cores: int | None
+    mlx: str
+    mlx_lm: str
+    device: str
+    repetitions: int
+    machine: dict
+    power: dict
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,)) -> list[Test]:
+    """All tests of one call: prompt and generation for every depth and batch; 0 tokens leave one out."""
+    return [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
+            for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
+
+
+def bench(models: Sequence[str], *, prompt: int = 512, generated: int = 128, depths: Sequence[int] = (0,),
+          batches: Sequence[int] = (1,), repetitions: int = 5, memory: str | None = None,
+          open_model: Callable[[str], LanguageModel] | None = None,
+          on_record: Callable[[list[Record]], None] = lambda _: None,
+          progress: Callable[[int, int, float], None] = lambda *_: None) -> list[Record]:
+    """Measure every test of every model; ``on_record`` gets all records so far after each.
+
+    ``open_model`` turns a name into a model where it is not ``load`` with ``memory`` that does.
+    ``progress`` gets tests done, of how many, and the last tokens/s. Raises ``BadValue`` for what is
+    not allowed and what ``load`` raises.
+    """
+    tests = tests_of(prompt, generated, depths, batches)
+    if not tests or repetitions < 1:
+        raise BadValue("at least one test and one repetition are needed")
+    probe.read_ceiling()
+    records: list[Record] = []
+    for name in models:
+        model = open_model(name) if open_model else load(name, memory=memory)
+        for test in tests:
+            records.append(_measure(model, test, repetitions))
+            on_record(with_fit(records))
+            progress(len(records), len(tests) * len(models), records[-1].tps_mean)
+        del model
+        mx.clear_cache()
+    return with_fit(records)
+
+
+def with_fit(records: list[Record]) -> list[Record]:
+    """The records with the split of a token's time, over models where three were measured at one depth,
+    else over the depths of each; None where neither can be fitted."""
+    result = list(records)
+    single = [i for i, record in enumerate(records) if record.test.startswith("tg") and record.batch == 1]
+    for over, key in (("depths", "model"), ("models", "depth")):
+        for value in {getattr(records[i], key) for i in single}:
+            chosen = [i for i in single if getattr(records[i], key) == value]
+            found = fit_of([records[i] for i in chosen])
+            for i, residual in zip(chosen, found.residuals_ms if found else ()):
+                result[i] = replace(records[i], fixed_ms_per_token=found.fixed_ms, fit_over=over,
+                                    marginal_gb_per_s=found.gb_per_s, fit_residual_ms=residual)
+    return result
+
+
+def fit_of(records: list[Record]) -> Fit | None:
+    """The split over records of one token a step."""
+    return fit([r.bytes_per_token for r in records], [1e3 / r.tps_mean for r in records]) if records else None
+
+
+def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
+    mx.random.seed(0)
+    mx.reset_peak_memory()
+    runner = _Runner(model, test)
+    with wired_limit(model.network, [generation_stream]):
+        times = list(runner.times(repetitions))
+    peak = mx.get_peak_memory() / 1e9
+    rates = [test.tokens * test.batch / seconds for seconds in times]
+    mean = statistics.mean(rates)
+    ceiling, chip, state = probe.read_ceiling(), chips.detect(), identity.machine()
+    moved = runner.bytes_per_token()
+    rate = mean * moved / 1e9
+    headline = chip.headline_gb_per_s if system.device() == "gpu" else None
+    return Record(
+        model=model.name, test=test.name, depth=test.depth, batch=test.batch, tps_mean=mean,
+        tps_stdev=statistics.stdev(rates) if len(rates) > 1 else None,
+        ttft_ms=1e3 * (statistics.mean(times) if test.kind == "pp" else runner.depth_s) or None,
+        bytes_per_token=moved, operations_per_byte=runner.operations_per_token() / moved, gb_per_s=rate,
+        headline_gb_per_s=headline, probe_gb_per_s=ceiling.gb_per_s,
+        percent_of_headline=100 * rate / headline if headline else None,
+        percent_of_probe=100 * rate / ceiling.gb_per_s, fixed_ms_per_token=None, marginal_gb_per_s=None,
+        fit_residual_ms=None, fit_over=None, parameters=traffic.parameters(model.network),
+        weight_gb=sum(traffic.module_bytes(m) for _, m in traffic.leaf_modules(model.network)) / 1e9,
+        peak_memory_gb=peak, chip=chip.name, gpu_cores=chip.gpu_cores, mlx=state["mlx"],
+        mlx_lm=state["mlx_lm"], device=state["device"], repetitions=repetitions, machine=state,
+        power=system.power_state())
+
+
+class _Runner:
+    """Runs one test over and over on one cache, cut back to the depth in between."""
+
+    def __init__(self, model: LanguageModel, test: Test):
+        self.model, self.test = model, test
+        self.vocabulary = len(model.tokenizer)
+        self.network = _Batched(model.network, test.batch, self.vocabulary) if test.batch > 1 else model.network
+        self.cache, self.kv, self.depth_s = [], 0.0, 0.0
+
+    def times(self, repetitions: int) -> Iterator[float]:
+        """Seconds of each repetition, after a warm-up."""
+        short = self.test.tokens if self.test.kind == "pp" else min(self.test.tokens, _WARM_UP)
+        self._once(short)
+        for _ in range(repetitions):
+            yield self._once(self.test.tokens)
+
+    def _once(self, tokens: int) -> float:
+        self._to_depth()
+        before = traffic.kv_bytes(self.cache)
+        seconds = self._timed(self._tokens(tokens), 0) if self.test.kind == "pp" else \
+            self._timed(self._tokens(1), tokens)
+        self.kv = (before + traffic.kv_bytes(self.cache)) / 2
+        return seconds
+
+    def _to_depth(self) -> None:
+        held = max((getattr(layer, "offset", 0) for layer in self.cache), default=0)
+        if self.cache and held > self.test.depth and can_trim_prompt_cache(self.cache):
+            trim_prompt_cache(self.cache, held - self.test.depth)
+            return
+        self.cache = make_prompt_cache(self.model.network)
+        if self.test.depth:
+            self.depth_s = self._timed(self._tokens(self.test.depth), 0)
+
+    def _timed(self, prompt: mx.array, generated: int) -> float:
+        """Seconds until the last of ``generated`` tokens is there, of none the first after the prompt."""
+        steps = generate_step(prompt, self.network, max_tokens=generated, prompt_cache=self.cache,
+                              prefill_step_size=CHUNK)
+        start = time.perf_counter()
+        for _ in zip(range(generated), steps):
+            pass
+        if not generated:
+            next(steps, None)  # nothing comes, but the first token is computed
+        seconds = time.perf_counter() - start
+        for _ in steps:  # the step after the last one is under way
+            pass
+        mx.synchronize()
+        return seconds
+
+    def _tokens(self, count: int) -> mx.array:
+        return mx.random.randint(0, self.vocabulary, (count,))
+
+    def bytes_per_token(self) -> float:
+        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but the head once
+        for each chunk, and everything once more for the last token, which mlx-lm takes by itself."""
+        network, config, test = self.model.network, self.model.config, self.test
+        last = traffic.weight_bytes(network, config, batch=test.batch) + self.kv
+        if test.kind == "tg":
+            return last / test.batch
+        head = traffic.head_of(network, config)
+        chunk = traffic.weight_bytes(network, config, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
+        chunk -= traffic.module_bytes(head) if head else 0
+        return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
+
+    def operations_per_token(self) -> float:
+        """With weights, and with the keys and values that a token attends to on average."""
+        network, config, test = self.model.network, self.model.config, self.test
+        text = config.get("text_config", config)
+        heads = text.get("num_attention_heads", 1)
+        item = 4 if system.device() == "cpu" else 2
+        attention = 2 * heads / (text.get("num_key_value_heads") or heads) * self.kv / item / test.batch
+        head = traffic.head_of(network, config) if test.kind == "pp" else None
+        spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
+        return traffic.operations_per_token(network, config) - spared + attention
+
+
+class _Batched:
+    """Runs a network on several sequences where ``generate_step`` knows of one.
+
+    The others are the same tokens shifted, so that a mixture chooses other experts for them.
+    """
+
+    def __init__(self, network, batch: int, vocabulary: int):
+        self.network, self.vocabulary = network, vocabulary
+        self.shifts = mx.arange(batch)[:, None] * (vocabulary // batch)
+
+    def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+        return self.network((tokens + self.shifts) % self.vocabulary, cache=cache)[:1]

@@ -1,0 +1,166 @@
+"""Tokens per second on a chip that is not here, with an error band learnt from published measurements.
+
+    time of a token = layers · a + max(b · bytes / headline bandwidth, lane-operations)
+
+a, a fixed time per layer of an engine, and b, bandwidth that no engine reaches, are least squares over
+``published.json``; lane-operations are counted, see ``lanes.py``. Each chip is then predicted from the
+others alone: those errors are the band.
+"""
+
+import statistics
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+
+from mlxquant.base.errors import BadValue
+from mlxquant.machine import chips, lanes
+from mlxquant.machine.chips import Chip
+
+ENGINES = ("llama.cpp", "mlx-lm")
+_OURS = "mlx-lm"  # whose generation loop and graphs run here
+_LEAST_ROWS = 5  # of a family, to have a band of its own
+_BAND = 90  # percent of the back-test's errors that lie within
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Milliseconds per layer by engine, and how much longer than at the headline bytes take."""
+
+    ms_per_layer: dict[str, float]
+    bytes_factor: float
+
+    def milliseconds(self, chip: Chip, bytes_per_token: float, layers: int, lane_s: float, engine: str) -> float:
+        reading = self.bytes_factor * bytes_per_token / chip.headline_gb_per_s / 1e6
+        return layers * self.ms_per_layer[engine] + max(reading, 1e3 * lane_s)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``ceiling_tps`` is bandwidth over bytes; ``low`` and ``high`` hold 9 of 10 of the family's
+    back-tests; ``fits`` is None where the chip's memory is not known."""
+
+    chip: str
+    gpu_cores: int | None
+    tps: float
+    low: float
+    high: float
+    ceiling_tps: float
+    percent_of_headline: float
+    bytes_per_token: float
+    total_bytes: float
+    max_memory_gb: float | None
+    fits: bool | None
+    bound_by: str
+    assumptions: tuple[str, ...]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for people, labelled as what it is."""
+        memory = "largest memory not known" if self.fits is None else \
+            f"{'fits' if self.fits else 'does not fit'}: {self.max_memory_gb:g} GB"
+        return (f"predicted {self.tps:.2f} tokens/s ({self.low:.2f} to {self.high:.2f}), bound by {self.bound_by}; "
+                f"ceiling {self.ceiling_tps:.2f} tokens/s; {memory}")
+
+
+def predict(chip: Chip, *, bytes_per_token: float, total_bytes: float, layers: int, weights: float = 0,
+            cost: lanes.Cost | None = None) -> Prediction:
+    """Decode speed of one sequence on ``chip``. ``total_bytes`` is what must be held; ``cost`` that of
+    the ``weights`` that the blocks use for a token, None where lane-operations do not bind.
+
+    Raises ``BadValue`` for a chip without figures or of a kind that nobody's measurements cover.
+    """
+    if chip.headline_gb_per_s is None or not chip.name.startswith("Apple "):
+        raise BadValue(f"no published measurements to predict {chip.label} from; allowed are Apple's chips")
+    learnt = _learnt()
+    lane_s = weights * cost.on(chip) / chip.lane_operations_per_s if cost else 0.0
+    ms = learnt.milliseconds(chip, bytes_per_token, layers, lane_s, _OURS)
+    tps, band = 1e3 / ms, error_band(chip)
+    reading = learnt.bytes_factor * bytes_per_token / chip.headline_gb_per_s / 1e6
+    memory = chip.max_memory_gb
+    return Prediction(
+        chip=chip.name, gpu_cores=chip.gpu_cores, tps=tps, low=tps / (1 + band), high=tps * (1 + band),
+        ceiling_tps=1e9 * chip.headline_gb_per_s / bytes_per_token,
+        percent_of_headline=tps * bytes_per_token / chip.headline_gb_per_s / 1e7, bytes_per_token=bytes_per_token,
+        total_bytes=total_bytes, max_memory_gb=memory,
+        fits=None if memory is None else total_bytes <= working_set(memory * 2**30),
+        bound_by="arithmetic" if 1e3 * lane_s > reading else "bytes", assumptions=assumptions(chip, learnt))
+
+
+def assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
+    others = [c.label for c in chips.every() if c.name == chip.name and c.gpu_cores != chip.gpu_cores]
+    cores = f"{chip.gpu_cores} GPU cores (there is also {', '.join(others)}), " if others else ""
+    return (f"{chip.name}: {cores}{chip.headline_gb_per_s:g} GB/s stated",
+            f"{learnt.ms_per_layer[_OURS]:.3f} ms a layer and bytes at {100 / learnt.bytes_factor:.0f} % of the "
+            f"headline, learnt from {len(lanes.published()['decode'])} published runs of llama.cpp and mlx-lm",
+            f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips, predicted from the others",
+            "one sequence, greedy, nothing else running, no thermal limit; "
+            "a model may take 2/3 of up to 36 GB and 3/4 of more, the usual default of macOS", *lanes.ASSUMPTIONS[1:])
+
+
+@cache
+def _learnt() -> Coefficients:
+    return learn(lanes.published()["decode"])
+
+
+def learn(rows: list[dict]) -> Coefficients:
+    """Least squares of relative errors over rows of ``published.json`` of at least 4 bits."""
+    rows = [row for row in rows if row["bits"] >= 4]
+    times = np.array([1e3 / row["tokens_per_s"] for row in rows])
+    terms = np.array([[row["layers"] * (row["engine"] == engine) for engine in ENGINES]
+                      + [1e3 * row["gb_per_token"] / _chip(row).headline_gb_per_s] for row in rows])
+    solution, *_ = np.linalg.lstsq(terms / times[:, None], np.ones(len(rows)), rcond=None)
+    return Coefficients(dict(zip(ENGINES, map(float, solution))), float(solution[-1]))
+
+
+@cache
+def backtest() -> tuple[dict, ...]:
+    """Every published run with the tokens/s predicted from the runs of all other chips, and the relative error."""
+    rows = lanes.published()["decode"]
+    result = []
+    for row in rows:
+        learnt = learn([other for other in rows if other["chip"] != row["chip"]])
+        chip, cost = _chip(row), lanes.stock(row["bits"])
+        lane_s = 1e9 * row["weights_billion"] * cost.on(chip) / chip.lane_operations_per_s
+        predicted = 1e3 / learnt.milliseconds(chip, 1e9 * row["gb_per_token"], row["layers"], lane_s, row["engine"])
+        result.append(row | {"predicted": predicted, "error": predicted / row["tokens_per_s"] - 1,
+                             "family": family(row["chip"])})
+    return tuple(result)
+
+
+def backtest_summary() -> list[dict]:
+    """Median and worst relative error by family of chips and by engine, all together last."""
+    rows = backtest()
+    sets = {name: [r for r in rows if r["family"] == name] for name in dict.fromkeys(r["family"] for r in rows)}
+    sets |= {name: [r for r in rows if r["engine"] == name] for name in ENGINES} | {"all": list(rows)}
+    summary = []
+    for name, chosen in sets.items():
+        worst = max(chosen, key=lambda r: abs(r["error"]))
+        summary.append({"chips": name, "runs": len(chosen), "median_error":
+                        statistics.median(abs(r["error"]) for r in chosen), "worst_error": worst["error"],
+                        "worst_run": f"{_chip(worst).label} {worst['model']} {worst['format']} ({worst['engine']})"})
+    return summary
+
+
+def error_band(chip: Chip) -> float:
+    """The relative error that 9 of 10 back-tests of the chip's family stay below."""
+    rows = backtest()
+    errors = [abs(r["error"]) for r in rows if r["family"] == family(chip.name)]
+    return float(np.percentile(errors if len(errors) >= _LEAST_ROWS else [abs(r["error"]) for r in rows], _BAND))
+
+
+def family(name: str) -> str:
+    """"base", "Pro", "Max" or "Ultra"."""
+    last = name.split()[-1]
+    return last if last in ("Pro", "Max", "Ultra") else "base"
+
+
+def working_set(memory: float) -> float:
+    """Bytes a model may take of a Mac's ``memory``: macOS's usual default. A Mac at hand tells its own."""
+    return memory * (2 / 3 if memory <= 36 * 2**30 else 3 / 4)
+
+
+def _chip(row: dict) -> Chip:
+    return chips.of(row["chip"], row["gpu_cores"])

@@ -1,0 +1,1 @@
+"""Text from a loaded model, and how fast it came beside what the machine can read."""

@@ -1,0 +1,171 @@
+"""What this machine can do, measured once per chip, device and MLX version, and cached.
+
+The read ceiling: buffers that are distinct, together at least a gigabyte and so several
+times larger than any cache, are read in turn by a few readers; it is the best one's
+median. On a CPU NumPy's product takes part as well: MLX reads slower than the memory
+there, and a ceiling must be the memory's. Beside it stand the rate of a large matrix
+product and what replicated layers cost here (``replica_probe.py``).
+"""
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.kernels import read_ceiling as read_kernel
+from mlxquant.machine.memory import memory_limit
+from mlxquant.machine.replica_limits import ReplicaLimits
+from mlxquant.machine import chips
+from mlxquant.runtime.replica_probe import measure_replicas
+from mlxquant.machine.system import device
+from mlxquant.base.storage import cache_dir, write_json
+
+_COLUMNS = 8192
+_ROWS = (4096, 16384)  # on a CPU or a small GPU, and where 4 GB are a quarter of the memory at most
+_MATRICES = 8
+_PASSES = 9
+_VECTORS = (16, 64)  # of the read kernel; which is quicker depends on the chip
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Median GB/s of the best reader, and (max − min) / median over its passes."""
+
+    gb_per_s: float
+    spread: float
+    kernel: str
+    chip: str
+    mlx: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """All that is known of this machine. ``readers`` are GB/s by reader, ``product_tflops`` the rate of
+    a matrix product in the type that models run in here."""
+
+    ceiling: Ceiling
+    readers: dict[str, float]
+    product_tflops: float
+    replicas: ReplicaLimits | None = None
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def read_ceiling(*, refresh: bool = False) -> Ceiling:
+    """The cached ceiling of this chip and MLX version, measured now if there is none."""
+    return measured(refresh=refresh).ceiling
+
+
+def replica_limits() -> ReplicaLimits | None:
+    """How many replicas are free here, as ``mlxquant probe`` last measured it; None where it has not."""
+    known = _cached()
+    return known.replicas if known else None
+
+
+def measured(*, refresh: bool = False, replicas: bool = False,
+             progress: Callable[[int, int, float], None] = lambda *_: None) -> Probe:
+    """What is cached of this machine, and what is not, measured now; ``replicas`` too if asked."""
+    known = None if refresh else _cached()
+    if known is None:
+        print("Measuring how fast this machine reads memory, once", file=sys.stderr)
+        known = _measure()
+        write_json(_file(), known.as_dict())
+    if replicas and known.replicas is None:
+        limits = measure_replicas(known.ceiling.gb_per_s, progress)
+        known = Probe(known.ceiling, known.readers, known.product_tflops, limits)
+        write_json(_file(), known.as_dict())
+    return known
+
+
+def _file() -> Path:
+    return cache_dir("probe", f"{chips.slug()}.json")
+
+
+def _cached() -> Probe | None:
+    try:
+        values = json.loads(_file().read_text())
+        replicas = values["replicas"] and ReplicaLimits(**values["replicas"])
+        return Probe(**values | {"ceiling": Ceiling(**values["ceiling"]), "replicas": replicas})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _measure() -> Probe:
+    small, large = _ROWS
+    roomy = device() == "gpu" and memory_limit() >= 4 * 4 * _MATRICES * large * _COLUMNS
+    matrices = [mx.random.normal((large if roomy else small, _COLUMNS)) for _ in range(_MATRICES)]
+    mx.eval(matrices)
+    total = sum(matrix.nbytes for matrix in matrices)
+    passes = {name: _passes(read, total) for name, read in readers(matrices).items()}
+    del matrices
+    mx.clear_cache()
+    best = max(passes, key=lambda name: statistics.median(passes[name]))
+    median = statistics.median(passes[best])
+    ceiling = Ceiling(median, (max(passes[best]) - min(passes[best])) / median, best,
+                      chips.detect().name, mx.__version__)
+    return Probe(ceiling, {name: statistics.median(rates) for name, rates in passes.items()}, _product_tflops())
+
+
+def readers(matrices: list[mx.array]) -> dict[str, Callable[[], None]]:
+    """Ways to read all ``matrices``, each after the one before, by name."""
+    vector = mx.ones((_COLUMNS, 1))
+    flat = [matrix.reshape(-1).view(mx.uint32) for matrix in matrices]
+    mx.eval(vector, flat)
+
+    def reduction() -> None:
+        total = mx.array(0.0)
+        for matrix in matrices:
+            total = total + matrix.sum()
+        mx.eval(total)
+
+    def product() -> None:
+        x = vector
+        for matrix in matrices:
+            x = vector + 1e-9 * (matrix @ x).sum()
+        mx.eval(x)
+
+    def kernel(vectors: int) -> Callable[[], None]:
+        def read() -> None:
+            result = flat[0][:8]
+            for buffer in flat:
+                result = read_kernel.read(buffer, result, vectors)
+            mx.eval(result)
+        return read
+
+    known: dict[str, Callable[[], None]] = {"mlx reduction": reduction, "mlx product": product}
+    if device() == "cpu":
+        views = [np.array(matrix, copy=False) for matrix in matrices]
+        ones = np.ones(_COLUMNS, np.float32)
+        known["numpy product"] = lambda: [view @ ones for view in views]
+    elif read_kernel.trusted():
+        known |= {f"read kernel, {v} vectors": kernel(v) for v in _VECTORS
+                  if flat[0].size % read_kernel.words(v) == 0}
+    return known
+
+
+def _passes(read: Callable[[], None], total: int) -> list[float]:
+    """GB/s of each pass over ``total`` bytes, after one that warms up."""
+    read()
+    return [total / _seconds(read) / 1e9 for _ in range(_PASSES)]
+
+
+def _product_tflops() -> float:
+    """10¹² operations a second of the product of two square matrices, the best of 5."""
+    on_cpu = device() == "cpu"
+    size, dtype = (1024, mx.float32) if on_cpu else (8192, mx.float16)
+    a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
+    mx.eval(a, b, a @ b)
+    return 2e-12 * size**3 / min(_seconds(lambda: mx.eval(a @ b)) for _ in range(5))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,98 @@
+"""Keys and values of a conversation, kept between calls and between sessions."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import (can_trim_prompt_cache, load_prompt_cache, make_prompt_cache, save_prompt_cache,
+                                 trim_prompt_cache)
+from mlx_lm.utils import common_prefix_len
+
+from mlxquant.base.errors import BadCheckpoint
+from mlxquant.base.storage import new_file
+
+_TOKENS = "tokens"
+
+
+@dataclass
+class PromptCache:
+    """Keys and values of a conversation, kept between calls.
+
+    Give the same object to successive calls: only the tokens after the longest
+    prefix shared with the last call are processed again. ``draft_layers`` are
+    those of the draft model, where one guesses ahead.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
+    draft_layers: list[Any] = field(default_factory=list)
+
+    def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None) -> int:
+        """Trim to what ``prompt`` shares with the held tokens; returns how many remain.
+
+        At least one prompt token is left to process. A cache that cannot be
+        trimmed (a sliding window that has wrapped) is started afresh.
+        """
+        if draft is None:
+            self.draft_layers = []
+        shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
+        known = self.layers and (draft is None or self.draft_layers)
+        if not known or not all(_cut(layers, len(self.tokens) - shared) for layers in self._sets()):
+            self.layers, shared = make_prompt_cache(network), 0
+            self.draft_layers = make_prompt_cache(draft) if draft is not None else []
+        self.tokens = self.tokens[:shared]
+        return shared
+
+    def record(self, fed: list[int]) -> None:
+        """Note the tokens of the last call, as far as all layers have taken them in."""
+        known = self.tokens + fed
+        held = min(len(known), *map(_offset, self._sets()))
+        if held and all(_cut(layers, _offset(layers) - held) for layers in self._sets()):
+            self.tokens = known[:held]
+        else:  # unknown contents: start afresh next time
+            self.tokens, self.layers, self.draft_layers = [], [], []
+
+    def save(self, path: Path) -> None:
+        """Write the tokens with their keys and values as safetensors, in one step."""
+        with new_file(path) as scratch:
+            named = scratch.with_suffix(".safetensors")  # the only ending that MLX writes
+            save_prompt_cache(str(named), self.layers, {_TOKENS: " ".join(map(str, self.tokens))})
+            named.replace(scratch)
+
+    @classmethod
+    def load(cls, path: Path) -> "PromptCache":
+        """Read what ``save`` wrote; raises ``BadCheckpoint`` for anything else.
+
+        It fits the model it was made with, and no other; only the caller can know.
+        """
+        try:
+            layers, metadata = load_prompt_cache(str(path), return_metadata=True)
+            tokens = [int(token) for token in metadata[_TOKENS].split()]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{path} is no prompt cache: {str(error).splitlines()[0]}") from error
+        return cls(tokens, layers)
+
+    def _sets(self) -> list[list[Any]]:
+        return [layers for layers in (self.layers, self.draft_layers) if layers]
+
+
+def takes_back(layers: list[Any]) -> bool:
+    """Whether tokens can be taken back at any length, as guessing ahead needs.
+
+    A sliding window cannot once it has wrapped, nor can a recurrent state.
+    """
+    return can_trim_prompt_cache(layers) and not any(hasattr(layer, "max_size") for layer in layers)
+
+
+def _offset(layers: list[Any]) -> int:
+    return max((getattr(layer, "offset", 0) for layer in layers), default=0)
+
+
+def _cut(layers: list[Any], surplus: int) -> bool:
+    """Forget the last ``surplus`` tokens; False where that cannot be done."""
+    if surplus and not can_trim_prompt_cache(layers):
+        return False
+    if surplus > 0:
+        trim_prompt_cache(layers, surplus)
+    return True

@@ -1,0 +1,111 @@
+"""How many replicas this machine runs for nothing: replicated layers timed over widths, replicas and groups.
+
+One token through a chain of distinct layers, each fed by the one before, together several times
+larger than any cache, by the GPU's own time (``kernels/gpu_clock.py``): launching from Python would hide what a
+replica costs.
+"""
+
+import statistics
+from typing import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxquant.kernels import gpu_clock
+from mlxquant.layers.packed import pack
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.codes.packing import level_grid
+from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
+from mlxquant.machine.replica_limits import ReplicaLimits, search
+from mlxquant.machine.system import device
+
+_SHAPE = (14336, 4096)
+_LEAST_LAYERS, _LEAST_BYTES = 8, 256e6
+_CALLS = 64
+_PASSES = 7
+_LEAST_SHARE = 0.25  # of the ceiling, that one replica must reach for the others to mean something
+
+
+def measure_replicas(ceiling_gb_per_s: float,
+                     progress: Callable[[int, int, float], None] = lambda *_: None) -> ReplicaLimits:
+    """Time this machine's replicated layers; ``progress`` gets widths done, of how many, and microseconds."""
+    if device() == "cpu":
+        return ReplicaLimits("on a plain CPU replicated layers run as dense weights, for which replicas cost nothing")
+    largest, groups, timings, slow = {}, {}, [], []
+    for done, bits in enumerate(REPLICA_WIDTHS):
+        found: list[dict] = []
+
+        def timer(replicas: int, group: int) -> float:
+            found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
+            progress(done, len(REPLICA_WIDTHS), found[-1]["microseconds"])
+            return found[-1]["microseconds"]
+
+        one = timer(1, 0)
+        running = found[0]["gb_per_s"] >= _LEAST_SHARE * ceiling_gb_per_s
+        largest[str(bits)], groups[str(bits)] = search(one, timer) if running else (None, None)
+        slow += [] if running else [f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)"]
+        timings += found
+    reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} GB/s at "
+              f"{', '.join(slow)} bits: there it is not reading that takes the time") if slow else None
+    return ReplicaLimits(reason, largest, groups, timings)
+
+
+def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
+    """Median microseconds of one layer with one token, as a loaded model runs it, the spread of the passes,
+    and GB/s of what it stores."""
+    one = size[0] * size[1] * (2 if shape.bits == "ternary" else shape.bits) / 8
+    count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
+    chain = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)])
+    stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
+    start = mx.random.normal((1, size[1])).astype(dtype)
+    mx.eval(start, chain.parameters())
+    chain = pack(chain)
+
+    def run(rounds: int, zero: mx.array) -> list[mx.array]:
+        x = start + zero.astype(dtype)
+        for _ in range(rounds):
+            x = chain(x)
+        return [x]
+
+    times = [seconds / count for seconds in gpu_clock.seconds_per_step(run, max(1, _CALLS // count), _PASSES)]
+    median = statistics.median(times)
+    return shape.as_dict() | {"microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
+                              "gb_per_s": stored / median / 1e9, "layers": count}
+
+
+class _Step(nn.Module):
+    """A layer beside what siblings would share with it, as in a model."""
+
+    def __init__(self, layer: ReplicatedLinear):
+        super().__init__()
+        self.shared, self.layer = layer.input, layer
+
+
+class _Chain(nn.Module):
+    """Layers of which each takes what the one before gives."""
+
+    def __init__(self, layers: list[ReplicatedLinear]):
+        super().__init__()
+        self.steps = [_Step(layer) for layer in layers]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for step in self.steps:
+            x = step.layer(x)
+        return x
+
+
+def _layer(shape: ReplicaShape, outputs: int, inputs: int, dtype: mx.Dtype) -> ReplicatedLinear:
+    """Random codes, and scales with which outputs are about as large as inputs."""
+    shared = ReplicaInput(inputs, shape)
+    layer = ReplicatedLinear(outputs, shared)
+    lowest, distance = level_grid(shape.bits)
+    variance = ((1 - 2 * lowest / distance) ** 2 - 1) / 12 * distance**2
+    shared.replica_in = mx.random.normal(shared.replica_in.shape).astype(dtype)
+    if shape.replica_group:
+        shared.column_scale = mx.ones(inputs, dtype)
+    size = (inputs * shape.replicas * variance) ** -0.5
+    layer.replica_out = (size * mx.random.normal(layer.replica_out.shape)).astype(dtype)
+    low, high = (0, 243) if shape.bits == "ternary" else (-(1 << 31), (1 << 31) - 1)
+    layer.codes = mx.random.randint(low, high, layer.codes.shape).astype(layer.codes.dtype)
+    return layer

@@ -1,0 +1,1 @@
+"""Where models come from: names, recipes, checkpoints and GGUF files."""

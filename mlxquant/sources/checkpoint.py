@@ -1,0 +1,217 @@
+"""Read and write a model folder: config, safetensors and tokenizer files.
+
+``validate`` proves every header consistent with its file before MLX opens it,
+so a truncated or lying file ends in one line, not in garbage weights.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator
+
+from mlxquant.base import tensor_file
+from mlxquant.base.errors import BadCheckpoint
+from mlxquant.base.storage import new_folder, write_json
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+SHARD_BYTES = 1 << 30
+_MAX_HEADER = 100 << 20
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2,
+               "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
+               "F64": 8}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One entry of a safetensors header: where ``file`` holds a tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read_config(folder: Path) -> dict:
+    """``config.json`` of a model folder; raises ``BadCheckpoint``."""
+    return read_object(folder / "config.json", "model_type")
+
+
+def validate(folder: Path) -> dict[str, TensorHeader]:
+    """Check a model folder and return the header of every tensor by name.
+
+    Raises ``BadCheckpoint``: no config or weights, a shard missing, an index
+    that names files outside the folder, a header that contradicts its file.
+    """
+    read_config(folder)
+    files = weight_files(folder)
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        for name, header in _read_header(file).items():
+            if name in tensors:
+                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and {file.name}")
+            tensors[name] = header
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        _check_index(index, tensors)
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The ``model*.safetensors`` files of a folder, sorted; raises ``BadCheckpoint``."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise BadCheckpoint(f"{folder} holds no model*.safetensors file")
+    # A hub snapshot links into its own repository's blobs; nothing may lead further.
+    root = folder.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for file in files:
+        if not file.resolve().is_relative_to(root):
+            raise BadCheckpoint(f"{file} leads outside the model folder")
+    return files
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files directly in a model folder: what it takes on disk."""
+    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer and other files that go with the weights, by name: all but config and index."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()
+            if p.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")
+            and p.name not in ("config.json", "model.safetensors.index.json")}
+
+
+def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tuple[str, "mx.array"]],
+          others: dict[str, str | bytes], finish: Callable[[Path], None] = lambda _: None) -> None:
+    """Write a model folder in one step, holding at most one shard in memory.
+
+    ``tensors`` may be a generator, and ``config`` a function that is called when it
+    is through; ``others`` are further files (tokenizer, templates) by name. ``finish``
+    is called with the finished folder before it takes its place.
+    ``folder`` must not exist or be empty.
+    """
+    with new_folder(folder) as scratch:
+        index: dict[str, str] = {}
+        for number, shard in enumerate(_shards(tensors), 1):
+            file = f"model-{number:05d}.safetensors"
+            index |= dict.fromkeys(shard, file)
+            tensor_file.write(scratch / file, shard, {"format": "mlx"})
+        _name_shards(scratch, index)
+        write_json(scratch / "config.json", config() if callable(config) else config)
+        for name, content in others.items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        finish(scratch)
+
+
+def _shards(tensors: Iterable[tuple[str, "mx.array"]]) -> Iterator[dict[str, "mx.array"]]:
+    shard, size = {}, 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _name_shards(folder: Path, index: dict[str, str]) -> None:
+    """Give the shards the names that other tools expect, now that their number is known."""
+    files = sorted(set(index.values()))
+    final = {f: "model.safetensors" if len(files) == 1 else
+             f"model-{n:05d}-of-{len(files):05d}.safetensors" for n, f in enumerate(files, 1)}
+    for old, new in final.items():
+        (folder / old).rename(folder / new)
+    total = sum((folder / f).stat().st_size for f in final.values())
+    write_json(folder / "model.safetensors.index.json",
+               {"metadata": {"total_size": total},
+                "weight_map": {name: final[file] for name, file in sorted(index.items())}})
+
+
+def read_object(path: Path, *required: str) -> dict:
+    """The JSON object in a file, which must have the keys ``required``; raises ``BadCheckpoint``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{path.parent} holds no {path.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} is not readable JSON: {error}") from error
+    missing = [key for key in required if not isinstance(value, dict) or key not in value]
+    if missing or not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} lacks {', '.join(missing) or 'an object'}")
+    return value
+
+
+def _read_header(file: Path) -> dict[str, TensorHeader]:
+    """Parse and check one safetensors header (format: 8-byte length, JSON, data)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise BadCheckpoint(f"{file} is truncated or no safetensors file: {size} bytes cannot "
+                                f"hold a header of {length}")
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise BadCheckpoint(f"{file} has a broken header: {error}") from error
+    if not isinstance(header, dict):
+        raise BadCheckpoint(f"{file} has a header that is no JSON object")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        tensors[name], span = _check_entry(file, name, entry)
+        spans.append(span)
+    _check_spans(file, sorted(spans), size - 8 - length)
+    return tensors
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)!r}")
+    return value
+
+
+def _check_entry(file: Path, name: str, entry) -> tuple[TensorHeader, tuple[int, int]]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sound = (dtype in _ITEM_BYTES
+                 and all(type(n) is int and n >= 0 for n in [*shape, begin, end]))
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise BadCheckpoint(f"{file}: tensor {name} has a malformed header entry")
+    needed = prod(shape) * _ITEM_BYTES[dtype]
+    if end - begin != needed:
+        raise BadCheckpoint(f"{file}: tensor {name} of shape {shape} and type {dtype} takes "
+                            f"{needed} bytes, its offsets span {end - begin}")
+    return TensorHeader(file.name, dtype, tuple(shape), needed), (begin, end)
+
+
+def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    position = 0
+    for begin, end in spans:
+        if begin != position:
+            raise BadCheckpoint(f"{file}: tensors overlap or leave a gap at data byte {position}")
+        position = end
+    if position != data_bytes:
+        raise BadCheckpoint(f"{file} is truncated or has trailing bytes: its header describes "
+                            f"{position} bytes of data, the file holds {data_bytes}")
+
+
+def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:
+    weight_map = read_object(index, "weight_map")["weight_map"]
+    if not isinstance(weight_map, dict):
+        raise BadCheckpoint(f"{index}: weight_map is no object")
+    present = {path.name for path in index.parent.iterdir()}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise BadCheckpoint(f"{index} sends tensor {name} outside its folder: {file!r}")
+        if file not in present:
+            raise BadCheckpoint(f"{index} names {file}, which is missing")
+        if name not in tensors:
+            raise BadCheckpoint(f"{index} promises tensor {name}, which {file} does not hold")

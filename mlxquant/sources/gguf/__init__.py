@@ -1,0 +1,81 @@
+"""GGUF files become ordinary MLX checkpoints: ``reader`` → ``model`` (``config``, ``weights``) → a model folder.
+
+An import is made once per file and kept in the cache, so that everything
+downstream sees one kind of model folder.
+"""
+
+import hashlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxquant.sources import checkpoint
+from mlxquant.base.errors import BadCheckpoint
+from mlxquant.sources.gguf import model, tokenizer
+from mlxquant.sources.gguf.reader import open_model, part_files
+from mlxquant.base.storage import cache_dir, exclusive, refuse_existing, require_space
+
+_FORMAT = 2  # part of the cache key: raise it when the written folder changes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the import is, bytes of tensors read, and ``record`` (``model.Imported.record``) of what was rounded."""
+
+    folder: Path
+    bytes: int
+    seconds: float
+    record: dict
+
+
+def import_cached(path: Path) -> Path:
+    """The model folder made from a GGUF file; raises ``BadCheckpoint`` or ``Unsupported``."""
+    path = path.resolve()
+    state = [(p.name, s.st_size, s.st_mtime_ns) for p in part_files(path) for s in [p.stat()]]
+    digest = hashlib.sha256(f"{_FORMAT}:{path}:{state}".encode()).hexdigest()[:12]
+    folder = cache_dir("imports", f"{path.stem}-{digest}")
+    if folder.exists():
+        return folder
+    with exclusive(folder, wait=True):
+        if folder.exists():  # another process was quicker
+            return folder
+        print(f"Importing {path.name}, once", file=sys.stderr)
+        outcome = import_file(path, folder)
+        if anew := [r for r in outcome.record["rounded"].values() if not r["repacked"] and r["bits"] < 16]:
+            print(f"{len(anew)} of {outcome.record['tensors']} tensors had no exact place and were rounded anew, "
+                  f"relative error {outcome.record['error']:.1e}; `mlxquant import` shows each", file=sys.stderr)
+    return folder
+
+
+def import_file(path: Path, folder: Path, bits: int | None = None, progress=lambda *_: None) -> Outcome:
+    """Write the GGUF file at ``path``, or the split model it is a part of, as the model folder ``folder``.
+
+    Codes that MLX has a place for move as they are; other types are decoded and rounded to ``bits``
+    (2, 3, 4, 5, 6, 8; 16 keeps them as numbers; default: by type). Raises ``BadCheckpoint``, ``Unsupported``,
+    ``BadValue`` or ``TooLarge``.
+    """
+    start = time.perf_counter()
+    refuse_existing(folder)
+    file = open_model(path)
+    before = file.state()
+    imported, others = model.read(file, bits), tokenizer.files(file)
+    require_space(folder, imported.stored_bytes(), f"importing {path.name}")
+
+    def tensors():
+        total = sum(source.tensor.bytes for source in imported.sources.values())
+        done = 0
+        for name, array in imported.tensors():
+            yield name, array
+            if name in imported.sources:
+                done += imported.sources[name].tensor.bytes
+                progress(done, total, done / 1e9)
+        if file.state() != before:
+            raise BadCheckpoint(f"{path} changed while it was imported")
+
+    def config() -> dict:  # asked for when all tensors are written
+        return imported.config | {"mlxquant_import": {"file": path.name, **imported.record()}}
+
+    checkpoint.write(folder, config, tensors(), others)
+    return Outcome(folder, sum(source.tensor.bytes for source in imported.sources.values()),
+                   time.perf_counter() - start, imported.record())

@@ -1,0 +1,109 @@
+"""From a model's name to a local folder that mlx-lm can load.
+
+A name is, in this order: a folder, a GGUF file, a recipe (``models/*.toml``),
+or a Hugging Face repository (``owner/name``).
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from mlxquant.sources import checkpoint, recipes
+from mlxquant.base.errors import BadCheckpoint, ModelNotFound
+
+DEFAULT_MODEL = "smollm2-135m"
+
+# Weights, configuration and tokenizers; never code, never pickles.
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str, *, revision: str | None = None) -> Path:
+    """Return the local, validated folder of the model called ``name``.
+
+    Downloads and GGUF imports happen once and are kept in the cache. Raises
+    ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = path
+    elif path.is_file():
+        folder = _import_gguf(path)
+    elif name in recipes.names():
+        folder = _import_gguf(recipes.fetch(recipes.read(name)))
+    elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"no such file or folder: {name}")
+    elif _REPOSITORY.fullmatch(name):
+        folder = _download(name, revision)
+    else:
+        raise ModelNotFound(_unknown(name))
+    checkpoint.validate(folder)
+    return folder
+
+
+def config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of the model called ``name``, without its weights where they are not here yet.
+
+    Of a repository only ``config.json`` is downloaded; a ``.json`` file is a configuration
+    itself. Raises what ``resolve`` raises.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return checkpoint.read_object(path, "model_type")
+    if path.is_dir():
+        return checkpoint.read_config(path)
+    local = path.exists() or name in recipes.names() or name.startswith((".", "/", "~"))
+    if local or path.suffix in (".gguf", ".json") or not _REPOSITORY.fullmatch(name):
+        return checkpoint.read_config(resolve(name, revision=revision))
+    return checkpoint.read_config(_download(name, revision, ["config.json"]))
+
+
+def _import_gguf(path: Path) -> Path:
+    from mlxquant.sources import gguf
+
+    if path.suffix != ".gguf":
+        raise BadCheckpoint(f"{path} is neither a folder nor a .gguf file")
+    return gguf.import_cached(path)
+
+
+def _download(repository: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
+    """Fetch a repository into ``huggingface_hub``'s own cache; every ``HF_*`` variable applies."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except hub.GatedRepoError as error:
+        raise ModelNotFound(f"{repository} needs a licence accepted on its page, "
+                            "then `hf auth login`") from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelNotFound(f"{repository} has no revision {revision!r}") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelNotFound(f"no Hugging Face repository {repository} (or it is private: "
+                            f"`hf auth login`){_near(repository)}") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        raise ModelNotFound(f"{repository} is not in the cache and the Hugging Face hub "
+                            f"cannot be reached{_near(repository)}") from error
+    except ValueError as error:  # huggingface_hub's own check of the name
+        raise ModelNotFound(f"{repository!r} is not a repository name: {error}") from error
+
+
+def _unknown(name: str) -> str:
+    return (f"no model named {name!r}: give a folder, a .gguf file, a repository (owner/name) "
+            f"or one of: {', '.join(recipes.names())}{_near(name)}")
+
+
+def _near(name: str) -> str:
+    known = {n.lower(): n for n in [*recipes.names(), *_cached_repositories(),
+                                    *(p.name for p in Path().iterdir() if p.is_dir())]}
+    near = [known[n] for n in difflib.get_close_matches(name.lower(), known, n=3)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _cached_repositories() -> list[str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = Path(HF_HUB_CACHE).glob("models--*--*")
+    return [f.name.removeprefix("models--").replace("--", "/") for f in folders]
