@@ -19,20 +19,22 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-import mlxquant  # noqa: E402  first: it loads the BLAS before MLX
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-import sentencepiece  # noqa: E402
-import xllamacpp  # noqa: E402
-from conftest import alphabet  # noqa: E402
-from gguf_files import write_gguf  # noqa: E402
-from test_gguf_architectures import CASES, frequency_factors, random_model  # noqa: E402
-from test_gguf_tokenizer import SAMPLE, TEXTS, piece_fields  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+import mlxquant
 
-from mlxquant.sources.gguf import import_file  # noqa: E402
-from mlxquant.sources.gguf.splitters import SPLITTERS  # noqa: E402
-from record import save  # noqa: E402
+# isort: split
+import mlx.core as mx
+import numpy as np
+import sentencepiece
+import xllamacpp
+from conftest import alphabet
+from gguf_files import write_gguf
+from record import save
+from test_gguf_architectures import CASES, frequency_factors, random_model
+from test_gguf_tokenizer import SAMPLE, TEXTS, piece_fields
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from mlxquant.sources.gguf import import_file
+from mlxquant.sources.gguf.splitters import SPLITTERS
 
 ALPHABET = [*alphabet()[:-1], "ab"]  # llama.cpp wants a merge
 TOKENS = [5, 80, 200, 7, 99, 41, 300, 6]

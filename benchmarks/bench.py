@@ -13,20 +13,22 @@ import argparse
 import re
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
-from mlxquant.layers.dense import to_dense
-from mlxquant.layers.packed import pack
-from mlxquant.model.loading import LanguageModel, load
-from mlxquant.sources.names import DEFAULT_MODEL
+from record import RESULTS, read, save
+
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
+from mlxquant.layers.dense import to_dense
+from mlxquant.layers.packed import pack
 from mlxquant.machine import chips
-from mlxquant.report import bench_output
-from mlxquant.runtime import probe
-from mlxquant.report.bench import Record
 from mlxquant.machine.system import device
-from record import RESULTS, read, save
+from mlxquant.model.loading import LanguageModel, load
+from mlxquant.report import bench_output
+from mlxquant.report.bench import Record
+from mlxquant.runtime import probe
+from mlxquant.sources.names import DEFAULT_MODEL
+
 
 def shape(hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict:
     """The configuration of a Llama."""

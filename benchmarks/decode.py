@@ -19,14 +19,15 @@ _TOKENS, _LOOPS, _QUEUED, _WAIT = 48, 5, 3, 0.25
 if "--limits" not in sys.argv:  # read once, when MLX is imported
     os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "1000000", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
-import mlxquant  # noqa: E402  first: it loads the BLAS before MLX
-import mlx.core as mx  # noqa: E402
-from bench import open_model  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
-from mlxquant.kernels import gpu_clock  # noqa: E402
-from mlxquant.layers import traffic  # noqa: E402
-from mlxquant.runtime.probe import read_ceiling  # noqa: E402
-from record import save  # noqa: E402
+# isort: split
+import mlx.core as mx
+from bench import open_model
+from mlx_lm.models.cache import make_prompt_cache
+from record import save
+
+from mlxquant.kernels import gpu_clock
+from mlxquant.layers import traffic
+from mlxquant.runtime.probe import read_ceiling
 
 
 class Decoding:

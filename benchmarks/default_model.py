@@ -11,9 +11,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from record import save
+
 import mlxquant
 from mlxquant.sources.names import DEFAULT_MODEL
-from record import save
 
 REPETITIONS = 5
 

@@ -22,15 +22,14 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import gguf
 import numpy as np
+from record import save
 
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import MlxquantError
+from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf import model, tokenizer
 from mlxquant.sources.gguf.reader import open_model
-from record import save
 
 CHUNK = 2000  # cases in a process
 LIMIT = 2 << 30  # address space that a process may take beyond what it started with

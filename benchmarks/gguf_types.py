@@ -13,19 +13,19 @@ import ctypes
 import time
 from importlib.metadata import version
 
-import mlxquant  # first: it loads the BLAS before MLX
 import gguf
 import mlx.core as mx
 import numpy as np
 import xllamacpp
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
+from record import save
 
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import Unsupported
 from mlxquant.sources.gguf import repack, weights
 from mlxquant.sources.gguf.repack import GROUP
 from mlxquant.sources.names import DEFAULT_MODEL
-from record import save
 
 
 def ggml_blocks(values: np.ndarray, type_: Type) -> np.ndarray:

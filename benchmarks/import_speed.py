@@ -16,14 +16,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-import mlxquant  # noqa: E402  first: it loads the BLAS before MLX
-import gguf  # noqa: E402
-import numpy as np  # noqa: E402
-from gguf import GGMLQuantizationType as Type  # noqa: E402
-from gguf_files import random_blocks  # noqa: E402
+# isort: split
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf_files import random_blocks
+from record import save
 
-from mlxquant.sources.gguf import import_file  # noqa: E402
-from record import save  # noqa: E402
+from mlxquant.sources.gguf import import_file
 
 KINDS = {"F16": [Type.F16], "Q8_0": [Type.Q8_0], "Q4_0": [Type.Q4_0], "Q4_K": [Type.Q4_K], "Q5_K": [Type.Q5_K],
          "Q4_K and Q6_K, as Q4_K_M": [Type.Q4_K, Type.Q6_K], "Q6_K": [Type.Q6_K], "IQ4_XS": [Type.IQ4_XS]}

@@ -10,22 +10,25 @@ kernels overlap: the kernel alone.
 
 import argparse
 import statistics
-from typing import Callable
+from collections.abc import Callable
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
+from record import save
 
-from mlxquant.kernels import (
-    backend, code_order, expand_codes, gpu_clock, prepare_input, replicated_matvec,
-    replicated_tensor_cores
-)
-from mlxquant.kernels.check import Case
-from mlxquant.kernels.prepare_input import Scales
 from mlxquant.codes import hadamard
 from mlxquant.codes.packing import level_count
+from mlxquant.kernels import (
+    backend,
+    code_order,
+    expand_codes,
+    gpu_clock,
+    prepare_input,
+    replicated_matvec,
+    replicated_tensor_cores,
+)
+from mlxquant.kernels.check import Case
 from mlxquant.runtime.probe import read_ceiling
-from record import save
 
 COLD = 600e6  # bytes of distinct weights
 REPEATS = 7

@@ -16,18 +16,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
+from record import save
 
 from mlxquant.base import tensor_file
-from mlxquant.sources.checkpoint import folder_bytes
+from mlxquant.base.storage import require_space, write_json
+from mlxquant.codes.spec import Overrides, Spec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, room
 from mlxquant.quantise.job import Job
-from mlxquant.codes.spec import Overrides, Spec
-from mlxquant.base.storage import require_space, write_json
-from record import save
+from mlxquant.sources.checkpoint import folder_bytes
 
 SHAPES = {  # Llama 3.2 1B and Llama 3.1 8B
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,

@@ -11,11 +11,11 @@ what it measured. Without --plan the README's table is made.
 import argparse
 import traceback
 
-import mlxquant  # first: it loads the BLAS before MLX
+from record import RESULTS, save
+
+from mlxquant.codes.spec import parse_bits
 from mlxquant.report.comparison import as_dicts, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
-from mlxquant.codes.spec import parse_bits
-from record import RESULTS, save
 
 PLAN = ["rtn,w8a8,smoothquant,gptq:8", "rtn,awq,gptq,gptq-corrected,gptq-rotated,gptq-fused:4",
         "rtn,awq,gptq,gptq-corrected,gptq-rotated,gptq-fused:3",

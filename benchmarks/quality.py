@@ -13,8 +13,8 @@ from pathlib import Path
 from readme import LITERATURE, method_rows, replica_results
 from record import read
 
-from mlxquant.report.comparison import METHODS
 from mlxquant.base.storage import write_json
+from mlxquant.report.comparison import METHODS
 
 AS_GOOD = 1.002
 TABLE = Path(__file__).with_name("quality.json")

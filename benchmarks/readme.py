@@ -11,9 +11,9 @@ from pathlib import Path
 
 from record import RESULTS, read
 
-from mlxquant.report.comparison import Row, plot
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
+from mlxquant.report.comparison import Row, plot
 
 README = Path(__file__).parents[1] / "README.md"
 LITERATURE = Path(__file__).parent / "literature.json"
@@ -60,7 +60,7 @@ def method_rows() -> list[dict]:
         on_gpu = read(path.stem)["machine"]["device"] == "gpu"
         for row in read(path.stem)["rows"]:
             method = row["method"]
-            if method == "original" or method == "rtn" and path.stem in EARLIER:
+            if method == "original" or (method == "rtn" and path.stem in EARLIER):
                 continue
             if path.stem in SHARED_HOST or not on_gpu:
                 row = row | {"seconds": None}

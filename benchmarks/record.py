@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
-from mlxquant.machine.identity import machine
+import mlxquant
+
+# isort: split
 from mlxquant.base.storage import write_json
+from mlxquant.machine.identity import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,15 +16,16 @@ import time
 import traceback
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
-from mlxquant.report.divergence import divergence
+from record import save
+
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.layers.repeated import parse_repeat
 from mlxquant.model.loading import LanguageModel, load
-from mlxquant.sources.names import DEFAULT_MODEL
 from mlxquant.quantise.assignment import Target
+from mlxquant.report.divergence import divergence
+from mlxquant.sources.names import DEFAULT_MODEL
 from mlxquant.tuning.distill import Schedule
-from record import save
 
 COMMON = dict(rotation="online", propagation="corrected")
 REPLICA = dict(method="replica", **COMMON)

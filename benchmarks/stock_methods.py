@@ -12,7 +12,6 @@ import time
 import traceback
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -20,12 +19,13 @@ import numpy as np
 from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 from mlx_lm.quant.dwq import dwq_quantize
 from mlx_lm.quant.gptq import gptq_quantize
-
-from mlxquant.report.divergence import divergence
-from mlxquant.layers.dense import to_dense
-from mlxquant.sources.names import DEFAULT_MODEL
-from mlxquant.quantise import calibration
 from record import save
+
+import mlxquant  # first: it loads the BLAS before MLX
+from mlxquant.layers.dense import to_dense
+from mlxquant.quantise import calibration
+from mlxquant.report.divergence import divergence
+from mlxquant.sources.names import DEFAULT_MODEL
 
 GROUP = 64
 PLAN = ["rtn:4", "gptq:4", "awq:4", "dwq:4", "rtn:3", "awq:3", "dwq:3", "rtn:2", "gptq:2", "awq:2", "dwq:2"]

@@ -11,23 +11,23 @@ from mlxquant.base import blas
 from mlxquant.base.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the names below
-    from mlxquant.runtime.batch import BatchResponse as BatchResponse
-    from mlxquant.runtime.batch import batch_generate as batch_generate
     from mlxquant.base.errors import MlxquantError as MlxquantError
-    from mlxquant.report.perplexity import evaluate as evaluate
-    from mlxquant.runtime.generation import generate as generate
-    from mlxquant.runtime.generation import stream_generate as stream_generate
     from mlxquant.model.inspection import inspect as inspect
     from mlxquant.model.loading import LanguageModel as LanguageModel
     from mlxquant.model.loading import load as load
-    from mlxquant.sources.names import resolve as resolve
-    from mlxquant.runtime.prompt_cache import PromptCache as PromptCache
     from mlxquant.quantise.pipeline import quantize as quantize
+    from mlxquant.report.bench import bench as bench
+    from mlxquant.report.perplexity import evaluate as evaluate
+    from mlxquant.report.plan import plan as plan
+    from mlxquant.runtime.batch import BatchResponse as BatchResponse
+    from mlxquant.runtime.batch import batch_generate as batch_generate
+    from mlxquant.runtime.generation import generate as generate
+    from mlxquant.runtime.generation import stream_generate as stream_generate
+    from mlxquant.runtime.prompt_cache import PromptCache as PromptCache
     from mlxquant.runtime.reply import Chunk as Chunk
     from mlxquant.runtime.reply import Response as Response
-    from mlxquant.report.bench import bench as bench
-    from mlxquant.report.plan import plan as plan
     from mlxquant.runtime.sampling import Sampling as Sampling
+    from mlxquant.sources.names import resolve as resolve
     from mlxquant.tuning.tune import tune as tune
 
 _HOME = {

@@ -8,18 +8,25 @@ addresses fetched for a request; no web page of another origin unless allowed.
 import json
 import threading
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, _image_parts, get_system_fingerprint
+from mlx_lm.server import (
+    APIHandler,
+    ModelProvider,
+    ResponseGenerator,
+    _image_parts,
+    get_system_fingerprint,
+)
 
 from mlxquant.base.errors import BadValue, MlxquantError
-from mlxquant.runtime.generation import KV_GROUP
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.generation import KV_GROUP
 from mlxquant.runtime.sampling import Sampling
 from mlxquant.runtime.speculation import DRAFT_TOKENS
 

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import mlxquant  # first: it loads the BLAS before MLX
+
+# isort: split
+
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -6,9 +6,10 @@ As a script: a chat in this terminal. ``python scripted.py FOLDER [SECONDS PER T
 import sys
 import time
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
+
+import mlxquant  # first: it loads the BLAS before MLX
 
 REPLIES = [
     "<think>The user greets me. I should be friendly, and show what I can do.</think>\n\n"
@@ -40,7 +41,7 @@ class Scripted(nn.Module):
 
     def __call__(self, inputs: mx.array, cache=None) -> mx.array:
         logits = self.inner(inputs, cache=cache)
-        if inputs.shape[1] > 1 or not self._next and inputs.item() != self._end:
+        if inputs.shape[1] > 1 or (not self._next and inputs.item() != self._end):
             self._next = [*next(self._replies, []), self._end]
         if inputs.shape[1] > 1:  # a prompt but for its last token, whose turn it then is
             return logits

@@ -1,6 +1,5 @@
 """Packing at every width, and scales against brute force and an independent reference."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlxquant.base.errors import BadValue
 from mlxquant.codes import affine, rtn
-from mlxquant.codes.spec import Overrides, Spec, WIDTHS, parse_bits, parse_override
+from mlxquant.codes.spec import WIDTHS, Overrides, Spec, parse_bits, parse_override
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,17 +1,17 @@
 """Scale moved between weights and inputs: AWQ and SmoothQuant, against float64 references."""
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+import mlxquant
 from mlxquant.base.errors import BadValue
-from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
-from mlxquant.quantise import awq, smoothquant
 from mlxquant.codes.affine import fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
+from mlxquant.quantise import awq, smoothquant
 
 N = 128
 W8 = Spec(bits=8, group_size=0, symmetric=True, method="smoothquant")

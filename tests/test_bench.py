@@ -4,17 +4,15 @@ import csv
 import json
 from dataclasses import replace
 
-import mlxquant
 import pytest
 from conftest import CONFIG
 
+import mlxquant
 from mlxquant import MlxquantError
 from mlxquant.machine import chips
 from mlxquant.report import bench, bench_output
 
-KEYS = ("model test tps_mean tps_stdev ttft_ms bytes_per_token gb_per_s headline_gb_per_s probe_gb_per_s "
-        "percent_of_headline percent_of_probe fixed_ms_per_token peak_memory_gb chip gpu_cores mlx mlx_lm device "
-        "repetitions machine power").split()
+KEYS = ["model", "test", "tps_mean", "tps_stdev", "ttft_ms", "bytes_per_token", "gb_per_s", "headline_gb_per_s", "probe_gb_per_s", "percent_of_headline", "percent_of_probe", "fixed_ms_per_token", "peak_memory_gb", "chip", "gpu_cores", "mlx", "mlx_lm", "device", "repetitions", "machine", "power"]
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 from itertools import product
 
-import mlxquant  # first: it loads the BLAS before MLX
 import numpy as np
 import pytest
 
 from mlxquant.base.errors import BadValue
-from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.codes.spec import Spec
+from mlxquant.quantise.budget import Option, at_every_price, choose
 
 
 def random_options(seed, layers=4, ways=5):

@@ -9,8 +9,8 @@ from scripted import scripted
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
-from mlxquant.chat import Conversation, saved
 from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
+from mlxquant.chat import Conversation, saved
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from conftest import CONFIG, write_folder
 from mlx_lm.utils import load as stock_load
 
 import mlxquant
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadCheckpoint, MlxquantError
+from mlxquant.sources import checkpoint
 
 
 def safetensors(header, data: bytes = b"") -> bytes:

@@ -3,7 +3,8 @@
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.machine import chip_table as table, chips, identity, system
+from mlxquant.machine import chip_table as table
+from mlxquant.machine import chips, identity, system
 
 # What `ioreg -rc AGXAccelerator -d1` printed, shortened.
 REGISTRY = {

@@ -7,9 +7,7 @@ import sys
 import pytest
 from conftest import write_folder
 
-GENERATE_KEYS = ("text prompt_tokens generation_tokens prompt_tps generation_tps ttft_s bytes_per_token "
-                 "gb_per_s ceiling_gb_per_s ceiling_source percent_of_ceiling peak_memory_gb "
-                 "finish_reason").split()
+GENERATE_KEYS = ["text", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "ttft_s", "bytes_per_token", "gb_per_s", "ceiling_gb_per_s", "ceiling_source", "percent_of_ceiling", "peak_memory_gb", "finish_reason"]
 
 
 def mlxquant(*arguments, stdin="", **options):

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.quantise import conversations
 

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import fields, replace
 
-import mlxquant
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,9 +12,10 @@ from conftest import CONFIG, random_network, write_folder
 from mlx.utils import tree_map
 from test_cli import mlxquant as command
 
+import mlxquant
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
-from mlxquant.report.by_layer import by_layer, hidden_states, plot
 from mlxquant.model.blocks import after_each_block
+from mlxquant.report.by_layer import by_layer, hidden_states, plot
 from mlxquant.report.divergence import Divergence, divergence
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12

@@ -172,7 +172,7 @@ def test_two_runs_do_not_write_one_output(work, tmp_path, verb):
             if here.exists():
                 break
             time.sleep(0.1)
-        failed_in_one_line(run(*verb(work, output), **{"MLXQUANT_CACHE": environment["MLXQUANT_CACHE"]}),
+        failed_in_one_line(run(*verb(work, output), MLXQUANT_CACHE=environment["MLXQUANT_CACHE"]),
                            "another run is writing")
     finally:
         first.kill()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import fuzz  # noqa: E402
+import fuzz
 
 
 @pytest.fixture

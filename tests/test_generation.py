@@ -1,6 +1,5 @@
 """Generation: mlx-lm's greedy output, sampling, stop strings, prompt caches, limits."""
 
-import mlx.core as mx
 import mlx_lm
 import pytest
 

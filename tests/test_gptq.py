@@ -1,15 +1,14 @@
 """GPTQ against the textbook's column-by-column form in float64."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.codes import rtn
-from mlxquant.quantise import gptq
 from mlxquant.codes.affine import expand, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise import gptq
 
 
 def problem(rows=24, columns=160, tokens=600, seed=0):

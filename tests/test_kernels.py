@@ -8,20 +8,24 @@ import json
 import os
 import sys
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal import Compiler, Emulation, OutOfBounds, Unsettled
 from typer.testing import CliRunner
 
-from metal import Compiler, Emulation, OutOfBounds, Unsettled
 from mlxquant.cli import app
+from mlxquant.codes.packing import level_count, pack_codes
 from mlxquant.kernels import (
-    backend, check, code_order, expand_codes, prepare_input, replicated_matvec
+    backend,
+    check,
+    code_order,
+    expand_codes,
+    prepare_input,
+    replicated_matvec,
 )
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.first_step import Gate, Norm
-from mlxquant.codes.packing import level_count, pack_codes
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]

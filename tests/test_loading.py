@@ -9,11 +9,11 @@ from conftest import random_network, write_folder
 from mlx_lm import convert
 
 import mlxquant
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
-from mlxquant.model.inspection import inspect
-from mlxquant.machine.memory import memory_limit, parse_size
 from mlxquant.layers import traffic
+from mlxquant.machine.memory import memory_limit, parse_size
+from mlxquant.model.inspection import inspect
+from mlxquant.sources import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 import sys
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal import Compiler, Emulation, NotEmulated, OutOfBounds, Rejected, Undefined, Unsettled
+
 from mlxquant.kernels import column_sweep
 
 if sys.platform != "linux":

@@ -9,8 +9,9 @@ import pytest
 from conftest import write_folder
 
 import mlxquant
-from mlxquant.sources import names as models, recipes
 from mlxquant.base.errors import BadCheckpoint, BadValue, ModelNotFound
+from mlxquant.sources import names as models
+from mlxquant.sources import recipes
 
 
 def test_a_folder_resolves_to_itself(tiny_folder):

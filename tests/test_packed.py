@@ -1,6 +1,5 @@
 """Packed groups and networks: what they compute, what they cost, against the stored form."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,18 +8,17 @@ from conftest import CONFIG
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from test_kernels import compiler, emulation, needs_clang  # noqa: F401  fixtures
+from test_kernels import compiler, emulation, needs_clang
 from test_replicated import fill, siblings
 
-from mlxquant.model import distributed
-from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
-from mlxquant.layers import repeated
-from mlxquant.layers.packed import NormDoneByReader, PackedGroup, PackedLinear, PackedMLP, pack
-from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.layers.repeated import Repeat
 from mlxquant.codes.spec import ReplicaShape
-from mlxquant.layers import outline, traffic
+from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
+from mlxquant.layers import outline, repeated, traffic
+from mlxquant.layers.packed import NormDoneByReader, PackedGroup, PackedLinear, PackedMLP, pack
+from mlxquant.layers.repeated import Repeat
+from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.layers.traffic import leaf_modules, module_bytes
+from mlxquant.model import distributed
 
 SHAPE = ReplicaShape(2, 4, 0)
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 150, 6, 11, 250, 42, 17, 90]])
@@ -51,7 +49,7 @@ def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32):
     repeated.install(network, repeats)
     for path, module in network.named_modules():
         module.update({name: mx.random.normal(array.shape) for name, array in module.items()
-                       if name in ("bias", "repeat_gates") or isinstance(module, nn.RMSNorm) and name == "weight"})
+                       if name in ("bias", "repeat_gates") or (isinstance(module, nn.RMSNorm) and name == "weight")})
     network.set_dtype(dtype)
     return network
 

@@ -6,18 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import mlxquant
 import pytest
 from conftest import CONFIG
 
+import mlxquant
 from mlxquant import MlxquantError
-from mlxquant.sources import checkpoint
-from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.model.loading import open_lazily
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.machine import chips
+from mlxquant.model.loading import open_lazily
 from mlxquant.report import plan, quality
+from mlxquant.sources import checkpoint
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
          "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
@@ -25,7 +25,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "i
 QWEN = {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
         "vocab_size": 151936, "rope_theta": 1000000, "max_position_embeddings": 40960, "tie_word_embeddings": False}
-ROW_KEYS = "bits replicas group bits_per_weight file_bytes total_bytes fits tps quality quality_source".split()
+ROW_KEYS = ["bits", "replicas", "group", "bits_per_weight", "file_bytes", "total_bytes", "fits", "tps", "quality", "quality_source"]
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_mixtures_are_not_planned_for():
 
 
 def test_measured_limits_say_which_replicas_are_free(monkeypatch):
-    from mlxquant.runtime import probe
     from mlxquant.machine.replica_limits import ReplicaLimits
+    from mlxquant.runtime import probe
 
     limits = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": 32, "16": None}})
     monkeypatch.setattr(probe, "replica_limits", lambda: limits)

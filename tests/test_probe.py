@@ -2,10 +2,10 @@
 
 import json
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import pytest
 
+import mlxquant
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import gpu_clock
 from mlxquant.machine import replica_limits

@@ -3,16 +3,16 @@
 import json
 import shutil
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 from mlx_lm.utils import load as stock_load
 
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
-from mlxquant.model.inspection import inspect
 from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.model.inspection import inspect
 from mlxquant.quantise import assignment, awq, pipeline, walk
 from mlxquant.quantise.assignment import Target
 from mlxquant.quantise.budget import choose

@@ -2,11 +2,11 @@
 
 import sys
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlxquant
 from mlxquant.kernels import read_ceiling
 
 

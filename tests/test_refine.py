@@ -1,13 +1,12 @@
 """Refinement of codes and scales against what an exhaustive float64 search and solver find."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.quantise import refine
-from mlxquant.codes.affine import Affine, expand, fit
+from mlxquant.codes.affine import expand, fit
 from mlxquant.codes.spec import Spec
+from mlxquant.quantise import refine
 
 
 def problem(rows=6, columns=96, seed=0):

@@ -2,27 +2,32 @@
 
 import json
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 from mlx_lm.generate import batch_generate
 from mlx_lm.models.cache import (
-    KVCache, QuantizedKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache)
+    KVCache,
+    QuantizedKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
 from mlx_lm.utils import load as stock_load
 from typer.testing import CliRunner
 
-from mlxquant.cli import app
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
-from mlxquant.model.blocks import after_each_block
-from mlxquant.layers import repeated
+from mlxquant.cli import app
+from mlxquant.layers import repeated, traffic
 from mlxquant.layers.formats import config_with
 from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.repeated_cache import PassesCache
+from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.capture import block_calls
-from mlxquant.layers import traffic
 from mlxquant.tuning.distill import Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 

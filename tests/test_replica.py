@@ -2,15 +2,14 @@
 
 from dataclasses import replace
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.base.errors import BadValue
-from mlxquant.quantise import envelope, gptq, replica
 from mlxquant.codes.spec import ReplicaShape, Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise import envelope, gptq, replica
 
 WIDTHS = [1, "ternary", 2, 3, 4]
 SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]

@@ -1,6 +1,5 @@
 """Replicated layers: against dense float64 products, in files, in networks and in training."""
 
-import mlxquant
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -10,18 +9,21 @@ from conftest import CONFIG, random_network, tokenizer_texts
 from mlx.utils import tree_flatten
 from test_transformed import close, draw, rotation_matrix
 
-from mlxquant.sources import checkpoint
+import mlxquant
 from mlxquant.base.errors import BadCheckpoint, BadValue
-from mlxquant.model.inspection import inspect_folder
-from mlxquant.layers import formats
-from mlxquant.layers.dense import to_dense
-from mlxquant.layers.replicated import (
-    ReplicaInput, ReplicatedLinear, bits_per_weight, install_group
-)
 from mlxquant.codes import hadamard
 from mlxquant.codes.packing import empty_codes, level_values, pack_codes, unpack_codes
 from mlxquant.codes.spec import REPLICA_GROUPS, REPLICA_WIDTHS, ReplicaShape
-from mlxquant.layers import traffic
+from mlxquant.layers import formats, traffic
+from mlxquant.layers.dense import to_dense
+from mlxquant.layers.replicated import (
+    ReplicaInput,
+    ReplicatedLinear,
+    bits_per_weight,
+    install_group,
+)
+from mlxquant.model.inspection import inspect_folder
+from mlxquant.sources import checkpoint
 
 LEVELS = {1: [-1, 1], "ternary": [-1, 0, 1], 2: [-1.5, -0.5, 0.5, 1.5],
           3: [c - 3.5 for c in range(8)], 4: [c - 7.5 for c in range(16)]}

@@ -2,10 +2,10 @@
 
 import json
 
-import mlxquant
 import pytest
 from scripted import scripted
 
+import mlxquant
 from mlxquant.base.errors import Unsupported
 from mlxquant.runtime.reply import Part, Splitter
 

@@ -1,7 +1,7 @@
 """The report that every reply ends with."""
 
-from mlxquant.runtime import speed
 from mlxquant.machine import chips
+from mlxquant.runtime import speed
 
 
 def make(**changes):

@@ -1,6 +1,5 @@
 """Keeping salient channels: the kept values against least squares, and the gain on data."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,11 +7,11 @@ import pytest
 from test_salient_layer import close, draw
 
 from mlxquant.base.errors import BadValue
-from mlxquant.layers.salient import SalientLinear
 from mlxquant.codes import rtn
-from mlxquant.quantise import awq, gptq, salient
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.salient import SalientLinear
+from mlxquant.quantise import awq, gptq, salient
 
 LOUD = [5, 70, 71, 150]  # outlying channels of ``problem``
 METHODS = {"rtn": rtn.quantise, "awq": awq.quantise, "gptq": gptq.quantise}

@@ -2,7 +2,6 @@
 
 import json
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.codes import hadamard, rtn
+from mlxquant.codes.spec import Spec
+from mlxquant.layers import traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear, tensors_of
 from mlxquant.layers.salient import SalientLinear, expand_salient
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.codes import hadamard, rtn
-from mlxquant.codes.spec import Spec
-from mlxquant.layers import traffic
 
 N, M, GROUP = 96, 7, 32
 COLUMNS = [3, 40, 41, 95]

@@ -1,6 +1,5 @@
 """The importance of outputs against finite differences, and predicted against measured divergence."""
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

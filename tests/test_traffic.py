@@ -1,6 +1,5 @@
 """Bytes per token against what files and caches hold."""
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -8,9 +7,10 @@ from conftest import CONFIG, random_network, write_folder
 from mlx_lm.models import mixtral
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant.sources import checkpoint
-from mlxquant.model.loading import open_lazily
+import mlxquant
 from mlxquant.layers import outline, traffic
+from mlxquant.model.loading import open_lazily
+from mlxquant.sources import checkpoint
 
 LAYER = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 128  # weights of the matrices of one block
 EMBEDDING = 384 * 64

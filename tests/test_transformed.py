@@ -2,7 +2,6 @@
 
 import json
 
-import mlxquant  # noqa: F401  first: it loads the BLAS before MLX
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,12 +9,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
+import mlxquant
 from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.codes import hadamard
+from mlxquant.layers import traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear, round_activation
-from mlxquant.codes import hadamard
-from mlxquant.layers import traffic
 
 N, M, BLOCK = 96, 7, 32
 

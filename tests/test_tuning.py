@@ -5,18 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network, write_folder
 
+import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, self_written
-from mlxquant.codes.spec import ReplicaShape
-from mlxquant.layers import outline
 from mlxquant.tuning.distill import Distillation, Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 from mlxquant.tuning.tune import tune

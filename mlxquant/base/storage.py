@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, TypeVar
+from typing import IO, Any, TypeVar
 
 from mlxquant.base import tensor_file
 from mlxquant.base.errors import MlxquantError, TooLarge
@@ -44,7 +45,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
 
 def refuse_existing(target: Path) -> None:
     """Raise ``MlxquantError`` where ``target`` is a file or a folder that holds something."""
-    if target.is_file() or target.is_dir() and any(target.iterdir()):
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise MlxquantError(f"{target} already exists; choose another output path or remove it")
 
 

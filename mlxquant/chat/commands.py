@@ -1,15 +1,16 @@
 """What a line that begins with a slash does. One function a command; the table at the end names them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
-from mlxquant.sources import recipes
-from mlxquant.chat import saved
 from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.chat import saved
 from mlxquant.runtime.generation import generate
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.sampling import Sampling
+from mlxquant.sources import recipes
 
 if TYPE_CHECKING:
     from mlxquant.chat.session import Session

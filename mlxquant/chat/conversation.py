@@ -1,15 +1,15 @@
 """What has been said, and the keys and values computed for it."""
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Callable, Generator
 
 from mlxquant.base.errors import BadValue, TooLarge
-from mlxquant.runtime.generation import Message, encode, stream_generate
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.generation import Message, encode, stream_generate
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
-from mlxquant.runtime.speed import Report
 from mlxquant.runtime.sampling import Sampling
+from mlxquant.runtime.speed import Report
 
 
 @dataclass

@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxquant.sources import checkpoint
-from mlxquant.chat.conversation import Conversation
 from mlxquant.base.errors import BadCheckpoint, MlxquantError
+from mlxquant.base.storage import write_json
+from mlxquant.chat.conversation import Conversation
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.sampling import Sampling
-from mlxquant.base.storage import write_json
+from mlxquant.sources import checkpoint
 
 FORMAT = 1
 _KEYS = {"format", "model", "weights", "system", "sampling", "max_tokens", "messages", "forgotten"}

@@ -7,7 +7,8 @@ line carries little more than the text.
 
 import sys
 import time
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from rich.console import Console
 

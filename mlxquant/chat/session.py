@@ -4,19 +4,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 
+from mlxquant.base.errors import MlxquantError
+from mlxquant.base.storage import state_dir
 from mlxquant.chat import commands, saved, status, terminal
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.screen import LiveScreen, PlainScreen, Screen
-from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.sources.names import resolve
 from mlxquant.runtime.prompt_cache import PromptCache
-from mlxquant.base.storage import state_dir
+from mlxquant.sources.names import resolve
 
 Load = Callable[[str], LanguageModel]
 

@@ -1,7 +1,7 @@
 """One line about the model and the last reply, as wide as the window allows."""
 
-from mlxquant.chat.conversation import Conversation
 from mlxquant.base.errors import MlxquantError
+from mlxquant.chat.conversation import Conversation
 from mlxquant.model.loading import LanguageModel
 
 

@@ -4,7 +4,8 @@ A message that begins with three double quotes goes on until three close it.
 """
 
 import sys
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from mlxquant.base.storage import state_dir
 

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from mlxquant.base.version import __version__
-from mlxquant.cli import files, look, make, measure, run, serve, tune  # noqa: F401  each registers its verbs
-from mlxquant.cli.common import app, remark
 from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.version import __version__
+from mlxquant.cli import files, look, make, measure, run, serve, tune
+from mlxquant.cli.common import app, remark
 
 
 @app.callback(invoke_without_command=True)

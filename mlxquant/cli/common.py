@@ -3,7 +3,7 @@
 import json
 import sys
 from contextlib import contextmanager
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,8 +18,8 @@ MODEL_HELP = "A folder, a .gguf file, a Hugging Face repository, or a recipe's n
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a repository.")]
-Memory = Annotated[Optional[str], typer.Option(help="Most the model may take, e.g. 8GB.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+Memory = Annotated[str | None, typer.Option(help="Most the model may take, e.g. 8GB.")]
 Trust = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Run code that the model folder brings. Off by default.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest reply in tokens.")]
@@ -28,14 +28,14 @@ TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest; 0 is off.")]
 MinP = Annotated[float, typer.Option(help="Least probability, relative to the likeliest; 0 is off.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeats.")]
-Seed = Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")]
-KvBits = Annotated[Optional[int], typer.Option(help="Quantise the KV cache: 2, 3, 4, 5, 6 or 8.")]
-Draft = Annotated[Optional[str], typer.Option(
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+KvBits = Annotated[int | None, typer.Option(help="Quantise the KV cache: 2, 3, 4, 5, 6 or 8.")]
+Draft = Annotated[str | None, typer.Option(
     metavar="MODEL", help="A small model of the same vocabulary that guesses tokens ahead.")]
 DraftTokens = Annotated[int, typer.Option(help="Tokens that --draft guesses at a time.")]
 Lookup = Annotated[int, typer.Option(
     metavar="N", help="Guess up to N tokens ahead from what followed the same words before; 0 is off.")]
-System = Annotated[Optional[str], typer.Option(help="System prompt.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 
 
 def load_model(model: str, revision: str | None, memory: str | None, trust: bool, *,
@@ -56,7 +56,13 @@ def progress(title: str):
     """A progress bar on stderr; the context gives a function (done, total, value). A part of the work with another title
     gets a bar of its own."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -1,19 +1,19 @@
 """The verb that makes a model folder of a GGUF file."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from mlxquant.cli.common import AsJson, app, print_json, progress
 from mlxquant.base.errors import ModelNotFound
+from mlxquant.cli.common import AsJson, app, print_json, progress
 
 
 @app.command("import", epilog="Example: mlxquant import model-Q4_K_M.gguf -o model")
 def import_gguf(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .gguf file, or any part of a split one.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
-    bits: Annotated[Optional[int], typer.Option(
+    bits: Annotated[int | None, typer.Option(
         help="Width of types that MLX has no exact place for: 2, 3, 4, 5, 6, 8, or 16 to keep them as numbers. "
              "Default: the narrowest that holds their bits per weight.")] = None,
     as_json: AsJson = False,

@@ -1,14 +1,22 @@
 """Verbs that measure and describe: evaluate, inspect and check."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from mlxquant.cli.common import (
-    AsJson, Memory, ModelName, Revision, Trust, app, load_model, print_json, progress
-)
 from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.cli.common import (
+    AsJson,
+    Memory,
+    ModelName,
+    Revision,
+    Trust,
+    app,
+    load_model,
+    print_json,
+    progress,
+)
 
 
 @app.command(epilog="Example: mlxquant evaluate smollm2-135m --text wikitext2-raw-test.txt --windows 40")
@@ -16,12 +24,12 @@ def evaluate(
     model: ModelName,
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
     context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[Optional[int], typer.Option(help="Use the first N windows; default: all.")] = None,
-    reference: Annotated[Optional[str], typer.Option(
+    windows: Annotated[int | None, typer.Option(help="Use the first N windows; default: all.")] = None,
+    reference: Annotated[str | None, typer.Option(
         metavar="MODEL", help="Also the divergence from this model, the unquantised one.")] = None,
     layerwise: Annotated[bool, typer.Option(
         "--by-layer", help="Instead, the hidden state's error after every block.")] = False,
-    plot: Annotated[Optional[Path], typer.Option(
+    plot: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Draw --by-layer into a .png or .svg file.")] = None,
     revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -29,8 +37,8 @@ def evaluate(
     """Perplexity over the first windows of a text, and the distance from a reference model."""
     from dataclasses import asdict
 
-    from mlxquant.report import by_layer, divergence, perplexity
     from mlxquant.model.loading import load
+    from mlxquant.report import by_layer, divergence, perplexity
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")

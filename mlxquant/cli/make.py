@@ -1,14 +1,14 @@
 """Verbs that make a quantised model and compare the ways of making one."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from mlxquant.cli.common import AsJson, ModelName, Revision, app, print_json, progress, remark
 from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.cli.common import AsJson, ModelName, Revision, app, print_json, progress, remark
 
-Data = Annotated[Optional[list[str]], typer.Option(
+Data = Annotated[list[str] | None, typer.Option(
     help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
          "Default: text the model writes itself.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
@@ -39,35 +39,35 @@ def quantize(
     propagation: Annotated[str, typer.Option(
         help="Calibrate a block on the inputs of the float model, of the quantised one, "
              "or corrected for the difference.")] = "quantised",
-    override: Annotated[Optional[list[str]], typer.Option(
+    override: Annotated[list[str] | None, typer.Option(
         help="'GLOB:bits=4,group_size=64' for some layers; repeatable.")] = None,
-    target_bpw: Annotated[Optional[float], typer.Option(
+    target_bpw: Annotated[float | None, typer.Option(
         help="Give each layer its own width: bits per weight of the body.")] = None,
-    target_gb: Annotated[Optional[float], typer.Option(
+    target_gb: Annotated[float | None, typer.Option(
         help="The same, to gigabytes (10^9 bytes) of the whole folder.")] = None,
     siblings_alike: Annotated[bool, typer.Option(
         "--siblings-alike", help="With a target, replica: q, k and v get one width, gate and up too; faster, a little worse.")] = False,
-    embedding_bits: Annotated[Optional[int], typer.Option(
+    embedding_bits: Annotated[int | None, typer.Option(
         help="Width of embedding and head; default: as stored.")] = None,
-    activation_bits: Annotated[Optional[int], typer.Option(
+    activation_bits: Annotated[int | None, typer.Option(
         help="Round activations too (simulated), e.g. 8.")] = None,
     activation_granularity: Annotated[str, typer.Option(help="token, tensor or static.")] = "token",
-    alpha: Annotated[Optional[float], typer.Option(
+    alpha: Annotated[float | None, typer.Option(
         help="SmoothQuant's strength, 0 to 1; default: searched.")] = None,
-    repeat_blocks: Annotated[Optional[list[str]], typer.Option(
+    repeat_blocks: Annotated[list[str] | None, typer.Option(
         help="8:16x2 runs each of blocks 8 to 15 twice in a row, on weights stored once; repeatable. "
              "Changes nothing until the result is tuned.")] = None,
-    repeat_span: Annotated[Optional[list[str]], typer.Option(
+    repeat_span: Annotated[list[str] | None, typer.Option(
         help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; repeatable.")] = None,
     data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
     revision: Revision = None, as_json: AsJson = False,
 ):
     """Quantise a model block by block; a killed run goes on where it was."""
+    from mlxquant.codes.spec import parse_bits, parse_override
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
     from mlxquant.quantise.assignment import Target
     from mlxquant.quantise.pipeline import quantize as run
-    from mlxquant.codes.spec import parse_bits, parse_override
 
     if rotate and rotate_fused:
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
@@ -126,20 +126,20 @@ def compare(
     model: ModelName,
     text: Annotated[Path, typer.Option(help="A UTF-8 text to evaluate on, apart from --data.")],
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rtn,awq,gptq,gptq-rotated",
-    bits: Annotated[Optional[list[str]], typer.Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
     group_size: GroupSize = 64,
     context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[Optional[int], typer.Option(help="Use the first N windows; default: all.")] = 40,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw perplexity over bytes into this file.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Use the first N windows; default: all.")] = 40,
+    plot: Annotated[Path | None, typer.Option(help="Draw perplexity over bytes into this file.")] = None,
     data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
     as_json: AsJson = False,
 ):
     """The methods side by side on one model: quality, size, time and memory."""
     from rich.console import Console
 
+    from mlxquant.codes.spec import parse_bits
     from mlxquant.report import comparison
     from mlxquant.report.by_layer import check_plot
-    from mlxquant.codes.spec import parse_bits
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")

@@ -1,16 +1,23 @@
 """Verbs about speed: chips, probe, bench and plan."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from mlxquant.cli.common import (
-    AsJson, MODEL_HELP, Memory, Revision, app, print_json, progress, remark
-)
 from mlxquant.base.errors import BadValue
+from mlxquant.cli.common import (
+    MODEL_HELP,
+    AsJson,
+    Memory,
+    Revision,
+    app,
+    print_json,
+    progress,
+    remark,
+)
 
-ChipName = Annotated[Optional[str], typer.Option(
+ChipName = Annotated[str | None, typer.Option(
     "--chip", help="Predict for this chip, e.g. 'M1 Pro' or 'M3 Max 30c', in place of this machine.")]
 
 
@@ -27,8 +34,8 @@ def chips(
 
     from mlxquant.machine import chips as known
     from mlxquant.machine import lanes as operations
-    from mlxquant.report import predict
     from mlxquant.machine.chip_table import MARKS
+    from mlxquant.report import predict
 
     if backtest:
         summary = predict.backtest_summary()
@@ -121,14 +128,14 @@ def bench(
     prompt: Annotated[int, typer.Option("-p", "--prompt", help="Prompt tokens; 0: no such test.")] = 512,
     generated: Annotated[int, typer.Option("-n", "--generate", help="Generated tokens; 0: no such test.")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Runs of each test.")] = 5,
-    depth: Annotated[Optional[list[int]], typer.Option(
+    depth: Annotated[list[int] | None, typer.Option(
         "-d", "--depth", help="Tokens in the context beforehand; repeatable. Default: 0.")] = None,
-    batch: Annotated[Optional[list[int]], typer.Option(
+    batch: Annotated[list[int] | None, typer.Option(
         "-b", "--batch", help="Sequences at once; repeatable. Default: 1.")] = None,
     form: Annotated[str, typer.Option("--format", help="md, json, jsonl or csv.")] = "md",
-    output: Annotated[Optional[Path], typer.Option(
+    output: Annotated[Path | None, typer.Option(
         "-o", "--output", help="Write there; a table is still shown.")] = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw the roofline into a .png or .svg file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the roofline into a .png or .svg file.")] = None,
     chip: ChipName = None, memory: Memory = None,
 ):
     """Tokens per second against the ceiling, by llama-bench's conventions.
@@ -136,12 +143,12 @@ def bench(
     Ctrl-C ends early and keeps what was measured. With --chip nothing runs here: the speed there is
     predicted, from a configuration alone.
     """
-    from mlxquant.report.by_layer import check_plot
+    from mlxquant.base.storage import new_file
     from mlxquant.machine import chips
     from mlxquant.report import bench_output
     from mlxquant.report.bench import bench as run
+    from mlxquant.report.by_layer import check_plot
     from mlxquant.runtime.probe import measured
-    from mlxquant.base.storage import new_file
 
     if form not in bench_output.FORMATS:
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
@@ -170,10 +177,10 @@ def bench(
 
 
 def _predict(models: list[str], chip: str, depths: list[int], form: str, output: Path | None) -> None:
-    from mlxquant.sources.names import config_of
+    from mlxquant.base.storage import write_json
     from mlxquant.machine import chips as known
     from mlxquant.report.plan import predict_model
-    from mlxquant.base.storage import write_json
+    from mlxquant.sources.names import config_of
 
     if form not in ("md", "json"):
         raise BadValue(f"format is {form!r}, allowed with --chip are md and json")
@@ -194,12 +201,12 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str, output:
 
 @app.command(epilog="Example: mlxquant plan Qwen/Qwen3-32B --chip 'M1 Pro' --context 8192")
 def plan(
-    model: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
-    memory: Annotated[Optional[str], typer.Option(help="The machine's memory, e.g. 16GB.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
+    memory: Annotated[str | None, typer.Option(help="The machine's memory, e.g. 16GB.")] = None,
     chip: ChipName = None,
     context: Annotated[int, typer.Option(help="Tokens that must fit with the model.")] = 8192,
     min_tps: Annotated[float, typer.Option(help="Recommend nothing slower, in tokens/s.")] = 0.0,
-    config: Annotated[Optional[Path], typer.Option(help="A config.json in place of MODEL.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json in place of MODEL.")] = None,
     revision: Revision = None, as_json: AsJson = False,
 ):
     """What to make of a model for a machine: what fits, how fast, how good, and the command.

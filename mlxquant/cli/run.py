@@ -1,26 +1,45 @@
 """Verbs that answer: generate and chat."""
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from mlxquant.cli.common import (
-    AsJson, Draft, DraftTokens, KvBits, Lookup, MODEL_HELP, MaxTokens, Memory, MinP, ModelName,
-    Penalty, Revision, Seed, System, Temperature, TopK, TopP, Trust, app, load_model, print_json,
-    remark
+    MODEL_HELP,
+    AsJson,
+    Draft,
+    DraftTokens,
+    KvBits,
+    Lookup,
+    MaxTokens,
+    Memory,
+    MinP,
+    ModelName,
+    Penalty,
+    Revision,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    Trust,
+    app,
+    load_model,
+    print_json,
+    remark,
 )
 
 
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')
 def generate(
     model: ModelName,
-    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="Default: stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Default: stdin.")] = None,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, no chat template.")] = False,
     max_tokens: MaxTokens = 256, temp: Temperature = 0.0, top_p: TopP = 1.0, top_k: TopK = 0,
     min_p: MinP = 0.0, repetition_penalty: Penalty = 1.0, seed: Seed = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="End at this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
     kv_bits: KvBits = None, draft: Draft = None, draft_tokens: DraftTokens = 4, lookup: Lookup = 0,
     revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False, as_json: AsJson = False,
 ):
@@ -61,8 +80,8 @@ def chat(
 ):
     """Talk with a model; /help lists the commands."""
     from mlxquant.chat import Conversation, Session, run
-    from mlxquant.sources.names import DEFAULT_MODEL
     from mlxquant.runtime.sampling import Sampling
+    from mlxquant.sources.names import DEFAULT_MODEL
 
     def load(name: str):
         return load_model(name, revision, memory, trust_remote_code)

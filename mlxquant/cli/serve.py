@@ -1,13 +1,25 @@
 """The verb that answers over HTTP."""
 
 import signal
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from mlxquant.cli.common import (
-    Draft, KvBits, MODEL_HELP, MaxTokens, Memory, MinP, Revision, Temperature, TopK, TopP, Trust,
-    app, load_model, remark
+    MODEL_HELP,
+    Draft,
+    KvBits,
+    MaxTokens,
+    Memory,
+    MinP,
+    Revision,
+    Temperature,
+    TopK,
+    TopP,
+    Trust,
+    app,
+    load_model,
+    remark,
 )
 
 
@@ -18,16 +30,16 @@ def serve(
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8080,
     max_tokens: MaxTokens = 1024, temp: Temperature = 0.0, top_p: TopP = 1.0, top_k: TopK = 0, min_p: MinP = 0.0,
     kv_bits: KvBits = None, draft: Draft = None,
-    origin: Annotated[Optional[list[str]], typer.Option(
+    origin: Annotated[list[str] | None, typer.Option(
         help="A web page's origin that may call it, or *; repeatable.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for each request.")] = False,
     revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False,
 ):
     """Serve a model to any OpenAI client, until Ctrl-C."""
-    from mlxquant.sources.names import DEFAULT_MODEL
     from mlxquant.runtime.sampling import Sampling
     from mlxquant.server import Options
     from mlxquant.server import serve as run
+    from mlxquant.sources.names import DEFAULT_MODEL
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -89,7 +89,7 @@ class Spec:
                            "0 (per channel) and -1 (per tensor)")
         if self.method == "replica":
             self.replica_shape(64)
-        if not 0 <= self.salient <= 0.5 or self.salient and self.method == "replica":
+        if not 0 <= self.salient <= 0.5 or (self.salient and self.method == "replica"):
             raise BadValue(f"salient is {self.salient!r} with {self.method}, allowed are shares of inputs "
                            "from 0 to 0.5, and 0 with replica")
         if type(self.refine) is not int or not 0 <= self.refine <= 100:

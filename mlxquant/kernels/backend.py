@@ -9,13 +9,13 @@ import functools
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 
-from mlxquant.machine import chips
 from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.machine import chips
 
 _METAL = """
 #define DEVICE device

@@ -1,20 +1,26 @@
 """Each kernel against its reference, on this machine: at first use, and all of them for ``mlxquant check``."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 
+from mlxquant.codes import hadamard
+from mlxquant.codes.packing import level_count
 from mlxquant.kernels import (
-    backend, code_order, column_sweep, expand_codes, prepare_input, read_ceiling,
-    replicated_matvec, replicated_tensor_cores
+    backend,
+    code_order,
+    column_sweep,
+    expand_codes,
+    prepare_input,
+    read_ceiling,
+    replicated_matvec,
+    replicated_tensor_cores,
 )
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
 from mlxquant.kernels.prepare_input import Scales
-from mlxquant.codes import hadamard
-from mlxquant.codes.packing import level_count
 
 HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
 _ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}

@@ -9,7 +9,7 @@ draw moves the GPU's frequency, and with it the difference, by more than a step 
 import functools
 import statistics
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 

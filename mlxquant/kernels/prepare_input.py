@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlxquant.codes import hadamard
 from mlxquant.kernels import backend
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.codes import hadamard
 
 LARGEST_BLOCK = 1024  # of a rotation: 32 registers a lane
 

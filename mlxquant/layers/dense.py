@@ -6,9 +6,9 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import expand_salient
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 
 
 def to_float32(network: nn.Module) -> nn.Module:

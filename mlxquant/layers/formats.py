@@ -8,8 +8,8 @@ as if they were plain; the architecture is in ``base_model_type``, and
 ``mlxquant.repeats`` the ranges of blocks that run more than once.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Sequence
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -84,8 +84,8 @@ def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict
 
 
 def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
-    from mlxquant.layers.replicated import install_group
     from mlxquant.codes.spec import ReplicaShape
+    from mlxquant.layers.replicated import install_group
 
     keys = {field.name for field in fields(ReplicaShape)} | {"linears"}
     found = dict(module.named_modules())

@@ -7,10 +7,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
-from mlxquant.layers import formats
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import ReplicaShape
-from mlxquant.layers import traffic
+from mlxquant.layers import formats, traffic
 
 _QUANTISED = ("quantization", "quantization_config")
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read one input

@@ -16,15 +16,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlxquant.codes.packing import level_count
 from mlxquant.kernels import (
-    backend, code_order, expand_codes, prepare_input, replicated_matvec, replicated_tensor_cores
+    backend,
+    code_order,
+    expand_codes,
+    prepare_input,
+    replicated_matvec,
+    replicated_tensor_cores,
 )
 from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import AS_IS, Gate, Norm
 from mlxquant.kernels.prepare_input import Scales
-from mlxquant.layers.replicated import MadeOnce, ReplicaInput, ReplicatedLinear
 from mlxquant.layers.graph import gates_by_swiglu, norm_before
-from mlxquant.codes.packing import level_count
+from mlxquant.layers.replicated import MadeOnce, ReplicaInput, ReplicatedLinear
 
 FEW_TOKENS = 8  # more are a prompt: expanding the codes once is cheaper (benchmarks/LOG.md)
 

@@ -14,9 +14,9 @@ the blocks of a range get another class, and the last of them the gates.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -13,7 +13,7 @@ R and A: the ``ReplicaInput``, a module of its own beside them (``self_attn.qkv`
 """
 
 import weakref
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -132,4 +132,4 @@ def _check_count(count: int, inputs: int) -> None:
 def _are_columns(columns: np.ndarray, inputs: int) -> bool:
     return (columns.ndim == 1 and np.issubdtype(columns.dtype, np.integer)
             and len(np.unique(columns)) == len(columns)
-            and 0 <= columns.min() and columns.max() < inputs)
+            and columns.min() >= 0 and columns.max() < inputs)

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.salient import SalientLinear
-from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16

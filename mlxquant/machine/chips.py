@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine.system import device, output_of
 from mlxquant.machine.chip_table import MODELS, Model, Variant
+from mlxquant.machine.system import device, output_of
 
 
 @dataclass(frozen=True)

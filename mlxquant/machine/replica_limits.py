@@ -1,7 +1,7 @@
 """How many replicas cost nothing on a chip: the result of a search, measured or predicted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 TOLERANCE = 0.05  # of the time of one replica
 _REPLICAS = (2, 4, 8, 16)

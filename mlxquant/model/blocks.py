@@ -1,7 +1,7 @@
 """Look at, or change, the hidden state after every transformer block of a running network."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn

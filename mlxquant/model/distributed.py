@@ -16,13 +16,13 @@ from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 from mlx.utils import tree_unflatten
 
 from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.codes import hadamard
+from mlxquant.codes.packing import pack_codes, unpack_codes
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.codes import hadamard
-from mlxquant.codes.packing import pack_codes, unpack_codes
 
 _WHOLE = (GroupedLinear, SalientLinear, TransformedLinear, RepeatedBlock)
 

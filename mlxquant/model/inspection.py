@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlxquant.sources import checkpoint
+from mlxquant.layers import traffic
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.model.loading import open_lazily
+from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
-from mlxquant.layers import traffic
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def inspect_folder(folder: Path) -> Inspection:
     network, config = open_lazily(folder)
     modules = traffic.leaf_modules(network)
     matrices = [(path, m) for path, m in modules
-                if isinstance(m, (GroupedLinear, ReplicatedLinear)) or "weight" in m and m.weight.ndim >= 2]
+                if isinstance(m, (GroupedLinear, ReplicatedLinear)) or ("weight" in m and m.weight.ndim >= 2)]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
     stored = traffic.weight_bytes(network, config)

@@ -15,15 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlxquant.model import distributed
-from mlxquant.sources import checkpoint
-from mlxquant.base.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
-from mlxquant.layers import formats
+from mlxquant.base.errors import BadCheckpoint, TooLarge, Unsupported
+from mlxquant.layers import formats, traffic
 from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
 from mlxquant.layers.packed import pack
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
+from mlxquant.model import distributed
+from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
-from mlxquant.layers import traffic
 
 _CLOSE = 0.9  # of what may be used: mlx-lm warns there too, when it generates
 
@@ -74,7 +73,7 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     network, config = _build(folder, trust_remote_code)
     network = expand_grouped(network)
     on_cpu = mx.default_device() == mx.cpu
-    if dense or on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit:
+    if dense or (on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit):
         network = to_dense(network)
     elif on_cpu:
         network = to_float32(network)

@@ -4,12 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.layers import formats
 from mlxquant.codes import rtn
+from mlxquant.codes.spec import PLAIN_GROUPS, Spec
+from mlxquant.layers import formats
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, record
-from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 
 
 def stored_dtype(network: nn.Module) -> mx.Dtype:

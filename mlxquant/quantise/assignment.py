@@ -16,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadValue
+from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.codes.spec import Overrides
 from mlxquant.layers.dense import to_dense
+from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import gates, outside, stored_dtype
 from mlxquant.quantise.blocks import quantise_trials
@@ -26,10 +28,8 @@ from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
-from mlxquant.codes.spec import Overrides
 from mlxquant.quantise.walk import float_walk, identity
-from mlxquant.layers.traffic import weight_count
-from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.sources import checkpoint
 
 WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
 REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in

@@ -1,22 +1,22 @@
 """Quantise one block: balance, rotate and quantise each set of sibling layers."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.layers import formats
-from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.codes import hadamard, rtn
+from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.codes.statistics import Statistics
+from mlxquant.layers import formats
+from mlxquant.layers.graph import linear_before, norm_before, shared_factors
+from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise import awq, gptq, replica, salient, smoothquant
 from mlxquant.quantise.capture import Observation, linears
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.layers.graph import linear_before, norm_before, shared_factors
-from mlxquant.codes.spec import Overrides, Spec
-from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise.storing import BlockResult, Quantised, store, store_replicas
 
 _METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant,

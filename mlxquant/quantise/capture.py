@@ -4,8 +4,8 @@ mlx-lm's models call ``layer(h, mask, cache)`` with arguments of their own, so
 those are taken from one dry run in which every block only notes its call.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn

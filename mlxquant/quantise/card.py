@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxquant.sources import checkpoint, recipes
 from mlxquant.model.inspection import Inspection, inspect_folder
 from mlxquant.quantise.calibration import none
+from mlxquant.sources import checkpoint, recipes
 
 _CARD = "README.md"
 

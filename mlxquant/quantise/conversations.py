@@ -5,7 +5,7 @@ speaks, a chat model writes what a user might ask; given what the template puts 
 but the model is needed, and what it is trained on is what it is used for.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels.column_sweep import sweep_columns
 from mlxquant.codes.affine import Affine, expand, fit
-from mlxquant.quantise.refine import refine
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.kernels.column_sweep import sweep_columns
+from mlxquant.quantise.refine import refine
 
 DAMPING = 0.01
 CORRECTION = 0.5

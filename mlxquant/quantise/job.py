@@ -1,15 +1,15 @@
 """Everything that decides the bytes of a quantised checkpoint, and what making it took."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
-from mlxquant.base.version import __version__
 from mlxquant.base.errors import BadValue
+from mlxquant.base.version import __version__
+from mlxquant.codes.spec import Overrides, Spec
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.codes.spec import Overrides, Spec
 
 PROPAGATIONS = ("float", "quantised", "corrected")
 Progress = Callable[[int, int, float], None]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlxquant.base.storage import save_arrays, working_folder
 from mlxquant.base.version import __version__
-from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, record
+from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import identity
-from mlxquant.base.storage import save_arrays, working_folder
 
 _ENTRIES = ("plain", "layers", "replicas", "errors")
 

@@ -7,23 +7,24 @@ block it was in and ends with the same bytes.
 
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.base.storage import holds_output, refuse_existing
+from mlxquant.codes.spec import Overrides, Spec
 from mlxquant.layers import repeated
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.repeated import Repeat
+from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import load, open_lazily, open_tokenizer
-from mlxquant.sources.names import resolve
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.assembly import config_of, gates, outside, stored_dtype, turn_of
 from mlxquant.quantise.assignment import Target, assign
@@ -34,11 +35,10 @@ from mlxquant.quantise.gptq import CORRECTION
 from mlxquant.quantise.job import Job, Outcome, Progress
 from mlxquant.quantise.partial import open_partial, read_result, write_result
 from mlxquant.quantise.self_written import self_written
-from mlxquant.codes.spec import Overrides, Spec
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import dense_block, enter, float_walk, identity
-from mlxquant.layers.traffic import leaf_modules
-from mlxquant.base.storage import holds_output, refuse_existing
+from mlxquant.sources import checkpoint
+from mlxquant.sources.names import resolve
 
 
 @holds_output

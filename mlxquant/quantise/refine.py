@@ -10,8 +10,8 @@ solve a system of 2G equations for its G groups.
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.codes.affine import Affine, expand
+from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quantise.envelope import Replicas
 
 _CHUNK = 1 << 26  # entries of the systems that are held at once

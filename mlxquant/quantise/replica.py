@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from mlxquant.codes.packing import level_count
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quantise import envelope, gptq
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.codes.packing import level_count
 from mlxquant.quantise.refine import row_errors
-from mlxquant.codes.spec import Spec
-from mlxquant.codes.statistics import Statistics
 
 _GRADIENT_STEPS = 8
 

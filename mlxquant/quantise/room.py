@@ -6,10 +6,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import TooLarge
+from mlxquant.base.storage import require_space
+from mlxquant.layers.traffic import float32_bytes, leaf_modules, module_bytes, weight_count
 from mlxquant.machine.memory import memory_limit
 from mlxquant.quantise.job import Job
-from mlxquant.layers.traffic import float32_bytes, leaf_modules, module_bytes, weight_count
-from mlxquant.base.storage import require_space
 
 
 def check(network: nn.Module, job: Job, output: Path) -> None:

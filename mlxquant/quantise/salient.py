@@ -13,17 +13,17 @@ nine inputs of SmolLM2 left 0.90 of GPTQ's output error at 2 bits, on other text
 the calibration's: with H_RR in place of the complement 0.92, with H itself 0.99.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from mlxquant.base.errors import BadValue
-from mlxquant.quantise import gptq
 from mlxquant.codes.affine import Affine, expand, nearest
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise import gptq
 from mlxquant.quantise.storing import Quantised
 
 MEASURES = ("energy", "magnitude")

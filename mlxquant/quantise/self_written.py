@@ -1,15 +1,15 @@
 """Text that a model writes itself, to calibrate on or to be the teacher of another."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxquant.layers import outline
 from mlxquant.machine.memory import memory_limit
 from mlxquant.model.loading import LanguageModel
-from mlxquant.quantise.calibration import Calibration, SAMPLES, SEQUENCE_LENGTH, check
-from mlxquant.layers import outline
+from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
 
 _MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
 

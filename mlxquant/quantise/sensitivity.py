@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue
-from mlxquant.quantise.capture import linears, replace
 from mlxquant.layers.traffic import leaf_modules
+from mlxquant.quantise.capture import linears, replace
 
 
 class _Shifted(nn.Module):

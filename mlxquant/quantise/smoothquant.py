@@ -15,12 +15,12 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlxquant.base.errors import BadValue
-from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.codes import rtn
 from mlxquant.codes.affine import Affine
-from mlxquant.quantise.awq import above_zero, output_error, some_rows
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quantise.awq import above_zero, output_error, some_rows
 
 CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -7,14 +7,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxquant.codes import hadamard
+from mlxquant.codes.affine import Affine
+from mlxquant.codes.packing import pack_codes
+from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.layers import grouped
 from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
-from mlxquant.codes import hadamard
-from mlxquant.codes.affine import Affine
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.codes.packing import pack_codes
-from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 
 
 @dataclass

@@ -8,21 +8,21 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxquant.sources import checkpoint
+from mlxquant.base.storage import cache_dir, save_arrays
+from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.dense import to_dense
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.capture import Observation, block_calls, observe
-from mlxquant.codes.statistics import Statistics
-from mlxquant.base.storage import cache_dir, save_arrays
+from mlxquant.sources import checkpoint
 
 # Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input) fills disks.
 _KEPT_BYTES = (1e7, 2e9)

@@ -9,19 +9,19 @@ what one token reads and so how close the run came to the headline and to the me
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Callable, Iterator, Sequence
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlxquant.base.errors import BadValue
-from mlxquant.model.loading import LanguageModel, load
 from mlxquant.layers import traffic
 from mlxquant.machine import chips, identity, system
-from mlxquant.runtime import probe
+from mlxquant.model.loading import LanguageModel, load
 from mlxquant.report.fit import Fit, fit
+from mlxquant.runtime import probe
 
 CHUNK = 2048  # prompt tokens that are processed at once
 _WARM_UP = 8  # tokens, of those generated

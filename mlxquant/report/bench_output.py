@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
-from mlxquant.report.bench import Record, fit_of
 from mlxquant.machine.chips import Chip
+from mlxquant.report.bench import Record, fit_of
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

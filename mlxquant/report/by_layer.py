@@ -12,9 +12,9 @@ normally distributed values, near the number of channels where a single one
 carries everything (Elhage et al., "Privileged bases in the transformer residual stream", 2023).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +22,8 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.blocks import after_each_block
-from mlxquant.report.divergence import paired_windows
 from mlxquant.model.loading import LanguageModel
+from mlxquant.report.divergence import paired_windows
 
 _CHANNELS = 3  # the largest ones, reported for each block
 _PLOTS = (".png", ".svg")

@@ -2,19 +2,19 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 import mlx.core as mx
 
 from mlxquant.base.errors import BadValue
-from mlxquant.report.by_layer import check_plot
-from mlxquant.report.divergence import divergence
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import LanguageModel, load
 from mlxquant.quantise.assignment import Target
 from mlxquant.quantise.pipeline import quantize
+from mlxquant.report.by_layer import check_plot
+from mlxquant.report.divergence import divergence
 
 _REPLICAS = dict(method="replica", rotation="online")
 # A row's name → options of ``quantize``.

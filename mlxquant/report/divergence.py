@@ -14,9 +14,9 @@ back ends then repeat their rounding to the bit.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,11 +24,15 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.model.blocks import after_each_block
-from mlxquant.report.perplexity import (
-    Perplexity, check_context, logits_loss, token_windows, window_logits
-)
 from mlxquant.model.inspection import inspect_folder
 from mlxquant.model.loading import LanguageModel
+from mlxquant.report.perplexity import (
+    Perplexity,
+    check_context,
+    logits_loss,
+    token_windows,
+    window_logits,
+)
 
 _FLOOR_WINDOWS = 4  # enough for an order of magnitude; each costs one more run of the reference
 

@@ -6,8 +6,8 @@ by least squares over runs that read different numbers of bytes: several models,
 at several depths of context.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 

@@ -5,24 +5,24 @@ Sizes come from the network that the configuration builds, with the very layers 
 """
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Iterator
 
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
-from mlxquant.machine.replica_limits import ReplicaLimits
-from mlxquant.sources.names import config_of
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline, traffic
 from mlxquant.machine import chips, lanes, system
-from mlxquant.runtime import probe
-from mlxquant.report.bench import CHUNK
 from mlxquant.machine.chips import Chip
+from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
+from mlxquant.machine.replica_limits import ReplicaLimits
+from mlxquant.report.bench import CHUNK
 from mlxquant.report.predict import Prediction, predict, working_set
 from mlxquant.report.quality import lookup
+from mlxquant.runtime import probe
+from mlxquant.sources.names import config_of
 
 AFFINE = ((8, 64), (6, 64), (5, 64), (4, 64), (4, 128), (3, 64), (3, 128), (2, 64), (2, 128))
 REPLICATED = tuple((bits, k, g) for bits in (4, 3, 2, "ternary", 1) for k, g in ((2, 0), (4, 0), (8, 16)))
@@ -124,7 +124,7 @@ def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
             and (not min_tps or (row.tps or 0) >= min_tps)]
     for rank in (0, 1, 2):
         known = [row for row in able if row.quality is not None and row.quality_rank in (None, rank)]
-        if any(row.quality_rank == rank for row in known) or known and rank == 2:
+        if any(row.quality_rank == rank for row in known) or (known and rank == 2):
             best = min(row.quality for row in known)
             close = [row for row in known if row.quality <= _AS_GOOD * best]
             return max(close, key=lambda row: (row.kv_bits, row.tps or 0, -row.total_bytes))

@@ -1,21 +1,22 @@
 """Several prompts at once: every pass over the weights then makes a token for each of them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant.runtime import speed
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.runtime.generation import Prompt, encode, room
-from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.reply import FinishReason, Part, Splitter
-from mlxquant.runtime.speed import Report
 from mlxquant.layers import traffic
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime import speed
+from mlxquant.runtime.generation import Prompt, encode, room
+from mlxquant.runtime.reply import FinishReason, Part, Splitter
 from mlxquant.runtime.sampling import Sampling
+from mlxquant.runtime.speed import Report
 
 BATCH = 32
 

@@ -1,19 +1,20 @@
 """Text from a prompt or a conversation, over mlx-lm's generation loops."""
 
 import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any, Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 from jinja2 import TemplateError
 from mlx_lm.generate import TextStateMachine, generate_step, generation_stream, wired_limit
 
-from mlxquant.runtime import speed
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime import speed
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk, FinishReason, Response, Splitter
-from mlxquant.layers import traffic
 from mlxquant.runtime.sampling import Sampling
 from mlxquant.runtime.speculation import DRAFT_TOKENS, Speculation, Token, draft_steps, lookup_steps
 

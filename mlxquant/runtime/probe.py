@@ -11,20 +11,20 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 import numpy as np
 
+from mlxquant.base.storage import cache_dir, write_json
 from mlxquant.kernels import read_ceiling as read_kernel
+from mlxquant.machine import chips
 from mlxquant.machine.memory import memory_limit
 from mlxquant.machine.replica_limits import ReplicaLimits
-from mlxquant.machine import chips
-from mlxquant.runtime.replica_probe import measure_replicas
 from mlxquant.machine.system import device
-from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.runtime.replica_probe import measure_replicas
 
 _COLUMNS = 8192
 _ROWS = (4096, 16384)  # on a CPU or a small GPU, and where 4 GB are a quarter of the memory at most

@@ -6,17 +6,17 @@ replica costs.
 """
 
 import statistics
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxquant.codes.packing import level_grid
+from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
 from mlxquant.kernels import gpu_clock
 from mlxquant.layers.packed import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
-from mlxquant.codes.packing import level_grid
-from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
 from mlxquant.machine.replica_limits import ReplicaLimits, search
 from mlxquant.machine.system import device
 

@@ -1,8 +1,9 @@
 """What a reply is made of: the answer, the reasoning before it, and calls of tools."""
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Iterable, Literal, Sequence
+from typing import Any, Literal
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 

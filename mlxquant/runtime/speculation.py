@@ -8,8 +8,9 @@ up to rounding between products of one row and of several, and sampled output ha
 same distribution.
 """
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Callable, Generator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -5,10 +5,11 @@ so a truncated or lying file ends in one line, not in garbage weights.
 """
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from mlxquant.base import tensor_file
 from mlxquant.base.errors import BadCheckpoint

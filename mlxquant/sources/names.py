@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlxquant.sources import checkpoint, recipes
 from mlxquant.base.errors import BadCheckpoint, ModelNotFound
+from mlxquant.sources import checkpoint, recipes
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -70,8 +70,8 @@ def _import_gguf(path: Path) -> Path:
 
 def _download(repository: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     """Fetch a repository into ``huggingface_hub``'s own cache; every ``HF_*`` variable applies."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))

@@ -10,9 +10,9 @@ stored, is what is written, and if none beats the model as it was, that is.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -75,7 +75,7 @@ def _unpack(network: nn.Module, codes: bool) -> None:
     """Codes of the body as levels, and everything quantised outside it dense."""
     made = []
     for path, module in network.named_modules():
-        if isinstance(module, SalientLinear) or isinstance(module, TransformedLinear) and module.activation:
+        if isinstance(module, SalientLinear) or (isinstance(module, TransformedLinear) and module.activation):
             raise Unsupported(f"{path} keeps salient inputs apart or rounds activations; "
                               "tuning covers neither")
         if isinstance(module, ReplicatedLinear) and codes:

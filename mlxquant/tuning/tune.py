@@ -2,24 +2,24 @@
 
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.base.version import __version__
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadValue
+from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.base.version import __version__
 from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
-from mlxquant.sources.names import resolve
 from mlxquant.quantise import calibration, card
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.self_written import at_once, self_written
 from mlxquant.quantise.walk import identity
-from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.sources import checkpoint
+from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report, Schedule
 from mlxquant.tuning.trainable import Trainable
 

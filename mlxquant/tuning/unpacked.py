@@ -9,10 +9,10 @@ from the float weights it ended worse (``benchmarks/LOG.md``).
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.codes import affine
 from mlxquant.codes.packing import level_count, level_grid, pack_codes, unpack_codes
+from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.replicated import ReplicatedLinear
 
 
 class MovableCodes(nn.Module):

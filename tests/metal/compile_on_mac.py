@@ -11,11 +11,10 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import mlxquant  # noqa: E402  first: it loads the BLAS before MLX
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-from metal import source  # noqa: E402
-from mlxquant.kernels import backend, check  # noqa: E402
+from metal import source
+from mlxquant.kernels import backend, check
 
 _MLX = Path(mx.__file__).parent / "include"
 _PREAMBLE = '#include "mlx/backend/metal/kernels/utils.h"\n'

@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxquant.sources import checkpoint
 from mlxquant.base.errors import BadCheckpoint
+from mlxquant.base.storage import cache_dir, exclusive, refuse_existing, require_space
+from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf import model, tokenizer
 from mlxquant.sources.gguf.reader import open_model, part_files
-from mlxquant.base.storage import cache_dir, exclusive, refuse_existing, require_space
 
 _FORMAT = 2  # part of the cache key: raise it when the written folder changes
 

@@ -5,8 +5,8 @@ Conventions are those of llama.cpp's converter: it interleaves the rows of query
 original rotates halves but llama.cpp pairs (``permuted``), and adds 1 to Gemma's norms (``norm_offset``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 ROPES = ("linear", "yarn", "llama3", "longrope")
 

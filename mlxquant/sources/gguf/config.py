@@ -72,7 +72,7 @@ class Fields:
         """The value of ``key`` under the architecture's name; raises ``BadCheckpoint`` for an impossible one."""
         self.asked.add(key)
         value = self._metadata.get(f"{self.prefix}.{key}", default.get("default"))
-        if value is None and "default" in default or isinstance(value, bool) and kinds != int:
+        if (value is None and "default" in default) or (isinstance(value, bool) and kinds != int):
             return value
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
             raise BadCheckpoint(f"{self._path}: metadata {self.prefix}.{key} is {value!r}, "
@@ -85,7 +85,7 @@ def _check_head(file: GGUFModel, field: Fields, architecture: Architecture, conf
     if field("attention.value_length", default=head) != head:
         raise Unsupported(f"{file.path}: keys and values of different widths are not imported")
     rotated = field("rope.dimension_count", default=head)
-    if rotated > head or rotated < head and not architecture.partial_rotary:
+    if rotated > head or (rotated < head and not architecture.partial_rotary):
         raise Unsupported(f"{file.path}: {rotated} of {head} dimensions of a head are rotated, "
                           f"which mlx-lm's {config['model_type']} cannot do")
     config["partial_rotary_factor"] = rotated / head

@@ -1,9 +1,9 @@
 """A GGUF file as an mlx-lm model: every parameter of the model finds its tensor, and every tensor its parameter."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,11 +13,11 @@ from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.layers import formats
 from mlxquant.sources.gguf import rope, weights
 from mlxquant.sources.gguf.config import architecture_of, config_of
 from mlxquant.sources.gguf.reader import GGUFModel, GGUFTensor
 from mlxquant.sources.gguf.repack import GROUP
-from mlxquant.layers import formats
 
 _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 

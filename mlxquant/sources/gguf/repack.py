@@ -6,9 +6,9 @@ in float16. Q4_K and Q5_K multiply a half by 6 bits, IQ4_XS too, and IQ1_S by 4 
 bits of a float32; float16 rounds them by at most 2⁻¹², which is measured and reported.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable
 
 import gguf
 import numpy as np

@@ -1,8 +1,8 @@
 """One tensor of a GGUF file as MLX arrays: repacked, kept as numbers, or decoded and rounded anew."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Iterator
 
 import gguf
 import mlx.core as mx
@@ -11,11 +11,11 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.sources.gguf import repack
-from mlxquant.sources.gguf.repack import Affine
 from mlxquant.codes import rtn
 from mlxquant.codes.affine import pack_words
 from mlxquant.codes.spec import Spec
+from mlxquant.sources.gguf import repack
+from mlxquant.sources.gguf.repack import Affine
 
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}
 WIDTHS = (2, 3, 4, 5, 6, 8)
