@@ -1,16 +1,24 @@
 """Kernels of replicated layers on this machine's GPU, beside MLX's own and a read ceiling.
 
-    python benchmarks/kernels.py [--out NAME] [--quick]
+    python benchmarks/kernels.py [--out NAME] [--quick] [--kernels NAME …] [--list]
 
-Weights are cold: matrices that together are several times the cache take turns. Times are the GPU's own
-(``mlxquant/kernels/gpu_clock.py``): launching from Python does not count. "chain": every step reads what the last one wrote, as
-decoding does (for our layers that includes preparing the input). "free": no step waits for another, so that ends of
-kernels overlap: the kernel alone.
+Every row names the kernel that ran. ``replicated_matvec`` is the body that Metal compiles; on an
+NVIDIA GPU the same text runs through CUDA on ordinary cores. ``replicated_tensor_cores`` exists on
+NVIDIA only. Without ``--kernels`` every row is timed with each of the two that this machine has.
+``--list`` prints the rows and times nothing, which needs no GPU.
+
+Weights are cold: matrices that together are several times the cache take turns. Times are the GPU's
+own (``mlxquant/kernels/gpu_clock.py``): launching from Python does not count. "chain": every step
+reads what the last one wrote, as decoding does (for our layers that includes preparing the input).
+"free": no step waits for another, so that ends of kernels overlap: the kernel alone.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,19 +36,44 @@ from mlxquant.kernels import (
     replicated_tensor_cores,
 )
 from mlxquant.kernels.check import Case
+from mlxquant.kernels.prepare_input import Layout
 from mlxquant.runtime.probe import read_ceiling
 
 COLD = 600e6  # bytes of distinct weights
 REPEATS = 7
 HALF = mx.float16
-MAIN = (14336, 4096)
+MAIN, LARGE = (14336, 4096), (28672, 8192)
+SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))
+KERNELS = {"replicated_matvec": replicated_matvec,
+           "replicated_tensor_cores": replicated_tensor_cores}
+Step = Callable[[int, mx.array], mx.array]
+
+
+def layer(bits: int | str, replicas: int, group: int = 0, shape: tuple[int, int] = MAIN,
+          tokens: int = 1) -> Case:
+    """A row of ours: K replicas, plain or over groups of inputs, rotated in blocks of 64."""
+    return Case(bits, replicas, group, 64, *shape, tokens, HALF)
+
+
+OURS = [layer(2, k) for k in (1, 2, 4, 8, 16)] + [layer(2, k, 16) for k in (4, 8)] + [
+    layer(4, 1), layer(4, 4), layer(4, 4, 16), *(layer(bits, 1, shape=LARGE) for bits in (2, 4))]
+OURS_TOO = [layer(bits, k) for bits in (1, "ternary", 3) for k in (1, 4)] + [
+    layer(3, 2), layer(1, 4, 16), *(layer(2, 4, tokens=tokens) for tokens in (2, 4, 8)),
+    *(layer(2, 4, 16, tokens=tokens) for tokens in (4, 8)), *(layer(2, 4, shape=s) for s in SHAPES)]
+# Bits, rows, inputs and tokens of MLX's rows.
+STOCK = [(2, *MAIN, 1), (2, *MAIN, 4), (4, *MAIN, 1)]
+STOCK_TOO = [(3, *MAIN, 1), (2, *MAIN, 8), (2, *LARGE, 1), (4, *LARGE, 1), (2, 4096, 4096, 1),
+             (2, 4096, 14336, 1)]
+CHECKED = [layer(bits, k, g, (2048, 4096)) for bits, k, g in ((2, 4, 0), (2, 8, 16), (4, 1, 0))]
+CHECKED_DTYPES = {"replicated_matvec": (mx.float32, HALF),
+                  "replicated_tensor_cores": (HALF, mx.bfloat16)}
 
 
 def seconds_per_step(run: gpu_clock.Steps, steps: int) -> float:
     return statistics.median(gpu_clock.seconds_per_step(run, steps, REPEATS))
 
 
-def chain(step: Callable[[int, mx.array], mx.array], x: mx.array):
+def chain(step: Step, x: mx.array) -> gpu_clock.Steps:
     """Each step's input is the output of the last, cut to its width."""
     def run(count: int, zero: mx.array) -> list[mx.array]:
         value = x + zero
@@ -50,7 +83,7 @@ def chain(step: Callable[[int, mx.array], mx.array], x: mx.array):
     return run
 
 
-def free(step: Callable[[int, mx.array], mx.array], x: mx.array):
+def free(step: Step, x: mx.array) -> gpu_clock.Steps:
     """Every step has the same input."""
     def run(count: int, zero: mx.array) -> list[mx.array]:
         value = x + zero
@@ -58,56 +91,75 @@ def free(step: Callable[[int, mx.array], mx.array], x: mx.array):
     return run
 
 
+def layout_of(kernel: ModuleType, case: Case) -> Layout:
+    if kernel is replicated_matvec:
+        return replicated_matvec.layout(case.group)
+    return replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype)
+
+
 class Replicated:
     """Distinct random matrices of one shape, their scales, and an input."""
 
-    def __init__(self, bits, replicas: int, group: int, rows: int, inputs: int, tokens: int = 1, dtype=HALF,
-                 cold: float = COLD):
-        case = Case(bits, replicas, group, 64, 8, inputs, tokens, dtype)
-        self.x, _, _, self.scales = case.draw()
-        self.levels, self.width, self.tokens, self.dtype = level_count(bits), code_order.kernel_bits(bits), tokens, dtype
-        words = inputs * self.width // 32
-        self.count = max(8, round(cold / (rows * words * 4)))
-        self.codes = [mx.random.randint(0, 2**31 - 1, (rows, words // self.width, self.width)).astype(mx.uint32)
-                      for _ in range(self.count)]
-        self.replica_out = mx.random.normal((rows, replicas)).astype(dtype) / inputs
+    def __init__(self, case: Case, cold: float = COLD):
+        self.case, self.levels = case, level_count(case.bits)
+        self.x, _, _, self.scales = replace(case, rows=8).draw()
+        width = code_order.kernel_bits(case.bits)
+        words = case.inputs * width // 32
+        self.count = max(8, round(cold / (case.rows * words * 4)))
+        self.codes = [mx.random.randint(0, 2**31 - 1, (case.rows, words // width, width))
+                      .astype(mx.uint32) for _ in range(self.count)]
+        self.replica_out = mx.random.normal((case.rows, case.replicas)).astype(case.dtype)
+        self.replica_out /= case.inputs
         mx.eval(self.codes, self.replica_out)
-        tensor_cores = replicated_tensor_cores.fits(self.scales, tokens, dtype)
-        self.kernel = replicated_tensor_cores if tensor_cores else replicated_matvec
-        self.layout = (replicated_tensor_cores.layout(self.width, dtype) if tensor_cores
-                       else replicated_matvec.layout(group))
 
-    def layer(self, i: int, x: mx.array) -> mx.array:
-        return self.product(i, prepare_input.prepare(x, self.scales, self.layout))
+    def kernels(self, names: list[str]) -> list[ModuleType]:
+        """Those of ``names`` that serve this case on this machine."""
+        case, tensor_cores = self.case, replicated_tensor_cores
+        return [KERNELS[name] for name in names if KERNELS[name] is not tensor_cores
+                or tensor_cores.fits(self.scales, case.tokens, case.dtype)]
 
-    def product(self, i: int, prepared: mx.array) -> mx.array:
-        return self.kernel.multiply(prepared, self.codes[i % self.count], self.replica_out, self.scales, self.levels,
-                                    self.tokens, self.dtype)
-
-    def expanded(self, i: int, x: mx.array) -> mx.array:
-        weight = expand_codes.expand(self.codes[i % self.count], self.replica_out, self.scales, self.levels, self.dtype)
-        return prepare_input.rotated(x, self.scales).astype(x.dtype) @ weight.T
-
-    def bytes(self) -> int:
-        return replicated_matvec.bytes_moved(self.codes[0], self.replica_out, self.scales, self.tokens, self.dtype)
-
-    def times(self) -> dict:
-        prepared = prepare_input.prepare(self.x, self.scales, self.layout)
+    def times(self, kernel: ModuleType) -> dict[str, Any]:
+        """Microseconds of one kernel, alone and in a chain with the preparation of its input."""
+        case, layout = self.case, layout_of(kernel, self.case)
+        prepared = prepare_input.prepare(self.x, self.scales, layout)
         mx.eval(prepared)
+
+        def product(i: int, prepared: mx.array) -> mx.array:
+            return kernel.multiply(prepared, self.codes[i % self.count], self.replica_out,
+                                   self.scales, self.levels, case.tokens, case.dtype)
+
+        def whole(i: int, x: mx.array) -> mx.array:
+            return product(i, prepare_input.prepare(x, self.scales, layout))
+
         steps = 2 * self.count
-        row = dict(kernel=self.kernel.__name__.split(".")[-1], bytes=self.bytes(),
-                   free_us=1e6 * seconds_per_step(free(self.product, prepared), steps))
-        if self.codes[0].shape[0] >= self.x.shape[1]:
-            row["chain_us"] = 1e6 * seconds_per_step(chain(self.layer, self.x), steps)
+        row = dict(kernel=kernel.__name__.split(".")[-1], bytes=self.bytes(),
+                   free_us=1e6 * seconds_per_step(free(product, prepared), steps))
+        if case.rows >= case.inputs:
+            row["chain_us"] = 1e6 * seconds_per_step(chain(whole, self.x), steps)
         return row
 
+    def times_expanded(self) -> dict[str, Any]:
+        """The way of a prompt: the codes expanded to a matrix, then one product."""
+        def whole(i: int, x: mx.array) -> mx.array:
+            weight = expand_codes.expand(self.codes[i % self.count], self.replica_out, self.scales,
+                                         self.levels, self.case.dtype)
+            return prepare_input.rotated(x, self.scales).astype(x.dtype) @ weight.T
 
-def stock(bits: int, rows: int, inputs: int, tokens: int = 1, dtype=HALF) -> dict:
+        return dict(kernel="expand_codes, product", bytes=self.bytes(),
+                    free_us=1e6 * seconds_per_step(free(whole, self.x), self.count))
+
+    def bytes(self) -> int:
+        return replicated_matvec.bytes_moved(self.codes[0], self.replica_out, self.scales,
+                                             self.case.tokens, self.case.dtype)
+
+
+def stock(bits: int, rows: int, inputs: int, tokens: int, cold: float = COLD) -> dict[str, Any]:
     """MLX's ``quantized_matmul`` in groups of 64, the same way."""
-    count = max(8, round(COLD / (rows * inputs * bits / 8)))
-    words = [mx.random.randint(0, 2**31 - 1, (rows, inputs * bits // 32)).astype(mx.uint32) for _ in range(count)]
-    scales = mx.random.normal((rows, inputs // 64)).astype(dtype) / inputs
-    x = mx.random.normal((tokens, inputs)).astype(dtype)
+    count = max(8, round(cold / (rows * inputs * bits / 8)))
+    words = [mx.random.randint(0, 2**31 - 1, (rows, inputs * bits // 32)).astype(mx.uint32)
+             for _ in range(count)]
+    scales = mx.random.normal((rows, inputs // 64)).astype(HALF) / inputs
+    x = mx.random.normal((tokens, inputs)).astype(HALF)
     mx.eval(words, scales, x)
 
     def step(i: int, x: mx.array) -> mx.array:
@@ -120,82 +172,100 @@ def stock(bits: int, rows: int, inputs: int, tokens: int = 1, dtype=HALF) -> dic
     return row
 
 
-def error(bits, replicas: int, group: int, dtype: mx.Dtype, kernel) -> float:
-    """Relative error of a whole layer at 2048 × 4096 against a product in float64."""
-    case = Case(bits, replicas, group, 64, 2048, 4096, 1, dtype)
+def error(case: Case, kernel: ModuleType) -> float:
+    """Relative error of a whole layer, one token, against a product in float64."""
     x, codes, replica_out, scales = case.draw(1)
-    levels = level_count(bits)
-    layout = (replicated_matvec.layout(group) if kernel is replicated_matvec
-              else kernel.layout(code_order.kernel_bits(bits), dtype))
-    found = kernel.multiply(prepare_input.prepare(x, scales, layout), codes, replica_out, scales, levels, 1, dtype)
-    grid = np.arange(levels) * (2 if levels == 2 else 1) - (1 if levels == 2 else (levels - 1) / 2)
-    matrix = grid[np.array(code_order.unpack(codes, 4096))]
+    levels, inputs = level_count(case.bits), case.inputs
+    prepared = prepare_input.prepare(x, scales, layout_of(kernel, case))
+    found = kernel.multiply(prepared, codes, replica_out, scales, levels, 1, case.dtype)
+    matrix = np.array(code_order.unpack(codes, inputs), np.float64) - (levels - 1) / 2
+    matrix *= 2 if levels == 2 else 1
     a = np.array(prepare_input.envelope(scales), np.float64)
-    a = a * np.array(scales.column_scale, np.float64)[:, None] if group else a
-    signs = np.array(hadamard.unpack_signs(scales.signs, 4096), np.float64)
+    if case.group:
+        a *= np.array(scales.column_scale, np.float64)[:, None]
     h = np.ones((1, 1))
     for _ in range(6):
         h = np.block([[h, h], [h, -h]])
-    z = ((np.array(x.astype(mx.float32), np.float64) * signs).reshape(-1, 64) @ h / 8).reshape(-1)
+    signs = np.array(hadamard.unpack_signs(scales.signs, inputs), np.float64)
+    x64 = np.array(x.astype(mx.float32), np.float64)
+    z = ((x64 * signs).reshape(-1, 64) @ h / 8).reshape(-1)
     b = np.array(replica_out.astype(mx.float32), np.float64)
-    expected = sum(matrix @ (a[:, k] * z) * b[:, k] for k in range(replicas))
-    return float(np.linalg.norm(np.array(found.astype(mx.float32), np.float64)[0] - expected) / np.linalg.norm(expected))
+    expected = sum(matrix @ (a[:, k] * z) * b[:, k] for k in range(case.replicas))
+    difference = np.array(found.astype(mx.float32), np.float64)[0] - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
-def plan(quick: bool):
-    """(bits, K, G, rows, inputs, tokens) of our rows, (bits, rows, inputs, tokens) of MLX's."""
-    ours = [(2, k, g, *MAIN, 1) for k, g in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 16), (4, 16))]
-    ours += [(bits, 1, 0, 28672, 8192, 1) for bits in (2, 4)]
-    theirs = [(2, *MAIN, 1), (2, *MAIN, 4), (4, *MAIN, 1)]
-    if not quick:
-        ours += [(bits, k, 0, *MAIN, 1) for bits in (1, "ternary", 3, 4) for k in (1, 4)]
-        ours += [(2, 4, 0, *MAIN, tokens) for tokens in (2, 4, 8)]
-        ours += [(2, 4, 0, *shape, 1) for shape in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))]
-        theirs += [(3, *MAIN, 1), (2, *MAIN, 8), (2, 28672, 8192, 1), (4, 28672, 8192, 1)]
-        theirs += [(2, 4096, 4096, 1), (2, 4096, 14336, 1)]
-    return ours, theirs
+class Results:
+    """Rows and errors, each printed and saved as soon as it is there."""
+
+    def __init__(self, name: str):
+        self.name, self.ceiling = name, read_ceiling(refresh=True)
+        self.rows: list[dict[str, Any]] = []
+        self.errors: list[dict[str, Any]] = []
+        print(f"read ceiling {self.ceiling.gb_per_s:.0f} GB/s ({self.ceiling.kernel})", flush=True)
+
+    def add(self, shape: dict[str, Any], times: dict[str, Any]) -> None:
+        row = shape | times
+        row["gb_per_s"] = row["bytes"] / row["free_us"] / 1e3
+        row["percent_of_ceiling"] = 100 * row["gb_per_s"] / self.ceiling.gb_per_s
+        self.rows.append(row)
+        print(f"{row['kernel']:24} {row['bits']!s:>7} bit K{row['replicas']} G{row['group']} "
+              f"{row['rows']}×{row['inputs']} {row['tokens']} tokens: "
+              f"free {row['free_us']:.1f} µs, {row['gb_per_s']:.0f} GB/s, "
+              f"{row['percent_of_ceiling']:.0f} %; chain {row.get('chain_us', float('nan')):.1f} µs", flush=True)
+        self.save()
+
+    def add_error(self, case: Case, dtype: mx.Dtype, name: str) -> None:
+        self.errors.append(dict(
+            bits=case.bits, replicas=case.replicas, group=case.group,
+            dtype=str(dtype).split(".")[-1], kernel=name,
+            error=error(replace(case, dtype=dtype), KERNELS[name])))
+        print(self.errors[-1], flush=True)
+        self.save()
+
+    def save(self) -> None:
+        save(self.name, ceiling=self.ceiling.__dict__, rows=self.rows, errors=self.errors)
+
+
+def measure(results: Results, names: list[str], ours: list[Case], theirs: list[tuple],
+            checked: list[Case], cold: float = COLD) -> None:
+    for bits, rows, inputs, tokens in theirs:
+        results.add(dict(bits=bits, replicas=None, group=64, rows=rows, inputs=inputs,
+                         tokens=tokens), stock(bits, rows, inputs, tokens, cold))
+    for case in ours:
+        weights = Replicated(case, cold)
+        shape = {field: getattr(case, field)
+                 for field in ("bits", "replicas", "group", "rows", "inputs", "tokens")}
+        for kernel in weights.kernels(names):
+            results.add(shape, weights.times(kernel))
+        if case.tokens == 8:
+            results.add(shape, weights.times_expanded())
+        del weights
+        mx.clear_cache()
+    for case in checked:
+        for name in names:
+            for dtype in CHECKED_DTYPES[name]:
+                results.add_error(case, dtype, name)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="kernels")
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    ceiling = read_ceiling(refresh=True)
-    print(f"read ceiling {ceiling.gb_per_s:.0f} GB/s ({ceiling.kernel})", flush=True)
-    ours, theirs = plan(arguments.quick)
-    rows, errors = [], []
-
-    def record(**row) -> None:
-        row["gb_per_s"] = row["bytes"] / row["free_us"] / 1e3
-        row["percent_of_ceiling"] = 100 * row["gb_per_s"] / ceiling.gb_per_s
-        rows.append(row)
-        print(f"{row['kernel']:24} {row['bits']!s:>7} bit K{row['replicas']} G{row['group']} {row['rows']}×{row['inputs']} "
-              f"{row['tokens']} tokens: free {row['free_us']:.1f} µs, {row['gb_per_s']:.0f} GB/s, "
-              f"{row['percent_of_ceiling']:.0f} %; chain {row.get('chain_us', float('nan')):.1f} µs", flush=True)
-        save(arguments.out, ceiling=ceiling.__dict__, rows=rows, errors=errors)
-
-    for bits, height, width, tokens in theirs:
-        record(bits=bits, replicas=None, group=64, rows=height, inputs=width, tokens=tokens,
-               **stock(bits, height, width, tokens))
-    for bits, replicas, group, height, width, tokens in ours:
-        layer = Replicated(bits, replicas, group, height, width, tokens)
-        record(bits=bits, replicas=replicas, group=group, rows=height, inputs=width, tokens=tokens, **layer.times())
-        if tokens == 8:
-            seconds = seconds_per_step(free(layer.expanded, layer.x), layer.count)
-            record(bits=bits, replicas=replicas, group=group, rows=height, inputs=width, tokens=tokens,
-                   kernel="expand_codes, product", bytes=layer.bytes(), free_us=1e6 * seconds)
-        del layer
-        mx.clear_cache()
-    for bits, replicas, group in ((2, 4, 0), (2, 8, 16), (4, 1, 0)):
-        for dtype, kernel in ((mx.float32, replicated_matvec), (HALF, replicated_matvec),
-                              (HALF, replicated_tensor_cores), (mx.bfloat16, replicated_tensor_cores)):
-            if kernel is replicated_tensor_cores and not backend.is_cuda():
-                continue
-            errors.append(dict(bits=bits, replicas=replicas, group=group, dtype=str(dtype).split(".")[-1],
-                               kernel=kernel.__name__.split(".")[-1], error=error(bits, replicas, group, dtype, kernel)))
-            print(errors[-1], flush=True)
-    save(arguments.out, ceiling=ceiling.__dict__, rows=rows, errors=errors)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--list", action="store_true")
+    a = parser.parse_args()
+    ours, theirs = (OURS, STOCK) if a.quick else (OURS + OURS_TOO, STOCK + STOCK_TOO)
+    names = [name for name in a.kernels if backend.is_cuda() or name != "replicated_tensor_cores"]
+    if a.list:
+        print(*(f"mx.quantized_matmul: {bits} bit G64 {rows}×{inputs}, {tokens} tokens"
+                for bits, rows, inputs, tokens in theirs), sep="\n")
+        print(*(f"{', '.join(a.kernels)}: {case}" for case in ours), sep="\n")
+    elif not backend.has_gpu() or not names:
+        parser.exit(1, "kernels need a GPU; --list shows what would be timed\n")
+    else:
+        measure(Results(a.out), names, ours, theirs, CHECKED)
 
 
 if __name__ == "__main__":
