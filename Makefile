@@ -1,13 +1,26 @@
-# `make demo` answers a question, `make test` runs the tests, `make docs` writes docs/cli.md; all set up .venv first.
+# `make demo` answers a question, `make test` runs the tests that take minutes, `make test-all` every
+# test, `make lint` the checks of style, types and imports, `make docs` writes docs/cli.md.
+# All set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs install clean
+.PHONY: demo test test-all lint docs install clean
 demo: install
-	$(BIN)/mlxquant generate smollm2-135m --prompt "What is gravity? Answer in three sentences." --max-tokens 160
+	$(BIN)/mlxquant generate smollm2-135m --max-tokens 160 \
+	    --prompt "What is gravity? Answer in three sentences."
+
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 25
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 docs: install
 	$(BIN)/python docs/make_cli.py

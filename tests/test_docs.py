@@ -79,9 +79,9 @@ def test_every_command_works(workplace, monkeypatch, tmp_path, page, words):
 
 
 def test_makes_targets_exist():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     asked = [name for page in PAGES for text in blocks(page, "", "sh", "bash", "console")
-             for name in re.findall(r"^(?:\$ )?make (\w+)", text, re.MULTILINE)]
+             for name in re.findall(r"^(?:\$ )?make ([\w-]+)", text, re.MULTILINE)]
     assert asked and set(asked) <= set(targets)
 
 
