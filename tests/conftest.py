@@ -1,6 +1,7 @@
 """A small random Llama with a byte-level tokenizer, as folders and as GGUF."""
 
 import json
+import sys
 from pathlib import Path
 
 import mlxquant  # first: it loads the BLAS before MLX
@@ -10,6 +11,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal import Compiler
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -87,6 +89,15 @@ def fixed_ceiling(monkeypatch, request):
 
         ceiling = probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
         monkeypatch.setattr(probe, "read_ceiling", lambda **_: ceiling)
+
+
+@pytest.fixture(scope="session")
+def metal_compiler(request) -> Compiler:
+    """Kernels as compiled for the CPU stay in pytest's cache, for all workers and later runs."""
+    if sys.platform != "linux":
+        pytest.skip("the Metal emulation is for Linux; a Mac runs the kernels")
+    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
+    return Compiler(request.config.cache.mkdir("metal"))
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,11 @@ By default every width, float type, K and G appears, but not every combination: 
 import itertools
 import json
 import os
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import Compiler, Emulation, OutOfBounds, Unsettled
+from metal import Emulation, OutOfBounds, Unsettled
 from typer.testing import CliRunner
 
 from mlxquant.cli import app
@@ -40,18 +39,9 @@ EVERYTHING = [Case(*case) for case in itertools.product(
 CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
 ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
 
-needs_clang = pytest.mark.skipif(sys.platform != "linux", reason="the Metal emulation is for Linux; a Mac runs them")
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
-    return Compiler(tmp_path_factory.mktemp("metal"))
-
-
 @pytest.fixture
-def emulation(compiler, monkeypatch):
-    made = Emulation(compiler, alignment=16)
+def emulation(metal_compiler, monkeypatch):
+    made = Emulation(metal_compiler, alignment=16)
     for module in KERNELS:
         made.install(monkeypatch, module)
     mx.disable_compile()  # an emulated kernel wants numbers, not tracers
@@ -84,14 +74,12 @@ def test_reordering_some_rows_at_a_time_changes_nothing(monkeypatch):
     assert mx.array_equal(code_order.reorder(packed, 3, 96), whole)
 
 
-@needs_clang
 @pytest.mark.parametrize("prepare", [check._prepare, check._prepare_normed, check._prepare_gated])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_prepared_inputs_are_the_reference(emulation, case, prepare):
     assert prepare(case) <= ALLOWED[case.dtype]
 
 
-@needs_clang
 @pytest.mark.parametrize("dtype, weight_dtype", [(F16, F16), (BF16, BF16), (F16, F32), (F32, BF16)])
 def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype):
     """In float64, rounded to the type that a block's own operations give."""
@@ -110,7 +98,6 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
             assert backend.relative_error(found, reference) <= allowed
 
 
-@needs_clang
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
@@ -130,13 +117,11 @@ def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert np.linalg.norm(found - expected) <= ALLOWED[case.dtype] * np.linalg.norm(expected)
 
 
-@needs_clang
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_expanded_codes_are_the_reference(emulation, case):
     assert check._expand(case) <= ALLOWED[case.dtype]
 
 
-@needs_clang
 @pytest.mark.parametrize("module, correct, wrong, complaint", [
     (replicated_matvec, "chunk < chunks;", "chunk <= chunks;", OutOfBounds),
     (replicated_matvec, "min(row0 + r, rows - 1) * chunks", "(row0 + r) * chunks", OutOfBounds),
@@ -188,7 +173,6 @@ def test_no_kernel_is_trusted_without_a_gpu():
     assert not any(check.trusted(name) for name in check._CHECKS) or backend.has_gpu()
 
 
-@needs_clang
 def test_the_table_of_all_kernels_shows_what_agrees_and_what_does_not(emulation, monkeypatch):
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
     monkeypatch.setattr(check, "comparisons", lambda: [

@@ -1,7 +1,5 @@
 """The kernels' Metal source, compiled and run on the CPU, against their references; see ``tests/metal``."""
 
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,19 +7,10 @@ from metal import Compiler, Emulation, NotEmulated, OutOfBounds, Rejected, Undef
 
 from mlxquant.kernels import column_sweep
 
-if sys.platform != "linux":
-    pytest.skip("the Metal emulation is for Linux; a Mac runs the kernels", allow_module_level=True)
-pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    return Compiler(tmp_path_factory.mktemp("metal"))
-
 
 @pytest.fixture
-def emulation(compiler, monkeypatch):
-    made = Emulation(compiler)
+def emulation(metal_compiler, monkeypatch):
+    made = Emulation(metal_compiler)
     made.install(monkeypatch, column_sweep)
     return made
 
@@ -67,11 +56,11 @@ def test_the_package_would_trust_this_kernel(emulation):
     assert column_sweep.disagreement() <= column_sweep.TIES
 
 
-def test_each_template_is_compiled_once(emulation):
+def test_each_template_is_compiled_once(emulation, tmp_path):
+    emulation.compiler = Compiler(tmp_path)
     column_sweep._launch(*problem(9, 8, 3))
-    before = emulation.compiler.compiled
     column_sweep._launch(*problem(9, 8, 3, seed=1))
-    assert emulation.compiler.compiled == before
+    assert emulation.compiler.compiled == 1 == len(list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("correct, wrong, complaint, says", [
@@ -103,9 +92,9 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, correct, wrong, compl
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_small_floats_vectors_and_indices(compiler, dtype):
+def test_small_floats_vectors_and_indices(metal_compiler, dtype):
     """What the column sweep does not use of the stand-in library, a threadgroup cut short among it."""
-    kernel = Emulation(compiler, alignment=8).metal_kernel(
+    kernel = Emulation(metal_compiler, alignment=8).metal_kernel(
         name="small", input_names=["x", "scale", "offset"], output_names=["rounded", "scaled", "where"],
         source="""
             uint at = thread_position_in_grid.x;

@@ -8,7 +8,7 @@ from conftest import CONFIG
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from test_kernels import compiler, emulation, needs_clang
+from test_kernels import emulation  # noqa: F401 (a fixture)
 from test_replicated import fill, siblings
 
 from mlxquant.codes.spec import ReplicaShape
@@ -27,8 +27,7 @@ OTHERS = {"bias": {"mlp_bias": True, "attention_bias": True},
                       "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_bias": False,
                       "mlp_bias": False}}
 FORMS = {name: {"model_type": name} for name in ("llama", "qwen2", "qwen3", "mistral")} | OTHERS
-emulated = pytest.mark.parametrize("emulated", [False, pytest.param(True, marks=needs_clang)],
-                                   ids=["operations", "kernels"])
+emulated = pytest.mark.parametrize("emulated", [False, True], ids=["operations", "kernels"])
 
 
 @pytest.fixture
@@ -187,7 +186,6 @@ def test_a_fused_norm_counts_once_and_stays_by_its_path():
 
 
 @pytest.mark.parametrize("refused", ["prepare_input", "prepare_input_normed", "prepare_input_gated"])
-@needs_clang
 def test_a_fused_form_that_disagrees_leaves_the_others_in_use(emulation, monkeypatch, refused):
     monkeypatch.setattr("mlxquant.layers.packed.trusted",
                         lambda kernel: kernel not in (refused, "replicated_tensor_cores"))

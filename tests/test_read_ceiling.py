@@ -1,12 +1,10 @@
 """The read kernel: its reference, and its Metal source run on the CPU."""
 
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal import Emulation, OutOfBounds
 
-import mlxquant
 from mlxquant.kernels import read_ceiling
 
 
@@ -26,13 +24,8 @@ def test_every_word_counts_once():
 
 
 @pytest.fixture
-def emulation(monkeypatch, tmp_path):
-    if sys.platform != "linux":
-        pytest.skip("the Metal emulation is for Linux; a Mac runs the kernel")
-    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
-    from metal import Compiler, Emulation
-
-    Emulation(Compiler(tmp_path), alignment=16).install(monkeypatch, read_ceiling)
+def emulation(metal_compiler, monkeypatch):
+    Emulation(metal_compiler, alignment=16).install(monkeypatch, read_ceiling)
 
 
 @pytest.mark.parametrize("vectors", [8, 16])
@@ -55,8 +48,6 @@ def test_a_kernel_that_leaves_something_out_is_not_trusted(emulation, monkeypatc
 
 
 def test_a_read_past_the_end_is_seen(emulation, monkeypatch):
-    from metal import OutOfBounds
-
     monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace("(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
     with pytest.raises(OutOfBounds, match="`data`"):
         read_ceiling.read(*buffers(3, 8), 8)

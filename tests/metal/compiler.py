@@ -6,7 +6,8 @@ Clang reads Metal Shading Language as C++17 after a small rewriting:
 
 The first pass gives ``device`` and ``constant`` an address space each, so that a pointer into
 the wrong one is an error, and is thrown away; the second is run. Undefined behaviour that clang can
-see at run time (an index beyond a local array, a shift too far) becomes a trap.
+see at run time (an index beyond a local array, a shift too far) becomes a trap. No optimising:
+that takes fifteen times as long, most of it for the traps, and the kernels run for milliseconds.
 """
 
 import hashlib
@@ -15,6 +16,9 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from .source import NotEmulated, Source
@@ -27,10 +31,12 @@ _VECTOR_CAST = re.compile(rf"(?<!sizeof)\(\s*{_VECTOR}\s*\)\s*[\w(]")
 # zig's own target for the machine would differ from one CPU to the next, and so would roundings.
 _CPU = ["-mcpu=x86_64_v3"] if platform.machine() == "x86_64" else []
 # Never without -c or -nostdlib++: zig would first build its C++ library, for more than a minute.
-_COMPILE = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off",
-            "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
-            "-fno-exceptions", "-fno-rtti", "-I", str(_INCLUDE), "-include", "mlx_preamble.h", *_CPU]
-_TRAPS = ["-fsanitize=undefined", "-fsanitize-trap=undefined"]
+_COMPILE = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti",
+            "-Xclang", "-ffloat16-excess-precision=none",
+            "-Xclang", "-fbfloat16-excess-precision=none",
+            "-I", str(_INCLUDE), "-include", "mlx_preamble.h", *_CPU]
+_LIBRARY = ["-shared", "-nostdlib", "-nostdlib++",
+            "-fsanitize=undefined", "-fsanitize-trap=undefined"]
 _PREFIX = {"*": "", "&": "*"}  # a reference is passed what its pointer points at
 
 
@@ -39,45 +45,49 @@ class Rejected(Exception):
 
 
 class Compiler:
-    """Compiles into ``folder``, each source once."""
+    """Compiles each source once into ``folder``, which processes and test runs may share."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.compiled = 0
 
-    def check_address_spaces(self, source: Source) -> None:
-        self._run(source, _cpp(source), ["-c", "-DADDRESS_SPACES"], ".o")
-
     def build(self, source: Source) -> Path:
         """The shared object that exports ``launch`` of ``include/dispatch.h``."""
-        path = self._stem(source).with_suffix(".so")
+        text = f'{_cpp(source)}\n#include "dispatch.h"\n{_launcher(source)}'
+        key = hashlib.sha256(f"{_toolchain()}{text}".encode()).hexdigest()
+        path = self.folder / f"{key[:16]}.so"
         if not path.exists():
-            self.check_address_spaces(source)
-            text = f'{_cpp(source)}\n#include "dispatch.h"\n{_launcher(source)}'
-            self._run(source, text, ["-shared", "-nostdlib", "-nostdlib++", *_TRAPS], ".so")
+            with tempfile.TemporaryDirectory(dir=self.folder) as place:
+                self._run(Path(place), _cpp(source), "address_spaces.o", ["-c", "-DADDRESS_SPACES"])
+                self._run(Path(place), text, path.name, _LIBRARY).replace(path)
             self.compiled += 1
         return path
 
-    def _stem(self, source: Source) -> Path:
-        return self.folder / hashlib.sha256(source.text.encode()).hexdigest()[:16]
-
-    def _run(self, source: Source, text: str, options: list[str], suffix: str) -> None:
-        stem = self._stem(source)
-        stem.with_suffix(".cpp").write_text(text)
-        cache = {f"ZIG_{kind}_CACHE_DIR": str(self.folder / "zig") for kind in ("GLOBAL", "LOCAL")}
+    def _run(self, place: Path, text: str, output: str, options: list[str]) -> Path:
+        (place / "kernel.cpp").write_text(text)
+        cache = {f"ZIG_{kind}_CACHE_DIR": str(place / "zig") for kind in ("GLOBAL", "LOCAL")}
         done = subprocess.run(
             [sys.executable, "-m", "ziglang", "c++", *_COMPILE, *options,
-             f"{stem}.cpp", "-o", f"{stem}{suffix}"],
+             str(place / "kernel.cpp"), "-o", str(place / output)],
             env=os.environ | cache, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise Rejected(done.stderr)
+        return place / output
+
+
+@cache
+def _toolchain() -> str:
+    """What besides the text decides what is built."""
+    headers = [path.read_text() for path in sorted(_INCLUDE.iterdir())]
+    return "\n".join([version("ziglang"), *_COMPILE, *_LIBRARY, *headers])
 
 
 def _cpp(source: Source) -> str:
     """The kernel as C++, behind the simdgroup functions it calls, if any."""
     text, fibers = source.text, '#define SIMDGROUPS_MEET\n#include "fibers.h"\n'
     if cast := _VECTOR_CAST.search(text):
-        raise NotEmulated(f"C++ would reinterpret bits in `{cast[0]}…`: write it as a call, `float4(x)`")
+        raise NotEmulated(f"C++ would reinterpret bits in `{cast[0]}…`: "
+                          "write it as a call, `float4(x)`")
     return fibers * bool(source.meetings()) + _VECTOR_CALL.sub(
         r"metal::make_vector<\1>(", _ATTRIBUTE.sub("", text))
 
@@ -91,6 +101,7 @@ def _launcher(source: Source) -> str:
             buffers += 1
         else:
             arguments.append(f"at.{parameter.attribute}")
-    return ('extern "C" void launch(void** buffers, const uint* grid, const uint* group, bool backwards) {\n'
+    return ('extern "C" void launch(void** buffers, const uint* grid, const uint* group,\n'
+            "                       bool backwards) {\n"
             f"    dispatch(grid, group, backwards, [=](const Thread& at) {{\n"
             f"        {source.entry}({', '.join(arguments)});\n    }});\n}}\n")
