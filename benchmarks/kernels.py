@@ -25,7 +25,7 @@ import numpy as np
 from record import save
 
 from mlxquant.codes import hadamard
-from mlxquant.codes.packing import level_count
+from mlxquant.codes.width import Width
 from mlxquant.kernels import (
     backend,
     code_order,
@@ -52,7 +52,7 @@ Step = Callable[[int, mx.array], mx.array]
 def layer(bits: int | str, replicas: int, group: int = 0, shape: tuple[int, int] = MAIN,
           tokens: int = 1) -> Case:
     """A row of ours: K replicas, plain or over groups of inputs, rotated in blocks of 64."""
-    return Case(bits, replicas, group, 64, *shape, tokens, HALF)
+    return Case(Width.of(bits), replicas, group, 64, *shape, tokens, HALF)
 
 
 OURS = [layer(2, k) for k in (1, 2, 4, 8, 16)] + [layer(2, k, 16) for k in (4, 8)] + [
@@ -94,16 +94,16 @@ def free(step: Step, x: mx.array) -> gpu_clock.Steps:
 def layout_of(kernel: ModuleType, case: Case) -> Layout:
     if kernel is replicated_matvec:
         return replicated_matvec.layout(case.group)
-    return replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype)
+    return replicated_tensor_cores.layout(case.bits.code_bits, case.dtype)
 
 
 class Replicated:
     """Distinct random matrices of one shape, their scales, and an input."""
 
     def __init__(self, case: Case, cold: float = COLD):
-        self.case, self.levels = case, level_count(case.bits)
+        self.case, self.levels = case, case.bits.levels
         self.x, _, _, self.scales = replace(case, rows=8).draw()
-        width = code_order.kernel_bits(case.bits)
+        width = case.bits.code_bits
         words = case.inputs * width // 32
         self.count = max(8, round(cold / (case.rows * words * 4)))
         self.codes = [mx.random.randint(0, 2**31 - 1, (case.rows, words // width, width))
@@ -175,7 +175,7 @@ def stock(bits: int, rows: int, inputs: int, tokens: int, cold: float = COLD) ->
 def error(case: Case, kernel: ModuleType) -> float:
     """Relative error of a whole layer, one token, against a product in float64."""
     x, codes, replica_out, scales = case.draw(1)
-    levels, inputs = level_count(case.bits), case.inputs
+    levels, inputs = case.bits.levels, case.inputs
     prepared = prepare_input.prepare(x, scales, layout_of(kernel, case))
     found = kernel.multiply(prepared, codes, replica_out, scales, levels, 1, case.dtype)
     matrix = np.array(code_order.unpack(codes, inputs), np.float64) - (levels - 1) / 2
@@ -217,7 +217,7 @@ class Results:
 
     def add_error(self, case: Case, dtype: mx.Dtype, name: str) -> None:
         self.errors.append(dict(
-            bits=case.bits, replicas=case.replicas, group=case.group,
+            bits=case.bits.value, replicas=case.replicas, group=case.group,
             dtype=str(dtype).split(".")[-1], kernel=name,
             error=error(replace(case, dtype=dtype), KERNELS[name])))
         print(self.errors[-1], flush=True)

@@ -13,7 +13,7 @@ import traceback
 
 from record import RESULTS, save
 
-from mlxquant.codes.spec import parse_bits
+from mlxquant.codes.width import Width
 from mlxquant.report.comparison import as_dicts, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
 
@@ -41,7 +41,7 @@ def main() -> None:
         methods, _, bits = step.partition(":")
         try:
             for row in compare(arguments.model, Path(arguments.text), methods=methods.split(","),
-                               bits=[parse_bits(b) for b in bits.split(",")], windows=arguments.windows,
+                               bits=[Width.of(b).value for b in bits.split(",")], windows=arguments.windows,
                                data=arguments.data, samples=arguments.samples,
                                original=arguments.original and not rows,
                                progress=lambda what: print(what, flush=True)):

@@ -27,7 +27,7 @@ def options_of(method: str) -> dict | None:
     """The options of ``quantize`` that a row's method stands for, None where they are more than widths and flags."""
     plain = method.replace("gptq-plain", "gptq")
     options = METHODS.get(method) or METHODS.get(plain)
-    if options is None or {"mixed", "salient", "activation"} & set(options):
+    if options is None or {"mixed", "activation"} & set(options):
         return None
     return options | ({"act_order": False, "refine": 0} if plain != method else {})
 

@@ -1,5 +1,7 @@
 """Packing at every width, and scales against brute force and an independent reference."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlxquant.base.errors import BadValue
 from mlxquant.codes import affine, rtn
-from mlxquant.codes.spec import WIDTHS, Overrides, Spec, parse_bits, parse_override
+from mlxquant.codes.spec import Overrides, Spec, Whole, parse_override
+from mlxquant.codes.width import Width
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +34,7 @@ def test_packed_codes_are_what_mlx_dequantises(bits):
     assert mx.array_equal(stock, q.dequantise())
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", Width)
 @pytest.mark.parametrize("group", [32, 48, 0, -1])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_codes_are_nearest_and_beat_min_max(bits, group, symmetric):
@@ -40,24 +43,24 @@ def test_codes_are_nearest_and_beat_min_max(bits, group, symmetric):
     q = affine.fit(mx.array(weight), spec, None, mx.float32)
     w, scale, bias = (np.array(x, np.float64) for x in (
         weight, affine.expand(q.scales, q.group), affine.expand(q.biases, q.group)))
-    grid = scale[..., None] * np.arange(spec.levels) + bias[..., None]
+    grid = scale[..., None] * np.arange(spec.bits.levels) + bias[..., None]
     best = np.abs(grid - w[..., None]).min(-1)
     chosen = np.abs(np.array(q.dequantise()) - w)
     assert (chosen <= best + 1e-5).all()
-    if symmetric or bits == "ternary":
+    if symmetric or bits is Width.TERNARY:
         assert np.allclose(grid[..., 0], -grid[..., -1], atol=1e-6)
     assert (chosen**2).sum() <= min_max_error(w, spec) * (1 + 1e-6)
 
 
 def min_max_error(w: np.ndarray, spec: Spec) -> float:
-    group = w.size if spec.group_size == -1 else spec.group_size or w.shape[1]
+    group = w.size if spec.group_size is Whole.MATRIX else spec.group_for(w.shape[1])
     parts = w.reshape(-1, group)
     low, high = parts.min(1, keepdims=True), parts.max(1, keepdims=True)
-    if spec.symmetric or spec.bits == "ternary":
+    if spec.symmetric or spec.bits is Width.TERNARY:
         high = np.maximum(high, -low)
         low = -high
-    scale = (high - low) / (spec.levels - 1)
-    q = np.clip(np.round((parts - low) / scale), 0, spec.levels - 1)
+    scale = (high - low) / (spec.bits.levels - 1)
+    q = np.clip(np.round((parts - low) / scale), 0, spec.bits.levels - 1)
     return ((parts - scale * q - low) ** 2).sum()
 
 
@@ -97,7 +100,7 @@ def test_importance_moves_the_levels_to_the_columns_that_matter():
 
 def test_a_constant_and_a_zero_row_are_exact():
     weight = mx.concatenate([mx.zeros((1, 64)), mx.full((1, 64), 0.5)])
-    for bits in WIDTHS:
+    for bits in Width:
         q = rtn.quantise(weight, None, Spec(bits=bits))
         assert mx.allclose(q.dequantise(), weight, atol=1e-3), bits
 
@@ -121,8 +124,8 @@ def test_overrides_apply_by_glob_first_match_first():
     rules = (parse_override("*.down_proj:bits=4,group_size=32"), parse_override("model.layers.0.*:bits=8"))
     chosen = Overrides(Spec(bits=2), rules)
     assert chosen.spec_for("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
-    assert chosen.spec_for("model.layers.0.mlp.up_proj").bits == 8
-    assert chosen.spec_for("model.layers.1.mlp.up_proj").bits == 2
+    assert chosen.spec_for("model.layers.0.mlp.up_proj").bits is Width.EIGHT
+    assert chosen.spec_for("model.layers.1.mlp.up_proj").bits is Width.TWO
 
 
 @pytest.mark.parametrize("text", ["*.q_proj", "*:bits=7", "*:colour=red", "*:bits"])
@@ -132,6 +135,11 @@ def test_a_bad_override_is_refused(text):
 
 
 def test_widths_parse():
-    assert parse_bits("ternary") == "ternary" and parse_bits("3") == 3
-    with pytest.raises(BadValue):
-        parse_bits("7")
+    assert Width.of("ternary") is Width.TERNARY and Width.of("3") is Width.of(3) is Width.THREE
+    with pytest.raises(BadValue, match="bits is 6, allowed are 1, 2$"):
+        Width.of(Width.SIX, (Width.ONE, Width.TWO))
+
+
+def test_a_spec_returns_from_json_as_it_was():
+    for spec in (Spec(bits="ternary", group_size=-1), Spec(bits=Width.TWO, group_size=Whole.ROW)):
+        assert Spec(**json.loads(json.dumps(spec.as_dict()))) == spec

@@ -113,8 +113,8 @@ def test_too_small_a_budget_names_the_least_possible():
 def test_ties_go_to_the_layer_listed_first_whatever_the_order_of_its_options():
     ways = [Option(Spec(bits=b), 10 * b, 8.0 - b) for b in (2, 3, 4)]
     options = {"x": ways, "b": ways[::-1], "a": ways}
-    assert [o.choice.bits for o in choose(options, 80).values()] == [4, 2, 2]
-    assert [o.choice.bits for o in choose(options, 90).values()] == [4, 3, 2]
+    assert [o.choice.bits.value for o in choose(options, 80).values()] == [4, 2, 2]
+    assert [o.choice.bits.value for o in choose(options, 90).values()] == [4, 3, 2]
     assert choose(options, 90) == choose(options, 90)
 
 

@@ -44,7 +44,7 @@ def test_codes_equal_the_textbook(bits, act_order):
     hessian = np.array(statistics.hessian, np.float64)
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else range(weight.shape[1])
     scales, biases = (np.array(expand(x, 32), np.float64) for x in (q.scales, q.biases))
-    expected = textbook(weight, hessian, scales, biases, spec.levels, order)
+    expected = textbook(weight, hessian, scales, biases, spec.bits.levels, order)
     same = (np.array(q.codes) == expected).mean()
     assert same > 0.99  # a tie broken differently in float32 moves what follows
 

@@ -14,7 +14,9 @@ from metal import Emulation, OutOfBounds, Unsettled
 from typer.testing import CliRunner
 
 from mlxquant.cli import app
-from mlxquant.codes.packing import level_count, pack_codes
+from mlxquant.codes.packing import pack_codes
+from mlxquant.codes.spec import REPLICA_WIDTHS
+from mlxquant.codes.width import Width
 from mlxquant.kernels import (
     backend,
     check,
@@ -28,14 +30,14 @@ from mlxquant.kernels.first_step import Gate, Norm
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]
-SUBSET = [Case(*case) for case in [
+SUBSET = [Case(Width.of(bits), *rest) for bits, *rest in [
     (1, 1, 0, 0, 5, 64, 1, F32), (1, 4, 16, 64, 9, 192, 2, F16), (2, 4, 0, 64, 13, 192, 1, F32),
     (2, 8, 16, 64, 6, 1344, 3, F16), (2, 16, 0, 4, 3, 100, 2, BF16), (2, 2, 64, 0, 4, 64, 8, F32),
     ("ternary", 4, 0, 32, 8, 96, 1, BF16), ("ternary", 5, 8, 8, 5, 40, 4, F32), (3, 4, 0, 64, 7, 320, 2, F16),
     (3, 3, 32, 2, 9, 98 - 2, 1, F32), (4, 1, 0, 128, 5, 1152, 5, F32), (4, 8, 64, 64, 17, 128, 1, BF16),
     (2, 4, 0, 1024, 4, 1024, 1, F32), (2, 1, 0, 0, 2, 1, 1, F32), (4, 4, 0, 1, 2, 33, 8, F16)]]
 EVERYTHING = [Case(*case) for case in itertools.product(
-    check.WIDTHS, (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (0, 64), (9,), (64, 1088), (1, 3, 8), (F32, F16, BF16))]
+    REPLICA_WIDTHS, (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (0, 64), (9,), (64, 1088), (1, 3, 8), (F32, F16, BF16))]
 CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
 ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
 
@@ -50,11 +52,11 @@ def emulation(metal_compiler, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 129])
-@pytest.mark.parametrize("bits", check.WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 def test_codes_survive_the_kernels_order(bits, columns):
-    codes = np.random.default_rng(columns).integers(0, level_count(bits), (3, columns)).astype(np.uint8)
+    codes = np.random.default_rng(columns).integers(0, bits.levels, (3, columns)).astype(np.uint8)
     words = code_order.reorder(pack_codes(mx.array(codes), bits), bits, columns)
-    assert words.shape[2] == code_order.kernel_bits(bits) and words.shape[1] * 32 % code_order.RUN[words.shape[2]] == 0
+    assert words.shape[2] == bits.code_bits and words.shape[1] * 32 % code_order.RUN[words.shape[2]] == 0
     np.testing.assert_array_equal(np.array(code_order.unpack(words, columns)), codes)
 
 
@@ -68,10 +70,10 @@ def test_one_mask_leaves_a_pair_of_neighbours(width, pairs_in_word):
 
 
 def test_reordering_some_rows_at_a_time_changes_nothing(monkeypatch):
-    packed = pack_codes(mx.array(np.random.default_rng(0).integers(0, 8, (7, 96))), 3)
-    whole = code_order.reorder(packed, 3, 96)
+    packed = pack_codes(mx.array(np.random.default_rng(0).integers(0, 8, (7, 96))), Width.THREE)
+    whole = code_order.reorder(packed, Width.THREE, 96)
     monkeypatch.setattr(code_order, "_AT_ONCE", 200)
-    assert mx.array_equal(code_order.reorder(packed, 3, 96), whole)
+    assert mx.array_equal(code_order.reorder(packed, Width.THREE, 96), whole)
 
 
 @pytest.mark.parametrize("prepare", [check._prepare, check._prepare_normed, check._prepare_gated])
@@ -83,7 +85,7 @@ def test_prepared_inputs_are_the_reference(emulation, case, prepare):
 @pytest.mark.parametrize("dtype, weight_dtype", [(F16, F16), (BF16, BF16), (F16, F32), (F32, BF16)])
 def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype):
     """In float64, rounded to the type that a block's own operations give."""
-    case = Case(2, 3, 0, 32, 2, 608, 3, F32)
+    case = Case(Width.TWO, 3, 0, 32, 2, 608, 3, F32)
     x, _, _, scales = case.draw()
     x, other, weight = x.astype(dtype), case.draw(1)[0].astype(dtype), case.draw(2)[0][0].astype(weight_dtype)
     layout, exact = replicated_matvec.layout(0), [np.array(a.astype(F32), np.float64) for a in (x, other, weight)]
@@ -102,7 +104,7 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
     x, codes, replica_out, scales = case.draw()
-    levels = level_count(case.bits)
+    levels = case.bits.levels
     prepared = prepare_input.reference(x, scales, replicated_matvec.layout(case.group))
     y = replicated_matvec.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
     grid = np.arange(levels) * (2 if levels == 2 else 1) - (1 if levels == 2 else (levels - 1) / 2)
@@ -139,7 +141,7 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
             prepare_input: [check._prepare, check._prepare_normed, check._prepare_gated]}[module]
     with pytest.raises(complaint):
         for run in runs:
-            run(Case(3, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
+            run(Case(Width.THREE, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
 
 
 def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):

@@ -76,7 +76,7 @@ def on_a_gpu(monkeypatch):
     def install(rate):
         def timed(shape, size):
             cost = shape.replicas / (shape.replica_group or 1)
-            return shape.as_dict() | {"microseconds": 10 + cost, "gb_per_s": rate(shape.bits)}
+            return shape.as_dict() | {"microseconds": 10 + cost, "gb_per_s": rate(shape.bits.value)}
         monkeypatch.setattr(replica_probe, "time_layers", timed)
     return install
 

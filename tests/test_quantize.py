@@ -57,8 +57,6 @@ def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, t
     dict(method="gptq", bits=8, rotation="online"), dict(method="gptq", bits=8, group_size=0),
     dict(method="rtn", bits=8, group_size=-1, symmetric=True),
     dict(method="awq", bits=6, rotation="online", group_size=16),
-    dict(method="gptq", bits=8, salient=0.05), dict(method="awq", bits=8, salient=0.05, rotation="online"),
-    dict(method="rtn", bits=8, salient=0.05, group_size=0),
     dict(method="smoothquant", bits=8, group_size=0, activation=ActivationSpec()),
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="tensor")),
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="static", scale=1.0)),
@@ -168,7 +166,7 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
     (dict(bits=7), "allowed are 1, ternary"), (dict(group_size=48), "does not divide the 64 inputs of model.layers.0"),
     (dict(method="smoothquant"), "give --activation-bits 8"), (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
     (dict(method="replica", replicas=17), "replicas is 17"), (dict(method="replica", activation=ActivationSpec()), "leave"),
-    (dict(salient=0.7), "shares of inputs"), (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
+    (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
 ])
 def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options, message):
     with pytest.raises(BadValue, match=message):

@@ -31,8 +31,8 @@ def test_codes_move_as_one_by_one_trials_would(bits):
     codes = np.array(start.codes, np.float64)
     for row in range(len(weight)):
         for j in range(weight.shape[1]):
-            trials = np.repeat(codes[row][None], spec.levels, 0)
-            trials[:, j] = np.arange(spec.levels)
+            trials = np.repeat(codes[row][None], spec.bits.levels, 0)
+            trials[:, j] = np.arange(spec.bits.levels)
             error = trials * scales[row] + biases[row] - weight[row]
             codes[row, j] = ((error @ hessian) * error).sum(1).argmin()
     assert (moved == codes).mean() > 0.99  # a tie broken differently in float32 moves what follows
@@ -49,7 +49,7 @@ def test_scales_are_the_least_squares_solution(spec, monkeypatch):
     root = np.linalg.cholesky(hessian.astype(np.float64))  # e H eᵀ = ‖e·root‖²
     groups = start.scales.shape[1]
     for row, codes in enumerate(np.array(start.codes, np.float64)):
-        level = codes - (spec.levels - 1) / 2 if spec.mirrored else codes
+        level = codes - (spec.bits.levels - 1) / 2 if spec.mirrored else codes
         member = np.kron(np.eye(groups), np.ones(start.group))
         basis = member * level if spec.mirrored else np.concatenate([member * level, member])
         best, *_ = np.linalg.lstsq((basis @ root).T, weight[row] @ root, rcond=None)

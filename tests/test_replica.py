@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mlxquant.base.errors import BadValue
-from mlxquant.codes.spec import ReplicaShape, Spec
+from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape, Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.codes.width import Width
 from mlxquant.quantise import envelope, gptq, replica
 
-WIDTHS = [1, "ternary", 2, 3, 4]
 SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]
 
 
@@ -49,7 +49,7 @@ def test_small_systems_are_solved(size):
     assert np.linalg.norm(found - exact) < 2e-3 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_no_round_of_the_fit_raises_the_error(bits, replicas, group):
     weight, statistics = problem()
@@ -64,7 +64,7 @@ def test_no_round_of_the_fit_raises_the_error(bits, replicas, group):
 def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
     weight, statistics = problem()
     importance = statistics.hessian.diagonal()
-    found = envelope.fit(weight, 2, replicas, group, importance, rounds=3)
+    found = envelope.fit(weight, Width.TWO, replicas, group, importance, rounds=3)
     levels, inside = np.array(found.levels(), np.float64), np.array(found.inputs(), np.float64)
     root = np.sqrt(np.array(importance, np.float64))
     out = np.array(envelope._fit_outputs(weight, found, importance), np.float64)
@@ -76,7 +76,7 @@ def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
         assert ours <= least * (1 + 1e-3) + 1e-9
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, replicas, group):
     weight, statistics = problem()
@@ -93,7 +93,7 @@ def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, rep
 def test_each_step_of_a_round_lowers_the_error(replicas, group):
     weight, statistics = problem()
     hessian = mx.array(gptq.damped(np.array(statistics.hessian, np.float64)).astype(np.float32))
-    found = envelope.fit(weight, 2, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
+    found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
     for step in (replica.move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
                  lambda *a: replica.fit_inputs(*a, mx.float16)):
         before = loss(weight, found, hessian)
@@ -106,7 +106,7 @@ def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkey
     monkeypatch.setattr(replica, "_GRADIENT_STEPS", 300)
     weight, statistics = problem(rows=12, columns=32)
     hessian = gptq.damped(np.array(statistics.hessian, np.float64))
-    found = envelope.fit(weight, 2, replicas, group, statistics.hessian.diagonal())
+    found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal())
     ours = replica._descend(weight, found, mx.array(hessian.astype(np.float32)), "replica_in")
     basis = [np.array(replace(found, replica_in=mx.array(unit.reshape(ours.shape).astype(np.float32))).dequantise(),
                       np.float64).ravel() for unit in np.eye(ours.size)]
@@ -123,7 +123,7 @@ def test_more_replicas_and_more_bits_fit_better():
     weight, statistics = problem(rows=48)
     hessian = statistics.hessian
     by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k)), hessian) for k in (1, 4, 16)]
-    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2)), hessian) for b in WIDTHS]
+    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2)), hessian) for b in REPLICA_WIDTHS]
     assert by_replicas == sorted(by_replicas, reverse=True) and by_bits == sorted(by_bits, reverse=True)
 
 

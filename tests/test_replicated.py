@@ -12,8 +12,9 @@ from test_transformed import close, draw, rotation_matrix
 import mlxquant
 from mlxquant.base.errors import BadCheckpoint, BadValue
 from mlxquant.codes import hadamard
-from mlxquant.codes.packing import empty_codes, level_values, pack_codes, unpack_codes
+from mlxquant.codes.packing import empty_codes, pack_codes, unpack_codes
 from mlxquant.codes.spec import REPLICA_GROUPS, REPLICA_WIDTHS, ReplicaShape
+from mlxquant.codes.width import Width
 from mlxquant.layers import formats, traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.replicated import (
@@ -25,8 +26,8 @@ from mlxquant.layers.replicated import (
 from mlxquant.model.inspection import inspect_folder
 from mlxquant.sources import checkpoint
 
-LEVELS = {1: [-1, 1], "ternary": [-1, 0, 1], 2: [-1.5, -0.5, 0.5, 1.5],
-          3: [c - 3.5 for c in range(8)], 4: [c - 7.5 for c in range(16)]}
+LEVELS = {Width.ONE: [-1, 1], Width.TERNARY: [-1, 0, 1], Width.TWO: [-1.5, -0.5, 0.5, 1.5],
+          Width.THREE: [c - 3.5 for c in range(8)], Width.FOUR: [c - 7.5 for c in range(16)]}
 
 
 def fill(layer, seed=0):
@@ -64,7 +65,7 @@ def dense64(layer, codes):
 @pytest.mark.parametrize("bits", REPLICA_WIDTHS)
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 31, 33, 64, 99])
 def test_codes_survive_packing(bits, columns):
-    assert level_values(bits).tolist() == LEVELS[bits]
+    assert [bits.lowest + bits.distance * c for c in range(bits.levels)] == LEVELS[bits]
     codes = np.random.default_rng(columns).integers(0, len(LEVELS[bits]), (3, columns))
     packed, empty = pack_codes(mx.array(codes), bits), empty_codes(3, columns, bits)
     assert (packed.shape, packed.dtype) == (empty.shape, empty.dtype)
@@ -72,10 +73,10 @@ def test_codes_survive_packing(bits, columns):
 
 
 def test_order_of_codes_in_words_and_bytes():
-    assert pack_codes(mx.array([[2, 0, 1, 0, 2, 1]]), "ternary").tolist() == [[2 + 9 + 2 * 81, 1]]
+    assert pack_codes(mx.array([[2, 0, 1, 0, 2, 1]]), Width.TERNARY).tolist() == [[2 + 9 + 2 * 81, 1]]
     codes = [(5 * j + 1) % 8 for j in range(12)]  # the eleventh crosses into the second word
     stream = sum(code << 3 * j for j, code in enumerate(codes))
-    assert pack_codes(mx.array([codes]), 3).tolist() == [[stream & 0xFFFFFFFF, stream >> 32]]
+    assert pack_codes(mx.array([codes]), Width.THREE).tolist() == [[stream & 0xFFFFFFFF, stream >> 32]]
 
 
 @pytest.mark.parametrize("bits", REPLICA_WIDTHS)
@@ -115,7 +116,7 @@ def test_kept_levels_follow_the_codes():
     before = np.array(layer(x))
     assert layer.keep_levels() == layer.weight_count
     np.testing.assert_array_equal(np.array(layer(x)), before)
-    layer.codes = pack_codes(mx.array(3 - codes), 2)  # the mirror image of every level
+    layer.codes = pack_codes(mx.array(3 - codes), Width.TWO)  # the mirror image of every level
     np.testing.assert_array_equal(np.array(layer(x)), -before)
     assert len(tree_flatten(layer.parameters())) == 2
 

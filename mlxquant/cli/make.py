@@ -32,7 +32,6 @@ def quantize(
     replicas: Annotated[int, typer.Option(help="replica: how often each code is used, 1 to 16.")] = 4,
     replica_group: Annotated[int, typer.Option(
         help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; 0: none.")] = 0,
-    salient: Annotated[float, typer.Option(help="Share of inputs that keep 16 bits, e.g. 0.01.")] = 0.0,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Levels mirror around zero.")] = False,
     act_order: Annotated[bool, typer.Option(help="GPTQ: most active inputs first.")] = True,
     refine: Annotated[int, typer.Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
@@ -63,7 +62,8 @@ def quantize(
     revision: Revision = None, as_json: AsJson = False,
 ):
     """Quantise a model block by block; a killed run goes on where it was."""
-    from mlxquant.codes.spec import parse_bits, parse_override
+    from mlxquant.codes.spec import parse_override
+    from mlxquant.codes.width import Width
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
     from mlxquant.quantise.assignment import Target
@@ -83,15 +83,15 @@ def quantize(
         from mlxquant.runtime.probe import replica_limits
 
         limits = replica_limits()
-        if limits is not None and limits.free(parse_bits(bits), replicas, replica_group) is False:
+        if limits is not None and limits.free(Width.of(bits).value, replicas, replica_group) is False:
             remark(f"{replicas} replicas in groups of {replica_group or 1} are slower than one on this machine; "
                    "`mlxquant probe` shows which are not")
     with progress("quantising, seconds:") as advance:
         outcome = run(
-            model, output, method=method, bits=parse_bits(bits), group_size=group_size,
+            model, output, method=method, bits=Width.of(bits).value, group_size=group_size,
             rotation="online" if rotate else "fused" if rotate_fused else None, data=data,
             samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
-            refine=refine, replicas=replicas, replica_group=replica_group, salient=salient, target=target,
+            refine=refine, replicas=replicas, replica_group=replica_group, target=target,
             propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
             embedding_bits=embedding_bits, activation=activation, alpha=alpha, repeats=tuple(repeats),
             seed=seed, revision=revision, progress=advance,
@@ -137,7 +137,7 @@ def compare(
     """The methods side by side on one model: quality, size, time and memory."""
     from rich.console import Console
 
-    from mlxquant.codes.spec import parse_bits
+    from mlxquant.codes.width import Width
     from mlxquant.report import comparison
     from mlxquant.report.by_layer import check_plot
 
@@ -145,7 +145,7 @@ def compare(
         raise MlxquantError(f"no such file: {text}")
     if plot is not None:
         check_plot(plot)
-    widths = [parse_bits(b) for b in bits or ("4", "3", "2")]
+    widths = [Width.of(b).value for b in bits or ("4", "3", "2")]
     names = [name.strip() for name in methods.split(",")]
     rows = list(comparison.compare(
         model, text, methods=names, bits=widths, group_size=group_size, context=context,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.codes.spec import Spec
+from mlxquant.codes.spec import Spec, Whole
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(15))
 _ROUNDS = 8
@@ -39,13 +39,14 @@ class Affine:
         return expand(self.scales, self.group) * self.codes.astype(mx.float32) + expand(
             self.biases, self.group)
 
-    def rows(self, start: int, stop: int) -> "Affine":
-        return Affine(self.codes[start:stop], self.scales[start:stop], self.biases[start:stop], self.spec)
+    def rows(self, part: slice) -> "Affine":
+        """Some of the rows."""
+        return Affine(self.codes[part], self.scales[part], self.biases[part], self.spec)
 
     def split(self, rows: list[int]) -> list["Affine"]:
         """The matrices that were stacked, by their numbers of rows."""
         ends = [sum(rows[:i + 1]) for i in range(len(rows))]
-        return [self.rows(e - r, e) for r, e in zip(rows, ends)]
+        return [self.rows(slice(e - r, e)) for r, e in zip(rows, ends)]
 
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and biases, the latter in 16."""
@@ -53,7 +54,7 @@ class Affine:
 
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
-        return pack(self.codes, self.spec.code_bits)
+        return pack(self.codes, self.spec.bits.code_bits)
 
 
 def expand(per_group: mx.array, group: int) -> mx.array:
@@ -77,13 +78,16 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
     """
     rows, columns = weight.shape
     group = spec.group_for(columns)
-    shape = (1, 1, rows * columns) if spec.group_size == -1 else (rows, columns // group, group)
+    shape = (rows, columns // group, group)
+    if spec.group_size is Whole.MATRIX:
+        shape = (1, 1, rows * columns)
     w = weight.astype(mx.float32).reshape(shape)
     h = mx.ones((columns,)) if importance is None else importance / importance.mean()
     h = mx.broadcast_to(mx.maximum(h, 1e-6), (rows, columns)).reshape(shape)
     scales, biases = _search(w, h, spec, dtype)
     scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group)) for x in (scales, biases))
-    codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group), spec.levels)
+    codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group),
+                    spec.bits.levels)
     result = Affine(codes.astype(mx.uint8), mx.contiguous(scales), mx.contiguous(biases), spec)
     mx.eval(result.codes, result.scales, result.biases)
     return result
@@ -132,11 +136,11 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
         low = -high
     best = None
     for clip in _CLIPS:
-        scale = clip * (high - low) / (spec.levels - 1)
+        scale = clip * (high - low) / (spec.bits.levels - 1)
         best = _keep_better(best, w, h, scale, clip * low, spec, dtype)
     scale, bias, _ = best
     for _ in range(_ROUNDS):
-        codes = nearest(w, scale, bias, spec.levels)
+        codes = nearest(w, scale, bias, spec.bits.levels)
         best = _keep_better(best, w, h, *_least_squares(w, h, codes, spec), spec, dtype)
         scale, bias, _ = best
         mx.eval(*best)
@@ -146,10 +150,10 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
 def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tuple[mx.array, mx.array]:
     """Scale and bias that minimise Σ h·(w − scale·q − bias)² for fixed codes."""
     if spec.mirrored:
-        centred = codes - (spec.levels - 1) / 2
+        centred = codes - (spec.bits.levels - 1) / 2
         scale = (h * centred * w).sum(-1, keepdims=True) / mx.maximum(
             (h * centred * centred).sum(-1, keepdims=True), 1e-12)
-        return scale, -scale * (spec.levels - 1) / 2
+        return scale, -scale * (spec.bits.levels - 1) / 2
     total = h.sum(-1, keepdims=True)
     mean_q, mean_w = ((h * x).sum(-1, keepdims=True) / total for x in (codes, w))
     variance = (h * mx.square(codes - mean_q)).sum(-1, keepdims=True)
@@ -159,7 +163,7 @@ def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tup
 
 def _keep_better(best, w, h, scale, bias, spec: Spec, dtype: mx.Dtype):
     scale, bias = (x.astype(dtype).astype(mx.float32) for x in (scale, bias))
-    error = (h * mx.square(w - scale * nearest(w, scale, bias, spec.levels) - bias)).sum(-1, keepdims=True)
+    error = (h * mx.square(w - scale * nearest(w, scale, bias, spec.bits.levels) - bias)).sum(-1, keepdims=True)
     if best is None:
         return scale, bias, error
     better = error < best[2]

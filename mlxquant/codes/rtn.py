@@ -11,7 +11,7 @@ are fitted by least squares.
 import mlx.core as mx
 
 from mlxquant.codes.affine import Affine, expand, fit, nearest
-from mlxquant.codes.spec import Spec
+from mlxquant.codes.spec import Spec, Whole
 from mlxquant.codes.statistics import Statistics
 
 _CHUNK = 1 << 24  # weights that are rounded at once
@@ -20,11 +20,12 @@ _CHUNK = 1 << 24  # weights that are rounded at once
 def quantise(weight: mx.array, statistics: Statistics | None, spec: Spec,
              dtype: mx.Dtype = mx.float16) -> Affine:
     """Quantise ``weight`` (m, n); the statistics are not used."""
-    if spec.symmetric or spec.levels < 4 or spec.group_size == -1:
+    if spec.symmetric or spec.bits.levels < 4 or spec.group_size is Whole.MATRIX:
         return fit(weight, spec, None, dtype)
     rows, columns = weight.shape
     group, at_once = spec.group_for(columns), max(1, _CHUNK // columns)
-    parts = [_round(weight[start:start + at_once], group, spec.levels, dtype) for start in range(0, rows, at_once)]
+    parts = [_round(weight[start:start + at_once], group, spec.bits.levels, dtype)
+             for start in range(0, rows, at_once)]
     codes, scales, biases = (mx.concatenate(part) for part in zip(*parts))
     mx.eval(codes, scales, biases)
     return Affine(codes, scales, biases, spec)

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.codes import hadamard
-from mlxquant.codes.packing import level_count
+from mlxquant.codes.spec import REPLICA_WIDTHS
+from mlxquant.codes.width import Width
 from mlxquant.kernels import (
     backend,
     code_order,
@@ -24,7 +25,6 @@ from mlxquant.kernels.prepare_input import Scales
 
 HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
 _ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}
-WIDTHS = (1, "ternary", 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Outcome:
 class Case:
     """A random replicated matrix and an input for it."""
 
-    bits: int | str
+    bits: Width
     replicas: int
     group: int
     rotation: int
@@ -66,12 +66,13 @@ class Case:
         def normal(*shape: int) -> mx.array:
             return mx.array(random.normal(size=shape).astype(np.float32))
 
-        codes = mx.array(random.integers(0, level_count(self.bits), (self.rows, self.inputs)).astype(np.uint8))
+        shape = self.rows, self.inputs
+        codes = mx.array(random.integers(0, self.bits.levels, shape).astype(np.uint8))
         scales = Scales.of(
             self.inputs, self.replicas, self.group, self.rotation,
             normal(self.inputs // (self.group or 1), self.replicas), normal(self.inputs) if self.group else None,
             hadamard.pack_signs(hadamard.random_signs(self.inputs, seed)) if self.rotation else None)
-        words = code_order.pack(codes, code_order.kernel_bits(self.bits))
+        words = code_order.pack(codes, self.bits.code_bits)
         kept = self.dtype if self.dtype != mx.float32 else mx.float16
         return normal(self.tokens, self.inputs).astype(self.dtype), words, normal(self.rows, self.replicas).astype(kept), scales
 
@@ -79,11 +80,11 @@ class Case:
 def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Case]:
     """Every width and dtype, plain and grouped, sizes that fill nothing up, several tokens."""
     for dtype in dtypes:
-        for bits in WIDTHS:
+        for bits in REPLICA_WIDTHS:
             yield Case(bits, 4, 0, 64, 83, 1344, 1, dtype)
             yield Case(bits, 8, 16, 64, 40, 576, 3, dtype)
-        yield Case(2, 1, 0, 0, 17, 100, 8, dtype)
-        yield Case(2, 16, 64, 256, 33, 2304, 4, dtype)
+        yield Case(Width.TWO, 1, 0, 0, 17, 100, 8, dtype)
+        yield Case(Width.TWO, 16, 64, 256, 33, 2304, 4, dtype)
 
 
 def _prepare(case: Case) -> float:
@@ -104,7 +105,7 @@ def _prepare_gated(case: Case) -> float:
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
     layouts = [replicated_matvec.layout(case.group)]
     if case.dtype != mx.float32:
-        layouts.append(replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))
+        layouts.append(replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
     return max(backend.relative_error(prepare_input.prepare(x, scales, layout, first),
                                       prepare_input.reference(x, scales, layout, first)) for layout in layouts)
 
@@ -115,13 +116,13 @@ def _matvec(case: Case) -> float:
 
 def _tensor_cores(case: Case) -> float:
     return _product(case, replicated_tensor_cores,
-                    replicated_tensor_cores.layout(code_order.kernel_bits(case.bits), case.dtype))
+                    replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
 
 
 def _product(case: Case, kernel, layout: prepare_input.Layout) -> float:
     """Of the matrix kernel alone: its input is prepared by the reference."""
     x, codes, replica_out, scales = case.draw()
-    levels = level_count(case.bits)
+    levels = case.bits.levels
     prepared = prepare_input.reference(x, scales, layout)
     y = kernel.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
     with mx.stream(mx.cpu):  # a GPU's own products may round float32 to 10 bits
@@ -131,7 +132,7 @@ def _product(case: Case, kernel, layout: prepare_input.Layout) -> float:
 
 def _expand(case: Case) -> float:
     _, codes, replica_out, scales = case.draw()
-    levels = level_count(case.bits)
+    levels = case.bits.levels
     found = expand_codes.expand(codes, replica_out, scales, levels, case.dtype)
     with mx.stream(mx.cpu):
         return backend.relative_error(found, replicated_matvec.reference(
@@ -178,5 +179,5 @@ def trusted(kernel: str) -> bool:
 def _worst(kernel: str) -> float:
     """The largest error, in units of what is allowed."""
     error_of, dtypes = _CHECKS[kernel]
-    cases = [case for case in _cases(dtypes[:2]) if case.bits == 2 and case.replicas in (4, 8)]
+    cases = [case for case in _cases(dtypes[:2]) if case.bits is Width.TWO and case.replicas in (4, 8)]
     return max(error_of(case) / _ALLOWED[case.dtype] for case in cases)

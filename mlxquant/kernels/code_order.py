@@ -14,6 +14,7 @@ Made from the file's order when a model is loaded on a GPU, some rows at a time.
 import mlx.core as mx
 
 from mlxquant.codes.packing import unpack_codes
+from mlxquant.codes.width import Width
 
 CHUNK = 32  # inputs
 RUN = {1: 128, 2: 64, 3: 32, 4: 32}  # inputs that rows are filled up to, by width: 16 bytes, at 3 bits 12
@@ -41,17 +42,13 @@ FUNCTION int pair_shift(int pair) {
 """
 
 
-def kernel_bits(bits: int | str) -> int:
-    """Bits that a code of ``bits`` takes in this order."""
-    return 2 if bits == "ternary" else bits
-
-
-def reorder(packed: mx.array, bits: int | str, columns: int) -> mx.array:
+def reorder(packed: mx.array, bits: Width, columns: int) -> mx.array:
     """Codes as they lie in a file, (rows, …), in the kernels' order: (rows, chunks, b) uint32."""
     step = max(1, _AT_ONCE // columns)
     parts = []
     for start in range(0, len(packed), step):
-        parts.append(pack(unpack_codes(packed[start:start + step], bits, columns), kernel_bits(bits)))
+        codes = unpack_codes(packed[start:start + step], bits, columns)
+        parts.append(pack(codes, bits.code_bits))
         mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 

@@ -7,7 +7,6 @@ from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
-from mlxquant.layers.salient import expand_salient
 from mlxquant.layers.transformed import TransformedLinear
 
 
@@ -34,9 +33,8 @@ def to_dense(network: nn.Module) -> nn.Module:
 
 
 def expand_grouped(network: nn.Module) -> nn.Module:
-    """Replace every grouped layer by a dense one in the type of its scales, in place, and what
-    surrounds it in a salient one too."""
-    return expand_salient(_expand(network, GroupedLinear))
+    """Replace every grouped layer by a dense one in the type of its scales, in place."""
+    return _expand(network, GroupedLinear)
 
 
 def expand_replicated(network: nn.Module) -> nn.Module:

@@ -119,17 +119,17 @@ def _install_repeats(network: nn.Module, repeats: list[dict]) -> None:
 
 
 def make(linear: nn.Linear, entry: dict) -> nn.Module:
-    """The layer that ``entry`` describes, shaped like ``linear``."""
+    """The layer that ``entry`` describes, shaped like ``linear``; raises ``Unsupported``."""
     from mlxquant.layers.grouped import GroupedLinear
-    from mlxquant.layers.salient import SalientLinear
     from mlxquant.layers.transformed import TransformedLinear
 
+    if unknown := entry.keys() - {"grouped", "transform"}:
+        raise Unsupported(f"a layer is stored with {', '.join(sorted(unknown))}, which this version "
+                          "does not read; its layers may be grouped or have a transform")
     inner = linear
     outputs, inputs = linear.weight.shape
     if grouped := entry.get("grouped"):
         inner = GroupedLinear(inputs, outputs, grouped["bits"], grouped["group_size"], "bias" in linear)
-    if salient := entry.get("salient"):
-        inner = SalientLinear.from_config(inner, salient)
     if transform := entry.get("transform"):
         return TransformedLinear.from_config(inner, transform)
     return inner

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.codes.affine import Affine, unpack
+from mlxquant.codes.spec import Whole, group_size_of
 
 
 class GroupedLinear(nn.Module):
@@ -14,11 +15,14 @@ class GroupedLinear(nn.Module):
     kernel for it: ``dense.expand_grouped`` replaces it when a model is loaded.
     """
 
-    def __init__(self, inputs: int, outputs: int, bits: int, group_size: int, bias: bool = False):
+    def __init__(self, inputs: int, outputs: int, bits: int, group_size: int | Whole,
+                 bias: bool = False):
         super().__init__()
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size = bits, group_size_of(group_size)
         self._inputs = inputs
-        shape = (1, 1) if group_size == -1 else (outputs, inputs // (group_size or inputs))
+        shape = (outputs, 1 if isinstance(self.group_size, Whole) else inputs // self.group_size)
+        if self.group_size is Whole.MATRIX:
+            shape = (1, 1)
         self.codes = mx.zeros((outputs, -(-inputs * bits // 32)), mx.uint32)
         self.scales, self.biases = mx.zeros(shape), mx.zeros(shape)
         if bias:
@@ -46,6 +50,6 @@ class GroupedLinear(nn.Module):
 
 def tensors_of(affine: Affine, dtype: mx.Dtype) -> dict[str, mx.array]:
     """The layer's parameters for a quantised matrix."""
-    one = slice(0, 1) if affine.spec.group_size == -1 else slice(None)
+    one = slice(0, 1) if affine.spec.group_size is Whole.MATRIX else slice(None)
     return {"codes": affine.packed(), "scales": affine.scales[one, one].astype(dtype),
             "biases": affine.biases[one, one].astype(dtype)}

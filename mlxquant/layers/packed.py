@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxquant.codes.packing import level_count
 from mlxquant.kernels import (
     backend,
     code_order,
@@ -86,7 +85,7 @@ class PackedGroup(nn.Module):
         return mx.split(self.stacked(x), list(self._ends), axis=-1)
 
     def _by_kernel(self, x: mx.array) -> mx.array:
-        scales, levels, first = self._scales(), level_count(self.spec.bits), self.first
+        scales, levels, first = self._scales(), self.spec.bits.levels, self.first
         dtype = first.dtype(x)
         if not trusted(first.kernel):
             x, first = first(x), AS_IS
@@ -105,13 +104,13 @@ class PackedGroup(nn.Module):
         if not trusted("expand_codes"):
             return self._reference(x)
         scales = self._scales()
-        weight = expand_codes.expand(self.codes, self.replica_out, scales, level_count(self.spec.bits), x.dtype)
+        weight = expand_codes.expand(self.codes, self.replica_out, scales, self.spec.bits.levels, x.dtype)
         return prepare_input.rotated(x, scales).astype(x.dtype) @ weight.T
 
     def _reference(self, x: mx.array) -> mx.array:
         scales = self._scales()
         return replicated_matvec.reference(prepare_input.rotated(x, scales), self.codes, self.replica_out, scales,
-                                           level_count(self.spec.bits), x.dtype)
+                                           self.spec.bits.levels, x.dtype)
 
     def _scales(self) -> Scales:
         spec = self.spec

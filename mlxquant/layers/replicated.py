@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.base.errors import BadValue
 from mlxquant.codes import hadamard
-from mlxquant.codes.packing import empty_codes, level_grid, unpack_codes
+from mlxquant.codes.packing import empty_codes, unpack_codes
 from mlxquant.codes.spec import ReplicaShape
 
 
@@ -159,9 +159,8 @@ class ReplicatedLinear(nn.Module):
 
     def _unpack(self, codes: mx.array) -> mx.array:
         bits = self._input.spec.bits
-        lowest, distance = level_grid(bits)
         codes = unpack_codes(codes, bits, self._input.inputs).astype(mx.int8)
-        return codes * round(2 * distance) + round(2 * lowest)  # on a CPU 60 times a look-up's speed
+        return codes * round(2 * bits.distance) + round(2 * bits.lowest)  # on a CPU 60 times a look-up's speed
 
 
 def bits_per_weight(linears: Iterable[ReplicatedLinear]) -> float:

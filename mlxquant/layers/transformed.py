@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.salient import SalientLinear
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16
@@ -194,10 +193,10 @@ def _inputs(linear: nn.Module) -> int:
         return linear.weight.shape[-1] * 32 // linear.bits
     if isinstance(linear, nn.Linear):
         return linear.weight.shape[-1]
-    if isinstance(linear, (GroupedLinear, SalientLinear)):
+    if isinstance(linear, GroupedLinear):
         return linear.shape[1]
     raise Unsupported(f"a transform cannot wrap {type(linear).__name__}; "
-                      "it wraps Linear, QuantizedLinear, GroupedLinear and SalientLinear")
+                      "it wraps Linear, QuantizedLinear and GroupedLinear")
 
 
 def _checked(name: str, array: mx.array, n: int) -> mx.array:

@@ -21,10 +21,9 @@ from mlxquant.codes.packing import pack_codes, unpack_codes
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
-from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
 
-_WHOLE = (GroupedLinear, SalientLinear, TransformedLinear, RepeatedBlock)
+_WHOLE = (GroupedLinear, TransformedLinear, RepeatedBlock)
 
 
 def rank() -> int:

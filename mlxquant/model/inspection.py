@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlxquant.codes.spec import Whole
 from mlxquant.layers import traffic
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicatedLinear
@@ -74,10 +75,10 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     path = outer if prefix else path
     size = traffic.module_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
     if isinstance(module, GroupedLinear):
-        width = {0: "row", -1: "matrix"}.get(module.group_size, f"g{module.group_size}")
+        width = module.group_size.name.lower() if isinstance(module.group_size, Whole) else f"g{module.group_size}"
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
     if isinstance(module, ReplicatedLinear):
-        return Layer(path, _replicated(module), module.input.spec.bits, list(module.shape), size)
+        return Layer(path, _replicated(module), module.input.spec.bits.value, list(module.shape), size)
     shape = list(module.weight.shape)
     bits = getattr(module, "bits", None)
     if bits is None:

@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant.codes import rtn
 from mlxquant.codes.spec import PLAIN_GROUPS, Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers import formats
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
@@ -41,7 +42,7 @@ def outside(network: nn.Module, config: dict, job: Job) -> tuple[dict[str, mx.ar
     if not bits:
         return tensors, {path: {"group_size": m.group_size, "bits": m.bits}
                          for path, m in modules.items() if hasattr(m, "bits")}, config
-    spec = Spec(bits=bits, group_size=32 if bits == stored else 64, method="rtn")
+    spec = Spec(bits=Width.of(bits), group_size=32 if bits == stored else 64, method="rtn")
     widths = {}
     for path in dict.fromkeys([*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]):
         weight = ends.get(f"{path}.weight")
@@ -62,7 +63,7 @@ def gates(job: Job, dtype: mx.Dtype) -> dict[str, mx.array]:
 def config_of(config: dict, job: Job, tokens: Calibration, plain: dict[str, dict],
               layers: dict[str, dict], replicas: dict[str, dict], errors: dict[str, float]) -> dict:
     """config.json of the result; ``plain``, ``layers``, ``replicas`` and ``errors`` are those of its blocks."""
-    default = {"group_size": job.spec.group_size, "bits": job.spec.code_bits}
+    default = {"group_size": job.spec.group_size, "bits": job.spec.bits.code_bits}
     if default["group_size"] not in PLAIN_GROUPS:
         default = {"group_size": 64, "bits": 4}
     quantization = {**default, **{p: e for p, e in plain.items() if e != default}}

@@ -8,7 +8,7 @@ where they are stored alike; where one of them is felt more, it may be worth sca
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, write_json
 from mlxquant.codes.spec import Overrides
+from mlxquant.codes.width import Width
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
@@ -78,8 +79,8 @@ def assign(folder: Path, job: Job, tokens: Calibration, target: Target, progress
 def _options(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[Option]]:
     """The ways to store every layer, or replicated siblings (their paths joined by commas, the choice having one
     part for each), with the bits they take and the nats they cost."""
-    plain = replace(job.spec, bits=4, replicas=4)  # what the ways vary plays no part
-    setting = identity(folder, tokens.digest, asdict(plain), job.overrides.rules, job.seed, WIDTHS, REPLICATED, "apart")
+    plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
+    setting = identity(folder, tokens.digest, plain.as_dict(), job.overrides.rules, job.seed, WIDTHS, REPLICATED, "apart")
     file = cache_dir("sensitivity", f"{setting[:16]}.json")
     if not file.exists():
         write_json(file, _measure(folder, job, tokens, progress))

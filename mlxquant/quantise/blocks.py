@@ -9,15 +9,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.codes import hadamard, rtn
-from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.codes.affine import Affine
+from mlxquant.codes.spec import Overrides, Spec, Whole
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
 from mlxquant.layers.graph import linear_before, norm_before, shared_factors
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quantise import awq, gptq, replica, salient, smoothquant
+from mlxquant.quantise import awq, gptq, replica, smoothquant
 from mlxquant.quantise.capture import Observation, linears
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.storing import BlockResult, Quantised, store, store_replicas
+from mlxquant.quantise.storing import BlockResult, store, store_replicas
 
 _METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant,
             "replica": replica}
@@ -83,16 +84,17 @@ def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: d
         if kind.method == "replica":
             store_replicas(made, modules, kind, transform, context.dtype, result)
             continue
-        for path, quantised in made.items():
-            store(path, modules[path], quantised, transform, activation, context.dtype, result)
+        for path, affine in made.items():
+            store(path, modules[path], affine, transform, activation, context.dtype, result)
 
 
-def _relative_error(weight: mx.array, made: Quantised | Replicas, statistics: Statistics) -> float:
+def _relative_error(weight: mx.array, made: Affine | Replicas, statistics: Statistics) -> float:
     """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large."""
     rows, columns = weight.shape
     step = max(1, min(rows // 256, round(rows * columns**2 / _MEASURED)))
     weight, hessian = weight[::step], statistics.hessian
-    stored = made.every(step).dequantise() if isinstance(made, Quantised) else made.dequantise()[::step]
+    stored = (made.rows(slice(None, None, step)).dequantise() if isinstance(made, Affine)
+              else made.dequantise()[::step])
     whole = awq.output_error(weight, hessian)
     return awq.output_error(stored - weight, hessian) / whole if whole > 0 else 0.0
 
@@ -105,22 +107,15 @@ def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
 
 
 def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
-              context: Context) -> dict[str, Quantised | Replicas]:
+              context: Context) -> dict[str, Affine | Replicas]:
     """Siblings of one spec as one matrix: rows are independent, the input is shared."""
-    if spec.group_size == -1 and len(weights) > 1:  # one scale per matrix: they must stay apart
+    if spec.group_size is Whole.MATRIX and len(weights) > 1:  # one scale per matrix: they must stay apart
         apart = [_quantise({path: weight}, statistics, spec, context) for path, weight in weights.items()]
         return {path: made for one in apart for path, made in one.items()}
     stack, rows = mx.concatenate(list(weights.values())), [len(weight) for weight in weights.values()]
     options = {"correction": context.correction} if spec.method in ("gptq", "replica") else {}
-    method = _METHODS[spec.method].quantise
-    if spec.method == "replica":
-        parts = method(stack, statistics, spec, context.dtype, **options).split(rows)
-    elif spec.salient:
-        parts = salient.quantise(stack, statistics, spec, spec.salient_count(stack.shape[1]), context.dtype,
-                                 method, **options).split(rows)
-    else:
-        parts = map(Quantised, method(stack, statistics, spec, context.dtype, **options).split(rows))
-    return dict(zip(weights, parts))
+    made = _METHODS[spec.method].quantise(stack, statistics, spec, context.dtype, **options)
+    return dict(zip(weights, made.split(rows)))
 
 
 def quantise_trials(block: nn.Module, prefix: str, paths: list[str], specs: list[Spec], statistics: Statistics,

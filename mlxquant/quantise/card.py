@@ -103,8 +103,6 @@ def _method(record: dict[str, Any]) -> str:
         parts.append(f"groups of {record['group_size']}")
     if record["rotation"]:
         parts.append(f"rotated ({record['rotation']})")
-    if record["salient"]:
-        parts.append(f"{100 * record['salient']:g} % of the inputs in 16 bits")
     if record["activation"]:
         parts.append(f"activations rounded to {record['activation']['bits']} bits")
     if record["overrides"]:

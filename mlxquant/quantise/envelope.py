@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlxquant.codes.affine import nearest
-from mlxquant.codes.packing import level_count, level_grid, pack_codes
+from mlxquant.codes.packing import pack_codes
+from mlxquant.codes.width import Width
 
 ROUNDS = 8
-_START = {1: 1.0, "ternary": 1.3, 2: 1.2, 3: 0.6, 4: 0.33}
+_START = {Width.ONE: 1.0, Width.TERNARY: 1.3, Width.TWO: 1.2, Width.THREE: 0.6, Width.FOUR: 0.33}
 _RIDGE = 1e-5
 
 
@@ -28,7 +29,7 @@ class Replicas:
     replica_out: mx.array
     replica_in: mx.array
     column_scale: mx.array | None
-    bits: int | str
+    bits: Width
 
     def inputs(self) -> mx.array:
         """A (n, K)."""
@@ -41,8 +42,7 @@ class Replicas:
 
     def levels(self) -> mx.array:
         """C, (m, n) float32."""
-        lowest, distance = level_grid(self.bits)
-        return lowest + distance * self.codes
+        return self.bits.lowest + self.bits.distance * self.codes
 
     def dequantise(self) -> mx.array:
         """C ∘ (B Aᵀ), (m, n) float32: what takes the rotated input."""
@@ -50,9 +50,8 @@ class Replicas:
 
     def grid(self) -> tuple[mx.array, mx.array]:
         """(scale, bias), each (m, n): code q of an entry stands for scale·q + bias."""
-        lowest, distance = level_grid(self.bits)
         scales = self.scales()
-        return distance * scales, lowest * scales
+        return self.bits.distance * scales, self.bits.lowest * scales
 
     def stored_bits(self) -> int:
         """Bits of packed codes, and of scales in 16."""
@@ -77,7 +76,7 @@ class Replicas:
                 for r, e in zip(rows, ends)]
 
 
-def fit(weight: mx.array, bits: int | str, replicas: int, group: int, importance: mx.array,
+def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx.array,
         rounds: int = ROUNDS, seed: int = 0) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).
 
@@ -105,7 +104,7 @@ def fit(weight: mx.array, bits: int | str, replicas: int, group: int, importance
 def nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
     """``found`` with the level nearest to every weight."""
     scale, bias = found.grid()
-    return replace(found, codes=nearest(weight, scale, bias, level_count(found.bits)))
+    return replace(found, codes=nearest(weight, scale, bias, found.bits.levels))
 
 
 def solve(matrix: mx.array, target: mx.array) -> mx.array:

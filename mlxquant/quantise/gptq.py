@@ -70,7 +70,7 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     weight, sweep = weight.astype(mx.float32), sweep or Sweep.of(statistics, spec.act_order)
     start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
     scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
-    codes = sweep.codes(weight, scales, biases, spec.levels)
+    codes = sweep.codes(weight, scales, biases, spec.bits.levels)
     swept = Affine(codes.astype(mx.uint8), start.scales, start.biases, spec)
     result = refine(weight, swept, sweep.hessian, spec.refine, dtype)
     mx.eval(result.codes, result.scales, result.biases)

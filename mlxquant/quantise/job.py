@@ -77,7 +77,7 @@ class Outcome:
 
 def record(job: Job, tokens: Calibration) -> dict:
     """How the checkpoint was made, for its config.json."""
-    return {"version": __version__, **asdict(job.spec), "propagation": job.propagation,
+    return {"version": __version__, **job.spec.as_dict(), "propagation": job.propagation,
             "overrides": [list(rule) for rule in job.overrides.rules],
             "activation": asdict(job.activation) if job.activation else None, "seed": job.seed, "base": job.base,
             "calibration": {"source": tokens.source, "samples": len(tokens.tokens),

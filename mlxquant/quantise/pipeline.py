@@ -19,6 +19,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.base.storage import holds_output, refuse_existing
 from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers import repeated
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.repeated import Repeat
@@ -45,7 +46,7 @@ from mlxquant.sources.names import resolve
 def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int | str = 4,
              group_size: int = 64, rotation: str | None = None, data: list[str] | None = None,
              samples: int = calibration.SAMPLES, sequence_length: int = calibration.SEQUENCE_LENGTH,
-             symmetric: bool = False, salient: float = 0.0, replicas: int = 4, replica_group: int = 0,
+             symmetric: bool = False, replicas: int = 4, replica_group: int = 0,
              act_order: bool = True, refine: int = 3, propagation: str = "quantised",
              overrides: tuple[tuple[str, dict], ...] = (), target: Target | None = None, embedding_bits: int | None = None,
              activation: ActivationSpec | None = None, alpha: float | None = None,
@@ -62,9 +63,9 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
     same of the pass over all blocks that a target needs beforehand, or else ``progress`` does. Raises ``BadValue`` for
     an impossible combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
     """
-    spec = Spec(bits=bits, group_size=group_size, symmetric=symmetric, method=method,
+    spec = Spec(bits=Width.of(bits), group_size=group_size, symmetric=symmetric, method=method,
                 act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
-                replica_group=replica_group, salient=salient)
+                replica_group=replica_group)
     folder = resolve(name, revision=revision)
     job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed, repeats,
               card.base_of(name, folder).as_dict())

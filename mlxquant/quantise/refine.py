@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.codes.affine import Affine, expand
+from mlxquant.codes.spec import Whole
 from mlxquant.kernels.column_sweep import move_columns
 from mlxquant.quantise.envelope import Replicas
 
@@ -40,16 +41,16 @@ def row_errors(weight: mx.array, made: Affine | Replicas, hessian: mx.array) -> 
 def move_codes(weight: mx.array, start: Affine, hessian: mx.array) -> Affine:
     """Every code once to the level that is best with all others as they are."""
     scales, biases = expand(start.scales, start.group), expand(start.biases, start.group)
-    codes = move_columns(weight, start.codes.astype(mx.float32), scales, biases, hessian, start.spec.levels)
+    codes = move_columns(weight, start.codes.astype(mx.float32), scales, biases, hessian, start.spec.bits.levels)
     return Affine(codes.astype(mx.uint8), start.scales, start.biases, start.spec)
 
 
 def refit(weight: mx.array, start: Affine, hessian: mx.array, dtype: mx.Dtype = mx.float16) -> Affine:
     """Scales and biases that minimise the loss for the codes; a row that rounding makes worse is kept."""
-    if start.spec.group_size == -1:
+    if start.spec.group_size is Whole.MATRIX:
         return start
     at_once = max(1, _CHUNK // (2 * start.scales.shape[1]) ** 2)
-    solved = [_solve(weight[i:i + at_once], start.rows(i, i + at_once), hessian)
+    solved = [_solve(weight[i:i + at_once], start.rows(slice(i, i + at_once)), hessian)
               for i in range(0, len(weight), at_once)]
     scales, biases = (mx.array(np.concatenate(part).astype(np.float32)).astype(dtype).astype(mx.float32)
                       for part in zip(*solved))
@@ -64,7 +65,7 @@ def _solve(weight: mx.array, start: Affine, hessian: mx.array) -> tuple[np.ndarr
     groups = start.scales.shape[1]
     matrix, target = _systems(weight, start, hessian)
     if start.spec.mirrored:  # the biases follow from the scales
-        tied = np.concatenate([np.eye(groups), -(start.spec.levels - 1) / 2 * np.eye(groups)])
+        tied = np.concatenate([np.eye(groups), -(start.spec.bits.levels - 1) / 2 * np.eye(groups)])
         matrix, target = tied.T @ matrix @ tied, target @ tied
     matrix += _RIDGE * np.einsum("mii->m", matrix)[:, None, None] / matrix.shape[1] * np.eye(matrix.shape[1])
     found = np.linalg.solve(matrix, target[..., None])[..., 0]

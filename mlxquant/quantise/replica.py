@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlxquant.codes.packing import level_count
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.kernels.column_sweep import move_columns
@@ -33,7 +32,7 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     weight, sweep = weight.astype(mx.float32), sweep or gptq.Sweep.of(statistics, spec.act_order)
     found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
                          statistics.hessian.diagonal()).rounded(dtype)
-    found = replace(found, codes=sweep.codes(weight, *found.grid(), level_count(spec.bits)))
+    found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
     for _ in range(spec.refine):
         found = move_codes(weight, found, sweep.hessian)
         found = fit_outputs(weight, found, sweep.hessian, dtype)
@@ -46,7 +45,7 @@ def move_codes(weight: mx.array, found: Replicas, hessian: mx.array) -> Replicas
     """Every code once to the level that is best with all others as they are."""
     scales, biases = found.grid()
     return replace(found, codes=move_columns(weight, found.codes, scales, biases, hessian,
-                                             level_count(found.bits)))
+                                             found.bits.levels))
 
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
+from mlxquant.codes.spec import Whole
 from mlxquant.layers.traffic import float32_bytes, leaf_modules, module_bytes, weight_count
 from mlxquant.machine.memory import memory_limit
 from mlxquant.quantise.job import Job
@@ -39,8 +40,8 @@ def _stored_bytes(block: nn.Module, prefix: str, job: Job) -> int:
             total += module_bytes(module)
             continue
         spec = job.overrides.spec_for(f"{prefix}.{path}")
-        group = spec.group_size if spec.group_size > 0 else 128
-        total += weight_count(module) * (spec.code_bits + 32 / group) / 8
+        group = 128 if isinstance(spec.group_size, Whole) else spec.group_size
+        total += weight_count(module) * (spec.bits.code_bits + 32 / group) / 8
     return total
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxquant.codes import hadamard
@@ -12,7 +11,6 @@ from mlxquant.codes.affine import Affine
 from mlxquant.codes.packing import pack_codes
 from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.layers import grouped
-from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise.envelope import Replicas
 
@@ -30,57 +28,21 @@ class BlockResult:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Quantised:
-    """Affine codes (m, n), and the residual (m, k) of the k columns that are ``kept`` in 16 bits."""
-
-    affine: Affine
-    kept: np.ndarray | None = None
-    residual: mx.array | None = None
-
-    def dequantise(self) -> mx.array:
-        """The matrix (m, n) float32 that is stored."""
-        weight = self.affine.dequantise()
-        if self.kept is None:
-            return weight
-        return weight.at[:, mx.array(self.kept)].add(self.residual.astype(mx.float32))
-
-    def every(self, step: int) -> "Quantised":
-        """Every ``step``-th row."""
-        part = self.affine
-        affine = Affine(part.codes[::step], part.scales[::step], part.biases[::step], part.spec)
-        return Quantised(affine, self.kept, None if self.residual is None else self.residual[::step])
-
-    def split(self, rows: list[int]) -> list["Quantised"]:
-        """The matrices that were stacked, by their numbers of rows."""
-        ends = np.cumsum(rows).tolist()
-        return [Quantised(affine, self.kept, self.residual[e - r:e])
-                for affine, r, e in zip(self.affine.split(rows), rows, ends)]
-
-
-def store(path: str, linear: nn.Linear, quantised: Quantised, transform: dict,
+def store(path: str, linear: nn.Linear, affine: Affine, transform: dict,
           activation: ActivationSpec | None, dtype: mx.Dtype, result: BlockResult) -> None:
     """Put one affine layer, with what surrounds it, into ``result``."""
-    affine = quantised.affine
-    outer = f"{path}.linear" if transform or activation else path
-    inner, entry = outer, {}
-    if quantised.kept is not None:
-        inner = f"{outer}.linear"
-        layer = SalientLinear(linear, quantised.kept, quantised.residual)
-        entry["salient"] = layer.describe()
-        result.tensors |= {f"{outer}.salient_columns": layer.salient_columns,
-                           f"{outer}.salient_weight": layer.salient_weight}
+    inner, entry = f"{path}.linear" if transform or activation else path, {}
     if affine.spec.group_size in PLAIN_GROUPS:
-        result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.code_bits}
+        result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
         result.tensors |= {f"{inner}.weight": affine.packed(), f"{inner}.scales": affine.scales.astype(dtype),
                            f"{inner}.biases": affine.biases.astype(dtype)}
     else:
-        entry["grouped"] = {"bits": affine.spec.code_bits, "group_size": affine.spec.group_size}
+        entry["grouped"] = {"bits": affine.spec.bits.code_bits, "group_size": affine.spec.as_dict()["group_size"]}
         result.tensors |= {f"{inner}.{name}": array
                            for name, array in grouped.tensors_of(affine, dtype).items()}
     if "bias" in linear:
         result.tensors[f"{inner}.bias"] = linear.bias.astype(dtype)
-    if outer != path:
+    if inner != path:
         layer = TransformedLinear(linear, activation=activation, **transform)
         entry["transform"] = layer.describe()
         own = {name: array for name, array in tree_flatten(layer.parameters())

@@ -27,7 +27,6 @@ METHODS: dict[str, dict] = {
     "gptq-float": dict(method="gptq", propagation="float"),
     "gptq-fast": dict(method="gptq", propagation="float", refine=0),
     "gptq-mixed": dict(method="gptq", mixed=True),
-    "gptq-salient": dict(method="gptq", salient=0.01),
     "gptq-rotated": dict(method="gptq", rotation="online"),
     "gptq-rotated-corrected": dict(method="gptq", rotation="online", propagation="corrected"),
     "gptq-fused": dict(method="gptq", rotation="fused"),

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue
 from mlxquant.codes.spec import ReplicaShape
+from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.machine import chips, lanes, system
 from mlxquant.machine.chips import Chip
@@ -168,7 +169,7 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
                         lanes.stock(bits))
     for bits, replicas, group in REPLICATED:
         try:
-            network = outline.replicated(config, ReplicaShape(bits, replicas, group))
+            network = outline.replicated(config, ReplicaShape(Width.of(bits), replicas, group))
         except BadValue:
             continue
         row = _judged(name, replace(base, method="replicas", bits=bits, replicas=replicas, group=group))

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.codes.packing import level_grid
 from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
+from mlxquant.codes.width import Width
 from mlxquant.kernels import gpu_clock
 from mlxquant.layers.packed import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
@@ -54,7 +54,7 @@ def measure_replicas(ceiling_gb_per_s: float,
 def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
     """Median microseconds of one layer with one token, as a loaded model runs it, the spread of the passes,
     and GB/s of what it stores."""
-    one = size[0] * size[1] * (2 if shape.bits == "ternary" else shape.bits) / 8
+    one = size[0] * size[1] * shape.bits.code_bits / 8
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
     chain = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)])
     stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
@@ -99,13 +99,12 @@ def _layer(shape: ReplicaShape, outputs: int, inputs: int, dtype: mx.Dtype) -> R
     """Random codes, and scales with which outputs are about as large as inputs."""
     shared = ReplicaInput(inputs, shape)
     layer = ReplicatedLinear(outputs, shared)
-    lowest, distance = level_grid(shape.bits)
-    variance = ((1 - 2 * lowest / distance) ** 2 - 1) / 12 * distance**2
+    variance = (shape.bits.levels**2 - 1) / 12 * shape.bits.distance**2
     shared.replica_in = mx.random.normal(shared.replica_in.shape).astype(dtype)
     if shape.replica_group:
         shared.column_scale = mx.ones(inputs, dtype)
     size = (inputs * shape.replicas * variance) ** -0.5
     layer.replica_out = (size * mx.random.normal(layer.replica_out.shape)).astype(dtype)
-    low, high = (0, 243) if shape.bits == "ternary" else (-(1 << 31), (1 << 31) - 1)
+    low, high = (0, 243) if shape.bits is Width.TERNARY else (-(1 << 31), (1 << 31) - 1)
     layer.codes = mx.random.randint(low, high, layer.codes.shape).astype(layer.codes.dtype)
     return layer

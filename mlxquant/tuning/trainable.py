@@ -14,7 +14,6 @@ from mlxquant.base.errors import Unsupported
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
-from mlxquant.layers.salient import SalientLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.quantise.rotation import expanded_weight
 from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
@@ -75,9 +74,8 @@ def _unpack(network: nn.Module, codes: bool) -> None:
     """Codes of the body as levels, and everything quantised outside it dense."""
     made = []
     for path, module in network.named_modules():
-        if isinstance(module, SalientLinear) or (isinstance(module, TransformedLinear) and module.activation):
-            raise Unsupported(f"{path} keeps salient inputs apart or rounds activations; "
-                              "tuning covers neither")
+        if isinstance(module, TransformedLinear) and module.activation:
+            raise Unsupported(f"{path} rounds activations, which tuning does not cover")
         if isinstance(module, ReplicatedLinear) and codes:
             made.append((path, MovingReplica(module)))
         elif isinstance(module, ReplicatedLinear):

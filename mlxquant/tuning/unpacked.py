@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.codes import affine
-from mlxquant.codes.packing import level_count, level_grid, pack_codes, unpack_codes
+from mlxquant.codes.packing import pack_codes, unpack_codes
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicatedLinear
 
@@ -46,18 +46,18 @@ class MovingReplica(MovableCodes):
 
     def __init__(self, layer: ReplicatedLinear):
         bits = layer.input.spec.bits
-        super().__init__(unpack_codes(layer.codes, bits, layer.shape[1]), level_count(bits) - 1, moving=True)
+        super().__init__(unpack_codes(layer.codes, bits, layer.shape[1]), bits.levels - 1, moving=True)
         object.__setattr__(self, "_input", layer.input)  # its parameters are those of the group alone
-        self._grid = level_grid(bits)
+        self._bits = bits
         self.replica_out = layer.replica_out
         if "bias" in layer:
             self.bias = layer.bias
 
     def packed(self, moves: mx.array) -> mx.array:
-        return pack_codes(self.rounded(moves), self._input.spec.bits)
+        return pack_codes(self.rounded(moves), self._bits)
 
     def __call__(self, x: mx.array) -> mx.array:
-        lowest, distance = self._grid
+        lowest, distance = self._bits.lowest, self._bits.distance
         scales = self.replica_out.astype(x.dtype) @ self._input.envelope(x.dtype).T
         y = self._input.rotate(x, self) @ ((lowest + distance * self.levels()).astype(x.dtype) * scales).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y

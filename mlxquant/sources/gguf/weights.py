@@ -14,6 +14,7 @@ from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes import rtn
 from mlxquant.codes.affine import pack_words
 from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.sources.gguf import repack
 from mlxquant.sources.gguf.repack import Affine
 
@@ -99,7 +100,7 @@ def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Affine:
     """Raw blocks (rows, row bytes) as planned, and what that took from the values."""
     if plan.repacked:
         return repack.affine(name, type_, blocks)
-    spec = Spec(bits=plan.bits, group_size=repack.GROUP, method="rtn")
+    spec = Spec(bits=Width.of(plan.bits), group_size=repack.GROUP, method="rtn")
     parts = []
     for values in _decoded(type_, blocks):
         weight = mx.array(values)
