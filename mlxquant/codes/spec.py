@@ -1,6 +1,6 @@
 """What was asked for: widths, groups and method, checked on construction."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -161,9 +161,9 @@ class Overrides:
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     """``'GLOB:bits=4,group_size=64'`` as (glob, changes for JSON); raises ``BadValue``."""
     glob, _, body = text.partition(":")
-    kinds = {"bits": lambda v: Width.of(v).value, "group_size": int,
-             "symmetric": lambda v: v.lower() == "true", "method": str, "replicas": int,
-             "replica_group": int}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "bits": lambda v: Width.of(v).value, "group_size": int, "method": str, "replicas": int,
+        "replica_group": int, "symmetric": lambda v: v.lower() == "true"}
     changes = {}
     try:
         for part in body.split(","):
