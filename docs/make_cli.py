@@ -20,7 +20,7 @@ Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a fai
 
 def reference() -> str:
     """The help of the program and of each verb, in the order in which the program lists them."""
-    verbs = list(get_command(app).commands)
+    verbs = get_command(app).list_commands(None)
     parts = [HEAD, _block("mlxquant", [])]
     parts += [f"## {verb}\n\n{_block(f'mlxquant {verb}', [verb])}" for verb in verbs]
     return "\n".join(parts)

@@ -12,12 +12,15 @@ import typer
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.base.version import __version__
-from mlxquant.cli import files, look, make, measure, run, serve, tune
+from mlxquant.cli import look, make, measure, talk
 from mlxquant.cli.common import app, remark
+
+__all__ = ["app", "look", "main", "make", "measure", "talk"]
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+def _options(version: Annotated[bool, typer.Option(
+        "--version", help="Print the version.")] = False) -> None:
     if version:
         print(f"mlxquant {__version__}")
         raise typer.Exit

@@ -1,45 +1,54 @@
-"""What the verbs share: the app, options, progress on stderr, results on stdout."""
+"""What the verbs share: the app and its help, loading, progress on stderr, results on stdout."""
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mlxquant.base import blas
+from mlxquant.base.errors import MlxquantError
+from mlxquant.base.text import clean
+
+if TYPE_CHECKING:
+    from mlxquant.model.loading import LanguageModel
+
+Advance = Callable[..., None]  # (done, total, value | None, title of the part)
+
+PANELS = {
+    "Talk with a model": ("chat", "generate", "serve"),
+    "Make a smaller one": ("quantize", "tune", "import"),
+    "Measure speed and quality": ("bench", "evaluate", "compare", "probe"),
+    "Look at models and machines": ("plan", "inspect", "chips", "check"),
+}
+
+
+class _Verbs(TyperGroup):
+    """Lists the verbs by what they are for, each with the whole first paragraph of its help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [verb for verbs in PANELS.values() for verb in verbs]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for title, verbs in PANELS.items():
+            with formatter.section(title):
+                helps = [(self.commands[verb].help or "").partition("\n\n")[0] for verb in verbs]
+                formatter.write_dl([(verb.ljust(width), " ".join(text.split()))
+                                    for verb, text in zip(verbs, helps)])
+
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Low-bit inference on MLX, with every speed shown against the bandwidth ceiling.")
 
-MODEL_HELP = "A folder, a .gguf file, a Hugging Face repository, or a recipe's name."
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
-Memory = Annotated[str | None, typer.Option(help="Most the model may take, e.g. 8GB.")]
-Trust = Annotated[bool, typer.Option(
-    "--trust-remote-code", help="Run code that the model folder brings. Off by default.")]
-MaxTokens = Annotated[int, typer.Option(help="Longest reply in tokens.")]
-Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k likeliest; 0 is off.")]
-MinP = Annotated[float, typer.Option(help="Least probability, relative to the likeliest; 0 is off.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repeats.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-KvBits = Annotated[int | None, typer.Option(help="Quantise the KV cache: 2, 3, 4, 5, 6 or 8.")]
-Draft = Annotated[str | None, typer.Option(
-    metavar="MODEL", help="A small model of the same vocabulary that guesses tokens ahead.")]
-DraftTokens = Annotated[int, typer.Option(help="Tokens that --draft guesses at a time.")]
-Lookup = Annotated[int, typer.Option(
-    metavar="N", help="Guess up to N tokens ahead from what followed the same words before; 0 is off.")]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-
 
 def load_model(model: str, revision: str | None, memory: str | None, trust: bool, *,
-               probe: bool = True):
+               probe: bool = True) -> "LanguageModel":
     """Load by name, with the hint for a slow BLAS, and the ceiling measured beforehand."""
     from mlxquant.model.loading import load
     from mlxquant.runtime.probe import read_ceiling
@@ -52,9 +61,11 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
 
 
 @contextmanager
-def progress(title: str):
-    """A progress bar on stderr; the context gives a function (done, total, value). A part of the work with another title
-    gets a bar of its own."""
+def progress(title: str) -> Iterator[Advance]:
+    """A progress bar on stderr; the context gives a function of (done, total, value, part).
+
+    A part of the work with another title gets a bar of its own.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -64,7 +75,8 @@ def progress(title: str):
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks = {title: bar.add_task(title, total=None)}
 
@@ -77,11 +89,29 @@ def progress(title: str):
         yield advance
 
 
-def print_json(value) -> None:
-    """A result on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def print_json(value: Any) -> None:
+    """A result on stdout, exact in any encoding; raises ``MlxquantError`` for NaN or infinity."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    except ValueError as error:
+        raise MlxquantError("the result holds a number that is not finite") from error
+    print(text)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]],
+                left: Sequence[int] = (0,)) -> None:
+    """Columns wide enough for everything, the ``left`` ones flush left: no figure is cut short."""
+    rows = [[clean(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(width) if i in left else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
 
 
 def remark(text: str) -> None:
     """A line for people on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(clean(text), file=sys.stderr, flush=True)

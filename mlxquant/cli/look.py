@@ -1,85 +1,100 @@
-"""Verbs that measure and describe: evaluate, inspect and check."""
+"""Verbs that describe models and machines without running a model: plan, inspect, chips, check.
 
+What a verb needs is imported when it runs, so that the help is quick.
+"""
+
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxquant.base.errors import BadValue, MlxquantError
-from mlxquant.cli.common import (
-    AsJson,
-    Memory,
-    ModelName,
-    Revision,
-    Trust,
-    app,
-    load_model,
-    print_json,
-    progress,
-)
+from mlxquant.base.errors import BadValue
+from mlxquant.cli import options as option
+from mlxquant.cli.common import app, print_json, print_table, progress, remark
+
+if TYPE_CHECKING:
+    from mlxquant.report.plan import Plan, Row
 
 
-@app.command(epilog="Example: mlxquant evaluate smollm2-135m --text wikitext2-raw-test.txt --windows 40")
-def evaluate(
-    model: ModelName,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[int | None, typer.Option(help="Use the first N windows; default: all.")] = None,
-    reference: Annotated[str | None, typer.Option(
-        metavar="MODEL", help="Also the divergence from this model, the unquantised one.")] = None,
-    layerwise: Annotated[bool, typer.Option(
-        "--by-layer", help="Instead, the hidden state's error after every block.")] = False,
-    plot: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="Draw --by-layer into a .png or .svg file.")] = None,
-    revision: Revision = None, memory: Memory = None, trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-):
-    """Perplexity over the first windows of a text, and the distance from a reference model."""
-    from dataclasses import asdict
+@app.command(epilog="Example: mlxquant plan Qwen/Qwen3-32B --chip 'M1 Pro' --context 8192")
+def plan(
+    model: Annotated[str | None, typer.Argument(
+        metavar="[MODEL]", help=option.MODEL_HELP)] = None,
+    memory: Annotated[str | None, typer.Option(help="The machine's memory, e.g. 16GB.")] = None,
+    chip: option.Chip = None,
+    context: Annotated[int, typer.Option(help="Tokens that must fit with the model.")] = 8192,
+    min_tps: Annotated[float, typer.Option(
+        help="Recommend nothing slower, in tokens/s.")] = 0.0,
+    config: Annotated[Path | None, typer.Option(help="A config.json in place of MODEL.")] = None,
+    revision: option.Revision = None, as_json: option.AsJson = False,
+) -> None:
+    """What to make of a model for a machine: what fits, how fast, how good, and the command.
 
-    from mlxquant.model.loading import load
-    from mlxquant.report import by_layer, divergence, perplexity
+    Reads a configuration only; of a repository nothing else is downloaded.
+    """
+    from mlxquant.report.plan import plan as make
 
-    if not text.is_file():
-        raise MlxquantError(f"no such file: {text}")
-    if layerwise and reference is None:
-        raise BadValue("--by-layer needs --reference")
-    if plot is not None:
-        if not layerwise:
-            raise BadValue("--plot needs --by-layer")
-        by_layer.check_plot(plot)
-    models = [load_model(model, revision, memory, trust_remote_code, probe=False)]
-    if reference is not None:
-        models.append(load(reference, memory=memory, trust_remote_code=trust_remote_code))
-    protocol = {"context": context, "windows": windows}
-    if layerwise:
-        with progress("relative error") as advance:
-            layers = by_layer.by_layer(*models, text, **protocol, progress=advance)
-        if plot is not None:
-            by_layer.plot(layers, plot)
-        if as_json:
-            print_json([asdict(layer) for layer in layers])
-        else:
-            from rich.console import Console
-
-            Console().print(by_layer.table(layers))
-        return
-    title, measure = (("perplexity", perplexity.evaluate) if reference is None
-                      else ("KL divergence", divergence.divergence))
-    with progress(title) as advance:
-        result = measure(*models, text, **protocol, progress=advance)
+    if (model is None) == (config is None):
+        raise BadValue("give MODEL or --config FILE, one of them")
+    result = make(model or str(config), memory=memory, chip=chip, context=context,
+                  min_tps=min_tps, revision=revision)
     if as_json:
-        print_json(asdict(result))
-    else:
-        print(f"perplexity {result.perplexity:.2f} over {result.windows} windows of "
-              f"{result.context} tokens · {result.bits_per_weight:.2f} bits per weight · "
-              f"{result.file_bytes / 1e6:.1f} MB on disk")
-        if reference is not None:
-            print(result.line())
+        print_json(result.as_dict())
+        return
+    print(f"{result.model}: {result.parameters / 1e9:.2f} billion parameters, for {result.machine} "
+          f"with {result.memory_bytes / 1e9:.1f} GB for a model and {result.context:,} tokens, "
+          "at the end of which speeds are\n")
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in result.rows:  # of each form the most bits of keys and values that fit, or the fewest
+        key = row.method, row.bits, row.replicas, row.group
+        if key not in best or not best[key].fits:
+            best[key] = row
+    head = ["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s",
+            "perplexity", "source"]
+    print_table(head, [_plan_line(row) for row in best.values()], left=(0, 8))
+    for line in result.remarks:
+        remark(f"Assumed: {line}")
+    print(f"\nRecommended: {_recommendation(result)}")
+
+
+def _form(row: "Row") -> str:
+    if row.replicas:
+        width = row.bits if row.bits == "ternary" else f"{row.bits} bit"
+        stored = "as stored " if row.method == "as stored" else ""
+        return f"{stored}{width}, K={row.replicas}" + (f" G={row.group}" if row.group else "")
+    group = f", groups of {row.group}" if row.group else ""
+    return f"{row.method if row.method != 'affine' else ''} {row.bits} bit{group}".strip()
+
+
+def _plan_line(row: "Row") -> list[str]:
+    quality, source = ("", "not measured") if row.quality is None else (
+        f"× {row.quality:.2f}", row.quality_source or "")
+    slower = "" if row.free_replicas is not False else ", replicas not free"
+    return [_form(row), f"{row.bits_per_weight:.2f}", str(row.kv_bits),
+            f"{row.file_bytes / 1e9:.2f}", f"{row.total_bytes / 1e9:.2f}",
+            "yes" if row.fits else "no", "" if row.tps is None else f"{row.tps:.1f}{slower}",
+            quality, source]
+
+
+def _recommendation(result: "Plan") -> str:
+    """What to make and the command for it, or why nothing is recommended."""
+    row = result.recommended
+    if row is None:
+        smallest = min(row.total_bytes for row in result.rows)
+        return (f"none. The smallest form takes {smallest / 1e9:.1f} GB; a form is recommended "
+                "only if it fits, is fast enough and its quality was measured")
+    speed = f", {row.tps:.1f} tokens/s ({row.tps_source})" if row.tps else ""
+    kv = "16-bit" if row.kv_bits == 16 else (
+        f"{row.kv_bits}-bit (their cost in quality is not measured)")
+    return (f"{_form(row)} with {kv} keys and values: {row.total_bytes / 1e9:.1f} GB{speed}, "
+            f"perplexity × {row.quality:.2f} ({row.quality_source})\n"
+            f"{row.command or f'mlxquant chat {result.model}'}")
 
 
 @app.command(epilog="Example: mlxquant inspect smollm2-135m")
-def inspect(model: ModelName, revision: Revision = None, as_json: AsJson = False):
+def inspect(model: option.Model, revision: option.Revision = None,
+            as_json: option.AsJson = False) -> None:
     """Show a model's formats, size and bytes read per token."""
     from mlxquant.model.inspection import inspect as look
 
@@ -87,14 +102,9 @@ def inspect(model: ModelName, revision: Revision = None, as_json: AsJson = False
     if as_json:
         print_json(result.as_dict())
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "format", "bits", "shape", "MB", box=None)
-    for layer in result.layers:
-        table.add_row(layer.path, layer.format, str(layer.bits),
-                      "×".join(map(str, layer.shape)), f"{layer.bytes / 1e6:.2f}")
-    Console().print(table)
+    print_table(["layer", "format", "bits", "shape", "MB"], [
+        [layer.path, layer.format, str(layer.bits), "×".join(map(str, layer.shape)),
+         f"{layer.bytes / 1e6:.2f}"] for layer in result.layers], left=(0, 1))
     print(f"{result.architecture}, {result.parameters / 1e6:.1f} M parameters · "
           f"{result.bits_per_weight:.2f} bits per weight of the body · "
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
@@ -102,11 +112,90 @@ def inspect(model: ModelName, revision: Revision = None, as_json: AsJson = False
           f"({result.bytes_per_token_cpu / 1e6:.1f} MB as dense float32 on a plain CPU)")
 
 
-@app.command(epilog="Example: mlxquant check")
-def check(as_json: AsJson = False):
-    """Hold every GPU kernel against its reference on this machine."""
-    from dataclasses import asdict
+@app.command(epilog="Example: mlxquant chips --backtest")
+def chips(
+    backtest: Annotated[bool, typer.Option(
+        "--backtest",
+        help="Instead, how well published speeds are predicted from other chips' speeds.")] = False,
+    lanes: Annotated[bool, typer.Option(
+        "--lanes",
+        help="Instead, the replicas predicted to be free, from counted operations.")] = False,
+    as_json: option.AsJson = False,
+) -> None:
+    """This machine's chip and all that are known, each figure with the mark of its source."""
+    if backtest:
+        _backtest(as_json)
+    elif lanes:
+        _lanes(as_json)
+    else:
+        _chips(as_json)
 
+
+def _chips(as_json: bool) -> None:
+    from mlxquant.machine import chips as known
+    from mlxquant.machine.chip_table import MARKS
+
+    here = known.detect()
+    if as_json:
+        print_json({"here": asdict(here), "chips": [asdict(chip) for chip in known.every()],
+                    "marks": MARKS})
+        return
+    stated = here.headline_gb_per_s
+    print(f"Here: {here.label}, "
+          f"{f'{stated:g} GB/s stated' if stated else 'unknown: measured ceiling only'}\n")
+    figures = {"GB/s": "headline_gb_per_s", "FP32 TFLOP/s": "fp32_tflops",
+               "clock GHz": "clock_ghz", "memory GB": "max_memory_gb", "cache MB": "slc_mb"}
+    print_table(["chip", *figures], [
+        [chip.label, *("?" if (value := getattr(chip, key)) is None
+                       else f"{value:.4g} {chip.sources[key]}" for key in figures.values())]
+        for chip in known.every()])
+    print("\n" + "; ".join(f"{mark}: {meaning}" for mark, meaning in MARKS.items()))
+
+
+def _backtest(as_json: bool) -> None:
+    from mlxquant.machine import lanes
+    from mlxquant.report import predict
+
+    summary = predict.backtest_summary()
+    if as_json:
+        print_json({"families": summary, "runs": predict.backtest(), "products": lanes.check()})
+        return
+    for row in summary:
+        print(f"{row['chips']:10} {row['runs']:3} runs: "
+              f"median error {100 * row['median_error']:4.1f} %, "
+              f"worst {100 * row['worst_error']:+5.1f} % ({row['worst_run']})")
+    print("Each chip predicted from the published runs of all others. "
+          f"Lane-operations: {lanes.check_line()}")
+
+
+def _lanes(as_json: bool) -> None:
+    from mlxquant.machine import chips, lanes
+
+    widths = (1, 2, 3, 4)
+    found = {chip.label: {str(bits): lanes.free_replicas(chip, bits) for bits in widths}
+             for chip in chips.every() if chip.lane_operations_per_s}
+    if as_json:
+        print_json({label: {bits: {"largest_replicas": most, "smallest_group": groups}
+                            for bits, (most, groups) in row.items()}
+                    for label, row in found.items()})
+        return
+
+    def free(most: int, groups: dict[str, int | None]) -> str:
+        return "; ".join([str(most), ", ".join(f"{k} in {g}s" for k, g in groups.items()
+                                               if g and int(k) >= 4)]).removesuffix("; ")
+
+    print_table(["predicted", *(f"{bits} bit" for bits in widths)],
+                [[label, *(free(*limits) for limits in row.values())]
+                 for label, row in found.items()])
+    remark("A prediction: replicas that cost at most 5 % more than one, and groups with which "
+           "4, 8 and 16 do.")
+    for line in (*lanes.ASSUMPTIONS, lanes.check_line()):
+        remark(f"- {line}")
+
+
+@app.command(epilog="Example: mlxquant check")
+def check(as_json: option.AsJson = False) -> None:
+    """Hold every GPU kernel against its reference on this machine."""
     from mlxquant.kernels.check import comparisons, outcomes
 
     total, found = len(comparisons()), []
@@ -119,14 +208,10 @@ def check(as_json: AsJson = False):
     elif not total:
         print("no GPU here: layers run as plain operations, which are the kernels' reference")
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("kernel", "case", "error", "allowed", "", box=None)
-        for outcome in found:
-            error = "" if outcome.error is None else f"{outcome.error:.1e}"
-            table.add_row(outcome.kernel, outcome.case, error, f"{outcome.allowed:.0e}",
-                          "agrees" if outcome.passed else outcome.complaint or "DISAGREES")
-        Console().print(table)
+        print_table(["kernel", "case", "error", "allowed", ""], [
+            [outcome.kernel, outcome.case,
+             "" if outcome.error is None else f"{outcome.error:.1e}", f"{outcome.allowed:.0e}",
+             "agrees" if outcome.passed else outcome.complaint or "DISAGREES"]
+            for outcome in found], left=(0, 1, 4))
     if not all(outcome.passed for outcome in found):
         raise typer.Exit(1)

@@ -1,12 +1,18 @@
-"""Verbs that make a quantised model and compare the ways of making one."""
+"""Verbs that make a model folder: quantize, tune and import; and compare.
+
+What a verb needs is imported when it runs, so that the help is quick.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlxquant.base.errors import BadValue, MlxquantError
-from mlxquant.cli.common import AsJson, ModelName, Revision, app, print_json, progress, remark
+from mlxquant.base.errors import BadValue, MlxquantError, ModelNotFound
+from mlxquant.cli import options as option
+from mlxquant.cli.common import app, print_json, print_table, progress, remark
+from mlxquant.cli.options import AsJson, Revision
+from mlxquant.cli.options import Model as ModelName
 
 Data = Annotated[list[str] | None, typer.Option(
     help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
@@ -119,6 +125,96 @@ def _errors(outcome) -> str:
         line += (f"\ninherited from importing {before['file']}: {before['error']:.1e} of the weights in "
                  f"{len(before['rounded'])} of {before['tensors']} tensors; what the file had lost before is not in it")
     return line
+
+
+@app.command(epilog="Example: mlxquant tune small -o tuned --teacher smollm2-135m "
+                    "--data text.txt --steps 300")
+def tune(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A folder that quantize made.")],
+    output: option.NewFolder,
+    teacher: Annotated[str, typer.Option(
+        help="The original: a folder, a .gguf file, a repository, a recipe.")],
+    data: Annotated[list[str], typer.Option(
+        help="Text to train on: a file or hf://datasets/OWNER/NAME/FILE; repeatable.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    learning_rate: Annotated[float, typer.Option(
+        help="Relative to the size of what is trained.")] = 2e-3,
+    norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
+    codes: Annotated[float, typer.Option(
+        help="Let codes move: how many levels chance alone would carry one; 0: they stay. "
+             "0.2 serves well, in runs short and long; it takes 20 bytes of memory more for each "
+             "weight.")] = 0.0,
+    written: Annotated[int, typer.Option(
+        help="Windows in which the teacher goes on from what the texts begin; for runs that see "
+             "the texts many times.")] = 0,
+    conversations: Annotated[int, typer.Option(
+        help="Windows of talk that the teacher writes with itself, beside the texts; keeps a chat "
+             "model talking.")] = 0,
+    check_every: Annotated[int, typer.Option(
+        help="Steps between tries on held-out text; state is saved there.")] = 100,
+    seed: Annotated[int, typer.Option(
+        help="The same seed gives the same order of texts.")] = 0,
+    as_json: option.AsJson = False,
+) -> None:
+    """Train a quantised model's scales, and gates of repeated blocks, on the original's predictions.
+
+    A killed run goes on where it was. The result is never worse on held-out text than DIR.
+    """
+    from mlxquant.tuning.distill import Schedule
+    from mlxquant.tuning.tune import tune as run
+
+    schedule = Schedule(steps, batch_size, learning_rate, check_every)
+    with progress("tuning, divergence in nats:") as advance:
+        result = run(
+            model, output, teacher=teacher, data=data, schedule=schedule,
+            sequence_length=sequence_length, norms=norms, codes=codes, written=written,
+            conversations=conversations, seed=seed, progress=advance,
+            writing=lambda done, total, kind: advance(
+                done, total, None, f"{kind} by the teacher, windows:"))
+    if as_json:
+        print_json({"folder": str(output), "divergence_before": result.divergence_before,
+                    "divergence_after": result.divergence_after, "seconds": result.seconds,
+                    "peak_memory_gb": result.peak_memory / 1e9})
+        return
+    print(f"{output}: divergence on held-out text {result.divergence_before:.4f} → "
+          f"{result.divergence_after:.4f} nats per token, {result.seconds:.0f} s, "
+          f"peak {result.peak_memory / 1e9:.2f} GB")
+
+
+@app.command("import", epilog="Example: mlxquant import model-Q4_K_M.gguf -o model")
+def import_gguf(
+    file: Annotated[Path, typer.Argument(
+        metavar="FILE", help="A .gguf file, or any part of a split one.")],
+    output: option.NewFolder,
+    bits: Annotated[int | None, typer.Option(
+        help="Width of types that MLX has no exact place for: 2, 3, 4, 5, 6, 8, or 16 to keep "
+             "them as numbers. Default: the narrowest that holds their bits per weight.")] = None,
+    as_json: option.AsJson = False,
+) -> None:
+    """Make a folder that mlx-lm can load of a GGUF file, and say what that rounded."""
+    from mlxquant.sources.gguf import import_file
+
+    if not file.is_file():
+        raise ModelNotFound(f"no such file: {file}")
+    with progress("importing, GB:") as advance:
+        outcome = import_file(file, output, bits, advance)
+    record, speed = outcome.record, outcome.bytes / outcome.seconds / 1e9
+    if as_json:
+        print_json({"folder": str(output), "bytes": outcome.bytes, "seconds": outcome.seconds,
+                    "gb_per_s": speed, **record})
+        return
+    rounded = record["rounded"]
+    if rounded:
+        print_table(["layer", "type", "stored as", "error"], [
+            [path, r["type"], "same codes, scales in float16" if r["repacked"]
+             else f"{r['bits']} bits, groups of 32", f"{r['error']:.1e}"]
+            for path, r in rounded.items() if r["bits"] != 16],  # norms and the like, by the hundred
+            left=(0, 1, 2))
+    others = f", the others within a relative error of {record['error']:.1e}" if rounded else ""
+    print(f"{output}: {record['tensors'] - len(rounded)} of {record['tensors']} tensors exact"
+          f"{others}; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s")
 
 
 @app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt --bits 4 --bits 2")

@@ -1,0 +1,27 @@
+"""Text from outside: what a terminal may be shown, and what is not text at all."""
+
+import re
+
+from mlxquant.base.errors import MlxquantError
+
+# Control characters but new line and tab (C0, DEL, C1), and those that reorder text.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """``text`` without characters that steer a terminal or turn the direction of what it shows.
+
+    Single characters are dropped and what follows them stays, so that a stream may be
+    cleaned in pieces, wherever it is cut.
+    """
+    return _UNSAFE.sub("", text)
+
+
+def require_unicode(text: str, what: str) -> str:
+    """``text``, unless it holds bytes that Python could not decode; then raise ``MlxquantError``."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise MlxquantError(f"{what} is not text in UTF-8 (line {line})") from error
+    return text
