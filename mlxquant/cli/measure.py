@@ -3,18 +3,16 @@
 What a verb needs is imported when it runs, so that the help is quick.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.cli import options as option
 from mlxquant.cli.common import app, load_model, print_json, progress, remark
-
-if TYPE_CHECKING:
-    from mlxquant.model.loading import LanguageModel
 
 
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
@@ -124,7 +122,8 @@ def evaluate(
     trust_remote_code: option.Trust = False, as_json: option.AsJson = False,
 ) -> None:
     """Perplexity over the first windows of a text, and the distance from a reference model."""
-    from mlxquant.model.loading import load
+    from rich.console import Console
+
     from mlxquant.report import by_layer, divergence, perplexity
 
     if not text.is_file():
@@ -137,39 +136,26 @@ def evaluate(
         by_layer.check_plot(plot)
     models = [load_model(model, revision, memory, trust_remote_code, probe=False)]
     if reference is not None:
-        models.append(load(reference, memory=memory, trust_remote_code=trust_remote_code))
-    protocol: dict[str, Any] = {"text": text, "context": context, "windows": windows}
-    if layerwise:
-        _by_layer(models, protocol, plot, as_json)
-        return
-    title, measure = (("perplexity", perplexity.evaluate) if reference is None
-                      else ("KL divergence", divergence.divergence))
+        models.append(load_model(reference, None, memory, trust_remote_code, probe=False))
+    title = "perplexity"
+    measure: Callable[..., Any] = perplexity.evaluate
+    if reference is not None:
+        title, measure = ("relative error", by_layer.by_layer) if layerwise else (
+            "KL divergence", divergence.divergence)
     with progress(title) as advance:
-        result = measure(*models, **protocol, progress=advance)
+        result = measure(*models, text, context=context, windows=windows, progress=advance)
+    if plot is not None:
+        by_layer.plot(result, plot)
     if as_json:
-        print_json(asdict(result))
+        print_json([asdict(layer) for layer in result] if layerwise else asdict(result))
+    elif layerwise:
+        Console().print(by_layer.table(result))
     else:
         print(f"perplexity {result.perplexity:.2f} over {result.windows} windows of "
               f"{result.context} tokens · {result.bits_per_weight:.2f} bits per weight · "
               f"{result.file_bytes / 1e6:.1f} MB on disk")
-        if isinstance(result, divergence.Divergence):
+        if reference is not None:
             print(result.line())
-
-
-def _by_layer(models: "list[LanguageModel]", protocol: dict[str, Any], plot: Path | None,
-              as_json: bool) -> None:
-    from rich.console import Console
-
-    from mlxquant.report import by_layer
-
-    with progress("relative error") as advance:
-        layers = by_layer.by_layer(*models, **protocol, progress=advance)
-    if plot is not None:
-        by_layer.plot(layers, plot)
-    if as_json:
-        print_json([asdict(layer) for layer in layers])
-    else:
-        Console().print(by_layer.table(layers))
 
 
 @app.command(epilog="Example: mlxquant probe --json")
