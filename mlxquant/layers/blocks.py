@@ -1,0 +1,57 @@
+"""The transformer blocks of a network, found in its tree of modules by what they are.
+
+mlx-lm's property ``layers`` is no place to look for them: in many architectures it returns a
+slice or a copy, where a block that is put there is never called.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxquant.base.errors import Unsupported
+
+_TOWERS = ("vision", "visual", "image", "audio", "speech")  # in the path of what is no text model
+_LEAST_SHARE = 0.02  # of the largest block's bytes: smaller modules only serve the blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block and its path in the network, such as ``model.layers.3``."""
+
+    path: str
+    module: nn.Module
+
+
+def find_blocks(network: nn.Module) -> list[Block]:
+    """The network's blocks in the order in which they run.
+
+    Blocks hang in lists of modules, most often one list, of which each element holds other
+    modules. What is missing in a list (None) is left out. Lists under the encoders of images or
+    sound count only where there are no others. Raises ``Unsupported`` for a network without any.
+    """
+    found = [blocks for blocks in _lists("", network) if any(b.module.children() for b in blocks)]
+    texts = [blocks for blocks in found if not any(word in blocks[0].path for word in _TOWERS)]
+    sizes = [max(_bytes(block.module) for block in blocks) for blocks in texts or found]
+    if not sizes:
+        raise Unsupported(f"{type(network).__module__} has no list of blocks")
+    return [block for blocks, size in zip(texts or found, sizes)
+            if size >= _LEAST_SHARE * max(sizes) for block in blocks]
+
+
+def _lists(path: str, module: nn.Module) -> Iterator[list[Block]]:
+    """The lists of modules below ``module`` that are inside no other such list."""
+    for name, child in module.children().items():
+        below = f"{path}.{name}" if path else name
+        if isinstance(child, list):
+            blocks = [Block(f"{below}.{index}", element) for index, element in enumerate(child)
+                      if isinstance(element, nn.Module)]
+            if blocks:
+                yield blocks
+        elif isinstance(child, nn.Module):
+            yield from _lists(below, child)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
