@@ -26,7 +26,7 @@ from mlx_lm.server import (
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.generation import KV_GROUP
+from mlxquant.layers.outline import KV_GROUP
 from mlxquant.runtime.sampling import Sampling
 from mlxquant.runtime.speculation import DRAFT_TOKENS
 

@@ -33,8 +33,26 @@ def test_probe_survives_a_broken_or_older_cache(small, content):
     probe.read_ceiling()
     file = next((small / "probe").glob("*.json"))
     file.write_text(content)
+    probe._known.clear()  # as in a process that comes later
     assert probe.read_ceiling().gb_per_s > 0
     assert json.loads(file.read_text())["ceiling"]["gb_per_s"] > 0
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(small, monkeypatch, capsys):
+    (small / "file").write_text("where a folder should be")
+    monkeypatch.setenv("MLXQUANT_CACHE", str(small / "file"))
+    first = probe.read_ceiling()
+    said = capsys.readouterr().err
+    assert "cannot write" in said and "measured again next time" in said
+    assert probe.read_ceiling() is first and capsys.readouterr().err == ""
+
+
+def test_the_file_is_read_once(small, monkeypatch):
+    probe.read_ceiling()
+    probe._known.clear()
+    probe.read_ceiling()
+    monkeypatch.setattr(probe.json, "loads", lambda text: 1 / 0)
+    assert probe.read_ceiling().gb_per_s > 0
 
 
 def test_the_ceiling_is_the_best_reader(small):

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from mlxquant.base.errors import BadValue, TooLarge
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.generation import Message, encode, stream_generate
+from mlxquant.runtime.generation import stream_generate
+from mlxquant.runtime.prompt import Message, encode
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
 from mlxquant.runtime.sampling import Sampling

@@ -11,7 +11,7 @@ from mlxquant.cli.common import app, load_model, print_json, remark
 
 if TYPE_CHECKING:
     from mlxquant.model.loading import LanguageModel
-    from mlxquant.runtime.generation import Prompt
+    from mlxquant.runtime.prompt import Prompt
 
 
 @app.command(epilog="Example: mlxquant chat smollm2-135m --system 'Answer briefly.'")
@@ -26,6 +26,7 @@ def chat(
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from mlxquant.chat import Conversation, Session, run
+    from mlxquant.runtime.kv_bits import check_kv_bits
     from mlxquant.runtime.sampling import Sampling
     from mlxquant.sources.names import DEFAULT_MODEL
 
@@ -34,6 +35,7 @@ def chat(
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     loaded = load(model or DEFAULT_MODEL)
+    check_kv_bits(loaded, kv_bits)
     guesser = _load_draft(draft, memory, trust_remote_code)
     remark(f"{loaded.name}: /help lists the commands, Ctrl-D leaves")
     run(Session(Conversation(loaded, system, sampling, max_tokens, kv_bits, guesser, lookup), load))

@@ -44,6 +44,13 @@ class LanguageModel:
         return self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that the embedding has rows for; MLX never checks an index itself."""
+        config = self.config.get("text_config") or self.config
+        size = config.get("vocab_size") or self.config.get("vocab_size")
+        return size if isinstance(size, int) else len(self.tokenizer)
+
+    @property
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token reads, as this run holds them."""
         return traffic.weight_bytes(self.network, self.config)

@@ -2,23 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
-from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.base import checks
+from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
-from mlxquant.runtime.generation import Prompt, encode, room
-from mlxquant.runtime.reply import FinishReason, Part, Splitter
-from mlxquant.runtime.sampling import Sampling
+from mlxquant.runtime.prompt import Prompt
+from mlxquant.runtime.prompt_cache import PromptCache
+from mlxquant.runtime.reply import Chunk, FinishReason, text_of
+from mlxquant.runtime.request import Request
+from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
+from mlxquant.runtime.writer import Writer
 
 BATCH = 32
+_PREFILL = 8  # prompts read at the same time
 
 
 @dataclass(frozen=True)
@@ -33,60 +37,137 @@ class BatchResponse:
 
 
 def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_tokens: int = 256,
-                   sampling: Sampling = Sampling(), batch_size: int = BATCH,
+                   sampling: Sampling = GREEDY, stop: str | Sequence[str] = (),
+                   batch_size: int = BATCH,
                    progress: Callable[[int, int], None] | None = None) -> BatchResponse:
     """Answer ``prompts``, up to ``batch_size`` of them in each pass over the weights.
 
-    Prompts are as for ``generate``. ``progress`` is told the replies that are done, and
-    all. Rounding differs from that of a single prompt, so a close choice may fall
-    otherwise. Raises ``BadValue``, ``TooLarge``, or ``Unsupported`` for a model whose
-    keys and values cannot be put side by side.
+    Prompts and ``stop`` are as for ``generate``. ``progress`` is told the replies that are
+    done, and all. Rounding differs from that of a single prompt, so a close choice may fall
+    otherwise. Raises ``BadValue``, ``TooLarge``, or ``Unsupported`` for a model whose keys and
+    values cannot be put side by side.
     """
-    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise BadValue(f"{name} is {value}, at least 1 is needed")
+    checks.integer("batch_size", batch_size, 1)
     if not prompts:
         raise BadValue("there is no prompt")
-    if not all(hasattr(layer, "merge") for layer in make_prompt_cache(model.network)):
-        raise Unsupported(f"{model.name} keeps a state that cannot be put side by side; give one prompt at a time")
-    tokens = [encode(model, prompt) for prompt in prompts]
-    limits = [room(model, len(t), max_tokens) for t in tokens]
-    if sampling.seed is not None:
-        mx.random.seed(sampling.seed)
+    if not batchable(model):
+        raise Unsupported(f"{model.name} keeps a state that cannot be put side by side; "
+                          "give one prompt at a time")
+    requests = [Request.of(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
+                for prompt in prompts]
+    sampling.start()
     mx.reset_peak_memory()
-    generator = BatchGenerator(
-        model.network, stop_tokens=[[t] for t in model.tokenizer.eos_token_ids],
-        sampler=sampling.sampler(len(model.tokenizer)), logits_processors=sampling.logits_processors(),
-        completion_batch_size=batch_size, prefill_batch_size=min(batch_size, 8))
-    written: dict[int, list[int]] = {}
-    reasons: dict[int, FinishReason] = {}
-    kv = passes = 0
-    try:
-        uids = generator.insert(tokens, limits)
-        written = {uid: [] for uid in uids}
-        with generator.stats() as stats:
-            while responses := generator.next_generated():
-                passes += 1
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        written[response.uid].append(response.token)
-                    if response.finish_reason is not None:
-                        reasons[response.uid] = response.finish_reason
-                        kv += traffic.kv_bytes(response.prompt_cache) * (len(written[response.uid]) + 1)
-                        if progress is not None:
-                            progress(len(reasons), len(prompts))
-    finally:
-        generator.close()
-    texts = [model.tokenizer.decode(written[uid]) for uid in uids]
-    answers = list(map(partial(_answer, model.tokenizer), texts, tokens))
-    made = sum(len(written[uid]) + (reasons[uid] == "stop") for uid in uids)
-    return BatchResponse(tuple(texts), tuple(answers), tuple(reasons[uid] for uid in uids), speed.make(
-        prompt_tokens=sum(map(len, tokens)), cached_tokens=0, generation_tokens=made, ttft_s=stats.prompt_time,
-        decode_s=stats.generation_time, peak_bytes=mx.get_peak_memory(),
-        bytes_per_token=round((passes * model.weight_bytes_per_token + kv) / made)))
+    batch = Batch(model, batch_size)
+    chunks: dict[int, list[Chunk]] = {batch.add(request): [] for request in requests}
+    kv = made = done = 0
+    with batch.generator.stats() as stats:
+        while batch:
+            for event in batch.step():
+                if event.error is not None:
+                    raise event.error
+                if event.chunk is None:
+                    continue
+                chunks[event.row].append(event.chunk)
+                if event.cache is not None:
+                    made, done = made + event.tokens, done + 1
+                    kv += traffic.kv_bytes(event.cache.layers) * event.tokens
+                    if progress is not None:
+                        progress(done, len(prompts))
+    batch.close()
+    parts = [[part for chunk in row for part in chunk.parts] for row in chunks.values()]
+    return BatchResponse(
+        tuple("".join(chunk.text for chunk in row) for row in chunks.values()),
+        tuple(text_of(row, "answer") for row in parts),
+        tuple(row[-1].finish_reason or "stop" for row in chunks.values()), speed.make(
+            prompt_tokens=sum(len(request.prompt) for request in requests), cached_tokens=0,
+            generation_tokens=made, ttft_s=stats.prompt_time, decode_s=stats.generation_time,
+            peak_bytes=mx.get_peak_memory(), bytes_per_token=round(
+                (batch.passes * model.weight_bytes_per_token + kv) / made)))
 
 
-def _answer(tokenizer: Any, text: str, prompt: list[int]) -> str:
-    splitter = Splitter(tokenizer, prompt)
-    parts: list[Part] = [*splitter.feed(text), *splitter.finish()]
-    return "".join(part.text for part in parts if part.kind == "answer")
+def batchable(model: LanguageModel) -> bool:
+    """Whether several sequences of this model can share a pass."""
+    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model.network))
+
+
+class Event(NamedTuple):
+    """What became of a row: prompt tokens read, a piece of its reply, or why there is none.
+
+    With the last piece comes the ``cache`` of the whole, and the number of ``tokens`` made.
+    """
+
+    row: int
+    progress: tuple[int, int] | None = None
+    chunk: Chunk | None = None
+    error: MlxquantError | None = None
+    cache: PromptCache | None = None
+    tokens: int = 0
+
+
+class Batch:
+    """Replies made side by side; rows come and go while others are under way.
+
+    False when it is empty. ``keep`` gets keys and values of whole prompts, where those of the
+    whole reply could not be cut back to them.
+    """
+
+    def __init__(self, model: LanguageModel, size: int = BATCH,
+                 keep: Callable[[PromptCache], None] | None = None):
+        self.generator = BatchGenerator(model.network, completion_batch_size=size,
+                                        prefill_batch_size=min(size, _PREFILL))
+        self.passes = 0
+        self._model, self._keep = model, keep
+        self._writers: dict[int, Writer] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._writers)
+
+    def add(self, request: Request, cache: PromptCache | None = None) -> int:
+        """Begin a reply, going on from what ``cache`` holds of its prompt; its row's number."""
+        cache = cache or PromptCache()
+        cached = cache.reuse(self._model.network, request.prompt)
+        sampling = request.sampling
+        (row,) = self.generator.insert(
+            [request.prompt[cached:]],
+            [request.max_tokens + 1],  # the writer ends it
+            caches=[cache.layers], all_tokens=[request.prompt[:cached]],
+            samplers=[sampling.sampler(self._model.tokenizer)],
+            logits_processors=[sampling.processors()])
+        self._writers[row] = Writer(self._model, request)
+        return row
+
+    def step(self) -> list[Event]:
+        """One pass over the weights for all rows."""
+        read, made = self.generator.next()
+        self.passes += bool(made)
+        events = [Event(step.uid, progress=step.progress) for step in read]
+        if self._keep is not None:
+            self._keep_prompts([step.uid for step in read
+                                if step.end_of_segment and not step.end_of_prompt])
+        return events + [event for step in made if (event := self._written(step))]
+
+    def remove(self, row: int) -> PromptCache:
+        """Take a row out; returns its tokens, keys and values as far as they go."""
+        del self._writers[row]
+        held = self.generator.remove([row], return_prompt_caches=True)
+        layers, tokens = held.get(row, ([], []))
+        return PromptCache(list(tokens), layers)
+
+    def close(self) -> None:
+        self.generator.close()
+
+    def _written(self, step: Any) -> Event | None:
+        writer = self._writers[step.uid]
+        try:
+            chunk = writer.add(step.token, step.logprobs)
+        except MlxquantError as error:
+            self.remove(step.uid)
+            return Event(step.uid, error=error)
+        if chunk.finish_reason:
+            return Event(step.uid, chunk=chunk, cache=self.remove(step.uid), tokens=writer.count)
+        return Event(step.uid, chunk=chunk) if chunk.text else None
+
+    def _keep_prompts(self, rows: list[int]) -> None:
+        for layers, tokens in self.generator.extract_cache(rows).values():
+            if self._keep is not None and not can_trim_prompt_cache(layers):
+                self._keep(PromptCache(list(tokens), layers))

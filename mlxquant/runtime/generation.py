@@ -1,30 +1,34 @@
 """Text from a prompt or a conversation, over mlx-lm's generation loops."""
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
-from mlx_lm.generate import TextStateMachine, generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 from mlxquant.layers import traffic
+from mlxquant.layers.outline import KV_GROUP
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
+from mlxquant.runtime.kv_bits import check_kv_bits
+from mlxquant.runtime.prompt import Prompt, Tool
 from mlxquant.runtime.prompt_cache import PromptCache
-from mlxquant.runtime.reply import Chunk, FinishReason, Response, Splitter
-from mlxquant.runtime.sampling import Sampling
-from mlxquant.runtime.speculation import DRAFT_TOKENS, Speculation, Token, draft_steps, lookup_steps
+from mlxquant.runtime.reply import Chunk, Response
+from mlxquant.runtime.request import Request
+from mlxquant.runtime.sampling import GREEDY, Sampling
+from mlxquant.runtime.speculation import (
+    DRAFT_TOKENS,
+    Loop,
+    Speculation,
+    Step,
+    draft_steps,
+    lookup_steps,
+)
+from mlxquant.runtime.writer import Writer
 
-Message = dict[str, Any]
-Tool = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
 PromptProgress = Callable[[int, int], None]
-
-KV_GROUP = 32
-_KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 
 
 def generate(model: LanguageModel, prompt: Prompt, *, tools: Sequence[Tool] | None = None,
@@ -32,164 +36,117 @@ def generate(model: LanguageModel, prompt: Prompt, *, tools: Sequence[Tool] | No
     """The whole reply to a prompt; the options are those of ``stream_generate``."""
     parse = model.tokenizer.tool_parser
     return Response.of(stream_generate(model, prompt, tools=tools, **options),
-                       parse and partial(_parse_call, parse, tools))
+                       parse and (lambda text: parse(text, tools)))
 
 
-def stream_generate(model: LanguageModel, prompt: Prompt, *, max_tokens: int = 256, sampling: Sampling = Sampling(),
-                    stop: Sequence[str] = (), tools: Sequence[Tool] | None = None,
-                    cache: PromptCache | None = None, kv_bits: int | None = None,
-                    draft: LanguageModel | None = None, draft_tokens: int = DRAFT_TOKENS, lookup: int = 0,
-                    progress: PromptProgress | None = None) -> Generator[Chunk, None, None]:
+def stream_generate(  # noqa: PLR0913 - a public call: each option by its own name
+        model: LanguageModel, prompt: Prompt, *, max_tokens: int = 256,
+        sampling: Sampling = GREEDY, stop: str | Sequence[str] = (),
+        tools: Sequence[Tool] | None = None, logprobs: int | None = None,
+        cache: PromptCache | None = None, kv_bits: int | None = None,
+        draft: LanguageModel | None = None, draft_tokens: int = DRAFT_TOKENS, lookup: int = 0,
+        progress: PromptProgress | None = None) -> Generator[Chunk, None, None]:
     """Yield the reply piece by piece.
 
     ``prompt`` is raw text, a list of chat messages (``{"role", "content"}``,
-    put through the model's template) or token ids. ``stop`` strings end the
-    reply and are not part of it. ``tools`` are JSON schemas of functions, for
-    templates that have a place for them. ``cache`` carries keys and values over
-    calls; ``kv_bits`` stores them quantised, in groups of 32. ``draft`` is a
-    small model of the same vocabulary that guesses ``draft_tokens`` at a time;
-    ``lookup`` guesses up to so many tokens from the text itself; either only
-    changes the speed. ``progress`` is told the prompt tokens processed, and all.
+    put through the model's template) or token ids. ``stop``, one string or
+    several, ends the reply and is not part of it. ``tools`` are JSON schemas of
+    functions, for templates that have a place for them. ``logprobs`` asks for each
+    token's log-probability, and those of the so many likeliest. ``cache`` carries
+    keys and values over calls; ``kv_bits`` stores them quantised, in groups of 32.
+    ``draft`` is a small model of the same vocabulary that guesses ``draft_tokens``
+    at a time; ``lookup`` guesses up to so many tokens from the text itself; either
+    only changes the speed. ``progress`` is told the prompt tokens processed, and all.
 
     Closing the generator early keeps ``cache`` usable. Raises ``BadValue``,
     ``Unsupported``, or ``TooLarge`` for a prompt longer than the context.
     """
-    if max_tokens < 1:
-        raise BadValue(f"max_tokens is {max_tokens}, at least 1 is needed")
-    if kv_bits not in _KV_BITS:
-        raise BadValue(f"kv_bits is {kv_bits}, allowed are {', '.join(map(str, _KV_BITS[1:]))}")
-    if not all(stop):
-        raise BadValue("a stop string is empty")
     speculation = Speculation(draft, draft_tokens, lookup)
-    tokens = encode(model, prompt, tools)
-    max_tokens = room(model, len(tokens), max_tokens)
+    request = Request.of(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop,
+                         tools=tools, logprobs=logprobs)
     cache = PromptCache() if cache is None else cache
-    return _stream(model, tokens, max_tokens, sampling, tuple(stop), cache, kv_bits, speculation,
-                   progress or (lambda done, total: None))
+    if not cache.tokens:  # else it was made this way before
+        check_kv_bits(model, kv_bits)
+    return answer(model, request, cache, Loop(kv_bits, speculation),
+                  progress or (lambda done, total: None))
 
 
-def encode(model: LanguageModel, prompt: Prompt, tools: Sequence[Tool] | None = None) -> list[int]:
-    """Token ids of raw text, of chat messages through the template, or of ids as they are."""
-    tokenizer = model.tokenizer
-    chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
-    if tools and not (chat and tokenizer.has_tool_calling):
-        raise Unsupported(f"{model.name} has no place for tools in its template" if chat
-                          else "tools need a list of chat messages")
-    if isinstance(prompt, str):
-        special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
-        tokens = tokenizer.encode(prompt, add_special_tokens=special)
-    elif chat:
-        if not tokenizer.has_chat_template:
-            raise Unsupported(f"{model.name} has no chat template; give raw text instead")
-        given = {"tools": [dict(tool) for tool in tools]} if tools else {}
-        try:
-            tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, **given)
-        except TemplateError as error:
-            raise Unsupported(f"the template of {model.name} refuses these messages: {error}") from error
-    else:
-        tokens = list(prompt)
-    if not tokens:
-        raise BadValue("the prompt is empty")
-    return list(tokens)
-
-
-def room(model: LanguageModel, prompt: int, wanted: int) -> int:
-    """How many tokens may follow a prompt within the context; raises ``TooLarge`` for none."""
-    context = model.context_length
-    if context is None:
-        return wanted
-    if prompt >= context:
-        raise TooLarge(f"the prompt has {prompt} tokens, the context of {model.name} holds {context}")
-    return min(wanted, context - prompt)
-
-
-def _parse_call(parse: Callable[[str, Any], Any], tools: Sequence[Tool] | None, text: str) -> Any:
-    return parse(text, tools)
-
-
-def _steps(model: LanguageModel, tokens: list[int], fresh: list[int], cache: PromptCache, sampling: Sampling,
-           max_tokens: int, kv_bits: int | None, speculation: Speculation,
-           progress: PromptProgress) -> Generator[Token, None, None]:
-    """Tokens by the loop that ``speculation`` asks for."""
-    network = model.network
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens, "sampler": sampling.sampler(len(model.tokenizer)),
-        "logits_processors": sampling.logits_processors(), "kv_bits": kv_bits, "kv_group_size": KV_GROUP}
-    if speculation.draft is not None:
-        return draft_steps(fresh, network, speculation.draft.network, cache.layers, cache.draft_layers,
-                           num_draft_tokens=speculation.draft_tokens, **options)
-    if speculation.lookup:
-        return lookup_steps(speculation.lookup, tokens, len(fresh), network, cache.layers, progress=progress,
-                            **options)
-    return _plain_steps(generate_step(mx.array(fresh), network, prompt_cache=cache.layers, quantized_kv_start=0,
-                                      prompt_progress_callback=progress, **options))
-
-
-def _plain_steps(steps: Any) -> Generator[Token, None, None]:
-    try:
-        for token, _ in steps:
-            yield token, False
-    finally:
-        steps.close()
-
-
-def _stream(model: LanguageModel, tokens: list[int], max_tokens: int, sampling: Sampling,
-            stop: tuple[str, ...], cache: PromptCache, kv_bits: int | None, speculation: Speculation,
-            progress: PromptProgress) -> Generator[Chunk, None, None]:
-    if sampling.seed is not None:
-        mx.random.seed(sampling.seed)
-    cached = cache.reuse(model.network, tokens, speculation.draft and speculation.draft.network)
-    if speculation:
-        speculation.check(model, cache.layers, kv_bits)
-    fresh, generated = tokens[cached:], []
-    guessed = passes = 0
-    detokenizer, ends = model.tokenizer.detokenizer, model.tokenizer.eos_token_ids
-    matcher = TextStateMachine({"normal": [(s, None) for s in stop]}).make_state()
-    splitter, written = Splitter(model.tokenizer, tokens), ""
-    reason: FinishReason | None = None
-    stopped_by, kv_before = None, 0
-    mx.reset_peak_memory()
-    start = first = last = time.perf_counter()
-    steps = _steps(model, tokens, fresh, cache, sampling, max_tokens, kv_bits, speculation, progress)
+def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loop,
+           progress: PromptProgress) -> Generator[Chunk, None, None]:
+    """The reply to a request, as ``stream_generate`` yields it."""
+    request.sampling.start()
+    draft = loop.speculation.draft
+    cached = cache.reuse(model.network, request.prompt, draft and draft.network)
+    loop.speculation.check(model, cache.layers, loop.kv_bits)
+    writer, run = Writer(model, request), _Run()
+    fresh = request.prompt[cached:]
+    steps = _steps(model, request, cached, cache, loop, progress)
     try:
         with wired_limit(model.network, [generation_stream]):
-            for token, was_guessed in steps:
-                last = time.perf_counter()
-                generated.append(token)
-                guessed, passes = guessed + was_guessed, passes + (not was_guessed)
-                if len(generated) == 1:
-                    first, kv_before = last, traffic.kv_bytes(cache.layers)
-                if token in ends:
-                    reason = "stop"
-                else:
-                    detokenizer.add_token(token)
-                    reason = "length" if len(generated) == max_tokens else None
-                if reason:
-                    detokenizer.finalize()
-                piece = detokenizer.last_segment
-                written += piece
-                matcher, text, state = TextStateMachine.step(matcher, piece)
-                if state is None:
-                    reason, stopped_by = "stop", min((s for s in stop if s in written), key=written.index)
-                if reason:
+            for step in steps:
+                run.note(step, cache)
+                chunk = writer.add(step.token, step.logprobs)
+                if chunk.finish_reason:
                     break
-                if text:
-                    yield Chunk(text, tuple(splitter.feed(text)))
-    except NotImplementedError as error:
-        raise Unsupported(f"{model.name}: {error}") from error
+                if chunk.text:
+                    yield chunk
     finally:
         steps.close()
-        if mx.distributed.init().size() > 1:  # a token begun ahead must not add up with other machines' next sum
+        if mx.distributed.init().size() > 1:
+            # A token begun ahead must not add up with the other machines' next sum.
             mx.synchronize(generation_stream)
-        cache.record(fresh + generated)
-    if stopped_by is None:  # what was held back as a possible stop string is text
-        text += TextStateMachine.flush(matcher)[1]
-    kv = (kv_before + traffic.kv_bytes(cache.layers)) // 2
-    parts = (*splitter.feed(text), *splitter.finish())
-    yield Chunk(text, parts, reason, stopped_by, speed.make(
-        prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(generated),
-        guessed_tokens=guessed if speculation else None,
-        passes=passes + was_guessed,  # the last one, if the reply ended before its own token
-        ttft_s=first - start, decode_s=last - first,
-        bytes_per_token=model.weight_bytes_per_token + kv + speculation.guessing_bytes(),
+        cache.record(fresh + run.tokens)
+    kv = (run.kv_bytes + traffic.kv_bytes(cache.layers)) // 2
+    yield replace(chunk, report=speed.make(
+        prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(run.tokens),
+        guessed_tokens=run.guessed if loop.speculation else None,
+        # The last pass may have ended before its own token, in one that was guessed.
+        passes=len(run.tokens) - run.guessed + step.guessed,
+        ttft_s=run.first - run.start, decode_s=run.last - run.first,
+        bytes_per_token=(model.weight_bytes_per_token + kv + loop.speculation.guessing_bytes()),
         peak_bytes=mx.get_peak_memory()))
+
+
+class _Run:
+    """Tokens, times and traffic of one reply, as they come."""
+
+    def __init__(self) -> None:
+        mx.reset_peak_memory()
+        self.start = self.first = self.last = time.perf_counter()
+        self.tokens: list[int] = []
+        self.guessed = self.kv_bytes = 0
+
+    def note(self, step: Step, cache: PromptCache) -> None:
+        self.last = time.perf_counter()
+        self.tokens.append(step.token)
+        self.guessed += step.guessed
+        if len(self.tokens) == 1:
+            self.first, self.kv_bytes = self.last, traffic.kv_bytes(cache.layers)
+
+
+def _steps(model: LanguageModel, request: Request, cached: int, cache: PromptCache, loop: Loop,
+           progress: PromptProgress) -> Generator[Step, None, None]:
+    """Tokens by the loop that is asked for; the prompt's first ``cached`` are in ``cache``."""
+    speculation, fresh = loop.speculation, request.prompt[cached:]
+    options: dict[str, Any] = {
+        "max_tokens": request.max_tokens, "sampler": request.sampling.sampler(model.tokenizer),
+        "kv_bits": loop.kv_bits, "kv_group_size": KV_GROUP}
+    if speculation.draft is not None:
+        options["logits_processors"] = request.sampling.processors(request.prompt[:-1])
+        return draft_steps(fresh, model.network, speculation, cache, **options)
+    if speculation.lookup:
+        options["logits_processors"] = request.sampling.processors()
+        return lookup_steps(speculation.lookup, request.prompt, len(fresh), model.network,
+                            cache.layers, progress=progress, **options)
+    options["logits_processors"] = request.sampling.processors(request.prompt[:cached])
+    return _plain_steps(generate_step(
+        mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
+        prompt_progress_callback=progress, **options))
+
+
+def _plain_steps(steps: Any) -> Generator[Step, None, None]:
+    try:
+        for token, logprobs in steps:
+            yield Step(token, False, logprobs)
+    finally:
+        steps.close()

@@ -12,12 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxquant.base.errors import MlxquantError
 from mlxquant.base.storage import cache_dir, write_json
 from mlxquant.kernels import read_ceiling as read_kernel
 from mlxquant.machine import chips
@@ -31,6 +33,8 @@ _ROWS = (4096, 16384)  # on a CPU or a small GPU, and where 4 GB are a quarter o
 _MATRICES = 8
 _PASSES = 9
 _VECTORS = (16, 64)  # of the read kernel; which is quicker depends on the chip
+# What this process has read or measured, by file: every reply's report asks for it.
+_known: dict[Path, "Probe"] = {}
 
 
 @dataclass(frozen=True)
@@ -46,41 +50,39 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Probe:
-    """All that is known of this machine. ``readers`` are GB/s by reader, ``product_tflops`` the rate of
-    a matrix product in the type that models run in here."""
+    """All that is known of this machine: ``readers`` are GB/s by reader, ``product_tflops`` the
+    rate of a matrix product in the type that models run in here."""
 
     ceiling: Ceiling
     readers: dict[str, float]
     product_tflops: float
     replicas: ReplicaLimits | None = None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def read_ceiling(*, refresh: bool = False) -> Ceiling:
-    """The cached ceiling of this chip and MLX version, measured now if there is none."""
+    """The ceiling of this chip and MLX version, measured now if it is not known."""
     return measured(refresh=refresh).ceiling
 
 
 def replica_limits() -> ReplicaLimits | None:
-    """How many replicas are free here, as ``mlxquant probe`` last measured it; None where it has not."""
+    """How many replicas are free here, if ``mlxquant probe`` has measured it."""
     known = _cached()
     return known.replicas if known else None
 
 
 def measured(*, refresh: bool = False, replicas: bool = False,
              progress: Callable[[int, int, float], None] = lambda *_: None) -> Probe:
-    """What is cached of this machine, and what is not, measured now; ``replicas`` too if asked."""
+    """What is known of this machine, and what is not, measured now; ``replicas`` too if asked."""
     known = None if refresh else _cached()
     if known is None:
         print("Measuring how fast this machine reads memory, once", file=sys.stderr)
-        known = _measure()
-        write_json(_file(), known.as_dict())
+        known = _kept(_measure())
     if replicas and known.replicas is None:
         limits = measure_replicas(known.ceiling.gb_per_s, progress)
-        known = Probe(known.ceiling, known.readers, known.product_tflops, limits)
-        write_json(_file(), known.as_dict())
+        known = _kept(replace(known, replicas=limits))
     return known
 
 
@@ -89,12 +91,26 @@ def _file() -> Path:
 
 
 def _cached() -> Probe | None:
+    file = _file()
+    if file not in _known:
+        try:
+            values = json.loads(file.read_text())
+            replicas = values["replicas"] and ReplicaLimits(**values["replicas"])
+            _known[file] = Probe(
+                **values | {"ceiling": Ceiling(**values["ceiling"]), "replicas": replicas})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+    return _known[file]
+
+
+def _kept(probe: Probe) -> Probe:
+    """``probe``, remembered by this process and, where the disk allows, by later ones."""
+    _known[_file()] = probe
     try:
-        values = json.loads(_file().read_text())
-        replicas = values["replicas"] and ReplicaLimits(**values["replicas"])
-        return Probe(**values | {"ceiling": Ceiling(**values["ceiling"]), "replicas": replicas})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        write_json(_file(), probe.as_dict())
+    except MlxquantError as error:
+        print(f"{error}; it will be measured again next time", file=sys.stderr)
+    return probe
 
 
 def _measure() -> Probe:
@@ -110,10 +126,11 @@ def _measure() -> Probe:
     median = statistics.median(passes[best])
     ceiling = Ceiling(median, (max(passes[best]) - min(passes[best])) / median, best,
                       chips.detect().name, mx.__version__)
-    return Probe(ceiling, {name: statistics.median(rates) for name, rates in passes.items()}, _product_tflops())
+    rates = {name: statistics.median(measured) for name, measured in passes.items()}
+    return Probe(ceiling, rates, _product_tflops())
 
 
-def readers(matrices: list[mx.array]) -> dict[str, Callable[[], None]]:
+def readers(matrices: list[mx.array]) -> dict[str, Callable[[], object]]:
     """Ways to read all ``matrices``, each after the one before, by name."""
     vector = mx.ones((_COLUMNS, 1))
     flat = [matrix.reshape(-1).view(mx.uint32) for matrix in matrices]
@@ -139,7 +156,7 @@ def readers(matrices: list[mx.array]) -> dict[str, Callable[[], None]]:
             mx.eval(result)
         return read
 
-    known: dict[str, Callable[[], None]] = {"mlx reduction": reduction, "mlx product": product}
+    known: dict[str, Callable[[], object]] = {"mlx reduction": reduction, "mlx product": product}
     if device() == "cpu":
         views = [np.array(matrix, copy=False) for matrix in matrices]
         ones = np.ones(_COLUMNS, np.float32)
@@ -150,7 +167,7 @@ def readers(matrices: list[mx.array]) -> dict[str, Callable[[], None]]:
     return known
 
 
-def _passes(read: Callable[[], None], total: int) -> list[float]:
+def _passes(read: Callable[[], object], total: int) -> list[float]:
     """GB/s of each pass over ``total`` bytes, after one that warms up."""
     read()
     return [total / _seconds(read) / 1e9 for _ in range(_PASSES)]
@@ -165,7 +182,7 @@ def _product_tflops() -> float:
     return 2e-12 * size**3 / min(_seconds(lambda: mx.eval(a @ b)) for _ in range(5))
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,5 +1,6 @@
-"""Keys and values of a conversation, kept between calls and between sessions."""
+"""Keys and values of conversations, kept between calls and between sessions."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class PromptCache:
             self.draft_layers = []
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
         known = self.layers and (draft is None or self.draft_layers)
-        if not known or not all(_cut(layers, len(self.tokens) - shared) for layers in self._sets()):
+        if not known or not all(_cut(layers, len(self.tokens) - shared) for layers in self.sets()):
             self.layers, shared = make_prompt_cache(network), 0
             self.draft_layers = make_prompt_cache(draft) if draft is not None else []
         self.tokens = self.tokens[:shared]
@@ -52,8 +53,8 @@ class PromptCache:
     def record(self, fed: list[int]) -> None:
         """Note the tokens of the last call, as far as all layers have taken them in."""
         known = self.tokens + fed
-        held = min(len(known), *map(_offset, self._sets()))
-        if held and all(_cut(layers, _offset(layers) - held) for layers in self._sets()):
+        held = min(len(known), *map(_offset, self.sets()))
+        if held and all(_cut(layers, _offset(layers) - held) for layers in self.sets()):
             self.tokens = known[:held]
         else:  # unknown contents: start afresh next time
             self.tokens, self.layers, self.draft_layers = [], [], []
@@ -75,11 +76,45 @@ class PromptCache:
             layers, metadata = load_prompt_cache(str(path), return_metadata=True)
             tokens = [int(token) for token in metadata[_TOKENS].split()]
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{path} is no prompt cache: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise BadCheckpoint(f"{path} is no prompt cache: {reason}") from error
         return cls(tokens, layers)
 
-    def _sets(self) -> list[list[Any]]:
+    def sets(self) -> list[list[Any]]:
+        """The layers of each model that has some."""
         return [layers for layers in (self.layers, self.draft_layers) if layers]
+
+
+class PromptCaches:
+    """The newest ``most`` conversations, of which any may go on."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._held: list[PromptCache] = []
+
+    def nearest(self, prompt: list[int]) -> PromptCache:
+        """A copy of what shares most with ``prompt`` and can be cut back to that; else an empty
+        one."""
+        best, most = None, 0
+        for known in self._held:
+            shared = min(common_prefix_len(known.tokens, prompt), len(prompt) - 1)
+            usable = shared == len(known.tokens) or all(
+                map(can_trim_prompt_cache, known.sets()))
+            if usable and shared > most:
+                best, most = known, shared
+        if best is None:
+            return PromptCache()
+        self._held.sort(key=lambda known: known is best)  # the last one is the newest
+        return copy.deepcopy(best)
+
+    def keep(self, cache: PromptCache) -> None:
+        """Hold ``cache``, which nobody changes from now on, in place of its own beginnings."""
+        if not cache.tokens:
+            return
+        if all(map(can_trim_prompt_cache, cache.sets())):
+            self._held = [known for known in self._held
+                          if cache.tokens[:len(known.tokens)] != known.tokens]
+        self._held = [*self._held, cache][-self._most:] if self._most else []
 
 
 def takes_back(layers: list[Any]) -> bool:

@@ -1,12 +1,14 @@
-"""How many replicas this machine runs for nothing: replicated layers timed over widths, replicas and groups.
+"""How many replicas this machine runs for nothing: replicated layers timed over widths.
 
-One token through a chain of distinct layers, each fed by the one before, together several times
-larger than any cache, by the GPU's own time (``kernels/gpu_clock.py``): launching from Python would hide what a
-replica costs.
+One token passes a chain of distinct layers, each fed by the one before, together several
+times larger than any cache. What counts is the GPU's own time (``kernels/gpu_clock.py``):
+launching from Python would hide what a replica costs.
 """
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,39 +26,56 @@ _SHAPE = (14336, 4096)
 _LEAST_LAYERS, _LEAST_BYTES = 8, 256e6
 _CALLS = 64
 _PASSES = 7
-_LEAST_SHARE = 0.25  # of the ceiling, that one replica must reach for the others to mean something
+_LEAST_SHARE = 0.25  # of the ceiling: one replica must reach it, else others mean nothing
 
 
 def measure_replicas(ceiling_gb_per_s: float,
-                     progress: Callable[[int, int, float], None] = lambda *_: None) -> ReplicaLimits:
-    """Time this machine's replicated layers; ``progress`` gets widths done, of how many, and microseconds."""
+                     progress: Callable[[int, int, float], None] = lambda *_: None
+                     ) -> ReplicaLimits:
+    """Time this machine's replicated layers; ``progress`` gets widths done, of how many, and
+    microseconds."""
     if device() == "cpu":
-        return ReplicaLimits("on a plain CPU replicated layers run as dense weights, for which replicas cost nothing")
-    largest, groups, timings, slow = {}, {}, [], []
+        return ReplicaLimits("on a plain CPU replicated layers run as dense weights, "
+                             "for which replicas cost nothing")
+    largest: dict[str, int | None] = {}
+    groups: dict[str, dict[str, int | None] | None] = {}
+    timings: list[dict[str, Any]] = []
+    slow = []
     for done, bits in enumerate(REPLICA_WIDTHS):
-        found: list[dict] = []
-
-        def timer(replicas: int, group: int) -> float:
-            found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
-            progress(done, len(REPLICA_WIDTHS), found[-1]["microseconds"])
-            return found[-1]["microseconds"]
-
-        one = timer(1, 0)
-        running = found[0]["gb_per_s"] >= _LEAST_SHARE * ceiling_gb_per_s
-        largest[str(bits)], groups[str(bits)] = search(one, timer) if running else (None, None)
-        slow += [] if running else [f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)"]
+        found, (largest[str(bits)], groups[str(bits)]) = _search_width(
+            bits, _LEAST_SHARE * ceiling_gb_per_s, partial(progress, done, len(REPLICA_WIDTHS)))
+        if largest[str(bits)] is None:
+            slow.append(f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)")
         timings += found
-    reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} GB/s at "
-              f"{', '.join(slow)} bits: there it is not reading that takes the time") if slow else None
+    reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} "
+              f"GB/s at {', '.join(slow)} bits: there it is not reading that takes the time"
+              ) if slow else None
     return ReplicaLimits(reason, largest, groups, timings)
 
 
-def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx.float16) -> dict:
-    """Median microseconds of one layer with one token, as a loaded model runs it, the spread of the passes,
-    and GB/s of what it stores."""
+def _search_width(bits: Width, least_gb_per_s: float, tell: Callable[[float], None]
+                  ) -> tuple[list[dict[str, Any]], Any]:
+    """The timings of one width, and its limits, (None, None) where one replica reads slower than
+    ``least_gb_per_s``."""
+    found: list[dict[str, Any]] = []
+
+    def timer(replicas: int, group: int) -> float:
+        found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
+        tell(found[-1]["microseconds"])
+        return float(found[-1]["microseconds"])
+
+    one = timer(1, 0)
+    return found, search(one, timer) if found[0]["gb_per_s"] >= least_gb_per_s else (None, None)
+
+
+def time_layers(shape: ReplicaShape, size: tuple[int, int],
+                dtype: mx.Dtype = mx.float16) -> dict[str, Any]:
+    """Median microseconds of one layer with one token, as a loaded model runs it, the spread of
+    the passes, and GB/s of what it stores."""
     one = size[0] * size[1] * shape.bits.code_bits / 8
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
-    chain = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype) for i in range(count)])
+    chain: Any = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype)
+                         for i in range(count)])
     stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
     start = mx.random.normal((1, size[1])).astype(dtype)
     mx.eval(start, chain.parameters())
@@ -68,10 +87,12 @@ def time_layers(shape: ReplicaShape, size: tuple[int, int], dtype: mx.Dtype = mx
             x = chain(x)
         return [x]
 
-    times = [seconds / count for seconds in gpu_clock.seconds_per_step(run, max(1, _CALLS // count), _PASSES)]
+    passes = gpu_clock.seconds_per_step(run, max(1, _CALLS // count), _PASSES)
+    times = [seconds / count for seconds in passes]
     median = statistics.median(times)
-    return shape.as_dict() | {"microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
-                              "gb_per_s": stored / median / 1e9, "layers": count}
+    return shape.as_dict() | {
+        "microseconds": 1e6 * median, "spread": (max(times) - min(times)) / median,
+        "gb_per_s": stored / median / 1e9, "layers": count}
 
 
 class _Step(nn.Module):

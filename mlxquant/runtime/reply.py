@@ -1,9 +1,8 @@
 """What a reply is made of: the answer, the reasoning before it, and calls of tools."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
@@ -31,7 +30,8 @@ class Splitter:
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
-        known = tokenizer.has_thinking or tokenizer.has_tool_calling or tokenizer.response_transitions
+        known = (tokenizer.has_thinking or tokenizer.has_tool_calling
+                 or tokenizer.response_transitions)
         machine = make_text_state_machine(tokenizer) if known else TextStateMachine(_TAGS)
         tail = list(prompt[-16:])
         opened = (tokenizer.has_thinking
@@ -54,12 +54,21 @@ class Splitter:
         return [Part(_KINDS.get(state, "answer"), rest)] if rest else []
 
 
+class Scored(NamedTuple):
+    """A token as text, its log-probability, and the likeliest tokens with theirs."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a reply: the raw ``text``, and the ``parts`` it adds.
 
     The last chunk carries ``finish_reason``, ``stopped_by`` (the stop string that ended
-    the reply, None where it was the model) and the ``report``.
+    the reply, None where it was the model) and the ``report``. ``scored`` are the tokens
+    since the last chunk, where log-probabilities were asked for.
     """
 
     text: str
@@ -67,6 +76,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None
     report: Report | None = None
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,42 +94,56 @@ class Response:
     answer: str = ""
     thoughts: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
+    scored: tuple[Scored, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form: text, finish_reason and every field of the report, flat."""
         return {"text": self.text, **asdict(self.report), "finish_reason": self.finish_reason}
 
     @classmethod
-    def of(cls, chunks: Iterable[Chunk], parse_call: Callable[[str], Any] | None = None) -> "Response":
+    def of(cls, chunks: Iterable[Chunk],
+           parse_call: Callable[[str], Any] | None = None) -> "Response":
         """The reply that ``chunks`` make up; ``parse_call`` reads the text of a tool call."""
         chunks = list(chunks)
         parts = [part for chunk in chunks for part in chunk.parts]
-        text = {kind: "".join(part.text for part in parts if part.kind == kind) for kind in ("answer", "thought")}
         last = chunks[-1]
         if last.finish_reason is None or last.report is None:
             raise ValueError("the chunks of a reply end with the one that carries its report")
-        calls = [call for written in _calls(parts) for call in _parsed(written, parse_call)]
-        return cls("".join(chunk.text for chunk in chunks), last.finish_reason, last.report, last.stopped_by,
-                   text["answer"], text["thought"], tuple(calls))
+        calls = CallReader(parse_call)
+        found = [call for part in parts for call in calls.feed(part)] + calls.finish()
+        return cls("".join(chunk.text for chunk in chunks), last.finish_reason, last.report,
+                   last.stopped_by, text_of(parts, "answer"), text_of(parts, "thought"),
+                   tuple(found), tuple(token for chunk in chunks for token in chunk.scored))
 
 
-def _calls(parts: list[Part]) -> list[str]:
-    """The text of every tool call: a run of parts of that kind, whatever pieces it came in."""
-    calls: list[str] = []
-    inside = False
-    for part in parts:
+def text_of(parts: Iterable[Part], kind: Kind) -> str:
+    """The text of one kind in ``parts``."""
+    return "".join(part.text for part in parts if part.kind == kind)
+
+
+class CallReader:
+    """Finds calls of tools in the parts of a reply, whatever pieces they come in.
+
+    ``parse`` reads the text between a call's markers; a call cut off in the middle is none.
+    """
+
+    def __init__(self, parse: Callable[[str], Any] | None):
+        self._parse, self._written = parse, ""
+
+    def feed(self, part: Part) -> list[dict[str, Any]]:
+        """The calls that ``part`` completes: one text may hold several."""
         if part.kind == "tool":
-            calls = [*calls[:-1], calls[-1] + part.text] if inside else [*calls, part.text]
-        inside = part.kind == "tool"
-    return [call for call in calls if call.strip()]
+            self._written += part.text
+            return []
+        return self.finish()
 
-
-def _parsed(written: str, parse_call: Callable[[str], Any] | None) -> list[dict[str, Any]]:
-    """One text may hold several calls; one cut off in the middle holds none."""
-    if parse_call is None:
-        return []
-    try:
-        found = parse_call(written)
-    except (ValueError, KeyError, json.JSONDecodeError):
-        return []
-    return found if isinstance(found, list) else [found]
+    def finish(self) -> list[dict[str, Any]]:
+        """The calls in what was last written as one."""
+        written, self._written = self._written, ""
+        if self._parse is None or not written.strip():
+            return []
+        try:
+            found = self._parse(written)
+        except Exception:  # a model wrote it, and mlx-lm's parsers raise whatever they meet
+            return []
+        return list(found) if isinstance(found, list) else [found]

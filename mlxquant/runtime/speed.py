@@ -50,15 +50,16 @@ class Report:
         shares = []
         if self.percent_of_ceiling is not None:
             source = "measured here" if self.ceiling_source == "probe" else "stated"
-            shares.append(f"{self.percent_of_ceiling:.0f} % of {self.ceiling_gb_per_s:.1f} GB/s {source}")
+            shares.append(f"{self.percent_of_ceiling:.0f} % of "
+                          f"{self.ceiling_gb_per_s:.1f} GB/s {source}")
         if self.headline_gb_per_s and self.ceiling_source != "headline":
             percent = 100 * gb_per_s / self.headline_gb_per_s
             shares.append(f"{percent:.0f} % of {self.headline_gb_per_s:g} GB/s stated")
         return f" = {', '.join(shares)}" if shares else ""
 
 
-def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float, decode_s: float,
-         bytes_per_token: int, peak_bytes: int, passes: int | None = None,
+def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float,
+         decode_s: float, bytes_per_token: int, peak_bytes: int, passes: int | None = None,
          guessed_tokens: int | None = None) -> Report:
     """Turn raw counts and seconds into a report, with this machine's ceilings.
 
@@ -74,8 +75,9 @@ def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft
     rate = tps * bytes_per_token / 1e9 if tps is not None else None
     return Report(
         prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
-        generation_tokens=generation_tokens, guessed_tokens=guessed_tokens, prompt_tps=prompt_tokens / ttft_s,
-        generation_tps=tps, ttft_s=ttft_s, bytes_per_token=bytes_per_token, gb_per_s=rate,
+        generation_tokens=generation_tokens, guessed_tokens=guessed_tokens,
+        prompt_tps=prompt_tokens / ttft_s, generation_tps=tps, ttft_s=ttft_s,
+        bytes_per_token=bytes_per_token, gb_per_s=rate,
         ceiling_gb_per_s=ceiling.gb_per_s, ceiling_source="probe",
         headline_gb_per_s=chips.detect().headline_gb_per_s,
         percent_of_ceiling=100 * rate / ceiling.gb_per_s if rate is not None else None,

@@ -1,0 +1,27 @@
+"""Arguments checked for type and range, in one line that says what is allowed."""
+
+import reprlib
+
+from mlxquant.base.errors import BadValue
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise ``BadValue`` unless ``value`` is a whole number from ``low`` to ``high``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise BadValue(f"{name} is {reprlib.repr(value)}, a whole number is needed")
+    if value < low or (high is not None and value > high):
+        raise BadValue(f"{name} is {_shown(value)}, " + (
+            f"at least {low} is needed" if high is None else f"allowed are {low} to {high}"))
+
+
+def number(name: str, value: object, low: float, high: float) -> None:
+    """Raise ``BadValue`` unless ``value`` is a number from ``low`` to ``high``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise BadValue(f"{name} is {reprlib.repr(value)}, a number is needed")
+    if not low <= value <= high:  # NaN is in no range
+        raise BadValue(f"{name} is {_shown(value)}, allowed are {low} to {high}")
+
+
+def _shown(value: float) -> str:
+    """Digits of a number; Python writes none of more than 4,300."""
+    return str(value) if abs(value) < 1e300 or isinstance(value, float) else "too large"

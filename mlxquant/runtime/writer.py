@@ -1,0 +1,137 @@
+"""From tokens to the pieces of a reply: one way for a single prompt, a batch and the server."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxquant.base.errors import MlxquantError
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.reply import Chunk, FinishReason, Scored, Splitter
+from mlxquant.runtime.request import Request
+
+_CONTEXT = 6  # tokens before the new ones, which decide about spaces between words
+_PENDING = 64  # tokens without a whole character in them: then they are no text
+
+
+class Writer:
+    """Takes the tokens of one reply, and gives the pieces that they add."""
+
+    def __init__(self, model: LanguageModel, request: Request):
+        self.count = 0  # tokens taken, an end of turn among them
+        self._name, self._ends = model.name, model.tokenizer.eos_token_ids
+        self._request, self._tokenizer = request, model.tokenizer
+        self._text = Detokenizer(model.tokenizer, request.prompt if request.continues else ())
+        self._stops = StopStrings(request.stop)
+        self._splitter = Splitter(model.tokenizer, request.prompt)
+        self._scored: list[Scored] = []
+
+    def add(self, token: int, logprobs: mx.array | None = None) -> Chunk:
+        """The piece that ``token`` adds, empty where its text may yet become a stop string.
+
+        ``logprobs`` (vocabulary,) are read where the request asks for them. A piece with a
+        ``finish_reason`` is the last one. Raises ``MlxquantError`` for logits not finite.
+        """
+        if token < 0:
+            raise MlxquantError(f"{self._name} computes logits that are not finite after "
+                                f"{len(self._request.prompt) + self.count} tokens: a weight is "
+                                "broken, or an activation overflows")
+        self.count += 1
+        reason: FinishReason | None = None
+        piece = ""
+        if token in self._ends:
+            reason = "stop"
+        else:
+            piece = self._text.add(token)
+            reason = "length" if self.count == self._request.max_tokens else None
+            self._score(token, logprobs)
+        text, stopped_by = self._stops.feed(piece + (self._text.finish() if reason else ""))
+        if stopped_by is not None:
+            reason = "stop"
+        elif reason:  # what was held back as a possible stop string is text
+            text += self._stops.held
+        return self._chunk(text, reason, stopped_by)
+
+    def _chunk(self, text: str, reason: FinishReason | None, stopped_by: str | None) -> Chunk:
+        parts = self._splitter.feed(text) + (self._splitter.finish() if reason else [])
+        scored: tuple[Scored, ...] = ()
+        if text or reason:
+            scored, self._scored = tuple(self._scored), []
+        return Chunk(text, tuple(parts), reason, stopped_by, scored=scored)
+
+    def _score(self, token: int, logprobs: mx.array | None) -> None:
+        count = self._request.logprobs
+        if count is None or logprobs is None:
+            return
+        best: list[int] = []
+        if count:
+            best = mx.argpartition(-logprobs, count - 1)[:count].tolist()
+        values = logprobs[mx.array([token, *best])].tolist()
+        texts = [self._tokenizer.decode([t], clean_up_tokenization_spaces=False)
+                 for t in (token, *best)]
+        ranked = sorted(zip(texts[1:], values[1:]), key=lambda pair: -pair[1])
+        self._scored.append(Scored(texts[0], values[0], tuple(ranked)))
+
+
+class Detokenizer:
+    """Text of tokens as they come, whole characters at a time.
+
+    All pieces together are what the tokenizer decodes; ``before`` is what the text goes on
+    from, so that a first word keeps the space before it. Spaces are never cleaned up.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
+        special = set(tokenizer.all_special_ids)
+        self._tokenizer = tokenizer
+        self._context = [token for token in before[-_CONTEXT:] if token not in special]
+        self._pending: list[int] = []
+        self._known = self._decode(self._context).rstrip("\ufffd")
+
+    def add(self, token: int) -> str:
+        self._pending.append(token)
+        text = self._decode(self._context + self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < _PENDING:
+            return ""  # the character goes on in the next token
+        return self._take(text)
+
+    def finish(self) -> str:
+        """What is left, an unfinished character as U+FFFD."""
+        return self._take(self._decode(self._context + self._pending))
+
+    def _take(self, text: str) -> str:
+        piece = text[len(self._known):]
+        self._context = (self._context + self._pending)[-_CONTEXT:]
+        self._pending, self._known = [], self._decode(self._context)
+        return piece
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+class StopStrings:
+    """Finds the first of some strings to be complete, in whatever pieces the text comes.
+
+    ``held`` is text that may yet become one of them.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.held = ""
+        self._stops = stops
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        """Text that is safe to show, and the string that was found, which is not part of it."""
+        text = self.held + piece
+        found = [(text.find(stop) + len(stop), -len(stop), stop)
+                 for stop in self._stops if stop in text]
+        if found:
+            end, negative, stop = min(found)
+            return text[:end + negative], stop
+        hold = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self.held = text[len(text) - hold:]
+        return text[:len(text) - hold], None
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """How many characters at the end of ``text`` begin ``stop``."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
