@@ -23,6 +23,7 @@ from record import save
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.layers.dense import to_dense
+from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
@@ -66,7 +67,8 @@ def main() -> None:
     parser.add_argument("--plan", nargs="+", default=PLAN)
     a = parser.parse_args()
     teacher = mlxquant.load(a.model, dense=True)
-    tokens = calibration.from_files(teacher.tokenizer, a.data, a.samples)
+    tokens = calibration.from_files(teacher.tokenizer, a.data, a.samples,
+                                    vocabulary=vocabulary_of(teacher.network))
     rows = []
     for step in a.plan:
         method, _, bits = step.partition(":")

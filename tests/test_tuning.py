@@ -15,6 +15,7 @@ from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
 from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.model import windows
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, self_written
 from mlxquant.tuning.distill import Distillation, Schedule, divergence_loss
@@ -76,7 +77,7 @@ def test_codes_move_where_they_are_let_to(places, tmp_path, name, stored):
     assert any(moved) and before.keys() == after.keys()
     teacher = mlxquant.load(str(places / "source")).network
     _, held = calibration.held_apart(mlxquant.load(str(places / "source")).tokenizer, [str(places / "text.txt")],
-                                     SCHEDULE.steps * SCHEDULE.batch_size, 32, 32)
+                                     SCHEDULE.steps * SCHEDULE.batch_size, 32, 32, vocabulary=384)
     ours = divergence_loss(mlxquant.load(str(tmp_path / "out")).network, teacher, mx.array(held.tokens)).item()
     assert ours == pytest.approx(result.divergence_after, rel=0.02)  # what was stored is what was measured
 
@@ -89,14 +90,14 @@ class Counting:
 
 
 def test_what_is_held_out_is_in_no_window_of_training(monkeypatch):
-    monkeypatch.setattr(calibration, "_text", lambda name: "x" * 1000)
-    training, held = calibration.held_apart(Counting(), ["a.txt", "b.txt"], 300, 40, 30)
+    monkeypatch.setattr(windows, "read_text", lambda name: "x" * 1000)
+    training, held = calibration.held_apart(Counting(), ["a.txt", "b.txt"], 300, 40, 30, vocabulary=1000)
     assert training.tokens.shape == (300, 30) and held.tokens.shape == (40, 30)
     assert training.tokens.max() < 950 <= held.tokens.min()
-    training, held = calibration.held_apart(Counting(), ["a.txt"], 300, 40, 400)  # a twentieth is less than a window
+    training, held = calibration.held_apart(Counting(), ["a.txt"], 300, 40, 400, vocabulary=1000)  # a twentieth is less than a window
     assert training.tokens.max() < 600 <= held.tokens.min()
     with pytest.raises(BadValue, match="there must be 2"):
-        calibration.held_apart(Counting(), ["a.txt"], 1, 1, 501)
+        calibration.held_apart(Counting(), ["a.txt"], 1, 1, 501, vocabulary=1000)
 
 
 @pytest.mark.parametrize("steps", [60, 400])

@@ -151,8 +151,10 @@ def evaluate(
     elif layerwise:
         Console().print(by_layer.table(result))
     else:
+        bos = ", each window behind BOS" if result.bos else ""
         print(f"perplexity {result.perplexity:.2f} over {result.windows} windows of "
-              f"{result.context} tokens · {result.bits_per_weight:.2f} bits per weight · "
+              f"{result.context} tokens ({result.tokens:,} predicted{bos}) · "
+              f"{result.bits_per_weight:.2f} bits per weight · "
               f"{result.file_bytes / 1e6:.1f} MB on disk")
         if reference is not None:
             print(result.line())

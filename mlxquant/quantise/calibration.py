@@ -1,16 +1,22 @@
-"""Calibration text: from files or from a data set on a hub."""
+"""Calibration text: sequences of tokens from files or from a data set on a hub."""
 
 import hashlib
-import json
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.base.errors import BadValue, MlxquantError, ModelNotFound
+from mlxquant.base.errors import BadValue
+from mlxquant.model import windows
 
 SAMPLES, SEQUENCE_LENGTH = 128, 512
+# How often a text may be gone over before a remark: to calibrate on, and to train on.
+_PASSES, _TRAINING_PASSES = 2, 32
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,15 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest()[:16]
+        tokens = np.ascontiguousarray(self.tokens, np.int32)
+        return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
     def batches(self, size: int) -> list[mx.array]:
         return [mx.array(self.tokens[i:i + size]) for i in range(0, len(self.tokens), size)]
 
-    def mixed_with(self, rows: np.ndarray, share: float, what: str, seed: int = 0) -> "Calibration":
-        """With ``rows`` (some, length) in place of a ``share`` of the samples, both drawn at random."""
+    def mixed_with(self, rows: np.ndarray, share: float, what: str,
+                   seed: int = 0) -> "Calibration":
+        """With ``rows`` (some, length) in place of a ``share`` of the samples, both at random."""
         tokens, random = self.tokens.copy(), np.random.default_rng(seed)
         places = random.permutation(len(tokens))[:round(share * len(tokens))]
         tokens[places] = rows[random.integers(0, len(rows), len(places))]
@@ -36,79 +44,78 @@ class Calibration:
 
 
 def none() -> Calibration:
-    """For methods that need no data: two tokens, from which only the model's structure is learnt."""
+    """For methods that need no data: two tokens, enough to run the blocks once."""
     return Calibration(np.zeros((1, 2), np.int64), "none needed")
 
 
-def from_files(tokenizer, names: list[str], samples: int = SAMPLES,
-               length: int = SEQUENCE_LENGTH, seed: int = 0) -> Calibration:
-    """Windows of ``length`` tokens at random places of the texts, each text in turn.
+def from_files(tokenizer: Any, names: list[str], samples: int = SAMPLES,
+               length: int = SEQUENCE_LENGTH, seed: int = 0, *, vocabulary: int) -> Calibration:
+    """Sequences of ``length`` tokens at random places of the texts, each text in turn.
 
     A name is a file, or ``hf://datasets/OWNER/NAME/FILE`` on the hub (plain text,
-    or JSON lines with a ``text`` field). Raises ``BadValue`` for texts too short.
+    or JSON lines with a ``text`` field). What the tokenizer puts before a text (BOS) begins
+    every sequence and counts into its ``length``. Raises ``BadValue`` for a text shorter than one
+    sequence, ``BadCheckpoint`` for tokens beyond ``vocabulary``; says on stderr where the sequences
+    go over a text more than twice.
     """
     check(samples, length)
-    return _drawn(_streams(tokenizer, names, length), names, samples, length, seed)
+    texts = _Texts(tokenizer, names, length, vocabulary)
+    return texts.drawn(texts.streams, samples, seed, _PASSES)
 
 
-def held_apart(tokenizer, names: list[str], samples: int, held: int, length: int,
-               seed: int = 0) -> tuple[Calibration, Calibration]:
-    """``samples`` windows to train on, as ``from_files``, and ``held`` from the ends of the texts, a twentieth
-    of each or one window, which training never sees. Drawn together with calibration's windows, as they once were, they
-    would be those that the codes were fitted to. Raises ``BadValue`` for texts of fewer than two windows."""
+def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length: int,
+               seed: int = 0, *, vocabulary: int) -> tuple[Calibration, Calibration]:
+    """``samples`` sequences to train on, as ``from_files``, and ``held`` others to check with.
+
+    Those come from the ends of the texts, a twentieth of each or one sequence, which training
+    never sees. Raises ``BadValue`` for texts of fewer than two sequences; says on stderr where
+    training goes over a text more than 32 times.
+    """
     check(min(samples, held), length)
-    streams = _streams(tokenizer, names, length, windows=2)
-    ends = [max(length, len(stream) // 20) for stream in streams]
-    return (_drawn([stream[:-end] for stream, end in zip(streams, ends)], names, samples, length, seed),
-            _drawn([stream[-end:] for stream, end in zip(streams, ends)], names, held, length, seed))
+    texts = _Texts(tokenizer, names, length, vocabulary, least=2)
+    ends = [max(texts.own, len(stream) // 20) for stream in texts.streams]
+    parts = [(stream[:-end], stream[-end:]) for stream, end in zip(texts.streams, ends)]
+    training, last = zip(*parts)
+    return (texts.drawn(training, samples, seed, _TRAINING_PASSES),
+            texts.drawn(last, held, seed, math.inf))
 
 
-def _streams(tokenizer, names: list[str], length: int, windows: int = 1) -> list[np.ndarray]:
-    """The tokens of each text; raises ``BadValue`` for fewer than so many windows of ``length``."""
-    streams = [np.array(tokenizer.encode(_text(name), add_special_tokens=False, verbose=False))
-               for name in names]
-    for name, stream in zip(names, streams):
-        if len(stream) < windows * length:
-            raise BadValue(f"{name} has {len(stream)} tokens, a sample needs {length}"
-                           + f", and there must be {windows} of them" * (windows > 1))
-    return streams
+class _Texts:
+    """The tokens of texts, ``streams``, to draw sequences of ``length`` from: of each sequence
+    ``own`` tokens are the text's. Raises ``BadValue`` for a text of fewer than ``least``."""
 
+    def __init__(self, tokenizer: Any, names: list[str], length: int, vocabulary: int,
+                 least: int = 1):
+        self.names, self.lead = names, windows.beginning(tokenizer)
+        self.own = length - len(self.lead)
+        self.streams = [windows.encode(tokenizer, windows.read_text(name), vocabulary)
+                        for name in names]
+        for name, stream in zip(names, self.streams):
+            if len(stream) < least * self.own:
+                raise BadValue(f"{name} has {len(stream)} tokens, a sample needs {self.own}"
+                               + f", and there must be {least} of them" * (least > 1))
 
-def _drawn(streams: list[np.ndarray], names: list[str], samples: int, length: int, seed: int) -> Calibration:
-    """Windows at random places of the streams, each stream in turn."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for index in range(samples):
-        stream = streams[index % len(streams)]
-        start = int(random.integers(0, len(stream) - length + 1))
-        rows.append(stream[start:start + length])
-    return Calibration(np.stack(rows), ", ".join(Path(name).name for name in names))
+    def drawn(self, streams: Sequence[np.ndarray], samples: int, seed: int,
+              passes: float) -> Calibration:
+        """Sequences at random places of ``streams``, each in turn; a remark where one of these is
+        gone over more than ``passes`` times."""
+        random, rows = np.random.default_rng(seed), []
+        for index in range(samples):
+            stream = streams[index % len(streams)]
+            start = int(random.integers(0, len(stream) - self.own + 1))
+            rows.append(windows.cut(stream, [start], self.own, self.lead))
+        for index, (name, stream) in enumerate(zip(self.names, streams)):
+            count = len(range(index, samples, len(streams)))
+            if count * self.own > passes * len(stream):
+                print(f"{name} has {len(stream)} distinct tokens for {count} sequences of "
+                      f"{self.own}: each is used {count * self.own / len(stream):.0f} times; more "
+                      "text would do better", file=sys.stderr)
+        source = ", ".join(Path(name).name for name in self.names)
+        return Calibration(np.concatenate(rows), source)
 
 
 def check(samples: int, length: int) -> None:
     """Raises ``BadValue`` where there would be nothing to calibrate on."""
     if samples < 1 or length < 2:
-        raise BadValue(f"samples is {samples} and sequence length {length}; at least 1 and 2 are needed")
-
-
-def _text(name: str) -> str:
-    path = _from_hub(name) if name.startswith("hf://") else Path(name).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
-        return text
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise MlxquantError(f"cannot read calibration text {name}: {error}") from error
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    parts = name.removeprefix("hf://").split("/")
-    if parts[0] != "datasets" or len(parts) < 4:
-        raise BadValue(f"{name!r}: write hf://datasets/OWNER/NAME/FILE")
-    try:
-        return Path(hf_hub_download("/".join(parts[1:3]), "/".join(parts[3:]), repo_type="dataset"))
-    except Exception as error:  # the hub's client raises many kinds
-        raise ModelNotFound(f"cannot fetch {name}: {str(error).splitlines()[0]}") from error
+        raise BadValue(f"samples is {samples} and sequence length {length}; "
+                       "at least 1 and 2 are needed")

@@ -26,6 +26,7 @@ from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import load, open_lazily, open_tokenizer
+from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.assembly import config_of, gates, outside, stored_dtype, turn_of
 from mlxquant.quantise.assignment import Target, assign
@@ -76,7 +77,7 @@ def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int |
         tokens, job = calibration.none(), replace(job, propagation="float")
     elif data:
         tokens = calibration.from_files(open_tokenizer(folder, config), data, samples,
-                                        sequence_length, seed)
+                                        sequence_length, seed, vocabulary=vocabulary_of(network))
     else:
         tokens = self_written(load(name, revision=revision), samples, sequence_length, seed)
     if target is not None:

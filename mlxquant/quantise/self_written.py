@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxquant.layers import outline
 from mlxquant.machine.memory import memory_limit
 from mlxquant.model.loading import LanguageModel
+from mlxquant.model.windows import beginning, vocabulary_of
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
 
 _MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
@@ -28,12 +29,19 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
     for done in range(0, samples, batch):
         count = min(batch, samples - done)
         key, first, *steps = mx.random.split(key, length + 1)
-        start = (mx.random.randint(0, len(model.tokenizer), (count, 1), key=first) if starts is None
+        start = (_beginnings(model, count, first) if starts is None
                  else mx.array(starts[np.arange(done, done + count) % len(starts)]))
         keys = iter(steps[start.shape[1] - 1:])
         rows.append(write_on(model, start, length, lambda logits: mx.random.categorical(logits, key=next(keys))))
         progress(done + count, samples)
     return Calibration(np.concatenate(rows), "written by the model itself")
+
+
+def _beginnings(model: LanguageModel, rows: int, key: mx.array) -> mx.array:
+    """One random token in each row, behind what the tokenizer puts before a text (BOS)."""
+    known = min(len(model.tokenizer), vocabulary_of(model.network))
+    drawn, lead = mx.random.randint(0, known, (rows, 1), key=key), beginning(model.tokenizer)
+    return mx.concatenate([mx.array([lead] * rows), drawn], axis=1) if lead else drawn
 
 
 def write_on(model: LanguageModel, start: mx.array, length: int, choose: Callable[[mx.array], mx.array]) -> np.ndarray:

@@ -67,8 +67,8 @@ def by_layer(model: LanguageModel, reference: LanguageModel, text: str | Path, *
     batches = paired_windows(model, reference, text, context, windows)
     layers: list[_Sums] = []
     for done, window in enumerate(batches, 1):
-        original = hidden_states(reference.network, window)
-        states = hidden_states(model.network, window)
+        original, states = ([state[..., window.lead:, :] for state in hidden_states(x.network, window.tokens)]
+                            for x in (reference, model))
         _check_shapes(states, original, model, reference)
         layers = layers or [_Sums() for _ in states]
         for sums, state, h in zip(layers, states, original):

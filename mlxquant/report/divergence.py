@@ -1,6 +1,6 @@
 """How far a model strays from the one it was made from: KL divergence on the windows of a text.
 
-At every predicted position of the windows of ``perplexity.py`` the divergence is
+At every predicted position of a text's windows (``model/windows.py``) the divergence is
 KL(p ‖ q) = Σ p (log p − log q) over the vocabulary, in nats, from float32
 log-softmax; p is the reference's distribution and q the model's. Perplexity can
 stay level while single answers change; this cannot (Dutta et al., "Accuracy is
@@ -14,7 +14,6 @@ back ends then repeat their rounding to the bit.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +23,9 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.model.blocks import after_each_block
-from mlxquant.model.inspection import inspect_folder
 from mlxquant.model.loading import LanguageModel
-from mlxquant.report.perplexity import (
-    Perplexity,
-    check_context,
-    logits_loss,
-    token_windows,
-    window_logits,
-)
+from mlxquant.model.windows import Window, check_context, first_windows, vocabulary_of
+from mlxquant.report.perplexity import Perplexity, Progress, described, loss
 
 _FLOOR_WINDOWS = 4  # enough for an order of magnitude; each costs one more run of the reference
 
@@ -66,7 +59,7 @@ class Divergence(Perplexity):
 
 def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path, *,
                context: int = 1024, windows: int | None = None,
-               progress: Callable[[int, int, float], None] = lambda *_: None) -> Divergence:
+               progress: Progress = lambda *_: None) -> Divergence:
     """Divergence of ``model`` from ``reference`` on a text (a string, or a UTF-8 file's path).
 
     ``progress`` is called after each window with (done, total, mean KL so far). Both models'
@@ -75,36 +68,35 @@ def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path,
     """
     batches = paired_windows(model, reference, text, context, windows)
     kl, floor = [], []  # of each window: the positions' divergences; the mean noise
-    loss = reference_loss = 0.0
+    losses = [0.0, 0.0]  # the model's, the reference's
     agreed = 0
     for done, window in enumerate(batches, 1):
-        p = window_logits(reference.network, window)
+        p = window.logits(reference.network)
         mx.eval(p)  # before the second run is laid out, so that their activations do not coexist
         if done <= _FLOOR_WINDOWS:
             noisy = _logits_with_noise(reference.network, window)
             floor.append(mx.abs(position_kl(p, noisy)).mean().item())
             del noisy
-        q = window_logits(model.network, window)
+        q = window.logits(model.network)
         mx.eval(q)
         kl.append(np.array(position_kl(p, q))[0])
         agreed += (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).sum().item()
-        reference_loss += logits_loss(p, window).item()
-        loss += logits_loss(q, window).item()
-        del p, q
+        for side, logits in enumerate((q, p)):
+            losses[side] += loss(logits, window).item()
+        del p, q, logits
         progress(done, len(batches), float(np.mean(kl, dtype=np.float64)))
     means = np.mean(kl, axis=1, dtype=np.float64)
-    tokens = len(batches) * (context - 1)
-    summary = inspect_folder(model.folder)
+    shape = described(model, batches)
+    own, original = (total / shape["tokens"] for total in losses)
     return Divergence(
-        math.exp(loss / tokens), tokens, context, len(batches),
-        summary.bits_per_weight, summary.file_bytes,
+        math.exp(own), **shape,
         kl_mean=float(means.mean()),
         kl_p99=float(np.percentile(kl, 99)),
         kl_stderr=float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
         kl_noise_floor=sum(floor) / len(floor),
-        top1_agreement=agreed / tokens,
-        reference_perplexity=math.exp(reference_loss / tokens),
-        perplexity_ratio=math.exp((loss - reference_loss) / tokens))
+        top1_agreement=agreed / shape["tokens"],
+        reference_perplexity=math.exp(original),
+        perplexity_ratio=math.exp(own - original))
 
 
 def position_kl(p_logits: mx.array, q_logits: mx.array) -> mx.array:
@@ -114,11 +106,11 @@ def position_kl(p_logits: mx.array, q_logits: mx.array) -> mx.array:
 
 
 def paired_windows(model: LanguageModel, reference: LanguageModel, text: str | Path, context: int,
-                   windows: int | None = None) -> list[mx.array]:
-    """``token_windows`` of a text that mean the same to both models; raises as ``divergence``."""
-    batches = token_windows(model, text, context, windows)
-    check_context(reference, context)
-    sizes = [x.network(batches[0][:, :1]).shape[-1] for x in (model, reference)]  # lazy: not run
+                   windows: int | None = None) -> list[Window]:
+    """``first_windows`` of a text that mean the same to both models; raises as ``divergence``."""
+    batches = first_windows(model, text, context, windows)
+    check_context(reference, context, batches[0].lead)
+    sizes = [vocabulary_of(x.network) for x in (model, reference)]
     if sizes[0] != sizes[1]:
         raise BadValue(f"the vocabulary of {model.name} has {sizes[0]} entries, "
                        f"that of {reference.name} {sizes[1]}; they must be the same")
@@ -128,8 +120,8 @@ def paired_windows(model: LanguageModel, reference: LanguageModel, text: str | P
     return batches
 
 
-def _logits_with_noise(network: nn.Module, window: mx.array) -> mx.array:
-    """``window_logits`` with every hidden state moved by up to its machine epsilon, relatively."""
+def _logits_with_noise(network: nn.Module, window: Window) -> mx.array:
+    """A window's logits with every hidden state moved by up to its machine epsilon, relatively."""
     key = mx.random.key(0)
 
     def move(state: mx.array) -> mx.array:
@@ -139,4 +131,4 @@ def _logits_with_noise(network: nn.Module, window: mx.array) -> mx.array:
         return (state.astype(mx.float32) * (1 + step)).astype(state.dtype)
 
     with after_each_block(network, move):
-        return window_logits(network, window)
+        return window.logits(network)

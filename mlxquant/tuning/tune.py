@@ -14,6 +14,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.base.version import __version__
 from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
+from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration, card
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.self_written import at_once, self_written
@@ -71,7 +72,7 @@ def tune(name: str, output: str | Path, *, teacher: str, data: list[str], schedu
                        f"{config.get('vocab_size')}; a teacher needs the same vocabulary")
     count = schedule.steps * schedule.batch_size
     texts, held_out = calibration.held_apart(open_tokenizer(folder, config), data, count, HELD_OUT,
-                                             sequence_length, seed)
+                                             sequence_length, seed, vocabulary=vocabulary_of(network))
     settings = {"schedule": schedule.as_dict(), "norms": norms, "codes": codes, "seed": seed,
                 "written": written, "conversations": conversations,
                 "teacher": Path(teacher).name, "data": texts.source, "sequence_length": sequence_length,
