@@ -59,7 +59,8 @@ def test_evaluate_json(tiny_folder, tmp_path):
     text.write_text("All work and no play makes Jack a dull boy. " * 20)
     result = mlxquant("evaluate", tiny_folder, "--text", text, "--context", 64, "--windows", 3, "--json")
     value = json.loads(result.stdout)
-    assert set(value) == {"perplexity", "tokens", "context", "windows", "bits_per_weight", "file_bytes"}
+    assert set(value) == {"perplexity", "tokens", "context", "windows", "bos", "bits_per_weight",
+                          "file_bytes"}
     assert (value["tokens"], value["windows"], value["bits_per_weight"]) == (3 * 63, 3, 32)
 
 
