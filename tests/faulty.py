@@ -1,58 +1,62 @@
-"""Run the command line, and let something go wrong at one of the moments when it touches the disk.
-
-    python faulty.py ACTION MOMENT TARGET VERB …
-
-``kill`` ends the process as kill -9 does, ``pause`` writes TARGET and waits, ``touch`` and ``shrink`` change the file
-TARGET, ``fill`` makes it so long that its disk is full. MOMENT counts reads of GGUF tensors, writes,
-syncs and renames; those after it go on undisturbed.
-"""
+"""Something goes wrong at one of the moments when a process touches the disk."""
 
 import contextlib
 import os
+import resource
 import signal
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mlxquant import cli
 from mlxquant.base import tensor_file
 
-action, moment, target = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-passed = 0
 
+@dataclass
+class Fault:
+    """Called in a process of its own, before the command line.
 
-def disturb() -> None:
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "pause":
-        target.write_text("here")
-        time.sleep(60)
-    elif action == "touch":
-        os.utime(target, ns=(1, 1))
-    elif action == "fill":
-        with contextlib.suppress(OSError), target.open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-    elif action == "shrink":
-        os.truncate(target, target.stat().st_size // 2)
+    ``kill`` ends the process as kill -9 does, ``pause`` writes ``target`` and waits, ``touch`` and
+    ``shrink`` change that file, ``fill`` makes it so long that its disk is full. ``moment`` counts
+    reads of GGUF tensors, writes, syncs and renames; those after it go on undisturbed.
+    ``limit`` is the longest file in bytes that may be written.
+    """
 
+    action: str = "none"
+    moment: int = 0
+    target: Path | None = None
+    limit: int | None = None
 
-def watch(owner, name: str) -> None:
-    original = getattr(owner, name)
+    def __call__(self) -> None:
+        if self.limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+        for owner, name in ((np, "fromfile"), (tensor_file, "write"), (os, "fsync"),
+                            (os, "replace"), (Path, "rename")):
+            self._watch(owner, name)
 
-    def watched(*args, **kwargs):
-        global passed
-        passed += 1
-        if passed == moment:
-            disturb()
-        return original(*args, **kwargs)
+    def _watch(self, owner, name: str) -> None:
+        original = getattr(owner, name)
 
-    setattr(owner, name, watched)
+        def watched(*args, **kwargs):
+            self.moment -= 1
+            if self.moment == 0:
+                self._disturb()
+            return original(*args, **kwargs)
 
+        setattr(owner, name, watched)
 
-for owner, name in ((np, "fromfile"), (tensor_file, "write"), (os, "fsync"), (os, "replace"), (Path, "rename")):
-    watch(owner, name)
-sys.argv[:] = ["mlxquant", *sys.argv[4:]]
-cli.main()
+    def _disturb(self) -> None:
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.action == "pause":
+            self.target.write_text("here")
+            time.sleep(60)
+        elif self.action == "touch":
+            os.utime(self.target, ns=(1, 1))
+        elif self.action == "fill":
+            with contextlib.suppress(OSError), self.target.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        elif self.action == "shrink":
+            os.truncate(self.target, self.target.stat().st_size // 2)

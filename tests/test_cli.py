@@ -5,32 +5,28 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 from conftest import write_folder
 
 GENERATE_KEYS = ["text", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "ttft_s", "bytes_per_token", "gb_per_s", "ceiling_gb_per_s", "ceiling_source", "percent_of_ceiling", "peak_memory_gb", "finish_reason"]
 
 
-def mlxquant(*arguments, stdin="", **options):
-    return subprocess.run([sys.executable, "-m", "mlxquant", *map(str, arguments)], input=stdin,
-                          capture_output=True, text=True, **options)
-
-
 @pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "import", "chips",
                                   "probe", "bench", "plan", "serve", "tune", "check"])
 def test_every_verb_has_help_with_an_example(verb):
-    result = mlxquant(verb, "--help")
+    result = run(verb, "--help")
     assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout
 
 
 def test_generate_prints_the_text_and_reports_on_stderr(tiny_folder):
-    result = mlxquant("generate", tiny_folder, "-p", "Hello", "--max-tokens", 8)
+    result = run("generate", tiny_folder, "-p", "Hello", "--max-tokens", 8)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("\n") and "tokens/s" in result.stderr
     assert "measured here" in result.stderr
 
 
 def test_generate_json_has_every_key(tiny_folder):
-    result = mlxquant("generate", tiny_folder, "--max-tokens", 4, "--json", stdin="Hello")
+    result = run("generate", tiny_folder, "--max-tokens", 4, "--json", stdin="Hello")
     value = json.loads(result.stdout)
     assert set(GENERATE_KEYS) <= set(value)
     assert value["generation_tokens"] == 4 and value["finish_reason"] == "length"
@@ -39,16 +35,16 @@ def test_generate_json_has_every_key(tiny_folder):
 
 def test_generate_options_reach_the_model(tiny_folder):
     arguments = ("generate", tiny_folder, "-p", "Hello", "--max-tokens", 20, "--json")
-    plain = json.loads(mlxquant(*arguments).stdout)
-    stopped = json.loads(mlxquant(*arguments, "--stop", plain["text"][4:6]).stdout)
+    plain = json.loads(run(*arguments).stdout)
+    stopped = json.loads(run(*arguments, "--stop", plain["text"][4:6]).stdout)
     assert stopped["text"] == plain["text"][:plain["text"].index(plain["text"][4:6])]
-    raw = json.loads(mlxquant(*arguments, "--raw").stdout)
+    raw = json.loads(run(*arguments, "--raw").stdout)
     assert raw["prompt_tokens"] == 5 < plain["prompt_tokens"]
 
 
 def test_generate_guesses_ahead(tiny_folder):
     arguments = ("generate", tiny_folder, "-p", "one two three one two", "--max-tokens", 20, "--json")
-    plain, looked_up, drafted = (json.loads(mlxquant(*arguments, *how).stdout) for how in (
+    plain, looked_up, drafted = (json.loads(run(*arguments, *how).stdout) for how in (
         (), ("--lookup", 5), ("--draft", tiny_folder, "--draft-tokens", 3)))
     assert looked_up["text"] == plain["text"] == drafted["text"] and plain["guessed_tokens"] is None
     assert drafted["guessed_tokens"] == 15 and looked_up["guessed_tokens"] >= 0
@@ -57,7 +53,7 @@ def test_generate_guesses_ahead(tiny_folder):
 def test_evaluate_json(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy. " * 20)
-    result = mlxquant("evaluate", tiny_folder, "--text", text, "--context", 64, "--windows", 3, "--json")
+    result = run("evaluate", tiny_folder, "--text", text, "--context", 64, "--windows", 3, "--json")
     value = json.loads(result.stdout)
     assert set(value) == {"perplexity", "tokens", "context", "windows", "bos", "bits_per_weight",
                           "file_bytes"}
@@ -65,15 +61,15 @@ def test_evaluate_json(tiny_folder, tmp_path):
 
 
 def test_inspect_json_and_table(tiny_folder):
-    value = json.loads(mlxquant("inspect", tiny_folder, "--json").stdout)
+    value = json.loads(run("inspect", tiny_folder, "--json").stdout)
     assert {"architecture", "parameters", "bits_per_weight", "file_bytes", "bytes_per_token",
             "layers"} <= set(value)
     assert set(value["layers"][0]) == {"path", "format", "bits", "shape", "bytes"}
-    assert "mlp.down_proj" in mlxquant("inspect", tiny_folder).stdout
+    assert "mlp.down_proj" in run("inspect", tiny_folder).stdout
 
 
 def test_chat_through_a_pipe(tiny_folder):
-    result = mlxquant("chat", tiny_folder, "--max-tokens", 6, "--seed", 1, stdin="hi\n/stats\n/exit\n")
+    result = run("chat", tiny_folder, "--max-tokens", 6, "--seed", 1, stdin="hi\n/stats\n/exit\n")
     assert result.returncode == 0 and result.stdout.endswith("\n")
     assert "tokens of context in use" in result.stderr
 
@@ -98,7 +94,7 @@ def test_chat_through_a_pipe(tiny_folder):
 def test_failures_are_one_line_with_the_right_code(tmp_path, arguments, code, message):
     if "TINY" in arguments:
         write_folder(tmp_path / "TINY")
-    result = mlxquant(*arguments, cwd=tmp_path)
+    result = run(*arguments, cwd=tmp_path)
     assert result.returncode == code and result.stdout == ""
     assert message in result.stderr and "Traceback" not in result.stderr
     if message.startswith("error"):
@@ -108,31 +104,33 @@ def test_failures_are_one_line_with_the_right_code(tmp_path, arguments, code, me
 def test_version():
     import mlxquant as package
 
-    assert mlxquant("--version").stdout.strip() == f"mlxquant {package.__version__}"
+    command = [sys.executable, "-m", "mlxquant", "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == f"mlxquant {package.__version__}\n"
 
 
 def test_chips_plan_and_prediction_as_json(tiny_folder):
-    value = json.loads(mlxquant("chips", "--json").stdout)
+    value = json.loads(run("chips", "--json").stdout)
     assert value["here"]["name"] and {"name", "gpu_cores", "headline_gb_per_s", "sources"} <= set(value["chips"][0])
-    value = json.loads(mlxquant("chips", "--backtest", "--json").stdout)
+    value = json.loads(run("chips", "--backtest", "--json").stdout)
     assert {row["chips"] for row in value["families"]} >= {"base", "Pro", "Max", "Ultra", "all"}
-    planned = mlxquant("plan", "--config", tiny_folder / "config.json", "--chip", "M2", "--json")
+    planned = run("plan", "--config", tiny_folder / "config.json", "--chip", "M2", "--json")
     value = json.loads(planned.stdout)
     assert {"bits", "replicas", "group", "bits_per_weight", "file_bytes", "total_bytes", "fits", "tps", "quality",
             "quality_source"} <= set(value["rows"][0])
-    value = json.loads(mlxquant("bench", tiny_folder, "--chip", "M2 Max 30c", "--format", "json").stdout)
+    value = json.loads(run("bench", tiny_folder, "--chip", "M2 Max 30c", "--format", "json").stdout)
     assert value[0]["predicted"] and value[0]["gpu_cores"] == 30 and value[0]["assumptions"]
 
 
 def test_tables_are_not_cut_short(tiny_folder):
-    assert "NVIDIA H100 80GB HBM3" in mlxquant("chips").stdout
-    assert "M3 Max 30c" in mlxquant("chips", "--lanes").stdout
-    result = mlxquant("plan", tiny_folder, "--chip", "M1 Pro 14c", "--context", 100)
+    assert "NVIDIA H100 80GB HBM3" in run("chips").stdout
+    assert "M3 Max 30c" in run("chips", "--lanes").stdout
+    result = run("plan", tiny_folder, "--chip", "M1 Pro 14c", "--context", 100)
     assert "original 16 bit" in result.stdout and "Recommended: " in result.stdout and "…" not in result.stdout
 
 
 def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
-    result = mlxquant("bench", tiny_folder, "-p", 8, "-n", 4, "-r", 1, "--format", "jsonl", "-o", tmp_path / "x.jsonl",
+    result = run("bench", tiny_folder, "-p", 8, "-n", 4, "-r", 1, "--format", "jsonl", "-o", tmp_path / "x.jsonl",
                       "--plot", tmp_path / "x.png")
     assert result.returncode == 0 and "| tg4 |" in result.stdout
     assert [json.loads(line)["test"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == ["pp8", "tg4"]
@@ -140,7 +138,7 @@ def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
 
 
 def test_probe_json():
-    value = json.loads(mlxquant("probe", "--json").stdout)
+    value = json.loads(run("probe", "--json").stdout)
     assert value["ceiling"]["gb_per_s"] > 0 and value["readers"] and value["replicas"]["reason"]
 
 

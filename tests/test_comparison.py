@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import run
 
-import mlxquant
 from mlxquant.base.errors import BadValue
 from mlxquant.report import comparison
 
@@ -21,11 +19,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)))
     return path
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "mlxquant", *map(str, arguments)],
-                          capture_output=True, text=True)
 
 
 def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from commands import run as command
 from conftest import CONFIG, random_network, write_folder
 from mlx.utils import tree_map
-from test_cli import mlxquant as command
 
 import mlxquant
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported

@@ -2,13 +2,12 @@
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from commands import run
 from conftest import random_network
 from gguf import GGMLQuantizationType as Type
 from gguf_files import write_gguf
@@ -181,10 +180,7 @@ def test_an_incomplete_split_model_is_refused(tmp_path):
 
 def test_import_verb_reports_each_rounded_layer(tmp_path):
     path = write_gguf(tmp_path / "t.gguf", random_network(), kind=Type.Q8_0)
-    run = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out", "--json"],
-                         capture_output=True, text=True, check=True)
-    value = json.loads(run.stdout)
+    value = json.loads(run("import", path, "-o", tmp_path / "out", "--json").stdout)
     assert value["rounded"] == {} and value["error"] == 0 and value["tensors"] == 20
-    again = subprocess.run([sys.executable, "-m", "mlxquant", "import", path, "-o", tmp_path / "out"],
-                           capture_output=True, text=True)
+    again = run("import", path, "-o", tmp_path / "out")
     assert again.returncode == 1 and "already exists" in again.stderr and again.stdout == ""

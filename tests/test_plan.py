@@ -2,11 +2,10 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from commands import run
 from conftest import CONFIG
 
 import mlxquant
@@ -141,7 +140,7 @@ def test_the_recommended_command_makes_what_was_planned(tiny_folder, tmp_path):
     best = plan.plan(str(tiny_folder), chip="M1", context=100).recommended
     program, *arguments = shlex.split(best.command)
     assert program == "mlxquant"
-    subprocess.run([sys.executable, "-m", program, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    assert run(*arguments, cwd=tmp_path).returncode == 0
     tensors = checkpoint.validate(tmp_path / "tiny-8bit")
     norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
     assert best.file_bytes == sum(header.bytes for header in tensors.values()) - norms // 2
