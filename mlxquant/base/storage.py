@@ -77,7 +77,7 @@ def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
         yield
         return
     path = target.with_name(f".{target.name}.lock")
-    with _disk_errors(target):
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(path, target, wait)
     _held.add(key)
@@ -133,7 +133,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises ``MlxquantError`` where ``target`` already holds something, another
     process is writing it, or the disk is full or read-only.
     """
-    with exclusive(target), _disk_errors(target):
+    with exclusive(target), disk_errors(target):
         refuse_existing(target)
         drop_stale(target)
         scratch = _scratch(target, tempfile.mkdtemp)
@@ -159,7 +159,7 @@ def new_file(target: Path) -> Iterator[Path]:
         os.close(handle)
         return name
 
-    with _disk_errors(target):
+    with disk_errors(target):
         scratch = _scratch(target, make)
         try:
             yield scratch
@@ -184,7 +184,7 @@ def save_arrays(target: Path, arrays: dict[str, Any], metadata: dict[str, str]) 
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """Say in one line that a disk is full, a folder read-only, a file in a folder's place."""
     try:
         yield

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.base.errors import BadCheckpoint, ModelNotFound
-from mlxquant.sources import checkpoint, recipes
+from mlxquant.sources import checkpoint, hub, recipes
 
 DEFAULT_MODEL = "smollm2-135m"
-
-# Weights, configuration and tokenizers; never code, never pickles.
-HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -68,26 +65,11 @@ def _import_gguf(path: Path) -> Path:
     return gguf.import_cached(path)
 
 
-def _download(repository: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
-    """Fetch a repository into ``huggingface_hub``'s own cache; every ``HF_*`` variable applies."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
+def _download(repository: str, revision: str | None, files: list[str] = hub.FILES) -> Path:
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except hub.GatedRepoError as error:
-        raise ModelNotFound(f"{repository} needs a licence accepted on its page, "
-                            "then `hf auth login`") from error
-    except hub.RevisionNotFoundError as error:
-        raise ModelNotFound(f"{repository} has no revision {revision!r}") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelNotFound(f"no Hugging Face repository {repository} (or it is private: "
-                            f"`hf auth login`){_near(repository)}") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-        raise ModelNotFound(f"{repository} is not in the cache and the Hugging Face hub "
-                            f"cannot be reached{_near(repository)}") from error
-    except ValueError as error:  # huggingface_hub's own check of the name
-        raise ModelNotFound(f"{repository!r} is not a repository name: {error}") from error
+        return hub.snapshot(repository, revision, files)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error}{_near(repository)}") from error
 
 
 def _unknown(name: str) -> str:
@@ -96,14 +78,7 @@ def _unknown(name: str) -> str:
 
 
 def _near(name: str) -> str:
-    known = {n.lower(): n for n in [*recipes.names(), *_cached_repositories(),
+    known = {n.lower(): n for n in [*recipes.names(), *hub.cached_repositories(),
                                     *(p.name for p in Path().iterdir() if p.is_dir())]}
     near = [known[n] for n in difflib.get_close_matches(name.lower(), known, n=3)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _cached_repositories() -> list[str]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folders = Path(HF_HUB_CACHE).glob("models--*--*")
-    return [f.name.removeprefix("models--").replace("--", "/") for f in folders]

