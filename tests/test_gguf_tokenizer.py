@@ -77,6 +77,28 @@ def byte_fields(**changes) -> dict:
             "eos_token_id": 2} | changes
 
 
+def test_qwens_tokens_are_those_of_its_own_class(tmp_path):
+    """transformers builds Qwen 2's tokenizer from vocabulary and merges alone, with its own splitting and normal form."""
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+    ours = load(tmp_path, byte_fields(pre="qwen2"))
+    theirs = Qwen2Tokenizer(vocab={word: n for n, word in enumerate(alphabet())}, merges=[])
+    for made in ours, theirs:  # no merges: every piece is told apart by its bytes alone
+        made.pieces = [made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in QWEN_TEXTS]
+    assert ours.pieces == theirs.pieces
+    assert [ours.encode(t) for t in QWEN_TEXTS] == [theirs.encode(t) for t in QWEN_TEXTS]
+
+
+def test_a_missing_splitting_rule_is_said(tmp_path, capsys):
+    fields = byte_fields()
+    del fields["pre"]
+    load(tmp_path, fields)
+    assert "tokenizer.ggml.pre" in capsys.readouterr().err
+
+
+QWEN_TEXTS = ["don't DON'T I'll we'Ve", "x=1234567890, 3.14e-10", "  two\t\ttabs \n\n\n lines\r\n",
+              "e\u0301 cafe\u0301 \u1112\u1161\u11ab A\u030a \u212b", "日本語 中文 한국어 ไทย हिन्दी ١٢٣", "🇩🇪👨‍👩‍👧🏽 Ⅷ ½ ﬁ",
+              "ſ'ſ \u212a 's 'S", "a\u00a0b\u2003c\u200bd\x00\x7f", "!!!???...\n\n---\n"]
 SAMPLE = "I'VE 12345 Ünïcode's camelCase\r\n\n  x+=1 你好"
 
 

@@ -1,5 +1,6 @@
 """Loading through mlx-lm: stock checkpoints, memory limits, dense weights on a CPU."""
 
+import logging
 import shutil
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import mlxquant
 from mlxquant.base.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
 from mlxquant.layers import traffic
 from mlxquant.machine.memory import memory_limit, parse_size
+from mlxquant.model import loading
 from mlxquant.model.inspection import inspect
 from mlxquant.sources import checkpoint
 
@@ -115,3 +117,13 @@ def test_loading_warns_before_memory_runs_out(tiny_folder, capsys):
     assert "of the 0.00 GB that may be used: replies may be slow" in capsys.readouterr().err
     mlxquant.load(str(tiny_folder), memory=stored / 0.85, dense=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind,heard", [("qwen2", False), ("mlxquant", False), ("mistral", True)])
+def test_a_warning_of_mistrals_expression_is_for_mistral_alone(tiny_folder, monkeypatch, kind, heard):
+    """transformers 5.7 warns of it for every vocabulary above 100,000 that lies on disk."""
+    logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
+    said = []
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: said.append(logger.isEnabledFor(logging.WARNING)))
+    loading.open_tokenizer(tiny_folder, {"model_type": kind})
+    assert said == [heard]

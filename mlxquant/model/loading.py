@@ -115,8 +115,11 @@ def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, 
 
 def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """mlx-lm's wrapper of the folder's tokenizer; raises ``BadCheckpoint``."""
-    # Our own model_type makes transformers remark that it does not know it; it need not.
-    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
+    # transformers remarks that it does not know our own model_type, and some releases suspect the
+    # splitting expression of early Mistral tokenizers in every large vocabulary that lies on disk.
+    mistral = "stral" in config.get("base_model_type", config.get("model_type", ""))
+    for name, quiet in (("configuration_utils", True), ("tokenization_utils_tokenizers", not mistral)):
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR if quiet else logging.NOTSET)
     try:
         return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
                               eos_token_ids=config.get("eos_token_id"))

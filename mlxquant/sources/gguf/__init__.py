@@ -16,7 +16,7 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf import model, tokenizer
 from mlxquant.sources.gguf.reader import open_model, part_files
 
-_FORMAT = 2  # part of the cache key: raise it when the written folder changes
+_FORMAT = 3  # part of the cache key: raise it when the written folder changes
 
 
 @dataclass(frozen=True)

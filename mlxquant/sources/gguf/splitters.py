@@ -27,12 +27,16 @@ _DEEPSEEK3 = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
 
 @dataclass(frozen=True)
 class Splitter:
-    """Expressions applied in turn, each to the pieces that the last one left. ``whole_words`` are looked
-    up before merging; ``begins`` says whether texts begin with a BOS token where the file does not."""
+    """Expressions applied in turn, each to the pieces that the last one left.
+
+    ``whole_words``: words of the vocabulary are taken before merging. ``begins``: texts begin with
+    BOS where the file does not say. ``composed``: text is brought into Unicode's form NFC first.
+    """
 
     expressions: tuple[str, ...]
     whole_words: bool = False
     begins: bool = False
+    composed: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in self.expressions]
@@ -45,7 +49,8 @@ _KINDS = {
     Splitter((r"\p{N}", _GPT2)): "smollm starcoder refact command-r codeshell exaone minerva-7b",
     Splitter((_LLAMA3,), whole_words=True, begins=True): "llama-bpe llama3 llama-v3 falcon3 lfm2",
     Splitter((_LLAMA3,)): "dbrx smaug-bpe chatglm-bpe glm4",
-    Splitter((_QWEN2,)): "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan grok-2",
+    Splitter((_QWEN2,), composed=True): "qwen2",
+    Splitter((_QWEN2,)): "deepseek-r1-qwen stablelm2 megrez hunyuan grok-2",
     Splitter((_TEKKEN,), whole_words=True, begins=True): "tekken",
     Splitter((_GPT4O,)): "gpt-4o llama4",
     Splitter(_DEEPSEEK3): "deepseek-v3 hunyuan-dense",

@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer from GGUF metadata alone: vocabulary, merges, special tokens, template."""
 
 import json
+import sys
 from typing import NoReturn
 
 import numpy as np
@@ -110,12 +111,19 @@ class _Fields:
 
 def _byte_level(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
     """BPE over bytes, as GPT-2's."""
-    kind = fields.get("pre", "default")
+    kind = fields.get("pre")
+    if kind is None:
+        print(f"{fields.path} does not say how its tokenizer splits text (tokenizer.ggml.pre): "
+              "llama.cpp's default is taken, which the model may not have been trained with",
+              file=sys.stderr)
+        kind = "default"
     if not isinstance(kind, str) or kind not in SPLITTERS:
         raise Unsupported(f"{fields.path}: tokenizer splitting rule {kind!r}; supported: {', '.join(SPLITTERS)}")
     splitter = SPLITTERS[kind]
     merges = [tuple(merge.split(" ")) for merge in fields.strings("merges")] if len(fields.get("merges", ())) else []
     tokenizer = Tokenizer(models.BPE(fields.vocabulary, merges, ignore_merges=splitter.whole_words))
+    if splitter.composed:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter.build()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, fields.roles({}), splitter.begins
