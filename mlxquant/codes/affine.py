@@ -43,6 +43,10 @@ class Affine:
         """Some of the rows."""
         return Affine(self.codes[part], self.scales[part], self.biases[part], self.spec)
 
+    def shared_bits(self) -> int:
+        """Bits that stacked matrices share: none."""
+        return 0
+
     def split(self, rows: list[int]) -> list["Affine"]:
         """The matrices that were stacked, by their numbers of rows."""
         ends = [sum(rows[:i + 1]) for i in range(len(rows))]

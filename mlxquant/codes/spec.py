@@ -144,18 +144,26 @@ class Spec:
         return _json(self)
 
 
+Rule = tuple[str, dict[str, Any]]  # a glob over layer paths, and what it changes in the spec
+
+
 @dataclass(frozen=True)
 class Overrides:
     """Specs by layer path: the first glob that matches wins, else the default."""
 
     default: Spec
-    rules: tuple[tuple[str, dict[str, Any]], ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     def spec_for(self, path: str) -> Spec:
+        """The spec of the layer at ``path``."""
+        return self.ruled(path) or self.default
+
+    def ruled(self, path: str) -> Spec | None:
+        """What the first rule that matches makes of the default, or None."""
         for glob, changes in self.rules:
             if fnmatchcase(path, glob):
                 return replace(self.default, **changes)
-        return self.default
+        return None
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:

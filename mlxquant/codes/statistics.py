@@ -24,6 +24,11 @@ class Statistics:
     def empty(cls, width: int) -> "Statistics":
         return cls(0, mx.zeros((width, width)), mx.zeros(width), mx.zeros(width))
 
+    @classmethod
+    def flat(cls, width: int) -> "Statistics":
+        """Those of an input of which nothing is known: inputs alike and independent."""
+        return cls(0, mx.eye(width), mx.ones(width), mx.ones(width))
+
     def add(self, x: mx.array, target: mx.array | None = None) -> None:
         """Take in a batch of inputs (…, n), and the float model's inputs beside them."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)

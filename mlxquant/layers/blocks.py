@@ -23,6 +23,10 @@ class Block:
     path: str
     module: nn.Module
 
+    def full(self, path: str) -> str:
+        """The path in the network of what hangs at ``path`` in the block."""
+        return f"{self.path}.{path}" if self.path else path
+
 
 def find_blocks(network: nn.Module) -> list[Block]:
     """The network's blocks in the order in which they run.

@@ -1,75 +1,136 @@
 """What a quantised checkpoint holds beside its blocks: embedding, head, norms, gates, config."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxquant.base.errors import Unsupported
 from mlxquant.codes import rtn
 from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import formats
+from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.quantise import rotation
-from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.job import Job, record
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.plans import stored_entry
+from mlxquant.quantise.storing import BlockResult, Entries
+from mlxquant.quantise.walk import call_order
+
+_MATRICES = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
 
 
-def stored_dtype(network: nn.Module) -> mx.Dtype:
+def blocks_of(network: nn.Module) -> list[Block]:
+    """The blocks to quantise one by one; all of a network that calls none is one block."""
+    try:
+        blocks = find_blocks(network)
+    except Unsupported:
+        blocks = []
+    return blocks if blocks and call_order(network, blocks) else [Block("", network)]
+
+
+def stored_dtype(block: Block) -> mx.Dtype:
     """The floating type that the source's scales or weights have."""
-    for _, array in tree_flatten(network.layers[0].parameters()):
+    for _, array in tree_flatten(block.module.parameters()):
         if array.dtype in (mx.float16, mx.bfloat16):
             return array.dtype
     return mx.float16
 
 
-def turn_of(config: dict, job: Job) -> mx.array | None:
+def turn_of(config: dict[str, Any], job: Job) -> mx.array | None:
     """The fused rotation of the residual stream, (n, n), where the job has one."""
-    return rotation.orthogonal(config["hidden_size"], job.seed) if job.spec.rotation == "fused" else None
+    fused = job.spec.rotation == "fused"
+    return rotation.orthogonal(config["hidden_size"], job.seed) if fused else None
 
 
-def outside(network: nn.Module, config: dict, job: Job) -> tuple[dict[str, mx.array], dict[str, dict], dict]:
-    """Tensors outside the blocks, as stored or at the embedding's own width; those widths; and
-    ``config``, changed where a rotation unties the head."""
-    dtype, ends = stored_dtype(network), {}
+@dataclass
+class Outside:
+    """Tensors outside the blocks, as stored or at the embedding's own width, the entries of
+    quantised ones, and the configuration, changed where a rotation unties the head."""
+
+    tensors: dict[str, mx.array]
+    entries: Entries
+    config: dict[str, Any]
+
+
+def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
+    """What of a network, its weights still as stored, goes into the result beside the blocks."""
+    blocks = blocks_of(network)
+    dtype, ends = stored_dtype(blocks[0]), {}
     if (turn := turn_of(config, job)) is not None:
         ends, config = rotation.rotate_ends(network, config, turn)
+    inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
     modules = {path: module for path, module in network.named_modules()
-               if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear))
-               and ".layers." not in path}
-    tensors = {name: array for name, array in tree_flatten(network.parameters()) if ".layers." not in name}
-    tensors |= {name: array.astype(dtype) for name, array in ends.items()}
+               if isinstance(module, _MATRICES) and not path.startswith(inside)}
+    tensors = {name: array for name, array in tree_flatten(network.parameters())
+               if not name.startswith(inside)}
+    made = Outside(tensors | {name: array.astype(dtype) for name, array in ends.items()}, {
+        path: stored_entry(m) for path, m in modules.items() if hasattr(m, "bits")}, config)
     stored = next((getattr(m, "bits", None) for m in modules.values()), None)
-    bits = job.embedding_bits or (stored if ends else None)
-    if not bits:
-        return tensors, {path: {"group_size": m.group_size, "bits": m.bits}
-                         for path, m in modules.items() if hasattr(m, "bits")}, config
-    spec = Spec(bits=Width.of(bits), group_size=32 if bits == stored else 64, method="rtn")
-    widths = {}
-    for path in dict.fromkeys([*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]):
-        weight = ends.get(f"{path}.weight")
-        weight = rotation.expanded_weight(modules[path]) if weight is None else weight
-        affine = rtn.quantise(weight, None, spec, dtype)
-        tensors |= {f"{path}.weight": affine.packed(), f"{path}.scales": affine.scales.astype(dtype),
-                    f"{path}.biases": affine.biases.astype(dtype)}
-        widths[path] = {"group_size": affine.group, "bits": bits}
-    return tensors, widths, config
+    if bits := job.embedding_bits or (stored if ends else None):
+        spec = Spec(bits=Width.of(bits), group_size=32 if bits == stored else 64, method="rtn")
+        paths = [*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]
+        for path in dict.fromkeys(paths):
+            weight = ends.get(f"{path}.weight")
+            _round(made, path, rotation.expanded_weight(modules[path]) if weight is None else weight,
+                   spec, dtype)
+    return made
 
 
-def gates(job: Job, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dtype) -> None:
+    """Store ``weight`` (m, n) as ``spec`` says, unless its groups do not divide n."""
+    if weight.shape[1] % spec.group_for(weight.shape[1] * 64):
+        return
+    affine = rtn.quantise(weight, None, spec, dtype)
+    made.tensors |= {f"{path}.weight": affine.packed(), f"{path}.scales": affine.scales.astype(dtype),
+                     f"{path}.biases": affine.biases.astype(dtype)}
+    made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
+
+
+def gates(job: Job, blocks: list[Block], dtype: mx.Dtype) -> dict[str, mx.array]:
     """The gates of repeated blocks by path, (passes − 1,): zeros, until they are tuned."""
-    return {f"model.layers.{repeat.last}.repeat_gates": mx.zeros(repeat.passes - 1, dtype)
+    return {f"{blocks[repeat.last].path}.repeat_gates": mx.zeros(repeat.passes - 1, dtype)
             for repeat in job.repeats}
 
 
-def config_of(config: dict, job: Job, tokens: Calibration, plain: dict[str, dict],
-              layers: dict[str, dict], replicas: dict[str, dict], errors: dict[str, float]) -> dict:
-    """config.json of the result; ``plain``, ``layers``, ``replicas`` and ``errors`` are those of its blocks."""
+@dataclass
+class Body:
+    """The entries of all blocks by full path, as far as the blocks are made."""
+
+    plain: Entries = field(default_factory=dict)
+    layers: Entries = field(default_factory=dict)
+    replicas: Entries = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def add(self, block: Block, result: BlockResult) -> None:
+        """Take in one block's."""
+        prefix = f"{block.path}." if block.path else ""
+        for kind in ("plain", "layers", "replicas", "errors"):
+            getattr(self, kind).update({f"{prefix}{path}": entry
+                                        for path, entry in getattr(result, kind).items()})
+
+    def output_error(self) -> dict[str, Any]:
+        """The errors' mean, the largest, and in which layer."""
+        if not self.errors:
+            return {"mean": 0.0, "largest": 0.0, "layer": None}
+        worst = max(self.errors, key=lambda path: self.errors[path])
+        return {"mean": sum(self.errors.values()) / len(self.errors),
+                "largest": self.errors[worst], "layer": worst}
+
+
+def result_config(made: Outside, body: Body, job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the result."""
     default = {"group_size": job.spec.group_size, "bits": job.spec.bits.code_bits}
     if default["group_size"] not in PLAIN_GROUPS:
         default = {"group_size": 64, "bits": 4}
-    quantization = {**default, **{p: e for p, e in plain.items() if e != default}}
-    config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    entries = {**body.plain, **made.entries}
+    quantization = {**default, **{p: e for p, e in entries.items() if e != default}}
+    config = {k: v for k, v in made.config.items() if k != "quantization_config"}
+    if "quantization_config" in config.get("text_config", {}):
+        config["text_config"] = {k: v for k, v in config["text_config"].items()
+                                 if k != "quantization_config"}
     config |= {"quantization": quantization, "quantization_config": quantization}
-    config = formats.config_with(config, layers, replicas, job.repeats)
-    worst = max(errors, key=errors.get)
-    measured = {"mean": sum(errors.values()) / len(errors), "largest": errors[worst], "layer": worst}
-    return config | {"mlxquant_record": record(job, tokens) | {"output_error": measured}}
+    config = formats.config_with(config, body.layers, body.replicas, job.repeats)
+    return config | {"mlxquant_record": record | {"output_error": body.output_error()}}

@@ -1,35 +1,42 @@
 """Give every layer its own width, so that a model of a wanted size predicts best.
 
-Each layer is quantised in every candidate way on the float model's statistics, replicated siblings together, and
-the error weighed by how much the model's predictions feel it (``sensitivity.py``): nats of divergence per token, which
-add up over layers as long as they are small. ``budget.py`` then spends the bits. Siblings share their input's scales
-where they are stored alike; where one of them is felt more, it may be worth scales of its own.
+Each layer is quantised in every candidate way on the float model's statistics, replicated siblings
+together, and the error weighed by how much the model's predictions feel it (``sensitivity.py``):
+nats of divergence per token, which add up over layers as long as they are small. ``budget.py``
+then spends the bits. Siblings share their input's scales where they are stored alike; where one of
+them is felt more, it may be worth scales of its own. Of a mixture a few experts, the busiest, are
+tried and stand for all.
 """
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, write_json
-from mlxquant.codes.spec import Overrides
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 from mlxquant.codes.width import Width
+from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
-from mlxquant.quantise.assembly import gates, outside, stored_dtype
+from mlxquant.quantise.assembly import blocks_of, gates, outside, stored_dtype
 from mlxquant.quantise.blocks import quantise_trials
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.job import Job, Progress
+from mlxquant.quantise.job import Job, Progress, Target
+from mlxquant.quantise.observe import Routed, linears
+from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
-from mlxquant.quantise.walk import float_walk, identity
+from mlxquant.quantise.walk import float_walk, identity, release
 from mlxquant.sources import checkpoint
 
 WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
@@ -38,133 +45,184 @@ REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in
               for replicas in choices]
 _SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
+_EXPERTS = 4  # of a mixture's, that are tried
+
+Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
 
 
-@dataclass(frozen=True)
-class Target:
-    """A size to meet: bits per weight of the body, or gigabytes of the whole folder (10⁹ bytes).
+def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> Job:
+    """``job`` with a rule for every layer, such that the result meets its target.
 
-    ``alike`` gives replicated siblings one width, and so one dispatch: faster, and a little worse.
+    Layers that the job's own rules name keep what those say. The damages are kept in the cache,
+    so another target costs nothing more. The first pass needs the whole model in memory as
+    float32. Raises ``BadValue`` for a target below the smallest widths.
     """
-
-    bits_per_weight: float | None = None
-    gigabytes: float | None = None
-    alike: bool = False
-
-    def __post_init__(self):
-        given = [value for value in (self.bits_per_weight, self.gigabytes) if value is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise BadValue("a target is one positive number: bits per weight, or gigabytes")
-
-
-def assign(folder: Path, job: Job, tokens: Calibration, target: Target, progress: Progress) -> Job:
-    """``job`` with a rule for every layer, such that the result meets ``target``.
-
-    Layers that the job's own rules name keep what those say. The damages are
-    kept in the cache, so another target costs nothing more. The first pass needs
-    the whole model in memory as float32. Raises ``BadValue`` for a target below
-    the smallest widths.
-    """
-    network, config = open_lazily(folder)
-    options = _options(folder, job, tokens, progress)
-    if target.alike:
-        options = {paths: [way for way in ways if len(set(way.choice)) == 1] for paths, ways in options.items()}
-    budget = _budget(network, config, folder, job, options, target)
-    chosen = choose(options, budget)
+    if job.target is None:
+        return job
+    measure = _Measure(folder, job, tokens)
+    options = measure.options(progress)
+    if job.target.alike:
+        options = {paths: [way for way in ways if len(set(way.choice)) == 1]
+                   for paths, ways in options.items()}
+    chosen = choose(options, measure.budget(options, job.target))
     rules = tuple((path, dict(way)) for paths, option in chosen.items()
-                  for path, way in zip(paths.split(","), option.choice) if job.overrides.spec_for(path) == job.spec)
-    return replace(job, overrides=Overrides(job.spec, job.overrides.rules + rules))
+                  for path, way in zip(paths.split(","), option.choice)
+                  if job.overrides.ruled(path) is None)
+    return replace(job, rules=job.rules + rules)
 
 
-def _options(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[Option]]:
-    """The ways to store every layer, or replicated siblings (their paths joined by commas, the choice having one
-    part for each), with the bits they take and the nats they cost."""
-    plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
-    setting = identity(folder, tokens.digest, plain.as_dict(), job.overrides.rules, job.seed, WIDTHS, REPLICATED, "apart")
-    file = cache_dir("sensitivity", f"{setting[:16]}.json")
-    if not file.exists():
-        write_json(file, _measure(folder, job, tokens, progress))
-    return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
-                    for choice, stored, damage in ways] for paths, ways in json.loads(file.read_text()).items()}
+@dataclass
+class _Measure:
+    """A model, opened lazily, whose layers are tried in every way."""
+
+    folder: Path
+    job: Job
+    tokens: Calibration
+
+    def __post_init__(self) -> None:
+        self.network, self.config = open_lazily(self.folder)
+        self.blocks = blocks_of(self.network)
+        self.plans = plan_blocks(self.network, self.blocks, self.job.overrides)
+
+    def options(self, progress: Progress) -> dict[str, list[Option]]:
+        """The ways to store every layer, or siblings (their paths joined by commas, the choice
+        having one part for each), with the bits they take and the nats they cost."""
+        job = self.job
+        plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
+        setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
+                           WIDTHS, REPLICATED, "apart")
+        file = cache_dir("sensitivity", f"{setting[:16]}.json")
+        if not file.exists():
+            write_json(file, self._measure(progress))
+        return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
+                        for choice, stored, damage in ways]
+                for paths, ways in json.loads(file.read_text()).items()}
+
+    def _measure(self, progress: Progress) -> Ways:
+        start, found = time.perf_counter(), Ways()
+        importance = self._importance()
+        network, _ = open_lazily(self.folder)
+        blocks = blocks_of(network)
+        walk = float_walk(network, blocks, self.folder, self.tokens)
+        for done, (index, seen) in enumerate(walk, 1):
+            block, plan = blocks[index], self.plans[index]
+            for paths, statistics in seen.siblings() if seen else ():
+                for group in self._together([p for p in paths if p in plan.specs], plan):
+                    found |= self._ways(_Trial(block, group, plan.specs[group[0]], statistics),
+                                        importance)
+            release(block.module)
+            progress(done, len(blocks), time.perf_counter() - start, "weighing")
+        return found
+
+    def _importance(self) -> dict[str, mx.array]:
+        network = to_dense(open_lazily(self.folder)[0])
+        layers = {block.full(path): layer for block in blocks_of(network)
+                  for path, layer in linears(block.module).items()}
+        rows = [mx.array(row[None]) for row in self.tokens.tokens[:_SEQUENCES]]
+        return output_importance(network, layers, rows, self.job.seed)
+
+    def _together(self, paths: list[str], plan: Plan) -> list[list[str]]:
+        """Siblings that share scales where they are stored alike: replicated ones of one spec;
+        others each by itself."""
+        kinds: dict[Spec | str, list[str]] = {}
+        for path in paths:
+            spec = plan.specs[path]
+            kinds.setdefault(spec if spec.method == "replica" else path, []).append(path)
+        return list(kinds.values())
+
+    def _ways(self, trial: "_Trial", importance: dict[str, mx.array]) -> Ways:
+        """The siblings' ways by their joined paths: all alike, or each in its own at one price per
+        bit. What a sibling costs by itself is taken from the fit of all together, whose scales
+        serve it a little worse."""
+        felt = [importance[path] for path in trial.full()]
+        ways = self._candidates(trial)
+        single: list[list[Option]] = [[] for _ in trial.paths]
+        shared = []
+        for way, (stored, common, damages) in enumerate(trial.results(ways, felt, self.job.seed)):
+            shared.append(common)
+            for layer, bits, damage in zip(single, stored, damages):
+                layer.append(Option(way, bits + common, damage))
+        found = {}
+        for options in [*zip(*single), *at_every_price(single)]:
+            chosen = tuple(option.choice for option in options)
+            twice = sum(shared[w] for w in chosen) - sum(shared[w] for w in set(chosen))
+            found[chosen] = ([ways[w] for w in chosen], sum(o.bits for o in options) - twice,
+                             sum(o.damage for o in options))
+        return {",".join(trial.full()): list(found.values())}
+
+    def _candidates(self, trial: "_Trial") -> list[dict[str, Any]]:
+        """The ways in which these layers may be stored: their rule's, or the method's."""
+        if self.job.overrides.ruled(trial.full()[0]) is not None:
+            return [{}]
+        return REPLICATED if trial.spec.method == "replica" else WIDTHS
+
+    def budget(self, options: dict[str, list[Option]], target: Target) -> float:
+        """Bits that the layers may store together; raises ``BadValue`` where that is too few."""
+        least = sum(min(option.bits for option in ways) for ways in options.values())
+        if target.bits_per_weight is not None:
+            modules = dict(self.network.named_modules())
+            weights = sum(weight_count(modules[path]) for p in options for path in p.split(","))
+            if target.bits_per_weight * weights < least:
+                raise BadValue(f"the target is {target.bits_per_weight:g} bits per weight; with "
+                               f"these groups the smallest widths take at least "
+                               f"{least / weights:.4g} bits per weight")
+            return target.bits_per_weight * weights
+        fixed, wanted = self._fixed_bytes(options), target.gigabytes or 0.0
+        if 8 * (wanted * 1e9 - fixed) < least:
+            raise BadValue(f"the target is {wanted:g} GB; the smallest widths take at least "
+                           f"{(fixed + least / 8) / 1e9:.4g} GB, {fixed / 1e9:.4g} of them outside "
+                           "the body")
+        return 8 * (wanted * 1e9 - fixed)
+
+    def _fixed_bytes(self, options: dict[str, list[Option]]) -> int:
+        """Bytes of a result's folder beside the layers' weights, at most."""
+        tensors = outside(self.network, self.config, self.job).tensors
+        tensors |= gates(self.job, self.blocks, stored_dtype(self.blocks[0]))
+        weighed = tuple(f"{path}." for paths in options for path in paths.split(","))
+        loose = [array for block in self.blocks for path, array in
+                 tree_flatten(block.module.parameters())
+                 if not block.full(path).startswith(weighed)]
+        stored = sum(array.nbytes for array in [*tensors.values(), *loose])
+        side = sum(map(len, checkpoint.side_files(self.folder).values()))
+        return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(weighed))
 
 
-def _measure(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> dict[str, list[tuple]]:
-    start = time.perf_counter()
-    importance = output_importance(to_dense(open_lazily(folder)[0]),
-                                   [mx.array(row[None]) for row in tokens.tokens[:_SEQUENCES]], job.seed)
-    network, _ = open_lazily(folder)
-    total, options = len(network.layers), {}
-    for index, (block, seen) in enumerate(float_walk(network, folder, tokens)):
-        prefix = f"model.layers.{index}"
-        for paths, statistics in seen.siblings():
-            for group in _together(paths, prefix, job):
-                options |= _ways(block, prefix, group, statistics, importance, job)
-        network.layers[index] = None
-        progress(index + 1, total, time.perf_counter() - start)
-    return options
+@dataclass
+class _Trial:
+    """Siblings of a block to try in every way: linear layers, or stacks of experts."""
 
+    block: Block
+    paths: list[str]
+    spec: Spec
+    statistics: Statistics | Routed
 
-def _together(paths: list[str], prefix: str, job: Job) -> list[list[str]]:
-    """Siblings that share scales where they are stored alike: replicated ones of one spec; others each by itself."""
-    kinds: dict = {}
-    for path in paths:
-        spec = job.overrides.spec_for(f"{prefix}.{path}")
-        kinds.setdefault(spec if spec.method == "replica" else path, []).append(path)
-    return list(kinds.values())
+    def full(self) -> list[str]:
+        """The siblings' paths in the network."""
+        return [self.block.full(path) for path in self.paths]
 
+    def results(self, ways: list[dict[str, Any]], felt: list[mx.array], seed: int,
+                ) -> Iterator[tuple[list[float], float, list[float]]]:
+        """Of each way: the bits that each sibling stores by itself, those that they share, and the
+        nats that each costs, given how its outputs are ``felt``."""
+        modules = linears(self.block.module)
+        specs = [replace(self.spec, refine=0, **way) for way in ways]
+        if isinstance(self.statistics, Statistics):
+            weights = [modules[path].weight for path in self.paths]
+            yield from self._weighed(weights, self.statistics, specs, felt, seed)
+            return
+        experts = len(modules[self.paths[0]].weight)
+        each = self.statistics.each
+        busiest = sorted(range(experts), key=lambda e: -each[e].count if each else e)[:_EXPERTS]
+        tried = [list(self._weighed([modules[path].weight[e] for path in self.paths],
+                                    self.statistics.of(e), specs, felt, seed)) for e in busiest]
+        for one in zip(*tried):
+            yield ([experts * bits for bits in one[0][0]], experts * one[0][1],
+                   [sum(column) / len(one) for column in zip(*(damages for *_, damages in one))])
 
-def _ways(block: nn.Module, prefix: str, paths: list[str], statistics, importance: dict[str, mx.array],
-          job: Job) -> dict[str, list[tuple]]:
-    """The siblings' ways by their joined paths: all alike, or each in its own at one price per bit.
-
-    What a sibling costs by itself is taken from the fit of all together, whose scales serve it a little worse.
-    """
-    full = [f"{prefix}.{path}" for path in paths]
-    spec, felt = job.overrides.spec_for(full[0]), [importance[path] for path in full]
-    candidates = [{}] if spec != job.spec else REPLICATED if spec.method == "replica" else WIDTHS
-    ends = list(accumulate(map(len, felt)))[:-1]
-    single: list[list[Option]] = [[] for _ in paths]
-    shared = []
-    trials = quantise_trials(block, prefix, paths, [replace(spec, refine=0, **choice) for choice in candidates],
-                             statistics, job.seed)
-    for way, (error, hessian, own, common) in enumerate(trials):
-        shared.append(common)
-        for layer, bits, rows, weights in zip(single, own, mx.split(error, ends), felt):
-            layer.append(Option(way, bits + common, expected_divergence(rows, hessian, weights)))
-    found = {}
-    for options in [*zip(*single), *at_every_price(single)]:
-        ways = tuple(option.choice for option in options)
-        twice = sum(shared[way] for way in ways) - sum(shared[way] for way in set(ways))
-        found[ways] = ([candidates[way] for way in ways], sum(option.bits for option in options) - twice,
-                       sum(option.damage for option in options))
-    return {",".join(full): list(found.values())}
-
-
-def _budget(network: nn.Module, config: dict, folder: Path, job: Job, options: dict[str, list[Option]],
-            target: Target) -> float:
-    """Bits that the layers may store together; raises ``BadValue`` where that is too few."""
-    least = sum(min(option.bits for option in ways) for ways in options.values())
-    if target.bits_per_weight is not None:
-        modules = dict(network.named_modules())
-        weights = sum(weight_count(modules[path]) for paths in options for path in paths.split(","))
-        if target.bits_per_weight * weights < least:
-            raise BadValue(f"the target is {target.bits_per_weight:g} bits per weight; with these groups the "
-                           f"smallest widths take at least {least / weights:.4g} bits per weight")
-        return target.bits_per_weight * weights
-    fixed = _fixed_bytes(network, config, folder, job, options)
-    if 8 * (target.gigabytes * 1e9 - fixed) < least:
-        raise BadValue(f"the target is {target.gigabytes:g} GB; the smallest widths take at least "
-                       f"{(fixed + least / 8) / 1e9:.4g} GB, {fixed / 1e9:.4g} of them outside the body")
-    return 8 * (target.gigabytes * 1e9 - fixed)
-
-
-def _fixed_bytes(network: nn.Module, config: dict, folder: Path, job: Job, options: dict) -> int:
-    """Bytes of a result's folder beside the layers' weights, at most."""
-    tensors, _, _ = outside(network, config, job)
-    tensors |= gates(job, stored_dtype(network))
-    inside = tuple(f"{path}." for paths in options for path in paths.split(","))
-    loose = [array for path, array in tree_flatten(network.parameters())
-             if ".layers." in path and not path.startswith(inside)]
-    stored = sum(array.nbytes for array in [*tensors.values(), *loose])
-    side = sum(map(len, checkpoint.side_files(folder).values()))
-    return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(inside))
+    def _weighed(self, weights: list[mx.array], statistics: Statistics, specs: list[Spec],
+                 felt: list[mx.array], seed: int) -> Iterator[tuple[list[float], float, list[float]]]:
+        ends = list(accumulate(map(len, weights)))[:-1]
+        trials = quantise_trials(weights, self.full()[0], specs, statistics, seed)
+        for error, hessian, own, common in trials:
+            yield list(own), common, [expected_divergence(rows, hessian, importance)
+                                      for rows, importance in zip(mx.split(error, ends), felt)]

@@ -10,18 +10,26 @@ from mlx.utils import tree_flatten
 
 from mlxquant.codes import hadamard, rtn
 from mlxquant.codes.affine import Affine
-from mlxquant.codes.spec import Overrides, Spec, Whole
+from mlxquant.codes.spec import Spec, Whole
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
+from mlxquant.layers.blocks import Block
+from mlxquant.layers.dense import to_dense
 from mlxquant.layers.graph import linear_before, norm_before, shared_factors
-from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quantise import awq, gptq, replica, smoothquant
-from mlxquant.quantise.capture import Observation, linears
+from mlxquant.layers.traffic import leaf_modules
+from mlxquant.quantise import awq, gptq
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.storing import BlockResult, store, store_replicas
+from mlxquant.quantise.methods import METHODS, Codes, Settings
+from mlxquant.quantise.observe import Observation, Routed, linears
+from mlxquant.quantise.plans import STACKS, Plan
+from mlxquant.quantise.storing import (
+    Around,
+    BlockResult,
+    store,
+    store_replicas,
+    store_stack,
+)
 
-_METHODS = {"rtn": rtn, "gptq": gptq, "awq": awq, "smoothquant": smoothquant,
-            "replica": replica}
 _MEASURED = 2e10  # rows · columns²: above it, measuring would take longer than rounding
 
 
@@ -29,74 +37,137 @@ _MEASURED = 2e10  # rows · columns²: above it, measuring would take longer tha
 class Context:
     """What is the same for every block of a job."""
 
-    overrides: Overrides
+    settings: Settings
     model_type: str
-    dtype: mx.Dtype
     seed: int
-    correction: float = 0.0
-    activation: ActivationSpec | None = None
-    alpha: float | None = None
 
 
-def quantise_block(block: nn.Module, prefix: str, seen: Observation, context: Context) -> BlockResult:
-    """Quantise every linear layer of ``block`` (dense float32; changed by folding)."""
-    result = BlockResult()
+@dataclass
+class _Work:
+    """A block under way: dense float32, changed by folding; what is asked of its layers, and what
+    has been made of it."""
+
+    block: Block
+    plan: Plan
+    context: Context
+    result: BlockResult
+
+
+def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context) -> BlockResult:
+    """Quantise the layers of a block that is dense in float32, as its plan says."""
+    work = _Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
+    modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
     for paths, statistics in reversed(list(seen.siblings())):
-        specs = {path: context.overrides.spec_for(f"{prefix}.{path}") for path in paths}
-        _quantise_siblings(block, prefix, paths, specs, statistics, context, result)
-    inside = tuple(f"{path}." for path in linears(block))
-    result.tensors |= {path: array.astype(context.dtype)
-                       for path, array in tree_flatten(block.parameters()) if not path.startswith(inside)}
-    return result
+        if isinstance(statistics, Routed):
+            _quantise_experts(work, paths, statistics)
+        elif specs := {path: plan.specs[path] for path in paths if path in plan.specs}:
+            _quantise_siblings(work, specs, statistics)
+    for path in seen.unseen:
+        if path in plan.specs and not isinstance(modules[path], STACKS):
+            _quantise_siblings(work, {path: plan.specs[path]}, None)
+    for path, spec in plan.specs.items():
+        if isinstance(modules[path], STACKS) and path not in work.result.plain:
+            _round_stack(work, path, spec)
+    inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
+    work.result.tensors = {
+        path: array.astype(context.settings.dtype) if mx.issubdtype(array.dtype, mx.floating)
+        else array
+        for path, array in tree_flatten(block.module.parameters())
+        if not path.startswith(inside) and path not in plan.kept} | work.result.tensors
+    return work.result
 
 
-def _quantise_siblings(block: nn.Module, prefix: str, paths: list[str], specs: dict[str, Spec],
-                       statistics: Statistics, context: Context, result: BlockResult) -> None:
-    modules = linears(block)
-    weights = {path: modules[path].weight for path in paths}
-    spec = specs[paths[0]]
-    factors = _balance(list(weights.values()), statistics, spec, context)
-    transform: dict = {}  # what ``TransformedLinear`` takes beside the layer
-    if factors is not None:
-        norm = norm_before(block, paths, context.model_type)
-        before = linear_before(block, paths, context.model_type)
-        if norm:
-            getattr(block, norm).weight = getattr(block, norm).weight / factors
-        elif before:
-            factors, rows = shared_factors(block, before, factors)
-            _divide_rows(modules[before], rows)
-        else:
-            factors = 1 / (1 / factors).astype(context.dtype).astype(mx.float32)  # as it will be stored
-            transform["input_scale"] = 1 / factors
-        weights = {path: weight * factors for path, weight in weights.items()}
-        statistics = _rescaled(statistics, factors)
+def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:
+    """Layers that read one input; without statistics a layer that no text reached."""
+    modules, settings = linears(work.block.module), work.context.settings
+    weights = {path: modules[path].weight for path in specs}
+    around, spec = Around(activation=settings.activation), next(iter(specs.values()))
+    if statistics is not None:
+        factors = METHODS[spec.method].balance(list(weights.values()), statistics, spec, settings)
+        if factors is not None:
+            factors, around = _fold(work, list(specs), factors, around)
+            weights = {path: weight * factors for path, weight in weights.items()}
+            statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
-        signs, size = _rotation(context.seed, prefix, paths[0], statistics)
-        weights = {path: hadamard.rotate_weight(w, signs, size) for path, w in weights.items()}
-        statistics = _rotated(statistics, signs, size)
-        transform |= {"rotation_signs": signs, "rotation_block": size}
-    activation = _calibrated(context.activation, statistics)
+        signs, size = _rotation(work.context.seed, work.block.full(next(iter(specs))),
+                                next(iter(weights.values())).shape[1])
+        weights = {p: hadamard.rotate_weight(w, signs, size) for p, w in weights.items()}
+        statistics = statistics and _rotated(statistics, signs, size)
+        around = replace(around, rotation_signs=signs, rotation_block=size)
+    if statistics is not None:
+        around = around.calibrated(statistics.largest)
+    elif any(METHODS[s.method].calibrated for s in specs.values()):
+        statistics = Statistics.flat(next(iter(weights.values())).shape[1])
     for kind, paths in _by_spec(specs).items():
-        made = _quantise({path: weights[path] for path in paths}, statistics, kind, context)
-        result.errors |= {path: _relative_error(weights[path], made[path], statistics)
-                          for path in paths}
-        if kind.method == "replica":
-            store_replicas(made, modules, kind, transform, context.dtype, result)
-            continue
-        for path, affine in made.items():
-            store(path, modules[path], affine, transform, activation, context.dtype, result)
+        made = _quantise({path: weights[path] for path in paths}, statistics, kind, settings)
+        work.result.errors |= {p: _relative_error(weights[p], made[p], statistics) for p in paths}
+        replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
+        affines = {p: codes for p, codes in made.items() if isinstance(codes, Affine)}
+        if replicas:
+            store_replicas(replicas, modules, kind, around, settings.dtype, work.result)
+        store(affines, modules, around, settings.dtype, work.result)
 
 
-def _relative_error(weight: mx.array, made: Affine | Replicas, statistics: Statistics) -> float:
-    """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large."""
+def _fold(work: _Work, paths: list[str], factors: mx.array,
+          around: Around) -> tuple[mx.array, Around]:
+    """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front of
+    the layers. Returns the factors as that place takes them."""
+    block, model_type = work.block.module, work.context.model_type
+    if norm := norm_before(block, paths, model_type):
+        getattr(block, norm).weight = getattr(block, norm).weight / factors
+    elif before := linear_before(block, paths, model_type):
+        factors, rows = shared_factors(block, before, factors)
+        _divide_rows(linears(block)[before], rows)
+    else:
+        stored = work.context.settings.dtype
+        factors = 1 / (1 / factors).astype(stored).astype(mx.float32)  # as it will be stored
+        around = replace(around, input_scale=1 / factors)
+    return factors, around
+
+
+def _quantise_experts(work: _Work, paths: list[str], routed: Routed) -> None:
+    """The experts of a mixture, each for the tokens that it is given; siblings as one matrix."""
+    settings = replace(work.context.settings, correction=0.0)
+    modules = linears(work.block.module)
+    asked = {path: work.plan.specs[path] for path in paths if path in work.plan.specs}
+    for spec, alike in _by_spec(asked).items():
+        parts: dict[str, list[Affine]] = {path: [] for path in alike}
+        errors: dict[str, list[float]] = {path: [] for path in alike}
+        for expert in range(len(modules[alike[0]].weight)):
+            weights = {path: modules[path].weight[expert] for path in alike}
+            statistics = routed.of(expert)
+            for path, made in _quantise(weights, statistics, spec, settings).items():
+                if isinstance(made, Affine):
+                    parts[path].append(made)
+                errors[path].append(_relative_error(weights[path], made, statistics))
+        for path in alike:
+            store_stack(path, modules[path], parts[path], settings.dtype, work.result)
+            work.result.errors[path] = sum(errors[path]) / len(errors[path])
+
+
+def _round_stack(work: _Work, path: str, spec: Spec) -> None:
+    """Round a stack of matrices (…, m, n) that no statistics are known of."""
+    module, dtype = dict(leaf_modules(work.block.module))[path], work.context.settings.dtype
+    spec = replace(spec, method="rtn")
+    parts = [rtn.quantise(weight, None, spec, dtype) for weight in module.weight]
+    store_stack(path, module, parts, dtype, work.result)
+    work.result.errors[path] = sum(_relative_error(weight, part, None) for weight, part
+                                   in zip(module.weight, parts)) / len(parts)
+
+
+def _relative_error(weight: mx.array, made: Codes, statistics: Statistics | None) -> float:
+    """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large;
+    without statistics ‖Ŵ − W‖² / ‖W‖²."""
     rows, columns = weight.shape
     step = max(1, min(rows // 256, round(rows * columns**2 / _MEASURED)))
-    weight, hessian = weight[::step], statistics.hessian
-    stored = (made.rows(slice(None, None, step)).dequantise() if isinstance(made, Affine)
-              else made.dequantise()[::step])
-    whole = awq.output_error(weight, hessian)
-    return awq.output_error(stored - weight, hessian) / whole if whole > 0 else 0.0
+    weight, error = weight[::step], made.rows(slice(None, None, step)).dequantise() - weight[::step]
+    if statistics is None:
+        parts = mx.square(error).sum().item(), mx.square(weight).sum().item()
+    else:
+        parts = (awq.output_error(error, statistics.hessian),
+                 awq.output_error(weight, statistics.hessian))
+    return parts[0] / parts[1] if parts[1] > 0 else 0.0
 
 
 def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
@@ -106,35 +177,37 @@ def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
     return kinds
 
 
-def _quantise(weights: dict[str, mx.array], statistics: Statistics, spec: Spec,
-              context: Context) -> dict[str, Affine | Replicas]:
+def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec: Spec,
+              settings: Settings) -> dict[str, Codes]:
     """Siblings of one spec as one matrix: rows are independent, the input is shared."""
     if spec.group_size is Whole.MATRIX and len(weights) > 1:  # one scale per matrix: they must stay apart
-        apart = [_quantise({path: weight}, statistics, spec, context) for path, weight in weights.items()]
+        apart = [_quantise({p: w}, statistics, spec, settings) for p, w in weights.items()]
         return {path: made for one in apart for path, made in one.items()}
-    stack, rows = mx.concatenate(list(weights.values())), [len(weight) for weight in weights.values()]
-    options = {"correction": context.correction} if spec.method in ("gptq", "replica") else {}
-    made = _METHODS[spec.method].quantise(stack, statistics, spec, context.dtype, **options)
+    rows = [len(weight) for weight in weights.values()]
+    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())), statistics, spec,
+                                         settings)
     return dict(zip(weights, made.split(rows)))
 
 
-def quantise_trials(block: nn.Module, prefix: str, paths: list[str], specs: list[Spec], statistics: Statistics,
+def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], statistics: Statistics,
                     seed: int) -> Iterator[tuple[mx.array, mx.array, list[int], int]]:
-    """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of stacked siblings, the
-    second moments (n, n) of the input they multiply, both rotated where the spec rotates, the bits that each
-    stores by itself, and those that they share. Balancing is left out."""
-    weights, signs, spec = [linears(block)[path].weight for path in paths], (), specs[0]
-    weight, rows = mx.concatenate(weights), list(map(len, weights))
+    """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of the
+    stacked siblings' ``weights``, the second moments (n, n) of the input they multiply, both
+    rotated where the spec rotates, the bits that each stores by itself, and those that they
+    share. ``path`` is the first sibling's. Balancing is left out."""
+    weight, rows, spec = mx.concatenate(weights), list(map(len, weights)), specs[0]
+    turned = 0  # bits of the rotation's signs
     if spec.rotation == "online":
-        signs, size = _rotation(seed, prefix, paths[0], statistics)
-        weight, statistics = hadamard.rotate_weight(weight, signs, size), _rotated(statistics, signs, size)
+        signs, size = _rotation(seed, path, weight.shape[1])
+        weight, turned = hadamard.rotate_weight(weight, signs, size), len(signs)
+        statistics = _rotated(statistics, signs, size)
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
-    options = {"sweep": gptq.Sweep.of(statistics, spec.act_order)} if sweeping else {}
+    sweep = gptq.Sweep.of(statistics, spec.act_order) if sweeping else None
     for trial in specs:
-        made = _METHODS[trial.method].quantise(weight, statistics, trial, **options)
-        shared = made.shared_bits() if trial.method == "replica" else 0
+        made = METHODS[trial.method].quantise(weight, statistics, trial, Settings(sweep=sweep))
+        shared = made.shared_bits()
         own = [part.stored_bits() - shared for part in made.split(rows)]
-        yield made.dequantise() - weight, statistics.hessian, own, shared + len(signs)
+        yield made.dequantise() - weight, statistics.hessian, own, shared + turned
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:
@@ -143,31 +216,12 @@ def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:
         linear.bias = linear.bias / factors
 
 
-def _balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
-             context: Context) -> mx.array | None:
-    """Per-input factors, for the methods that move scale between inputs and weights."""
-    if spec.method == "awq":
-        return awq.balance(weights, statistics, spec, context.dtype)
-    if spec.method == "smoothquant" and context.alpha != 0:
-        if context.alpha is None:
-            return smoothquant.search_alpha(weights, statistics, spec, context.activation)[1]
-        return smoothquant.balance(weights, statistics, spec, context.alpha)
-    return None
-
-
-def _calibrated(activation: ActivationSpec | None, statistics: Statistics) -> ActivationSpec | None:
-    """A static activation gets the step of this input: its calibrated maximum is the last level."""
-    if activation is None or activation.granularity != "static":
-        return activation
-    return replace(activation, scale=max(statistics.largest.max().item(), 1e-8) / activation.largest)
-
-
 def _rescaled(statistics: Statistics, factors: mx.array) -> Statistics:
     """The statistics of x / factors."""
-    return Statistics(statistics.count, statistics.hessian / (factors[:, None] * factors),
+    both = factors[:, None] * factors
+    return Statistics(statistics.count, statistics.hessian / both,
                       statistics.mean_magnitude / factors, statistics.largest / factors,
-                      None if statistics.cross is None
-                      else statistics.cross / (factors[:, None] * factors))
+                      None if statistics.cross is None else statistics.cross / both)
 
 
 def _rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
@@ -181,20 +235,19 @@ def _rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
     return Statistics(statistics.count, hessian, deviation, deviation * 4, cross)
 
 
-def _rotation(seed: int, prefix: str, path: str, statistics: Statistics) -> tuple[mx.array, int]:
+def _rotation(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
     """Signs (n,) and block of an input's rotation, the same in every run."""
-    columns = len(statistics.largest)
-    mixed = zlib.crc32(f"{seed}:{prefix}.{path}".encode())
+    mixed = zlib.crc32(f"{seed}:{path}".encode())
     return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
 def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
-    """Load a result into ``block``, which then runs as the checkpoint will."""
+    """Load a result into ``block``, which then computes, in dense float32, what the checkpoint will."""
     formats.install(block, result.layers, result.replicas)
 
-    def predicate(path: str, module: nn.Module):
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, object]:
         return result.plain.get(path, False) if hasattr(module, "to_quantized") else False
 
     nn.quantize(block, class_predicate=predicate)
     block.load_weights(list(result.tensors.items()), strict=True)
-    return block
+    return to_dense(block)

@@ -69,11 +69,14 @@ class Replicas:
         return replace(self, replica_out=cast(self.replica_out), replica_in=cast(self.replica_in),
                        column_scale=cast(self.column_scale))
 
+    def rows(self, part: slice) -> "Replicas":
+        """Some of the rows."""
+        return replace(self, codes=self.codes[part], replica_out=self.replica_out[part])
+
     def split(self, rows: list[int]) -> list["Replicas"]:
         """Those of the matrices that were stacked, by their numbers of rows."""
         ends = [sum(rows[:i + 1]) for i in range(len(rows))]
-        return [replace(self, codes=self.codes[e - r:e], replica_out=self.replica_out[e - r:e])
-                for r, e in zip(rows, ends)]
+        return [self.rows(slice(e - r, e)) for r, e in zip(rows, ends)]
 
 
 def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx.array,
@@ -141,7 +144,7 @@ def _orthonormal(columns: mx.array) -> mx.array:
     made = mx.zeros((len(columns), 0))
     for k in range(columns.shape[1]):
         column = columns[:, k:k + 1]
-        for _ in range(2):
+        for _ in range(2 if k else 0):  # see ``test_envelope``: MLX writes past an empty product
             column = column - made @ (made.T @ column)
         made = mx.concatenate([made, column / mx.maximum(mx.linalg.norm(column), 1e-20)], axis=1)
     return made

@@ -1,45 +1,84 @@
-"""Everything that decides the bytes of a quantised checkpoint, and what making it took."""
+"""What is asked of ``quantize``: everything that decides the bytes of a quantised checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.version import __version__
-from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.codes.spec import Overrides, Rule, Spec
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quantise.calibration import Calibration
+from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
 
 PROPAGATIONS = ("float", "quantised", "corrected")
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float, str], None]
+
+
+def silent(done: int, total: int, seconds: float, stage: str) -> None:
+    """A ``Progress`` that tells nobody: blocks done, of how many, seconds so far, and in which
+    stage ("weighing" or "quantising")."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration text: ``samples`` windows of ``length`` tokens from ``files`` (paths, or
+    ``hf://datasets/OWNER/NAME/FILE``). Without files the model writes its own."""
+
+    files: tuple[str, ...] = ()
+    samples: int = SAMPLES
+    length: int = SEQUENCE_LENGTH
+
+
+@dataclass(frozen=True)
+class Target:
+    """A size to meet: bits per weight of the body, or gigabytes of the whole folder (10⁹ bytes).
+
+    ``alike`` gives replicated siblings one width, and so one dispatch: faster, and a little worse.
+    Raises ``BadValue`` unless exactly one size is given and positive.
+    """
+
+    bits_per_weight: float | None = None
+    gigabytes: float | None = None
+    alike: bool = False
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.bits_per_weight, self.gigabytes) if v is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise BadValue("a target is one positive number: bits per weight, or gigabytes")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the bytes of the result.
+    """How to quantise a model.
 
-    ``propagation`` says whose inputs a block is calibrated on: the ``float``
-    model's, the ``quantised`` prefix's, or those with the target ``corrected``
-    for the error already made. ``embedding_bits`` None keeps embedding and head
-    as stored. ``activation`` quantises the inputs of all layers as well. ``repeats``
-    are the blocks that run more than once in the result; with their gates at 0 they
-    change nothing, so the blocks themselves are quantised without them. ``base`` says of
-    which model this is the job, for the card.
+    ``spec`` holds for every layer that no rule of ``rules`` (glob over layer paths, changes of the
+    spec; the first that matches wins) says otherwise of. ``target`` instead gives every layer the
+    width that keeps the model's predictions best within a size. ``propagation`` says whose inputs
+    a block is calibrated on: the ``float`` model's, the ``quantised`` prefix's, or those with the
+    target ``corrected`` for the error already made. ``embedding_bits`` None keeps embedding and
+    head as stored. ``activation`` rounds the inputs of all layers as well, ``alpha`` is
+    SmoothQuant's strength (None: searched). Blocks in ``repeats`` run more than once in the
+    result, which changes nothing before their gates are tuned. The same ``seed`` gives the same
+    bytes. Raises ``BadValue`` for an impossible combination.
     """
 
-    overrides: Overrides
+    spec: Spec = field(default_factory=Spec)
+    rules: tuple[Rule, ...] = ()
+    text: Text = field(default_factory=Text)
+    target: Target | None = None
     propagation: str = "quantised"
     embedding_bits: int | None = None
     activation: ActivationSpec | None = None
     alpha: float | None = None
-    seed: int = 0
     repeats: tuple[Repeat, ...] = ()
-    base: dict | None = None
+    seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.propagation not in PROPAGATIONS:
-            raise BadValue(f"propagation is {self.propagation!r}, allowed are {', '.join(PROPAGATIONS)}")
+            raise BadValue(f"propagation is {self.propagation!r}, allowed are "
+                           f"{', '.join(PROPAGATIONS)}")
         methods = self._methods()
         if "replica" in methods and self.activation is not None:
             raise BadValue("replica does not quantise activations: leave --activation-bits out")
@@ -47,38 +86,45 @@ class Job:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the data plays a part: rounding alone looks at nothing."""
-        return bool(self._methods() - {"rtn"}) or self.activation is not None
-
-    def _methods(self) -> set[str]:
-        return {self.spec.method, *(changes.get("method", self.spec.method) for _, changes in self.overrides.rules)}
+    def overrides(self) -> Overrides:
+        """The spec of every layer, by its path."""
+        return Overrides(self.spec, self.rules)
 
     @property
-    def spec(self) -> Spec:
-        return self.overrides.default
+    def calibrated(self) -> bool:
+        """Whether the text plays a part: rounding alone looks at nothing."""
+        return (bool(self._methods() - {"rtn"}) or self.activation is not None
+                or self.target is not None)
+
+    def _methods(self) -> set[str]:
+        return {self.spec.method, *(changes.get("method", self.spec.method)
+                                    for _, changes in self.rules)}
+
+    def record(self, tokens: Calibration, base: dict[str, Any]) -> dict[str, Any]:
+        """How the checkpoint is made of the model ``base``, for its config.json."""
+        return {"version": __version__, **self.spec.as_dict(), "propagation": self.propagation,
+                "overrides": [list(rule) for rule in self.rules],
+                "activation": asdict(self.activation) if self.activation else None,
+                "seed": self.seed, "base": base,
+                "calibration": {"source": tokens.source, "samples": len(tokens.tokens),
+                                "sequence_length": tokens.tokens.shape[1],
+                                "digest": tokens.digest}}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Where the result is, and what making it took (seconds, bytes).
+class Made:
+    """The folder that ``quantize`` made, and what that took (seconds, bytes).
 
-    ``added`` is the error of this quantisation on the calibration text, E‖(Ŵ − W) x‖² / E‖W x‖², as the mean over
-    layers and the largest. ``inherited`` is what importing a GGUF file took before (``gguf.model.Imported.record``),
-    None where the model was no such file; what the file itself lost of its original cannot be known from it.
+    ``added`` is the error of this quantisation on the calibration text, E‖(Ŵ − W) x‖² / E‖W x‖²,
+    as the mean over layers and the largest. ``inherited`` is what importing a GGUF file took
+    before (``sources/gguf``), None where the model was no such file; what the file itself lost of
+    its original cannot be known from it. ``notes`` are layers that were stored in another way
+    than asked for, and why.
     """
 
     folder: Path
     seconds: float
     peak_memory: int
-    added: dict
-    inherited: dict | None
-
-
-def record(job: Job, tokens: Calibration) -> dict:
-    """How the checkpoint was made, for its config.json."""
-    return {"version": __version__, **job.spec.as_dict(), "propagation": job.propagation,
-            "overrides": [list(rule) for rule in job.overrides.rules],
-            "activation": asdict(job.activation) if job.activation else None, "seed": job.seed, "base": job.base,
-            "calibration": {"source": tokens.source, "samples": len(tokens.tokens),
-                            "sequence_length": tokens.tokens.shape[1], "digest": tokens.digest}}
+    added: dict[str, Any]
+    inherited: dict[str, Any] | None
+    notes: tuple[str, ...] = ()

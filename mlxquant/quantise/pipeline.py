@@ -1,139 +1,235 @@
 """From a model folder to a quantised one, block by block.
 
-Only one block is dense in memory at a time. Finished blocks wait in
-``OUT.partial``; a killed job run again with the same settings goes on at the
-block it was in and ends with the same bytes.
+Only one block is dense in memory at a time. Finished blocks wait in ``OUT.partial``; a killed job
+run again with the same settings goes on at the block it was in and ends with the same bytes.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxquant.base.errors import BadCheckpoint, Unsupported
-from mlxquant.base.storage import holds_output, refuse_existing
-from mlxquant.codes.spec import Overrides, Spec
-from mlxquant.codes.width import Width
+from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.base.storage import holds_output, refuse_existing, working_folder
+from mlxquant.base.version import __version__
 from mlxquant.layers import repeated
-from mlxquant.layers.dense import to_dense
-from mlxquant.layers.repeated import Repeat
-from mlxquant.layers.traffic import leaf_modules
-from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.layers.blocks import Block
 from mlxquant.model.loading import load, open_lazily, open_tokenizer
 from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
-from mlxquant.quantise.assembly import config_of, gates, outside, stored_dtype, turn_of
-from mlxquant.quantise.assignment import Target, assign
+from mlxquant.quantise.assembly import (
+    Body,
+    blocks_of,
+    gates,
+    outside,
+    result_config,
+    stored_dtype,
+    turn_of,
+)
+from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.blocks import Context, quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.capture import observe
 from mlxquant.quantise.gptq import CORRECTION
-from mlxquant.quantise.job import Job, Outcome, Progress
-from mlxquant.quantise.partial import open_partial, read_result, write_result
+from mlxquant.quantise.job import Job, Made, Progress, Text, silent
+from mlxquant.quantise.methods import Settings
+from mlxquant.quantise.observe import Observation, Watch
+from mlxquant.quantise.partial import read_result, write_result
+from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.storing import BlockResult
-from mlxquant.quantise.walk import dense_block, enter, float_walk, identity
+from mlxquant.quantise.walk import dense_block, float_walk, identity, release, visits
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 
 
 @holds_output
-def quantize(name: str, output: str | Path, *, method: str = "gptq", bits: int | str = 4,
-             group_size: int = 64, rotation: str | None = None, data: list[str] | None = None,
-             samples: int = calibration.SAMPLES, sequence_length: int = calibration.SEQUENCE_LENGTH,
-             symmetric: bool = False, replicas: int = 4, replica_group: int = 0,
-             act_order: bool = True, refine: int = 3, propagation: str = "quantised",
-             overrides: tuple[tuple[str, dict], ...] = (), target: Target | None = None, embedding_bits: int | None = None,
-             activation: ActivationSpec | None = None, alpha: float | None = None,
-             repeats: tuple[Repeat, ...] = (), seed: int = 0,
-             revision: str | None = None, progress: Progress = lambda *_: None,
-             weighing: Progress | None = None) -> Outcome:
+def quantize(name: str, output: str | Path, job: Job | None = None, *, revision: str | None = None,
+             progress: Progress = silent) -> Made:
     """Quantise the model called ``name`` into the new folder ``output``.
 
-    ``data`` are calibration texts (files or ``hf://datasets/…``); without any the
-    model writes its own. ``target`` gives every layer the width that keeps the
-    model's predictions best within a size, ``bits`` then standing only where
-    nothing else is said. Blocks in ``repeats`` run more than once in the result,
-    which changes nothing before it is tuned. ``progress`` gets blocks done, of how many, and seconds; ``weighing`` the
-    same of the pass over all blocks that a target needs beforehand, or else ``progress`` does. Raises ``BadValue`` for
-    an impossible combination, and what ``resolve`` raises. See ``Spec`` and ``Job`` for the options.
+    Without a ``job`` GPTQ makes 4 bits of it, in groups of 64, calibrated on text that the model
+    writes itself. Raises ``BadValue`` for a job that the model cannot take, ``TooLarge`` where it
+    does not fit, and what ``resolve`` raises.
     """
-    spec = Spec(bits=Width.of(bits), group_size=group_size, symmetric=symmetric, method=method,
-                act_order=act_order, refine=refine, rotation=rotation, replicas=replicas,
-                replica_group=replica_group)
+    job, output = job or Job(), Path(output)
     folder = resolve(name, revision=revision)
-    job = Job(Overrides(spec, overrides), propagation, embedding_bits, activation, alpha, seed, repeats,
-              card.base_of(name, folder).as_dict())
     network, config = open_lazily(folder)
-    _check(network, config, job)
-    refuse_existing(Path(output))
-    if not job.calibrated and target is None:
-        tokens, job = calibration.none(), replace(job, propagation="float")
-    elif data:
-        tokens = calibration.from_files(open_tokenizer(folder, config), data, samples,
-                                        sequence_length, seed, vocabulary=vocabulary_of(network))
-    else:
-        tokens = self_written(load(name, revision=revision), samples, sequence_length, seed)
-    if target is not None:
-        job = assign(folder, job, tokens, target, weighing or progress)
-    room.check(network, job, Path(output))
-    return run(folder, Path(output), job, tokens, progress)
-
-
-def run(folder: Path, output: Path, job: Job, tokens: Calibration, progress: Progress) -> Outcome:
-    """Quantise a resolved folder; see ``quantize``."""
+    blocks = blocks_of(network)
+    _check(network, blocks, config, job)
     refuse_existing(output)
-    start = time.perf_counter()
-    mx.reset_peak_memory()
-    source = identity(folder)
-    network, config = open_lazily(folder)
-    partial = open_partial(output, folder, job, tokens)
-    dtype = stored_dtype(network)
-    turn = turn_of(config, job)
-    context = Context(job.overrides, config["model_type"], dtype, job.seed,
-                      CORRECTION if job.propagation == "corrected" else 0.0, job.activation, job.alpha)
-    files = [partial / f"block-{index:04d}.safetensors" for index in range(len(network.layers))]
-    entries: dict[str, dict] = {"plain": {}, "layers": {}, "replicas": {}, "errors": {}}
-    walk = _on_float if job.propagation == "float" else _on_quantised
-    with _unchanged(folder, source, partial) as check:
-        for index, result in enumerate(walk(network, folder, context, tokens, files, turn)):
-            for kind, known in entries.items():
-                known |= {f"model.layers.{index}.{path}": entry for path, entry in getattr(result, kind).items()}
-            network.layers[index] = None  # the block's memory is free again
-            check()
-            progress(index + 1, len(files), time.perf_counter() - start)
-        del network
-        # Opened anew, so that an embedding that was calculated with is not held meanwhile.
-        others, widths, outer_config = outside(open_lazily(folder)[0], config, job)
-        others |= gates(job, dtype)
-        entries["plain"] |= widths
-        config = config_of(outer_config, job, tokens, **entries)
+    if not job.calibrated:
+        tokens, job = calibration.none(), replace(job, propagation="float")
+    elif job.text.files:
+        tokens = calibration.from_files(
+            open_tokenizer(folder, config), list(job.text.files), job.text.samples,
+            job.text.length, job.seed, vocabulary=vocabulary_of(network))
+    else:
+        tokens = self_written(load(name, revision=revision), job.text.samples, job.text.length,
+                              job.seed)
+    if job.target is not None:
+        job = assign(folder, job, tokens, progress)
+    run = _Run(folder, output, job, tokens, card.base_of(name, folder).as_dict())
+    return run.make(network, blocks, config, progress)
 
-        def tensors() -> Iterator[tuple[str, mx.array]]:
-            while others:
-                name = next(iter(others))
-                yield name, others.pop(name)
-            for file in files:
-                yield from mx.load(str(file)).items()
-            check()
 
-        checkpoint.write(output, config, tensors(), checkpoint.side_files(folder),
-                         finish=lambda made: card.write(made, output.name))
-    shutil.rmtree(partial)
-    return Outcome(output, time.perf_counter() - start, mx.get_peak_memory(),
-                   config["mlxquant_record"]["output_error"], config.get("mlxquant_import"))
+def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job: Job) -> None:
+    """Refuse what cannot work before any calibration runs."""
+    if config["model_type"] == "mlxquant":
+        raise Unsupported("the model is already quantised by mlxquant; start from the original")
+    if job.spec.rotation == "fused":
+        rotation.check(config)
+    repeated.check(network, job.repeats)
+    paths = list(layer_paths(blocks))
+    for glob, _ in job.rules:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise BadValue(f"no layer matches the override {glob!r}; layers are called like "
+                           f"{paths[0] if paths else 'nothing: the model has none'}")
+
+
+@dataclass
+class _Run:
+    """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
+    for the card."""
+
+    folder: Path
+    output: Path
+    job: Job
+    tokens: Calibration
+    base: dict[str, Any]
+
+    def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
+             progress: Progress) -> Made:
+        """Quantise the blocks of a network whose weights are still on disk, and write the result."""
+        start, source, job = time.perf_counter(), identity(self.folder), self.job
+        mx.reset_peak_memory()
+        plans = plan_blocks(network, blocks, job.overrides)
+        room.check(network, blocks, plans, self.output)
+        record = job.record(self.tokens, self.base)
+        partial = working_folder(self.output, self._identity(), record)
+        files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
+        work = _Work(network, blocks, plans, files, turn_of(config, job), self._context(blocks, config))
+        body, dtype = Body(), work.context.settings.dtype
+        with _unchanged(self.folder, source, partial) as check:
+            for done, (index, result) in enumerate(self._results(work), 1):
+                body.add(blocks[index], result)
+                release(blocks[index].module)
+                check()
+                progress(done, len(blocks), time.perf_counter() - start, "quantising")
+            # Opened anew, so that what was calculated with outside the blocks is not held.
+            made = outside(open_lazily(self.folder)[0], config, job)
+            others = made.tensors | gates(job, blocks, dtype)
+            notes = [note for plan in plans for note in plan.notes]
+            config = result_config(made, body, job, record | ({"notes": notes} if notes else {}))
+
+            def tensors() -> Iterator[tuple[str, mx.array]]:
+                while others:
+                    name = next(iter(others))
+                    yield name, others.pop(name)
+                for file in files:
+                    yield from mx.load(str(file)).items()
+                check()
+
+            del made
+            checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.folder),
+                             finish=lambda folder: card.write(folder, self.output.name))
+        shutil.rmtree(partial)
+        return Made(self.output, time.perf_counter() - start, mx.get_peak_memory(),
+                    body.output_error(), config.get("mlxquant_import"), tuple(notes))
+
+    def _identity(self) -> str:
+        """The same for runs that end in the same bytes: what the text is counts, not where it lies."""
+        job = replace(self.job, text=Text(), target=None)
+        return identity(self.folder, repr(job), self.tokens.digest, __version__)
+
+    def _context(self, blocks: list[Block], config: dict[str, Any]) -> Context:
+        job = self.job
+        correction = CORRECTION if job.propagation == "corrected" else 0.0
+        return Context(Settings(stored_dtype(blocks[0]), correction, job.activation, job.alpha),
+                       config["model_type"], job.seed)
+
+    def _results(self, work: "_Work") -> Iterator[tuple[int, BlockResult]]:
+        if not self.job.calibrated:
+            return work.rounded()
+        if self.job.propagation == "float":
+            return work.on_float(self.folder, self.tokens)
+        return work.on_quantised(self.tokens)
+
+
+@dataclass
+class _Work:
+    """The blocks under way: what is asked of each, where its result is kept, how the residual
+    stream is turned, and what is the same for all."""
+
+    network: nn.Module
+    blocks: list[Block]
+    plans: list[Plan]
+    files: list[Path]
+    turn: mx.array | None
+    context: Context
+
+    def rounded(self) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, by its weights alone: the network does not run."""
+        for index, block in enumerate(self.blocks):
+            yield index, self._result(index, Watch(dense_block(block, self.turn)).seen)
+
+    def on_float(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, each calibrated on what the float model gives it."""
+        walk = float_walk(self.network, self.blocks, folder, tokens, self.turn,
+                          done=lambda index: self.files[index].exists())
+        for index, seen in walk:
+            yield index, self._result(index, seen)
+
+    def on_quantised(self, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, each calibrated on what the quantised blocks before give it, and
+        with a correction beside what the float ones would."""
+        corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
+        for visit in visits(self.network, self.blocks, tokens, quantised=True, floats=corrected,
+                            turn=self.turn):
+            index, block = visit.index, self.blocks[visit.index]
+            first, idle = index not in seen, self.files[index].exists()
+            watch = Watch(dense_block(block, self.turn) if first else block.module)
+            pairs = zip(visit.quantised, visit.floats or [None] * len(visit.quantised))
+            for task, beside in pairs:
+                target = None
+                if beside is not None:
+                    output, target = watch.run(beside.stand.run)
+                    beside.go_on(output)
+                if first and not idle:
+                    watch.take(watch.run(task.stand.run)[1], target)
+            if first:
+                seen[index] = watch.seen
+            if not visit.left:  # a block that is called again stays as it was until its last call
+                result = self._result(index, seen[index])
+                rebuild(block.module, result)
+            for task in visit.quantised:
+                task.go_on(task.stand.run())
+            if not visit.left:
+                yield index, result
+        for index in range(len(self.blocks)):
+            if index not in seen:  # no text reaches it
+                yield index, self._result(index, Watch(dense_block(self.blocks[index])).seen)
+
+    def _result(self, index: int, seen: Observation | None) -> BlockResult:
+        """A block's result from its file, or made and put there."""
+        block, file = self.blocks[index], self.files[index]
+        if file.exists() or seen is None:
+            return read_result(file, block.path)
+        result = quantise_block(block, self.plans[index], seen, self.context)
+        write_result(file, block.path, result)
+        return result
 
 
 @contextmanager
 def _unchanged(folder: Path, source: str, partial: Path) -> Iterator[Callable[[], None]]:
-    """Yields what raises ``BadCheckpoint`` if the model's files are no longer those that ``source`` identifies;
-    what was made of them is removed, since a new run could not go on with it."""
+    """Yields what raises ``BadCheckpoint`` if the model's files are no longer those that ``source``
+    identifies; what was made of them is removed, since a new run could not go on with it."""
 
     def check() -> None:
         try:
@@ -142,65 +238,11 @@ def _unchanged(folder: Path, source: str, partial: Path) -> Iterator[Callable[[]
             same = False
         if not same:
             shutil.rmtree(partial, ignore_errors=True)
-            raise BadCheckpoint(f"{folder} changed while it was quantised; nothing was written, start again")
+            raise BadCheckpoint(f"{folder} changed while it was quantised; nothing was written, "
+                                "start again")
 
     try:
         yield check
     except (RuntimeError, ValueError):  # MLX found less in a file than there was
         check()
         raise
-
-
-def _check(network: nn.Module, config: dict, job: Job) -> None:
-    """Refuse what cannot work before any calibration runs."""
-    if config["model_type"] == "mlxquant":
-        raise Unsupported("the model is already quantised by mlxquant; start from the original")
-    if job.spec.rotation == "fused":
-        rotation.check(config)
-    repeated.check(network, job.repeats)
-    for index, block in enumerate(network.layers):
-        for path, module in leaf_modules(block):
-            if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-                raise Unsupported(f"model.layers.{index}.{path} holds a mixture's experts, which "
-                                  "quantize does not cover yet")
-            if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-                full = f"model.layers.{index}.{path}"
-                columns = module.weight.shape[1] * 32 // getattr(module, "bits", 32)
-                job.overrides.spec_for(full).check(columns, full)
-
-
-def _on_float(network: nn.Module, folder: Path, context: Context, tokens: Calibration, files: list[Path],
-              turn: mx.array | None) -> Iterator[BlockResult]:
-    """The result of every block, each calibrated on what the float model gives it."""
-    walk = float_walk(network, folder, tokens, turn, done=lambda index: files[index].exists())
-    for index, (block, seen) in enumerate(walk):
-        yield _result(block, index, seen, context, files[index])
-
-
-def _on_quantised(network: nn.Module, folder: Path, context: Context, tokens: Calibration, files: list[Path],
-                  turn: mx.array | None) -> Iterator[BlockResult]:
-    """The result of every block, each calibrated on what the quantised blocks before give it, and
-    with a correction beside what the float ones would."""
-    hidden, runner = enter(folder, tokens, turn)
-    target = list(hidden) if context.correction else None
-    for index, file in enumerate(files):
-        block, seen, done = dense_block(network, index, turn), None, file.exists()
-        if not done or target is not None:
-            seen, _, targets = observe(block, runner(block, index), hidden, target, idle=done)
-            target = targets or None
-        result = _result(block, index, seen, context, file)
-        quantised = runner(to_dense(rebuild(block, result)), index)
-        for batch, state in enumerate(hidden):
-            hidden[batch] = quantised(state)
-            mx.eval(hidden[batch])
-        yield result
-
-
-def _result(block: nn.Module, index: int, seen, context: Context, file: Path) -> BlockResult:
-    """A block's result from its file, or made and put there."""
-    prefix = f"model.layers.{index}"
-    if file.exists():
-        return read_result(file, prefix)
-    result = quantise_block(block, prefix, seen, context)
-    write_result(file, prefix, result)
-    return result

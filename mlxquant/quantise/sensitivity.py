@@ -13,62 +13,68 @@ the curvature of that divergence; the text's own next tokens would give the
 empirical one, which is no curvature of anything.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue
-from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise.capture import linears, replace
+from mlxquant.layers.hooks import intercepted
+
+Shifts = dict[str, list[mx.array]]  # by layer, what is added to the outputs of each of its calls
 
 
-class _Shifted(nn.Module):
-    """A linear layer with an array added to its outputs: the thing to differentiate by."""
-
-    def __init__(self, linear: nn.Linear, path: str, shifts: dict[str, mx.array]):
-        super().__init__()
-        self.linear = linear
-        # a bound method, as a dict would become part of the module's tree
-        self._path, self._shift = path, shifts.__getitem__
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.linear(x) + self._shift(self._path)
-
-
-def output_importance(network: nn.Module, tokens: list[mx.array], seed: int = 0) -> dict[str, mx.array]:
+def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: list[mx.array],
+                      seed: int = 0) -> dict[str, mx.array]:
     """F by layer: the mean over tokens of the squared gradient of the log-likelihood by each output.
 
-    ``network`` is a dense float32 mlx-lm model, ``tokens`` batches (batch,
-    length) of ids. Every position is given one label drawn from the model's
-    distribution there, the same for the same ``seed``; a batch that is listed
-    again draws anew. Keys are the paths of the linear layers inside
-    ``network.layers``, values (m,) float32 in nats² per unit of output². The
-    gradient takes in what an output does to later positions. Memory is that of
-    one batch's activations. Raises ``BadValue`` where there are no tokens.
+    ``network`` is a dense float32 mlx-lm model, ``layers`` are those of its linear layers and
+    stacks of experts that are asked about, by path, and ``tokens`` batches (batch, length) of
+    ids. Every position is given one label drawn from the model's distribution there, the same
+    for the same ``seed``; a batch that is listed again draws anew. Values are (m,) float32 in
+    nats² per unit of output², of experts summed over those that a token chose; a layer that is
+    not called gets zeros. The gradient takes in what an output does to later positions. Memory
+    is that of one batch's activations. Raises ``BadValue`` where there are no tokens.
     """
     count = sum(batch.size for batch in tokens)
     if not count:
-        raise BadValue("tokens is empty, the importance of outputs needs at least one batch with a token")
-    originals = _inner_linears(network)
-    shifts: dict[str, mx.array] = {}
-    sums = {path: mx.zeros(len(linear.weight)) for path, linear in originals.items()}
-
-    def log_likelihood(added: dict[str, mx.array], batch: mx.array, key: mx.array) -> mx.array:
-        shifts.update(added)
-        logits = network(batch).astype(mx.float32)
-        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
-        return -nn.losses.cross_entropy(logits, labels, reduction="sum")
-
-    try:
-        replace(network, {path: _Shifted(m, path, shifts) for path, m in originals.items()})
-        for batch, key in zip(tokens, mx.random.split(mx.random.key(seed), len(tokens))):
-            zeros = {path: mx.zeros((*batch.shape, len(m.weight))) for path, m in originals.items()}
-            gradients = mx.grad(log_likelihood)(zeros, batch, key)
-            for path, gradient in gradients.items():
-                sums[path] += mx.square(gradient).sum((0, 1))
-            mx.eval(sums)
-    finally:
-        replace(network, originals)
+        raise BadValue("tokens is empty, the importance of outputs needs at least one batch with "
+                       "a token")
+    sums = {path: mx.zeros(layer.weight.shape[-2]) for path, layer in layers.items()}
+    for batch, key in zip(tokens, mx.random.split(mx.random.key(seed), len(tokens))):
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        _run(network, layers, batch, lambda path, y, s=shapes: s.setdefault(path, []).append(y.shape))
+        zeros = {path: [mx.zeros(shape) for shape in calls] for path, calls in shapes.items()}
+        gradients = mx.grad(_log_likelihood)(zeros, network, layers, batch, key)
+        for path, calls in gradients.items():
+            sums[path] += sum(mx.square(g).reshape(-1, g.shape[-1]).sum(0) for g in calls)
+        mx.eval(sums)
     return {path: total / count for path, total in sums.items()}
+
+
+def _log_likelihood(shifts: Shifts, network: nn.Module, layers: dict[str, nn.Module],
+                    batch: mx.array, key: mx.array) -> mx.array:
+    """Of labels drawn by ``key``, with ``shifts`` added to the layers' outputs."""
+    left = {path: iter(calls) for path, calls in shifts.items()}
+    logits = _run(network, layers, batch, lambda path, y: y + next(left[path])).astype(mx.float32)
+    labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
+    return -nn.losses.cross_entropy(logits, labels, reduction="sum")
+
+
+def _run(network: nn.Module, layers: dict[str, nn.Module], batch: mx.array,
+         change: Callable[[str, mx.array], mx.array | None]) -> mx.array:
+    """The network's logits, each output y of a layer going through ``change(path, y)`` (None: y)."""
+    paths = {id(layer): path for path, layer in layers.items()}
+
+    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> mx.array:
+        output = own(*args, **kwargs)
+        changed = change(paths[id(module)], output)
+        return output if changed is None else changed
+
+    with intercepted(layers.values(), through):
+        return network(batch)
 
 
 def expected_divergence(error: mx.array, hessian: mx.array, importance: mx.array) -> float:
@@ -80,9 +86,3 @@ def expected_divergence(error: mx.array, hessian: mx.array, importance: mx.array
     """
     error = error.astype(mx.float32)
     return 0.5 * (importance @ ((error @ hessian) * error).sum(1)).item()
-
-
-def _inner_linears(network: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks by full path: not those of the head."""
-    inside = {id(module) for block in network.layers for _, module in leaf_modules(block)}
-    return {path: module for path, module in linears(network).items() if id(module) in inside}

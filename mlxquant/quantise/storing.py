@@ -1,6 +1,7 @@
 """Quantised layers as a checkpoint holds them: tensors by path, and entries for config.json."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,69 +15,124 @@ from mlxquant.layers import grouped
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise.envelope import Replicas
 
+Entries = dict[str, dict[str, Any]]
+
 
 @dataclass
 class BlockResult:
-    """Tensors by path in the block; ``plain``, ``layers`` and ``replicas`` are entries of config.json:
-    plain layers' widths, single layers that stock mlx-lm lacks, and replicated siblings. ``errors``
-    are E‖(Ŵ − W) x‖² / E‖W x‖² of every layer on the calibration text."""
+    """Tensors by path in the block; ``plain``, ``layers`` and ``replicas`` are entries of
+    config.json: plain layers' widths, single layers that stock mlx-lm lacks, and replicated
+    siblings. ``errors`` are E‖(Ŵ − W) x‖² / E‖W x‖² of every layer on the calibration text."""
 
     tensors: dict[str, mx.array] = field(default_factory=dict)
-    plain: dict[str, dict] = field(default_factory=dict)
-    layers: dict[str, dict] = field(default_factory=dict)
-    replicas: dict[str, dict] = field(default_factory=dict)
+    plain: Entries = field(default_factory=dict)
+    layers: Entries = field(default_factory=dict)
+    replicas: Entries = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def store(path: str, linear: nn.Linear, affine: Affine, transform: dict,
-          activation: ActivationSpec | None, dtype: mx.Dtype, result: BlockResult) -> None:
-    """Put one affine layer, with what surrounds it, into ``result``."""
-    inner, entry = f"{path}.linear" if transform or activation else path, {}
-    if affine.spec.group_size in PLAIN_GROUPS:
-        result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
-        result.tensors |= {f"{inner}.weight": affine.packed(), f"{inner}.scales": affine.scales.astype(dtype),
-                           f"{inner}.biases": affine.biases.astype(dtype)}
-    else:
-        entry["grouped"] = {"bits": affine.spec.bits.code_bits, "group_size": affine.spec.as_dict()["group_size"]}
-        result.tensors |= {f"{inner}.{name}": array
-                           for name, array in grouped.tensors_of(affine, dtype).items()}
-    if "bias" in linear:
-        result.tensors[f"{inner}.bias"] = linear.bias.astype(dtype)
-    if inner != path:
-        layer = TransformedLinear(linear, activation=activation, **transform)
-        entry["transform"] = layer.describe()
-        own = {name: array for name, array in tree_flatten(layer.parameters())
-               if not name.startswith("linear.")}
-        result.tensors |= {f"{path}.{name}": array.astype(dtype) if name == "input_scale"
-                           else array for name, array in own.items()}
-    if entry:
-        result.layers[path] = entry
+@dataclass(frozen=True)
+class Around:
+    """What a layer's input goes through first, each None where it does not: a scale (n,), a
+    rotation by signs (n,) in blocks, rounding."""
+
+    input_scale: mx.array | None = None
+    rotation_signs: mx.array | None = None
+    rotation_block: int | None = None
+    activation: ActivationSpec | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in (self.input_scale, self.rotation_signs,
+                                                   self.activation))
+
+    def wrap(self, linear: nn.Module) -> TransformedLinear:
+        """The layer with its input so treated."""
+        return TransformedLinear(linear, self.input_scale, self.rotation_signs,
+                                 self.rotation_block, self.activation)
+
+    def calibrated(self, largest: mx.array) -> "Around":
+        """With the step of a static activation: the calibrated maximum is the last level."""
+        given = self.activation
+        if given is None or given.granularity != "static":
+            return self
+        step = max(largest.max().item(), 1e-8) / given.largest
+        return replace(self, activation=replace(given, scale=step))
 
 
-def store_replicas(siblings: dict[str, Replicas], modules: dict[str, nn.Linear], spec: Spec, transform: dict,
-                   dtype: mx.Dtype, result: BlockResult) -> None:
+def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around, dtype: mx.Dtype,
+          result: BlockResult) -> None:
+    """Put affine layers, with what surrounds them, into ``result``."""
+    for path, affine in made.items():
+        inner, linear = f"{path}.linear" if around else path, modules[path]
+        entry: dict[str, Any] = {}
+        if affine.spec.group_size in PLAIN_GROUPS:
+            result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
+            tensors = {"weight": affine.packed(), "scales": affine.scales.astype(dtype),
+                       "biases": affine.biases.astype(dtype)}
+        else:
+            entry["grouped"] = {"bits": affine.spec.code_bits, "group_size": affine.spec.group_size}
+            tensors = grouped.tensors_of(affine, dtype)
+        if "bias" in linear:
+            tensors["bias"] = linear.bias.astype(dtype)
+        result.tensors |= {f"{inner}.{name}": array for name, array in tensors.items()}
+        if around:
+            layer = around.wrap(linear)
+            entry["transform"] = layer.describe()
+            result.tensors |= {
+                f"{path}.{name}": array.astype(dtype) if name == "input_scale" else array
+                for name, array in tree_flatten(layer.parameters())
+                if not name.startswith("linear.")}
+        if entry:
+            result.layers[path] = entry
+
+
+def store_replicas(made: dict[str, Replicas], modules: dict[str, nn.Module], spec: Spec,
+                   around: Around, dtype: mx.Dtype, result: BlockResult) -> None:
     """Put replicated siblings, and what they share, into ``result``."""
-    shape = spec.replica_shape(transform.get("rotation_block", 0))
-    above, group = _group_path(list(siblings), modules)
-    result.replicas[f"{above}.{group}"] = shape.as_dict() | {
-        "linears": [path.removeprefix(f"{above}.") for path in siblings]}
-    shared = next(iter(siblings.values()))
-    tensors = {f"{above}.{group}.replica_in": shared.replica_in.astype(dtype)}
+    shape = spec.replica_shape(around.rotation_block or 0)
+    above, group = group_path(list(made), modules)
+    prefix = f"{above}." if above else ""
+    result.replicas[f"{prefix}{group}"] = shape.as_dict() | {
+        "linears": [path.removeprefix(prefix) for path in made]}
+    shared = next(iter(made.values()))
+    tensors = {"replica_in": shared.replica_in.astype(dtype)}
     if shared.column_scale is not None:
-        tensors[f"{above}.{group}.column_scale"] = shared.column_scale.astype(dtype)
-    if "rotation_signs" in transform:
-        tensors[f"{above}.{group}.rotation_signs"] = hadamard.pack_signs(transform["rotation_signs"])
-    for path, made in siblings.items():
-        tensors |= {f"{path}.codes": pack_codes(made.codes.astype(mx.uint8), spec.bits),
-                    f"{path}.replica_out": made.replica_out.astype(dtype)}
+        tensors["column_scale"] = shared.column_scale.astype(dtype)
+    if around.rotation_signs is not None:
+        tensors["rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
+    result.tensors |= {f"{prefix}{group}.{name}": array for name, array in tensors.items()}
+    for path, replicas in made.items():
+        result.tensors |= {f"{path}.codes": pack_codes(replicas.codes.astype(mx.uint8), spec.bits),
+                           f"{path}.replica_out": replicas.replica_out.astype(dtype)}
         if "bias" in modules[path]:
-            tensors[f"{path}.bias"] = modules[path].bias.astype(dtype)
-    result.tensors |= tensors
+            result.tensors[f"{path}.bias"] = modules[path].bias.astype(dtype)
 
 
-def _group_path(paths: list[str], modules: dict[str, nn.Linear]) -> tuple[str, str]:
-    """The module that holds siblings, and a name beside them: self_attn and qkv, mlp and gate_up."""
-    above = paths[0].rpartition(".")[0]
-    names = [path.rpartition(".")[2].removesuffix("_proj") for path in paths]
+def store_stack(path: str, module: nn.Module, parts: list[Affine], dtype: mx.Dtype,
+                result: BlockResult) -> None:
+    """Put a stack of matrices, such as a mixture's experts, into ``result`` as MLX stores one."""
+    affine = parts[0]
+    result.plain[path] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
+    result.tensors |= {f"{path}.weight": mx.stack([part.packed() for part in parts]),
+                       f"{path}.scales": mx.stack([part.scales for part in parts]).astype(dtype),
+                       f"{path}.biases": mx.stack([part.biases for part in parts]).astype(dtype)}
+    if "bias" in module:
+        result.tensors[f"{path}.bias"] = module.bias.astype(dtype)
+
+
+def group_path(paths: list[str], modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """The module that holds all of some siblings, and a name beside what it holds.
+
+    ``self_attn`` and ``qkv``, ``mlp`` and ``gate_up``; siblings under different modules are held
+    by the block itself, whose path is empty.
+    """
+    parts = [path.split(".") for path in paths]
+    depth = 0
+    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    above = ".".join(parts[0][:depth])
+    names = [p[-1].removesuffix("_proj") for p in parts]
     name = ("" if all(len(n) == 1 for n in names) else "_").join(names)
-    return above, f"{name}_input" if f"{above}.{name}" in modules else name
+    taken = f"{above}.{name}" if above else name
+    return above, f"{name}_input" if any(p == taken or p.startswith(f"{taken}.")
+                                         for p in modules) else name

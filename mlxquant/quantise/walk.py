@@ -1,7 +1,13 @@
-"""Through a network block by block, with the statistics of every linear layer's input.
+"""Through a network block by block, every block called as the network itself calls it.
 
-A walk on the float model depends on nothing but the model and the text, so its
-statistics are kept in the cache for the next method, width or budget.
+Each batch of tokens runs through the network as a task of its own (a greenlet) that halts
+wherever a block is called. Once all tasks have come to the same block, it is run on the
+arguments that the network made for it, looked at, changed, run again; whatever is returned goes
+back into the tasks, which run on to their next block. So nothing is assumed of a block but that
+it is called: not what it is given, what it returns, or what happens between two of them.
+
+A walk on the float model depends on nothing but the model and the text, so its statistics are
+kept in the cache for the next method, width or budget.
 """
 
 import hashlib
@@ -9,82 +15,209 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from greenlet import getcurrent, greenlet
+from mlx.utils import tree_flatten, tree_map
 
+from mlxquant.base.errors import Unsupported
 from mlxquant.base.storage import cache_dir, save_arrays
 from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
-from mlxquant.model.loading import open_lazily
+from mlxquant.layers.hooks import intercepted
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.capture import Observation, block_calls, observe
+from mlxquant.quantise.observe import Observation, Routed, Watch
 from mlxquant.sources import checkpoint
 
-# Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input) fills disks.
+# Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input)
+# fills disks.
 _KEPT_BYTES = (1e7, 2e9)
 _KEPT_SECONDS = 7 * 24 * 3600
 
 
-def identity(folder: Path, *rest) -> str:
-    """A digest of the weight files (by name, size and time), MLX's version and ``rest``."""
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.weight_files(folder)]
-    return hashlib.sha256(repr((weights, mx.__version__, *rest)).encode()).hexdigest()
+def identity(folder: Path, *rest: Any) -> str:
+    """A digest of the model (``checkpoint.fingerprint``), MLX's version and ``rest``."""
+    return hashlib.sha256(repr((checkpoint.fingerprint(folder), mx.__version__, *rest))
+                          .encode()).hexdigest()
 
 
-def enter(folder: Path, tokens: Calibration, turn: mx.array | None = None,
-          ) -> tuple[list[mx.array], Callable[[nn.Module, int], Callable[[mx.array], mx.array]]]:
-    """Batches of hidden states that enter the first block, in float32, turned by ``turn`` (n, n) where
-    given; and what runs a block, given its index, on one of them."""
-    network, _ = open_lazily(folder)  # its embedding is in memory only until this returns
+@dataclass
+class Halt:
+    """A block about to be called, as the network made the call, in float32."""
+
+    module: nn.Module
+    own: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """What the block returns, as it is now."""
+        return self.own(*self.args, **self.kwargs)
+
+
+class Task:
+    """One batch on its way through the network; ``halt`` is where it stands, None at the end."""
+
+    def __init__(self, network: nn.Module, tokens: mx.array):
+        self._task = greenlet(network)
+        self.halt = self._halt(self._task.switch(tokens))
+
+    @property
+    def stand(self) -> Halt:
+        """Where the task stands, as it must before a block."""
+        if self.halt is None:
+            raise Unsupported("the network ended before all of its blocks were called")
+        return self.halt
+
+    def go_on(self, output: Any) -> None:
+        """Let the block at which the task stands return ``output``."""
+        mx.eval([array for _, array in tree_flatten(output) if isinstance(array, mx.array)])
+        self.halt = self._halt(self._task.switch(output))
+
+    @staticmethod
+    def _halt(found: Any) -> Halt | None:
+        if not isinstance(found, Halt):
+            return None
+        # Once computed, what led to the arguments is free, the network's embedding among it.
+        found.args, found.kwargs = tree_map(_as_float32, (found.args, found.kwargs))
+        mx.eval([a for _, a in tree_flatten((found.args, found.kwargs)) if isinstance(a, mx.array)])
+        return found
+
+
+def _as_float32(value: Any) -> Any:
+    is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    return value.astype(mx.float32) if is_float else value
+
+
+def _stand(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+           kwargs: dict[str, Any]) -> Any:
+    """In a task: halt at the block. Elsewhere the block runs."""
+    above = getcurrent().parent
+    return own(*args, **kwargs) if above is None else above.switch(Halt(module, own, args, kwargs))
+
+
+@dataclass
+class Visit:
+    """All tasks at one call of a block: ``index`` of it, and how many of its calls are to come.
+
+    ``quantised`` are tasks behind quantised blocks, ``floats`` the same batches behind float
+    ones, both in the order of the batches; either may be empty.
+    """
+
+    index: int
+    left: int
+    quantised: list[Task]
+    floats: list[Task]
+
+    def go_on(self) -> None:
+        """Let every task return what the block, as it is now, gives it."""
+        for task in (*self.quantised, *self.floats):
+            task.go_on(task.stand.run())
+
+
+def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, *, quantised: bool,
+           floats: bool, turn: mx.array | None = None) -> Iterator[Visit]:
+    """Every call of every block, in the order in which the network makes them.
+
+    Who takes a visit lets its tasks go on. ``turn`` (n, n) rotates the hidden state that enters
+    the first block. Raises ``Unsupported`` where batches come to different blocks.
+    """
+    places = {id(block.module): index for index, block in enumerate(blocks)}
+    order = call_order(network, blocks)
     batches = tokens.batches(16 if mx.default_device() == mx.gpu else 2)
-    entered = [block_calls(network, batch) for batch in batches]
-    calls = entered[0][1]
-    hidden = [state.astype(mx.float32) for state, _ in entered]
-    if turn is not None:
-        hidden = [state @ turn.T for state in hidden]
-    mx.eval(hidden)
-
-    def runner(block: nn.Module, index: int) -> Callable[[mx.array], mx.array]:
-        args, kwargs = calls[index]
-        return lambda state: block(state, *args, **kwargs)
-
-    return hidden, runner
-
-
-def dense_block(network: nn.Module, index: int, turn: mx.array | None = None) -> nn.Module:
-    block = network.layers[index]
-    return to_dense(block) if turn is None else rotation.rotate_block(block, turn)
+    with intercepted((block.module for block in blocks), _stand):
+        behind, before = ([Task(network, b) for b in batches] if wanted else []
+                          for wanted in (quantised, floats))
+        if turn is not None:
+            for task in (*behind, *before):
+                hidden, *rest = task.stand.args
+                task.stand.args = (hidden @ turn.T, *rest)
+        for call, index in enumerate(order):
+            if any(places[id(task.stand.module)] != index for task in (*behind, *before)):
+                raise Unsupported(f"{blocks[index].path} is not called for every text alike; "
+                                  "calibration needs a network that calls its blocks in one order")
+            yield Visit(index, order[call + 1:].count(index), behind, before)
 
 
-def float_walk(network: nn.Module, folder: Path, tokens: Calibration, turn: mx.array | None = None,
-               done: Callable[[int], bool] = lambda index: False,
-               ) -> Iterator[tuple[nn.Module, Observation | None]]:
-    """Every block, dense in float32, and its observation on the float model; None for a block ``done``."""
-    total = len(network.layers)
+def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
+    """The blocks' indices in the order in which a forward pass calls them. Nothing is computed."""
+    places = {id(block.module): index for index, block in enumerate(blocks)}
+    order: list[int] = []
+
+    def note(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+             kwargs: dict[str, Any]) -> Any:
+        order.append(places[id(module)])
+        return own(*args, **kwargs)
+
+    with intercepted((block.module for block in blocks), note):
+        network(mx.zeros((1, 4), mx.int32))
+    return order
+
+
+def dense_block(block: Block, turn: mx.array | None = None) -> nn.Module:
+    """The block's module, dense in float32, in place."""
+    return to_dense(block.module) if turn is None else rotation.rotate_block(block.module, turn)
+
+
+def release(module: nn.Module) -> None:
+    """Let go of all arrays of a module that nobody will call again."""
+    module.update(tree_map(lambda _: mx.zeros(0), module.parameters()))
+
+
+def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibration,
+               turn: mx.array | None = None, done: Callable[[int], bool] = lambda index: False,
+               ) -> Iterator[tuple[int, Observation | None]]:
+    """Each block's index, with the block dense in float32, and its observation on the float model;
+    None for a block that is ``done``."""
     turned = None if turn is None else hashlib.sha256(np.array(turn).tobytes()).hexdigest()
     kept = cache_dir("statistics", identity(folder, tokens.digest, turned)[:16])
-    files = [kept / f"block-{index:04d}.safetensors" for index in range(total)]
+    files = [kept / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
     if all(file.exists() for file in files):
-        for index in range(total):
-            yield dense_block(network, index, turn), None if done(index) else _read(files[index])
+        for index, block in enumerate(blocks):
+            dense_block(block, turn)
+            yield index, None if done(index) else _read(files[index])
         return
-    hidden, runner = enter(folder, tokens, turn)
     _drop_old(kept.parent)
-    for index in range(total):
-        block = dense_block(network, index, turn)
-        idle = done(index) and files[index].exists()
-        seen, hidden, _ = observe(block, runner(block, index), hidden, idle=idle)
-        if not idle and _KEPT_BYTES[0] < total * _bytes(seen) < _KEPT_BYTES[1]:
-            _write(files[index], seen)
-        yield block, None if idle else seen
+    seen: dict[int, Observation | None] = {}
+    for visit in visits(network, blocks, tokens, quantised=False, floats=True, turn=turn):
+        index = visit.index
+        if index in seen:  # a block that is called again: its first call has been watched
+            visit.go_on()
+        else:
+            idle = done(index) and files[index].exists()
+            seen[index] = _observe(blocks[index], visit, idle, turn)
+            _keep(files[index], seen[index], len(blocks))
+        if not visit.left:
+            yield index, seen[index]
+    for index, block in enumerate(blocks):
+        if index not in seen:  # no text reaches it
+            yield index, Watch(dense_block(block, turn)).seen
 
 
-def _bytes(seen: Observation) -> int:
-    return sum(array.nbytes for statistics in seen.statistics.values() for array in statistics.arrays())
+def _observe(block: Block, visit: Visit, idle: bool, turn: mx.array | None) -> Observation | None:
+    """Let the tasks on the float model go on; the block's observation unless it is ``idle``."""
+    watch = Watch(dense_block(block, turn))
+    for task in visit.floats:
+        output, inputs = watch.run(task.stand.run)
+        if not idle:
+            watch.take(inputs)
+        task.go_on(output)
+    return None if idle else watch.seen
+
+
+def _keep(file: Path, seen: Observation | None, blocks: int) -> None:
+    """Put statistics into the cache where their size is worth it; experts' never is."""
+    if seen is None or any(isinstance(part, Routed) for part in seen.statistics.values()):
+        return
+    if _KEPT_BYTES[0] < blocks * sum(a.nbytes for a in seen.arrays()) < _KEPT_BYTES[1]:
+        _write(file, seen)
 
 
 def _drop_old(folder: Path) -> None:
@@ -94,17 +227,18 @@ def _drop_old(folder: Path) -> None:
 
 
 def _write(file: Path, seen: Observation) -> None:
-    arrays = {}
+    arrays, counts = {}, {}
     for first, s in seen.statistics.items():
         arrays |= {f"{first}:hessian": s.hessian, f"{first}:mean_magnitude": s.mean_magnitude,
                    f"{first}:largest": s.largest}
-    counts = {first: s.count for first, s in seen.statistics.items()}
-    save_arrays(file, arrays, {"groups": json.dumps(seen.groups), "counts": json.dumps(counts)})
+        counts[first] = s.count
+    save_arrays(file, arrays, {"groups": json.dumps(seen.groups), "counts": json.dumps(counts),
+                               "unseen": json.dumps(seen.unseen)})
 
 
 def _read(file: Path) -> Observation:
     arrays, metadata = mx.load(str(file), return_metadata=True)
-    seen = Observation(json.loads(metadata["groups"]))
+    seen = Observation(json.loads(metadata["groups"]), unseen=json.loads(metadata["unseen"]))
     for first, count in json.loads(metadata["counts"]).items():
         seen.statistics[first] = Statistics(count, *(arrays[f"{first}:{name}"] for name in
                                                      ("hessian", "mean_magnitude", "largest")))

@@ -79,6 +79,12 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
 
 
+def fingerprint(folder: Path) -> str:
+    """What decides a model's numbers: weight files by name, size and time, and the configuration."""
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
+    return repr((weights, (folder / "config.json").read_text(encoding="utf-8")))
+
+
 def side_files(folder: Path) -> dict[str, bytes]:
     """Tokenizer and other files that go with the weights, by name: all but config and index."""
     return {p.name: p.read_bytes() for p in folder.iterdir()

@@ -1,0 +1,139 @@
+"""Watch the inputs of a block's linear layers while the block runs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.traffic import leaf_modules
+
+LEAN = 256  # tokens of all that an expert's own are mixed with
+_EXPERT_BYTES = 8e9  # most that the experts of one input keep in moments of their own
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The dense linear layers of a block, and its stacks of experts, by path."""
+    return {path: module for path, module in leaf_modules(block)
+            if isinstance(module, (nn.Linear, SwitchLinear))}
+
+
+@dataclass
+class Routed:
+    """Statistics of an input that a mixture routes: of each expert's tokens, and of all of them.
+
+    ``each`` is empty where moments of every expert would not fit: then all experts share those
+    of all tokens.
+    """
+
+    shared: Statistics
+    each: list[Statistics]
+
+    @classmethod
+    def empty(cls, experts: int, width: int) -> "Routed":
+        apart = 4 * experts * width**2 <= _EXPERT_BYTES
+        return cls(Statistics.empty(width),
+                   [Statistics.empty(width) for _ in range(experts)] if apart else [])
+
+    def add(self, x: mx.array, indices: mx.array) -> None:
+        """Take in inputs (…, 1, n) as a ``SwitchLinear`` is given them, and each one's expert."""
+        rows = mx.broadcast_to(x[..., 0, :], (*indices.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+        chosen = np.array(indices).reshape(-1)
+        self.shared.add(rows)
+        if not self.each:
+            return
+        order = np.argsort(chosen, kind="stable")
+        ends = np.cumsum(np.bincount(chosen, minlength=len(self.each)))
+        for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+            if end > start:
+                self.each[expert].add(rows[mx.array(order[start:end])])
+
+    def of(self, expert: int) -> Statistics:
+        """What ``expert`` is quantised for: the moments of its own tokens, mixed with ``LEAN``
+        tokens' worth of all tokens' moments. An expert that few tokens reached so leans on what
+        it would see from others; one that none reached has those alone."""
+        if not self.each:
+            return self.shared
+        own = self.each[expert]
+        share = own.count / (own.count + LEAN)
+        return Statistics(
+            own.count, share * own.hessian + (1 - share) * self.shared.hessian,
+            share * own.mean_magnitude + (1 - share) * self.shared.mean_magnitude,
+            mx.maximum(own.largest, self.shared.largest) if own.count == 0 else own.largest)
+
+    def arrays(self) -> list[mx.array]:
+        return [array for part in (self.shared, *self.each) for array in part.arrays()]
+
+
+@dataclass
+class Observation:
+    """Statistics per distinct input of a block, and which layers share each input.
+
+    ``unseen`` are layers that no call reached.
+    """
+
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    statistics: dict[str, Statistics | Routed] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+
+    def siblings(self) -> Iterator[tuple[list[str], Statistics | Routed]]:
+        """(paths that read the same input, its statistics), in the order they were called."""
+        return ((paths, self.statistics[first]) for first, paths in self.groups.items())
+
+    def arrays(self) -> list[mx.array]:
+        return [array for part in self.statistics.values() for array in part.arrays()]
+
+
+Inputs = dict[str, list[tuple[Any, ...]]]  # by layer, what each of its calls was given
+
+
+class Watch:
+    """Gathers an ``Observation`` of ``block`` from its runs."""
+
+    def __init__(self, block: nn.Module):
+        self._modules = linears(block)
+        self._paths = {id(module): path for path, module in self._modules.items()}
+        self.seen = Observation(unseen=list(self._modules))
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, Inputs]:
+        """What ``call`` returns, and the inputs that the block's layers had meanwhile."""
+        inputs: Inputs = {}
+
+        def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                    kwargs: dict[str, Any]) -> Any:
+            inputs.setdefault(self._paths[id(module)], []).append(args)
+            return own(*args, **kwargs)
+
+        with intercepted(self._modules.values(), through):
+            return call(), inputs
+
+    def take(self, inputs: Inputs, target: Inputs | None = None) -> None:
+        """Take in one run's inputs, and those of the float model in the same run, where given."""
+        seen = self.seen
+        self._group({path: inputs[path] for path in seen.unseen if path in inputs})
+        for first, paths in seen.groups.items():
+            statistics = seen.statistics[first]
+            for call, args in enumerate(inputs.get(first, ())):
+                if isinstance(statistics, Routed):
+                    statistics.add(args[0], args[1])
+                else:
+                    statistics.add(args[0], None if target is None else target[first][call][0])
+        seen.unseen = [path for path in seen.unseen if path not in inputs]
+        mx.eval(seen.arrays())
+
+    def _group(self, inputs: Inputs) -> None:
+        """Layers that are handed the very same array are siblings; experts among themselves."""
+        first_with: dict[tuple[int, bool, int], str] = {}
+        for path, calls in inputs.items():
+            module, x = self._modules[path], calls[0][0]
+            experts = module.weight.shape[0] if isinstance(module, SwitchLinear) else 0
+            first = first_with.setdefault((id(x), bool(experts), experts), path)
+            self.seen.groups.setdefault(first, []).append(path)
+            if first == path:
+                self.seen.statistics[path] = (Routed.empty(experts, x.shape[-1]) if experts
+                                              else Statistics.empty(x.shape[-1]))

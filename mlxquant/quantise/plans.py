@@ -1,0 +1,132 @@
+"""What is asked of every layer of a block, fitted to what the layer can take.
+
+The architecture's own word comes first: mlx-lm's models say of a router or of a gate that it stays
+as it is, or is kept in 8 bits (``quant_predicate``). Then the job's: where a group does not divide
+a layer's inputs the next smaller one that does is taken, with a note, and where none does the
+layer stays as it is stored.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Overrides, Spec, Whole
+from mlxquant.codes.width import Width
+from mlxquant.layers.blocks import Block
+from mlxquant.layers.traffic import leaf_modules, weight_count
+
+STACKS = (SwitchLinear, QuantizedSwitchLinear, MultiLinear, QuantizedMultiLinear)
+LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
+
+
+@dataclass
+class Plan:
+    """The spec of each layer of a block by its path there. ``kept`` are the tensors, and
+    ``entries`` the config's, of what stays as stored: layers that are not quantised, and numbers
+    that the architecture wants in their own type. ``notes`` say where a layer could not take what
+    was asked."""
+
+    specs: dict[str, Spec] = field(default_factory=dict)
+    kept: dict[str, mx.array] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_blocks(network: nn.Module, blocks: list[Block], overrides: Overrides) -> list[Plan]:
+    """The plans of a network's blocks, whose parameters are still as stored."""
+    return [_plan(network, block, overrides) for block in blocks]
+
+
+def _plan(network: nn.Module, block: Block, overrides: Overrides) -> Plan:
+    plan, cast = Plan(), getattr(network, "cast_predicate", None)
+    for path, array in tree_flatten(block.module.parameters()):
+        if cast is not None and not cast(block.full(path)):
+            plan.kept[path] = array
+    for path, module in leaf_modules(block.module):
+        if isinstance(module, nn.QuantizedEmbedding):
+            plan.entries[path] = stored_entry(module)
+            plan.kept |= {f"{path}.{k}": a for k, a in tree_flatten(module.parameters())}
+        if not isinstance(module, LAYERS):
+            continue
+        full = block.full(path)
+        spec = _asked(module, full, overrides, getattr(network, "quant_predicate", None))
+        spec, note = (None, None) if spec is None else _fitted(spec, module)
+        if note:
+            plan.notes.append(f"{full}: {note}")
+        if spec is not None:
+            plan.specs[path] = spec
+            continue
+        plan.kept |= {f"{path}.{name}": array for name, array in tree_flatten(module.parameters())}
+        if hasattr(module, "bits"):
+            plan.entries[path] = stored_entry(module)
+    return plan
+
+
+def stored_entry(module: nn.Module) -> dict[str, Any]:
+    """The config entry of a quantised layer of MLX as it is."""
+    mode = getattr(module, "mode", "affine")
+    entry = {"group_size": module.group_size, "bits": module.bits}
+    return entry if mode == "affine" else entry | {"mode": mode}
+
+
+def inputs_of(module: nn.Module) -> int:
+    """How many inputs a linear layer or a stack of matrices has."""
+    return weight_count(module) * module.weight.shape[-1] // module.weight.size
+
+
+def _asked(module: nn.Module, path: str, overrides: Overrides,
+           predicate: Predicate | None) -> Spec | None:
+    """The spec that the job's rules, or else the architecture, or else the default asks for."""
+    if (spec := overrides.ruled(path)) is not None:
+        return spec
+    own = True if predicate is None else predicate(path, module)
+    if not own:
+        return None
+    if isinstance(own, dict) and "bits" in own:
+        return Spec(bits=Width.of(own["bits"]), group_size=own.get("group_size", 64), method="rtn")
+    return overrides.default
+
+
+def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
+    """``spec`` changed as little as the layer needs, or None where it must stay; and the note."""
+    inputs = inputs_of(module)
+    if isinstance(module, STACKS):
+        spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
+    if spec.method == "replica":
+        group = max((g for g in REPLICA_GROUPS if g <= spec.replica_group and (
+            not g or inputs % g == 0)), default=0)
+        replicas = min(spec.replicas, inputs // (group or 1))
+        changed = replace(spec, replica_group=group, replicas=replicas)
+        return changed, None if changed == spec else (
+            f"{inputs} inputs take {replicas} replicas in groups of {group or 1}")
+    if isinstance(spec.group_size, Whole) or inputs % spec.group_size == 0:
+        return spec, None
+    fitting = [g for g in PLAIN_GROUPS if inputs % g == 0]
+    smaller = [g for g in fitting if g < spec.group_size] or fitting[:1]
+    if not smaller:
+        return None, f"{inputs} inputs divide into no group: kept as stored"
+    return replace(spec, group_size=smaller[-1]), (
+        f"groups of {smaller[-1]}, since {spec.group_size} does not divide its {inputs} inputs")
+
+
+def _for_stack(spec: Spec, heads: bool) -> Spec:
+    """What a stack of matrices takes of a spec: MLX runs affine groups of its own sizes, on inputs as
+    they are; matrices by head are rounded."""
+    group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
+    method = "rtn" if heads else "gptq" if spec.method == "replica" else spec.method
+    return replace(spec, method=method, group_size=group, rotation=None, symmetric=spec.symmetric)
+
+
+def layer_paths(blocks: list[Block]) -> Iterator[str]:
+    """The full paths of all layers that can be quantised."""
+    for block in blocks:
+        for path, module in leaf_modules(block.module):
+            if isinstance(module, LAYERS):
+                yield block.full(path)
