@@ -22,10 +22,12 @@ from record import save
 
 from mlxquant.base import tensor_file
 from mlxquant.base.storage import require_space, write_json
-from mlxquant.codes.spec import Overrides, Spec
+from mlxquant.codes.spec import Spec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, room
+from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
+from mlxquant.quantise.pipeline import Run
 from mlxquant.sources.checkpoint import folder_bytes
 
 SHAPES = {  # Llama 3.2 1B and Llama 3.1 8B
@@ -68,25 +70,24 @@ def quantise(folder: Path, method: str, bits: int, samples: int, length: int) ->
     """Quantise the model in ``folder``: its peak memory in GB (10⁹ bytes), and time."""
     import resource
 
-    from mlxquant.quantise.pipeline import run
-
-    spec = Spec(bits=bits, method=method)
-    job = Job(Overrides(spec), propagation="float" if method == "rtn" else "quantised")
+    job = Job(Spec(bits=bits, method=method), propagation="float" if method == "rtn" else "quantised")
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    tokens = calibration.Calibration(np.random.default_rng(1).integers(0, vocabulary, (samples, length)), "random")
-    network, _ = open_lazily(folder)
-    room.check(network, job, folder.with_name("out"))
+    tokens = calibration.Calibration(
+        np.random.default_rng(1).integers(0, vocabulary, (samples, length)), "random")
+    network, config = open_lazily(folder)
+    blocks = blocks_of(network)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    block = room.working_bytes(network.layers[0])
-    del network
+    block = room.working_bytes(blocks[0].module)
     times, start = [], time.perf_counter()
 
-    def progress(done: int, total: int, seconds: float) -> None:
+    def progress(done: int, total: int, seconds: float, stage: str) -> None:
         times.append(seconds)
         print(f"block {done} of {total}: {seconds:.0f} s, peak "
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB", file=sys.stderr, flush=True)
+              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB",
+              file=sys.stderr, flush=True)
 
-    outcome = run(folder, folder.with_name("out"), job, tokens, progress)
+    outcome = Run(folder, folder.with_name("out"), job, tokens, {}).make(network, blocks, config,
+                                                                         progress)
     return {"peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             "rss_before_gb": before * 1024 / 1e9, "block_and_moments_gb": block / 1e9,
             "mlx_peak_gb": outcome.peak_memory / 1e9, "seconds": time.perf_counter() - start,

@@ -14,6 +14,7 @@ import traceback
 from record import RESULTS, save
 
 from mlxquant.codes.width import Width
+from mlxquant.quantise.job import Job, Text
 from mlxquant.report.comparison import as_dicts, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
 
@@ -41,8 +42,8 @@ def main() -> None:
         methods, _, bits = step.partition(":")
         try:
             for row in compare(arguments.model, Path(arguments.text), methods=methods.split(","),
-                               bits=[Width.of(b).value for b in bits.split(",")], windows=arguments.windows,
-                               data=arguments.data, samples=arguments.samples,
+                               bits=[Width.of(b) for b in bits.split(",")], windows=arguments.windows,
+                               job=Job(text=Text(tuple(arguments.data), arguments.samples)),
                                original=arguments.original and not rows,
                                progress=lambda what: print(what, flush=True)):
                 rows.append(row)

@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import mlxquant
-
 # isort: split
 from mlxquant.base.storage import write_json
 from mlxquant.machine.identity import machine

@@ -22,7 +22,7 @@ from record import save
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.layers.repeated import parse_repeat
 from mlxquant.model.loading import LanguageModel, load
-from mlxquant.quantise.assignment import Target
+from mlxquant.quantise.job import Job, Target, Text
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
 from mlxquant.tuning.distill import Schedule
@@ -76,8 +76,8 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
                  replica_group=options.get("replica_group"))
     if not (folder / name).exists():
         start = time.perf_counter()
-        mlxquant.quantize(arguments.model, folder / name, data=arguments.data, samples=arguments.samples,
-                          progress=tell("block"), **options)
+        job = Job(text=Text(tuple(arguments.data), arguments.samples)).changed(**options)
+        mlxquant.quantize(arguments.model, folder / name, job, progress=tell("block"))
         seconds = time.perf_counter() - start
         yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
     if not arguments.steps:
@@ -97,9 +97,9 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
 
 def tell(what: str):
     """A line now and then: how far, and the value that comes with it (seconds, or a loss)."""
-    def progress(done: int, total: int, value: float) -> None:
+    def progress(done: int, total: int, value: float, stage: str = what) -> None:
         if done in (1, 2) or done % max(1, total // 8) == 0:
-            print(f"  {what} {done}/{total}: {value:.4g}, {time.strftime('%H:%M:%S')}", flush=True)
+            print(f"  {stage} {done}/{total}: {value:.4g}, {time.strftime('%H:%M:%S')}", flush=True)
     return progress
 
 

@@ -12,9 +12,13 @@ from mlxquant.base.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the names below
     from mlxquant.base.errors import MlxquantError as MlxquantError
+    from mlxquant.codes.spec import Spec as Spec
     from mlxquant.model.inspection import inspect as inspect
     from mlxquant.model.loading import LanguageModel as LanguageModel
     from mlxquant.model.loading import load as load
+    from mlxquant.quantise.job import Job as Job
+    from mlxquant.quantise.job import Target as Target
+    from mlxquant.quantise.job import Text as Text
     from mlxquant.quantise.pipeline import quantize as quantize
     from mlxquant.report.bench import bench as bench
     from mlxquant.report.perplexity import evaluate as evaluate
@@ -43,6 +47,10 @@ _HOME = {
     "Sampling": "runtime.sampling",
     "evaluate": "report.perplexity",
     "quantize": "quantise.pipeline",
+    "Job": "quantise.job",
+    "Text": "quantise.job",
+    "Target": "quantise.job",
+    "Spec": "codes.spec",
     "tune": "tuning.tune",
     "inspect": "model.inspection",
     "bench": "report.bench",

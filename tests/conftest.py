@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlxquant.quantise.job import Job, Text
 from mlxquant.sources import checkpoint, recipes
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -28,6 +29,12 @@ CONFIG = {
     "vocab_size": 384, "rope_theta": 10000.0, "max_position_embeddings": 512,
     "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 2,
 }
+
+
+def job(text=None, samples=8, length=64, **changes):
+    """A job on the text file ``text`` (None: self-written), its other fields by name."""
+    files = () if text is None else (str(text),)
+    return Job(text=Text(files, samples, length)).changed(**changes)
 
 
 def alphabet() -> list[str]:

@@ -5,7 +5,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import mlxquant
 from mlxquant.base.errors import BadValue
 from mlxquant.codes.affine import fit
 from mlxquant.codes.spec import Spec

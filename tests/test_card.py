@@ -3,12 +3,13 @@
 import re
 
 import pytest
+from conftest import job
 
 import mlxquant
 from mlxquant.quantise import card
 from mlxquant.tuning.distill import Schedule
 
-SMALL = dict(samples=4, sequence_length=32)
+SMALL = dict(samples=4, length=32)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def text(tmp_path_factory):
     (dict(method="gptq", bits=3, **SMALL), ["gptq, 3 bits, groups of 64"]),
 ])
 def test_a_card_says_how_the_model_was_made(tiny_folder, tmp_path, text, options, says):
-    mlxquant.quantize(str(tiny_folder), tmp_path / "small", data=[text], **options)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "small", job(text=text, **options))
     written = (tmp_path / "small" / "README.md").read_text()
     for expected in [*says, "# small\n", "base_model: tiny\n", "Its licence is not known here"]:
         assert expected in written
@@ -37,9 +38,9 @@ def test_a_card_says_how_the_model_was_made(tiny_folder, tmp_path, text, options
 
 
 def test_a_tuned_model_gets_a_card_of_its_own(tiny_folder, tmp_path, text):
-    mlxquant.quantize(str(tiny_folder), tmp_path / "small", data=[text], bits=2, **SMALL)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "small", job(text=text, bits=2, **SMALL))
     tuned = mlxquant.tune(str(tmp_path / "small"), tmp_path / "tuned", teacher=str(tiny_folder), data=[text],
-                          sequence_length=32, schedule=Schedule(steps=2, batch_size=2, check_every=1))
+                          length=32, schedule=Schedule(steps=2, batch_size=2, check_every=1))
     written = (tmp_path / "tuned" / "README.md").read_text()
     assert f"{tuned.divergence_before:.4f} → {tuned.divergence_after:.4f} nats" in written
     assert "# tuned\n" in written and "2 steps on words.txt" in written
@@ -64,7 +65,7 @@ def test_a_folder_that_says_nothing_of_its_making_gets_no_card(tiny_folder):
 
 def test_the_head_is_yaml_that_the_hub_reads(tiny_folder, tmp_path):
     yaml = pytest.importorskip("yaml")
-    mlxquant.quantize(str(tiny_folder), tmp_path / "small", method="rtn", bits=4)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "small", job(method="rtn", bits=4))
     head = re.match(r"---\n(.*?)\n---\n", (tmp_path / "small" / "README.md").read_text(), re.DOTALL)[1]
     assert yaml.safe_load(head) == {"base_model": "tiny", "library_name": "mlx",
                                     "tags": ["mlx", "quantized", "mlxquant"]}

@@ -9,7 +9,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from conftest import CONFIG, random_network, write_folder
+from conftest import CONFIG, job, random_network, write_folder
 
 import mlxquant
 from mlxquant import Sampling
@@ -69,7 +69,7 @@ def made(tmp_path_factory, tiny_folder):
     above = tmp_path_factory.mktemp("quantised")
     for name, options in WAYS.items():
         if options:
-            mlxquant.quantize(str(tiny_folder), above / name, samples=4, sequence_length=32, **options)
+            mlxquant.quantize(str(tiny_folder), above / name, job(samples=4, length=32, **options))
     return {name: above / name if options else tiny_folder for name, options in WAYS.items()}
 
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import job
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -57,7 +58,7 @@ def workplace(tmp_path_factory, tiny_folder):
     words = "the cat sat on the mat while rain fell and nobody minded it at all, said the other cat. "
     for name in ("test.txt", "train.txt", "text.txt", "wikitext2-raw-test.txt"):
         (folder / name).write_text((words * 1200)[len(name):])
-    mlxquant.quantize(str(tiny_folder), folder / "small", method="rtn", bits=4)
+    mlxquant.quantize(str(tiny_folder), folder / "small", job(method="rtn", bits=4))
     return folder
 
 

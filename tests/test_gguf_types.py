@@ -6,7 +6,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, random_network
+from conftest import CONFIG, job, random_network
 from gguf import GGMLQuantizationType as Type
 from gguf_files import random_blocks, write_gguf
 
@@ -131,7 +131,7 @@ def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, mix):
 
 def test_quantising_a_file_tells_what_it_inherits_from_what_it_adds(tmp_path, mix, monkeypatch):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
-    outcome = mlxquant.quantize(str(mix), tmp_path / "out", method="rtn", bits=3, group_size=64)
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out", job(method="rtn", bits=3, group_size=64))
     assert outcome.inherited["rounded"].keys() == import_file(mix, tmp_path / "plain").record["rounded"].keys()
     assert 0 < outcome.inherited["error"] < 0.02 < outcome.added["mean"] < outcome.added["largest"]
     tiny = mlxquant.load(str(tmp_path / "out")).config
@@ -141,8 +141,7 @@ def test_quantising_a_file_tells_what_it_inherits_from_what_it_adds(tmp_path, mi
 def test_replicas_of_a_file(tmp_path, mix, monkeypatch):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 20)
-    outcome = mlxquant.quantize(str(mix), tmp_path / "out", method="replica", bits=3,
-                                data=[str(tmp_path / "text.txt")], samples=4, sequence_length=32)
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out", job(method="replica", bits=3, text=str(tmp_path / "text.txt"), samples=4, length=32))
     assert outcome.inherited["error"] > 0 and 0 < outcome.added["mean"] < 0.2
     assert "replica_in" in " ".join(mx.load(str(tmp_path / "out" / "model.safetensors")))
 

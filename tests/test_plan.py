@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from commands import run
-from conftest import CONFIG
+from conftest import CONFIG, job
 
 import mlxquant
 from mlxquant import MlxquantError
@@ -118,7 +118,7 @@ def test_sizes_are_those_that_quantize_makes(tiny_folder, tmp_path, options, sam
         with pytest.raises(ValueError):
             outline.affine(config, options["bits"], options["group_size"])
         return
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", embedding_bits=8, samples=2, sequence_length=16, **options)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(embedding_bits=8, samples=2, length=16, **options))
     tensors, ours = checkpoint.validate(tmp_path / "out"), same(config)
     made, _ = open_lazily(tmp_path / "out")
     norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
@@ -158,8 +158,7 @@ def test_every_command_is_one_that_quantize_understands(llama):
 
 
 def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="replica", bits=2, replicas=4, samples=2,
-                      sequence_length=16)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="replica", bits=2, replicas=4, samples=2, length=16))
     config = checkpoint.read_config(tmp_path / "out")
     rows = plan.plan("x", config=config, chip="M4 Max", context=100).rows
     stored = next(row for row in rows if row.method == "as stored")

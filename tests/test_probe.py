@@ -5,7 +5,6 @@ import json
 import mlx.core as mx
 import pytest
 
-import mlxquant
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import gpu_clock
 from mlxquant.machine import replica_limits

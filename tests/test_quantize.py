@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, random_network, write_folder
+from conftest import CONFIG, job, random_network, write_folder
 from mlx_lm.utils import load as stock_load
 
 import mlxquant  # first: it loads the BLAS before MLX
@@ -14,9 +14,8 @@ from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
 from mlxquant.quantise import assignment, awq, pipeline, walk
-from mlxquant.quantise.assignment import Target
 from mlxquant.quantise.budget import choose
-from mlxquant.quantise.job import PROPAGATIONS
+from mlxquant.quantise.job import PROPAGATIONS, Target, silent
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 
@@ -29,8 +28,8 @@ def text(tmp_path_factory):
     return str(path)
 
 
-def quantise(source, output, text, **options):
-    return mlxquant.quantize(str(source), output, data=[text], samples=8, sequence_length=64, **options)
+def quantise(source, output, text, progress=silent, **options):
+    return mlxquant.quantize(str(source), output, job(text, **options), progress=progress)
 
 
 def distance(a, b):
@@ -106,7 +105,7 @@ def test_tokenizer_files_come_along(tmp_path, tiny_folder, text):
 
 
 def test_overrides_reach_the_checkpoint(tmp_path, tiny_folder, text):
-    quantise(tiny_folder, tmp_path / "out", text, bits=2, overrides=(("*.down_proj", {"bits": 8}),))
+    quantise(tiny_folder, tmp_path / "out", text, bits=2, rules=(("*.down_proj", {"bits": 8}),))
     bits = {layer.path.split(".")[-1]: layer.bits for layer in inspect(str(tmp_path / "out")).layers}
     assert bits["down_proj"] == 8 and bits["up_proj"] == 2
     stock_load(str(tmp_path / "out"))
@@ -117,7 +116,7 @@ def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, pr
     options = dict(bits=3, propagation=propagation)
     quantise(tiny_folder, tmp_path / "whole", text, **options)
 
-    def kill(done, total, seconds):
+    def kill(done, total, seconds, stage):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -140,7 +139,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, tiny_
 
 
 def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", bits=4, samples=3, sequence_length=16)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(bits=4, samples=3, length=16))
     record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
     assert record["calibration"]["source"] == "written by the model itself"
     assert record["method"] == "gptq" and record["seed"] == 0
@@ -150,7 +149,7 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(pipeline, "self_written", None)
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", method="rtn", rotation="online", bits=4)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="rtn", rotation="online", bits=4))
     record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
     assert record["calibration"]["source"] == "none needed"
 
@@ -163,7 +162,7 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
 
 
 @pytest.mark.parametrize("options,message", [
-    (dict(bits=7), "allowed are 1, ternary"), (dict(group_size=48), "does not divide the 64 inputs of model.layers.0"),
+    (dict(bits=7), "allowed are 1, ternary"),
     (dict(method="smoothquant"), "give --activation-bits 8"), (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
     (dict(method="replica", replicas=17), "replicas is 17"), (dict(method="replica", activation=ActivationSpec()), "leave"),
     (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
@@ -178,7 +177,7 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, 
     (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5), (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
 ])
 def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, size):
-    quantise(tiny_folder, tmp_path / "out", text, target=target, overrides=(("*.0.mlp.down_proj", {"bits": 6}),))
+    quantise(tiny_folder, tmp_path / "out", text, target=target, rules=(("*.0.mlp.down_proj", {"bits": 6}),))
     result = inspect(str(tmp_path / "out"))
     assert 0.9 < size(result) <= 1
     bits = {layer.path: layer.bits for layer in result.layers if "layers" in layer.path}
@@ -216,7 +215,7 @@ def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
 def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text, monkeypatch):
     monkeypatch.setattr(walk, "_KEPT_BYTES", (0, 1e9))
     quantise(tiny_folder, tmp_path / "a", text, bits=2, propagation="float")
-    monkeypatch.setattr(walk, "observe", None)  # would be called if the walk ran again
+    monkeypatch.setattr(walk, "visits", None)  # would be called if the walk ran again
     quantise(tiny_folder, tmp_path / "b", text, bits=2, propagation="float")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
@@ -227,7 +226,7 @@ def test_an_existing_output_is_kept(tmp_path, tiny_folder, text):
     with pytest.raises(MlxquantError, match="already exists"):
         quantise(tiny_folder, tmp_path / "out", text)
     with pytest.raises(BadValue, match="a sample needs 100000"):
-        mlxquant.quantize(str(tiny_folder), tmp_path / "new", data=[text], sequence_length=100_000)
+        mlxquant.quantize(str(tiny_folder), tmp_path / "new", job(text=text, length=100_000))
 
 
 def test_a_quantised_result_is_not_quantised_again(tmp_path, tiny_folder, text):
@@ -261,13 +260,3 @@ def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, 
     assert distance(stock(TOKENS).astype(mx.float32), network(TOKENS)) < 1e-2
     changed = stock.layers[0].input_layernorm.weight.astype(mx.float32)
     assert not mx.allclose(changed, network.layers[0].input_layernorm.weight, atol=1e-2)
-
-
-def test_a_mixture_of_experts_is_refused(tmp_path, text):
-    from mlx_lm.models import mixtral
-
-    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
-    network = mixtral.Model(mixtral.ModelArgs.from_dict(config))
-    source = write_folder(tmp_path / "mixture", network, config)
-    with pytest.raises(Unsupported, match="holds a mixture's experts"):
-        quantise(source, tmp_path / "out", text)

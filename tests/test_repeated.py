@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, random_network, write_folder
+from conftest import CONFIG, job, random_network, write_folder
 from mlx_lm.generate import batch_generate
 from mlx_lm.models.cache import (
     KVCache,
@@ -27,7 +27,6 @@ from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.repeated_cache import PassesCache
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import open_lazily
-from mlxquant.quantise.capture import block_calls
 from mlxquant.tuning.distill import Schedule, divergence_loss
 from mlxquant.tuning.trainable import Trainable
 
@@ -133,7 +132,7 @@ def places(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(words))
     repeats = (*parse_repeat("0:2x2").one_by_one(), parse_repeat("2:4x3"))
     for name, given in (("plain", ()), ("repeated", repeats)):
-        mlxquant.quantize(str(folder / "source"), folder / name, method="rtn", bits=2, group_size=32, repeats=given)
+        mlxquant.quantize(str(folder / "source"), folder / name, job(method="rtn", bits=2, group_size=32, repeats=given))
     return folder
 
 
@@ -155,7 +154,7 @@ def test_the_checkpoint_holds_weights_once_and_gates_of_zero(places):
     with pytest.raises(ValueError, match="Model type mlxquant not supported"):
         stock_load(str(places / "repeated"))
     with pytest.raises(Unsupported, match="start from the original"):
-        mlxquant.quantize(str(places / "repeated"), places / "twice", method="rtn")
+        mlxquant.quantize(str(places / "repeated"), places / "twice", job(method="rtn"))
 
 
 def test_a_loaded_model_reads_the_weights_of_its_repeats_again(places):
@@ -218,12 +217,6 @@ def test_blocks_are_observed_once_each_and_calibrate_by_themselves():
         with after_each_block(network, lambda state, name=name: noted[name].append(state) or state):
             network(TOKENS)
     assert len(noted["ours"]) == 4 and all(map(mx.array_equal, noted["ours"], noted["plain"]))
-    hidden, calls = block_calls(ours, TOKENS)
-    for block, (args, kwargs), state in zip(ours.layers, calls, noted["plain"]):
-        for _ in range(2):  # batches
-            output = block(hidden, *args, **kwargs)
-            assert mx.array_equal(output, state)
-        hidden = output
 
 
 def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
@@ -232,7 +225,7 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
     repeated.install(teacher, repeats)
     teacher.layers[2].repeat_gates = mx.array([0.3])
     write_folder(tmp_path / "teacher", teacher, config_with(DEEP, {}, {}, repeats))
-    mlxquant.quantize(str(places / "source"), tmp_path / "student", method="rtn", bits=8, repeats=repeats)
+    mlxquant.quantize(str(places / "source"), tmp_path / "student", job(method="rtn", bits=8, repeats=repeats))
 
     student = Trainable(open_lazily(tmp_path / "student")[0], mx.float32)
     start = student.start()
@@ -266,7 +259,7 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
 ])
 def test_bad_ranges_are_refused_before_any_work(places, tmp_path, ranges, message):
     with pytest.raises(BadValue, match=message):
-        mlxquant.quantize(str(places / "source"), tmp_path / "out", method="rtn", repeats=tuple(map(parse_repeat, ranges)))
+        mlxquant.quantize(str(places / "source"), tmp_path / "out", job(method="rtn", repeats=tuple(map(parse_repeat, ranges))))
     assert list(tmp_path.iterdir()) == []
 
 

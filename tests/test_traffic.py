@@ -7,7 +7,6 @@ from conftest import CONFIG, random_network, write_folder
 from mlx_lm.models import mixtral
 from mlx_lm.models.cache import make_prompt_cache
 
-import mlxquant
 from mlxquant.layers import outline, traffic
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint

@@ -9,7 +9,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
-import mlxquant
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes import hadamard
 from mlxquant.layers import traffic

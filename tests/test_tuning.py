@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, random_network, write_folder
+from conftest import CONFIG, job, random_network, write_folder
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
@@ -39,8 +39,7 @@ def places(tmp_path_factory):
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4000)
     (folder / "text.txt").write_text(" ".join(words))
     for name, options in MADE.items():
-        mlxquant.quantize(str(folder / "source"), folder / name, data=[str(folder / "text.txt")], samples=8,
-                          sequence_length=64, **options)
+        mlxquant.quantize(str(folder / "source"), folder / name, job(text=str(folder / "text.txt"), samples=8, length=64, **options))
     return folder
 
 
@@ -229,8 +228,7 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
             run(places, "affine", tmp_path / "out", codes=codes)
     with pytest.raises(BadValue, match="a sample needs 100000"):
         run(places, "affine", tmp_path / "out", sequence_length=100_000)
-    mlxquant.quantize(str(places / "source"), tmp_path / "w8a8", data=[str(places / "text.txt")], samples=4,
-                      sequence_length=32, method="smoothquant", bits=8, activation=ActivationSpec())
+    mlxquant.quantize(str(places / "source"), tmp_path / "w8a8", job(text=str(places / "text.txt"), samples=4, length=32, method="smoothquant", bits=8, activation=ActivationSpec()))
     with pytest.raises(Unsupported, match="rounds activations"):
         tune(str(tmp_path / "w8a8"), tmp_path / "out", teacher=str(places / "source"), data=[str(places / "text.txt")])
 

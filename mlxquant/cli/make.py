@@ -68,60 +68,66 @@ def quantize(
     revision: Revision = None, as_json: AsJson = False,
 ):
     """Quantise a model block by block; a killed run goes on where it was."""
-    from mlxquant.codes.spec import parse_override
+    from mlxquant.codes.spec import Spec, parse_override
     from mlxquant.codes.width import Width
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
-    from mlxquant.quantise.assignment import Target
+    from mlxquant.quantise.job import Job, Target, Text
     from mlxquant.quantise.pipeline import quantize as run
 
     if rotate and rotate_fused:
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
-    activation = (ActivationSpec(activation_bits, activation_granularity)
-                  if activation_bits is not None else None)
-    target = (Target(target_bpw, target_gb, siblings_alike)
-              if target_bpw is not None or target_gb is not None else None)
-    if siblings_alike and target is None:
+    budget = target_bpw is not None or target_gb is not None
+    if siblings_alike and not budget:
         raise BadValue("--siblings-alike is for budgets; give --target-bpw or --target-gb with it")
-    repeats = [block for text in repeat_blocks or () for block in parse_repeat(text).one_by_one()]
+    repeats = [block for each in repeat_blocks or () for block in parse_repeat(each).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
-    if method == "replica":
-        from mlxquant.runtime.probe import replica_limits
-
-        limits = replica_limits()
-        if limits is not None and limits.free(Width.of(bits).value, replicas, replica_group) is False:
-            remark(f"{replicas} replicas in groups of {replica_group or 1} are slower than one on this machine; "
-                   "`mlxquant probe` shows which are not")
-    with progress("quantising, seconds:") as advance:
-        outcome = run(
-            model, output, method=method, bits=Width.of(bits).value, group_size=group_size,
-            rotation="online" if rotate else "fused" if rotate_fused else None, data=data,
-            samples=samples, sequence_length=sequence_length, symmetric=symmetric, act_order=act_order,
-            refine=refine, replicas=replicas, replica_group=replica_group, target=target,
-            propagation=propagation, overrides=tuple(parse_override(o) for o in override or ()),
-            embedding_bits=embedding_bits, activation=activation, alpha=alpha, repeats=tuple(repeats),
-            seed=seed, revision=revision, progress=advance,
-            weighing=lambda done, total, seconds: advance(done, total, seconds, "weighing layers, seconds:"))
+    spec = Spec(Width.of(bits), group_size, symmetric, method, act_order, refine,
+                "online" if rotate else "fused" if rotate_fused else None, replicas, replica_group)
+    job = Job(
+        spec, tuple(parse_override(each) for each in override or ()),
+        Text(tuple(data or ()), samples, sequence_length),
+        Target(target_bpw, target_gb, siblings_alike) if budget else None, propagation,
+        embedding_bits,
+        None if activation_bits is None else ActivationSpec(activation_bits, activation_granularity),
+        alpha, tuple(repeats), seed)
+    _warn_of_slow_replicas(spec)
+    titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:"}
+    with progress(titles["quantising"]) as advance:
+        made = run(model, output, job, revision=revision, progress=lambda done, total, seconds, stage:
+                   advance(done, total, seconds, titles[stage]))
     from mlxquant.model.inspection import inspect
 
     result = inspect(str(output))
     if as_json:
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
-                    "file_bytes": result.file_bytes, "seconds": outcome.seconds,
-                    "peak_memory_gb": outcome.peak_memory / 1e9, "added_error": outcome.added,
-                    "inherited_error": outcome.inherited})
+                    "file_bytes": result.file_bytes, "seconds": made.seconds,
+                    "peak_memory_gb": made.peak_memory / 1e9, "added_error": made.added,
+                    "inherited_error": made.inherited, "notes": made.notes})
         return
-    print(_errors(outcome))
+    for note in made.notes:
+        remark(note)
+    print(_errors(made))
     print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
-          f"{result.file_bytes / 1e6:.1f} MB on disk, {outcome.seconds:.0f} s, "
-          f"peak {outcome.peak_memory / 1e9:.2f} GB")
+          f"{result.file_bytes / 1e6:.1f} MB on disk, {made.seconds:.0f} s, "
+          f"peak {made.peak_memory / 1e9:.2f} GB")
 
 
-def _errors(outcome) -> str:
+def _warn_of_slow_replicas(spec) -> None:
+    from mlxquant.runtime.probe import replica_limits
+
+    limits = replica_limits() if spec.method == "replica" else None
+    shape = spec.bits.value, spec.replicas, spec.replica_group
+    if limits is not None and limits.free(*shape) is False:
+        remark(f"{spec.replicas} replicas in groups of {spec.replica_group or 1} are slower than "
+               "one on this machine; `mlxquant probe` shows which are not")
+
+
+def _errors(made) -> str:
     """What this run added, and what was lost before it, as far as that can be known."""
-    line = (f"error added on the calibration text: {outcome.added['mean']:.1e} in the mean of all layers, "
-            f"{outcome.added['largest']:.1e} in {outcome.added['layer']}")
-    if (before := outcome.inherited) is not None:
+    line = (f"error added on the calibration text: {made.added['mean']:.1e} in the mean of all layers, "
+            f"{made.added['largest']:.1e} in {made.added['layer']}")
+    if (before := made.inherited) is not None:
         line += (f"\ninherited from importing {before['file']}: {before['error']:.1e} of the weights in "
                  f"{len(before['rounded'])} of {before['tensors']} tensors; what the file had lost before is not in it")
     return line
@@ -233,7 +239,9 @@ def compare(
     """The methods side by side on one model: quality, size, time and memory."""
     from rich.console import Console
 
+    from mlxquant.codes.spec import Spec
     from mlxquant.codes.width import Width
+    from mlxquant.quantise.job import Job, Text
     from mlxquant.report import comparison
     from mlxquant.report.by_layer import check_plot
 
@@ -241,12 +249,12 @@ def compare(
         raise MlxquantError(f"no such file: {text}")
     if plot is not None:
         check_plot(plot)
-    widths = [Width.of(b).value for b in bits or ("4", "3", "2")]
-    names = [name.strip() for name in methods.split(",")]
+    job = Job(Spec(group_size=group_size), text=Text(tuple(data or ()), samples, sequence_length),
+              seed=seed)
     rows = list(comparison.compare(
-        model, text, methods=names, bits=widths, group_size=group_size, context=context,
-        windows=windows, data=data, samples=samples, sequence_length=sequence_length, seed=seed,
-        progress=remark))
+        model, text, methods=[name.strip() for name in methods.split(",")],
+        bits=[Width.of(b) for b in bits or ("4", "3", "2")], job=job, context=context,
+        windows=windows, progress=remark))
     if plot is not None:
         comparison.plot(rows, plot)
     if as_json:

@@ -1,7 +1,7 @@
 """What is asked of ``quantize``: everything that decides the bytes of a quantised checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ class Job:
             raise BadValue("replica does not quantise activations: leave --activation-bits out")
         if "smoothquant" in methods and self.activation is None:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
+
+    def changed(self, **values: Any) -> "Job":
+        """The job with fields of its own, of its spec or of its text changed, by their names."""
+        spec, text = ({f.name: values.pop(f.name) for f in fields(kind) if f.name in values}
+                      for kind in (Spec, Text))
+        return replace(self, spec=replace(self.spec, **spec), text=replace(self.text, **text),
+                       **values)
 
     @property
     def overrides(self) -> Overrides:

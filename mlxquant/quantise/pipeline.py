@@ -75,7 +75,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
                               job.seed)
     if job.target is not None:
         job = assign(folder, job, tokens, progress)
-    run = _Run(folder, output, job, tokens, card.base_of(name, folder).as_dict())
+    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict())
     return run.make(network, blocks, config, progress)
 
 
@@ -94,7 +94,7 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 
 
 @dataclass
-class _Run:
+class Run:
     """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
     for the card."""
 

@@ -70,7 +70,8 @@ def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around
             tensors = {"weight": affine.packed(), "scales": affine.scales.astype(dtype),
                        "biases": affine.biases.astype(dtype)}
         else:
-            entry["grouped"] = {"bits": affine.spec.code_bits, "group_size": affine.spec.group_size}
+            entry["grouped"] = {"bits": affine.spec.bits.code_bits,
+                                "group_size": affine.spec.as_dict()["group_size"]}
             tensors = grouped.tensors_of(affine, dtype)
         if "bias" in linear:
             tensors["bias"] = linear.bias.astype(dtype)

@@ -9,9 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxquant.base.errors import BadValue
+from mlxquant.codes.width import Width
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import LanguageModel, load
-from mlxquant.quantise.assignment import Target
+from mlxquant.quantise.job import Job, Target
 from mlxquant.quantise.pipeline import quantize
 from mlxquant.report.by_layer import check_plot
 from mlxquant.report.divergence import divergence
@@ -77,15 +78,15 @@ def check(methods: list[str]) -> None:
             raise BadValue(f"no method {name!r}; allowed are {', '.join(METHODS)}")
 
 
-def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int | str],
-            group_size: int = 64, context: int = 1024, windows: int | None = None,
-            keep: Path | None = None, original: bool = True, progress: Callable[[str], None] = lambda *_: None,
-            **options) -> Iterator[Row]:
+def compare(name: str, text: str | Path, *, methods: list[str], bits: list[Width],
+            job: Job | None = None, context: int = 1024, windows: int | None = None,
+            keep: Path | None = None, original: bool = True,
+            progress: Callable[[str], None] = lambda *_: None) -> Iterator[Row]:
     """Yield a row for the original, unless not asked for, and one for every method and width.
 
-    All run densely in float32, so that rows differ by their weights alone. The
-    results go to ``keep``, or are deleted; ``options`` go to ``quantize``.
-    Activation-quantising methods run at 8 bits only, per channel.
+    All run densely in float32, so that rows differ by their weights alone. The results go to
+    ``keep``, or are deleted; ``job`` says what the methods have in common, such as calibration
+    text and group size. Activation-quantising methods run at 8 bits only, per channel.
     """
     check(methods)
     teacher = load(name, dense=True)
@@ -96,19 +97,24 @@ def compare(name: str, text: str | Path, *, methods: list[str], bits: list[int |
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
         for width in bits:
             for method in methods:
-                settings = {"group_size": group_size, **METHODS[method], **options}
-                if "activation" in settings and width != 8:
+                settings = METHODS[method] | {"bits": width}
+                if "activation" in settings and width is not Width.EIGHT:
                     continue
-                if settings.pop("mixed", False):  # as many bits as uniform widths would take
-                    settings["target"] = Target(bits_per_weight=width + 32 / group_size)
+                mixed = settings.pop("mixed", False)
+                asked = (job or Job()).changed(**settings)
+                if mixed:  # as many bits as uniform widths would take
+                    groups = 32 / asked.spec.group_for(1 << 20)
+                    asked = asked.changed(target=Target(width.code_bits + groups))
                 progress(f"{method} at {width} bits")
                 folder = (keep or Path(scratch)) / f"{method}-{width}"
-                outcome = quantize(name, folder, bits=width, **settings)
+                made, spec = quantize(name, folder, asked), asked.spec.as_dict()
                 student = load(str(folder), dense=True)
-                yield _row(method, student, teacher, text, protocol, bits=width,
-                           group_size=settings["group_size"], rotated="rotation" in settings,
-                           replicas=settings.get("replicas"), replica_group=settings.get("replica_group"),
-                           seconds=outcome.seconds, peak_memory_gb=outcome.peak_memory / 1e9)
+                replicated = spec["method"] == "replica"
+                yield _row(method, student, teacher, text, protocol, bits=width.value,
+                           group_size=spec["group_size"], rotated=spec["rotation"] is not None,
+                           replicas=spec["replicas"] if replicated else None,
+                           replica_group=spec["replica_group"] if replicated else None,
+                           seconds=made.seconds, peak_memory_gb=made.peak_memory / 1e9)
                 del student
                 mx.clear_cache()
                 if keep is None:
