@@ -6,8 +6,10 @@ import re
 import numpy as np
 import pytest
 from commands import run
+from conftest import job
 
 from mlxquant.base.errors import BadValue
+from mlxquant.codes.width import Width
 from mlxquant.report import comparison
 
 KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", "tuned", "bits_per_weight",
@@ -23,8 +25,8 @@ def text(tmp_path_factory):
 
 def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
     rows = list(comparison.compare(
-        str(tiny_folder), text, methods=["rtn", "gptq", "smoothquant"], bits=[8, 2], group_size=32,
-        context=64, windows=2, data=[str(text)], samples=4, sequence_length=64))
+        str(tiny_folder), text, methods=["rtn", "gptq", "smoothquant"], bits=[Width.EIGHT, Width.TWO],
+        context=64, windows=2, job=job(text, samples=4, group_size=32)))
     assert [(r.method, r.bits) for r in rows] == [
         ("original", 16), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
     assert all(set(row) >= KEYS for row in comparison.as_dicts(rows))
@@ -53,7 +55,7 @@ def test_the_verbs(tiny_folder, text, tmp_path):
 
 
 @pytest.mark.parametrize("options,message", [
-    (("--bits", "7"), "bits is '7'|bits is 7"), (("--group-size", "48"), "does not divide"),
+    (("--bits", "7"), "bits is '7'|bits is 7"), (("--override", "nosuch*:bits=8"), "no layer matches"),
     (("--rotate", "--rotate-fused"), "give one"), (("--method", "magic"), "allowed are rtn"),
     (("--method", "smoothquant"), "--activation-bits 8"),
 ])
