@@ -213,6 +213,10 @@ def test_the_state_of_a_block_that_returns_more_is_its_first_output():
     class Block(nn.Module):
         width = 4
 
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
         def __call__(self, h):
             return 2 * h, "keys and values"
 
@@ -231,8 +235,10 @@ def test_the_state_of_a_block_that_returns_more_is_its_first_output():
 
 
 def test_blocks_that_never_run_are_reported(teacher):
-    class Network:
-        layers = teacher.network.layers
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = teacher.network.layers
 
         def __call__(self, tokens):
             return tokens
