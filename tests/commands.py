@@ -4,11 +4,11 @@ The imports take more than a second, a fork some milliseconds. Where a fork is n
 each process starts from nothing.
 """
 
-import functools
 import importlib
 import multiprocessing
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,17 +24,29 @@ _PROCESSES.set_forkserver_preload(["mlx_lm.generate", *(
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
+def command_line() -> None:
+    importlib.import_module("mlxquant.cli").main()
+
+
 class Command:
-    """``mlxquant`` with ``arguments``, begun; ``before`` is called in its process first."""
+    """``mlxquant`` with ``arguments``, begun.
+
+    ``before`` is called in its process first; ``program`` instead of the command line. In a
+    ``terminal``, by its path, it is the one that the keyboard talks to.
+    """
 
     def __init__(self, *arguments, stdin: str = "", cwd: Path | None = None,
-                 before: Callable[[], None] | None = None, **environment: str):
+                 before: Callable[[], None] | None = None,
+                 program: Callable[[], None] = command_line,
+                 terminal: str | None = None, **environment: str):
         self._folder = tempfile.TemporaryDirectory()
-        self.streams = [Path(self._folder.name, name) for name in _STREAMS]
-        self.streams[0].write_text(stdin)
+        self._streams = [Path(terminal or f"{self._folder.name}/{name}") for name in _STREAMS]
+        if not terminal:
+            self._streams[0].write_text(stdin)
         self.arguments = list(map(str, arguments))
         self.process = _PROCESSES.Process(target=_main, args=(
-            self.streams, self.arguments, cwd or Path.cwd(), os.environ | environment, before))
+            self._streams, self.arguments, cwd or Path.cwd(), os.environ | environment,
+            before, program))
         self.process.start()
 
     def ended(self, patience: float = 120) -> subprocess.CompletedProcess:
@@ -43,26 +55,29 @@ class Command:
         self.process.kill()
         self.process.join()
         with self._folder:
-            said = [stream.read_text(encoding="utf-8") for stream in self.streams[1:]]
+            said = [path.read_text(encoding="utf-8") if path.is_file() else ""
+                    for path in self._streams[1:]]
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *said)
 
 
-@functools.wraps(Command.__init__)
 def run(*arguments, **options) -> subprocess.CompletedProcess:
+    """A ``Command`` of these arguments, ended."""
     return Command(*arguments, **options).ended()
 
 
 def _main(streams: list[Path], arguments: list[str], cwd: Path, environment: dict[str, str],
-          before: Callable[[], None] | None) -> None:
+          before: Callable[[], None] | None, program: Callable[[], None]) -> None:
+    os.setsid()  # the first terminal that is opened from here on is its own
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.stdout = os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv[:] = ["mlxquant", *arguments]
     if before:
         before()
-    importlib.import_module("mlxquant.cli").main()
+    program()

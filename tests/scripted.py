@@ -1,21 +1,21 @@
-"""A model that says what a test wrote down, through the real cache, loop and tokenizer.
+"""A model that says what a test wrote down, through the real cache, loop and tokenizer."""
 
-As a script: a chat in this terminal. ``python scripted.py FOLDER [SECONDS PER TOKEN]``.
-"""
-
-import sys
 import time
 
 import mlx.core as mx
 import mlx.nn as nn
 
 import mlxquant  # first: it loads the BLAS before MLX
+from mlxquant.chat import Conversation, Session, run
+from mlxquant.runtime import probe
 
 REPLIES = [
     "<think>The user greets me. I should be friendly, and show what I can do.</think>\n\n"
-    "# Hello\n\nI can write **bold** words, `code`, and lists:\n\n1. one thing, which is long enough to be "
-    "wrapped in any narrow window\n2. another\n\n   with a second paragraph\n3. a third\n\n"
-    "```python\ndef area(radius: float) -> float:\n    \"\"\"Of a circle.\"\"\"\n    return 3.14159 * radius ** 2\n```\n\n"
+    "# Hello\n\nI can write **bold** words, `code`, and lists:\n\n"
+    "1. one thing, which is long enough to be wrapped in any narrow window\n"
+    "2. another\n\n   with a second paragraph\n3. a third\n\n"
+    "```python\ndef area(radius: float) -> float:\n    \"\"\"Of a circle.\"\"\"\n"
+    "    return 3.14159 * radius ** 2\n```\n\n"
     "| chip | GB/s |\n|---|---:|\n| M1 Pro | 200 |\n| M4 Max | 546 |\n\nThat is all.",
     "A second answer.",
     "".join(f"Line {i} of many.\n\n" for i in range(40)),
@@ -23,9 +23,9 @@ REPLIES = [
 
 
 class Scripted(nn.Module):
-    """Each new prompt gets the next of ``replies``; then its tokens one by one, and the end of turn."""
+    """Each new prompt gets the next of ``replies``: its tokens one by one, and the end of turn."""
 
-    def __init__(self, network: nn.Module, tokenizer, replies: list[str], seconds: float = 0.0):
+    def __init__(self, network: nn.Module, tokenizer, replies: list[str], seconds: float):
         super().__init__()
         self.inner, self.args = network, network.args
         self._replies = iter([tokenizer.encode(r, add_special_tokens=False) for r in replies])
@@ -57,10 +57,9 @@ def scripted(folder, replies=REPLIES, seconds: float = 0.0) -> mlxquant.Language
     return model
 
 
-if __name__ == "__main__":
-    from mlxquant.chat import Conversation, Session, run
-    from mlxquant.runtime import probe
-
-    probe.read_ceiling = lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
-    model = scripted(sys.argv[1], seconds=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
-    run(Session(Conversation(model), lambda name: scripted(name)))
+def chat_here(folder, seconds: float) -> None:
+    """A chat in this terminal."""
+    probe.read_ceiling = lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test",
+                                                   mx.__version__)
+    model = scripted(folder, seconds=seconds)
+    run(Session(Conversation(model), scripted))

@@ -1,17 +1,20 @@
 """What a terminal shows: drawn through an emulated one, and the whole chat through a pseudo-terminal."""
 
+import functools
 import os
 import pty
 import re
 import select
-import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pyte
 import pytest
+from commands import Command
 from rich.console import Console
+from scripted import chat_here
 
 from mlxquant.chat import markdown, status, terminal
 from mlxquant.chat.screen import LiveScreen
@@ -155,16 +158,12 @@ class Chat:
     def __init__(self, folder, width, state: Path, **environment):
         self.window = Window(width)
         self.terminal, slave = pty.openpty()
-        import termios
-
         termios.tcsetwinsize(slave, (24, width))
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "scripted.py"), str(folder), "0.002"],
-            stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env=os.environ | {"TERM": "xterm-256color", "MLXQUANT_STATE": str(state),
-                              "MLXQUANT_CACHE": str(state / "cache")} | environment,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0))
-        os.close(slave)
+        self.command = Command(
+            program=functools.partial(chat_here, folder, 0.002), terminal=os.ttyname(slave),
+            MLXQUANT_STATE=str(state), MLXQUANT_CACHE=str(state / "cache"),
+            **{"TERM": "xterm-256color"} | environment)
+        self._slave = slave
         self.window.screen.write_process_input = self.type  # where the cursor is, when asked
 
     def type(self, text: str) -> None:
@@ -178,7 +177,7 @@ class Chat:
         return self.text()
 
     def read(self) -> None:
-        if select.select([self.terminal], [], [], 0.2)[0]:
+        if select.select([self.terminal], [], [], 0.05)[0]:
             try:
                 data = os.read(self.terminal, 65536).decode("utf-8", "replace")
             except OSError:
@@ -191,11 +190,15 @@ class Chat:
 
     def leave(self) -> int:
         deadline = time.monotonic() + 30
-        while self.process.poll() is None and time.monotonic() < deadline:
+        while self.command.process.is_alive() and time.monotonic() < deadline:
             self.type("\x04")  # again, should it come before the editor is back
             self.read()
+        return self.command.ended(10).returncode
+
+    def close(self) -> None:
+        self.command.process.kill()
         os.close(self.terminal)
-        return self.process.wait(timeout=10)
+        os.close(self._slave)
 
 
 @pytest.fixture
@@ -208,8 +211,7 @@ def start(tiny_folder, tmp_path):
 
     yield make
     for chat in chats:
-        chat.process.kill()
-        chat.process.wait()
+        chat.close()
 
 
 @pytest.mark.parametrize("width", [80, 40])

