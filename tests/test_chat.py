@@ -6,7 +6,8 @@ import sys
 import pytest
 from scripted import scripted
 
-from mlxquant.chat import Conversation, Session, run, terminal
+from mlxquant.chat import Conversation, Session, repl, run, terminal
+from mlxquant.chat.repl import handle
 from mlxquant.chat.terminal import is_open, unquoted
 
 GREETING = "<think>Be nice.</think>\n\nHello **you**."
@@ -42,6 +43,17 @@ def test_a_turn_does_not_process_the_conversation_again(talk):
     assert conversation.last_report.cached_tokens > conversation.last_report.prompt_tokens
 
 
+def test_a_turn_is_put_through_the_template_once(tiny_folder, monkeypatch):
+    model, encoded = scripted(tiny_folder, ["One.", "Two."]), []
+    template = model.tokenizer.apply_chat_template
+    monkeypatch.setattr(type(model.tokenizer), "apply_chat_template",
+                        lambda _, messages, **how: encoded.append(1) or template(messages, **how))
+    conversation = Conversation(model)
+    for text in ("hello", "again"):
+        list(conversation.reply(text))
+    assert contents(conversation) == ["hello", "One.", "again", "Two."] and len(encoded) == 2
+
+
 def test_reasoning_is_folded_or_shown_and_kept(talk):
     out, err, conversation = talk("hi", "/show thoughts", replies=[GREETING])
     assert out == "Hello **you**.\n" and "thought, 2 words" in err and err.count("Be nice.") == 1
@@ -53,12 +65,13 @@ def test_reasoning_is_folded_or_shown_and_kept(talk):
 def test_several_lines_and_files_make_one_message(talk, tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("a\nb\n")
-    _, err, conversation = talk('"""first', "", 'second"""', f"/read {file}", "what is this?", "/read nowhere",
-                                f"/read {tmp_path}")
+    _, err, conversation = talk('"""first', "", 'second"""', f"/read {file}", "what is this?",
+                                "/read nowhere", f"/read {tmp_path}")
     assert contents(conversation)[0] == "first\n\nsecond"
     assert contents(conversation)[2] == "notes.txt:\n```\na\nb\n```\n\nwhat is this?"
     assert "(notes.txt, 2 lines, goes with the next message)" in err
-    assert "error: cannot read nowhere: No such file" in err and f"error: cannot read {tmp_path}: Is a dir" in err
+    assert "error: cannot read nowhere: No such file" in err
+    assert f"error: cannot read {tmp_path}: Is a dir" in err
 
 
 def test_binary_and_large_files_are_refused(talk, tmp_path):
@@ -74,28 +87,34 @@ def test_help_names_every_command_of_the_table(talk):
 
     _, err, _ = talk("/help")
     assert all(command.usage in err and command.help in err for command in TABLE.values())
-    assert set(TABLE) == {"/help", "/set", "/show", "/system", "/clear", "/retry", "/undo", "/edit", "/save",
-                          "/load", "/read", "/stats", "/bench", "/model", "/exit"}
+    assert set(TABLE) == {"/help", "/set", "/show", "/system", "/clear", "/retry", "/undo",
+                          "/edit", "/save", "/load", "/read", "/stats", "/bench", "/model", "/exit"}
 
 
 def test_settings_change_during_the_conversation(talk):
-    _, err, conversation = talk("/set temperature 0.5", "/set top_k=7", "/set seed 3", "/set seed none",
-                                "/set max_tokens 9", "/set lookup 4", "/show", "/set", "/set heat 3",
-                                "/set top_p 2", "/set top_k x", "/set max_tokens 0", "/set thoughts maybe")
+    _, err, conversation = talk(
+        "/set temperature 0.5", "/set top_k=7", "/set seed 3", "/set seed none",
+        "/set max_tokens 9", "/set lookup 4", "/show", "/set", "/set heat 3", "/set top_p 2",
+        "/set top_k x",
+        "/set max_tokens 0", "/set lookup 1000", "/set thoughts maybe", "/set logit_bias {}")
     sampling = conversation.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.5, 7, None)
     assert (conversation.max_tokens, conversation.lookup) == (9, 4)
-    for expected in ("temperature 0.5 · top_p 1.0 · top_k 7", "(seed is None)", "error: /set NAME VALUE",
-                     "error: top_p is 2.0, allowed are 0 to 1", "error: top_k is 'x', allowed is a whole number",
-                     "error: max_tokens is 0, at least 1", "error: thoughts is 'maybe', allowed are folded"):
+    for expected in ("temperature 0.5 · top_p 1.0 · top_k 7", "(seed is None)",
+                     "error: top_p is 2.0, allowed are 0 to 1",
+                     "error: top_k is 'x', allowed is a whole number",
+                     "error: max_tokens is 0, at least 1", "error: lookup is 1000, allowed are",
+                     "error: thoughts is 'maybe', allowed are folded"):
         assert expected in err
+    assert err.count("error: /set NAME VALUE") == 3
 
 
 def test_system_clear_stats_and_unknown_commands(talk):
-    out, err, conversation = talk("/stats", "/system", "/system Be brief.", "/system", "hi", "/clear", "/nonsense")
+    out, err, conversation = talk("/stats", "/system", "/system Be brief.", "/system", "hi",
+                                  "/clear", "/nonsense")
     assert out == "One.\n" and conversation.messages == [] and conversation.system == "Be brief."
-    for expected in ("no reply yet", "0/512 tokens", "(no system prompt)", "(system prompt set", "Be brief.",
-                     "(conversation cleared)", "no command /nonsense"):
+    for expected in ("no reply yet", "0/512 tokens", "(no system prompt)", "(system prompt set",
+                     "Be brief.", "(conversation cleared)", "no command /nonsense"):
         assert expected in err
 
 
@@ -116,12 +135,17 @@ def test_retry_undo_and_edit(talk):
     assert err.count("error: nothing has been said yet") == 3
 
 
+def test_asking_again_keeps_the_old_exchange_where_it_cannot_be_asked(talk):
+    _, err, conversation = talk("a", "/edit " + "x" * 600)
+    assert contents(conversation) == ["a", "One."] and "error: the message has" in err
+
+
 def test_edit_alone_begins_the_next_prompt(tiny_folder, monkeypatch):
     session = Session(Conversation(scripted(tiny_folder, ["One."])))
-    session.handle("a question")
-    session.handle("/edit")
-    assert session.read(lambda start: f"{start}, changed") == "a question, changed"
-    assert session.read(lambda start: start) == "" and session.conversation.messages == []
+    handle(session, "a question")
+    handle(session, "/edit")
+    assert repl.read(session, lambda start: f"{start}, changed") == "a question, changed"
+    assert repl.read(session, lambda start: start) == "" and session.conversation.messages == []
 
 
 def test_bench_leaves_the_conversation_alone(talk):
@@ -151,7 +175,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folde
             raise TooLarge("too large")
         return scripted(name, ["Still here."])
 
-    out, err, conversation = talk("a", "/model no-such", f"/model {tiny_folder}", "b", load=load)
+    out, err, _ = talk("a", "/model no-such", f"/model {tiny_folder}", "b", load=load)
     assert "error: no model named 'no-such'" in err and "error: too large" in err
     assert out == "One.\nStill here.\n" and len(calls) == 2
 
@@ -159,17 +183,20 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folde
 def test_a_full_context_forgets_whole_turns_and_says_so(talk):
     system = "S" * 40
     lines = [f"{i} " + "x" * 60 for i in range(6)]
-    out, err, conversation = talk(*lines, replies=[f"Reply {i}." for i in range(6)], system=system, max_tokens=100)
+    out, err, conversation = talk(*lines, replies=[f"Reply {i}." for i in range(6)],
+                                  system=system, max_tokens=100)
     assert out == "".join(f"Reply {i}.\n" for i in range(6))
     assert "the context is full: the model no longer sees the oldest" in err
-    assert len(conversation.messages) == 12 and conversation.forgotten % 2 == 0 < conversation.forgotten
+    assert len(conversation.messages) == 12
+    assert conversation.forgotten % 2 == 0 < conversation.forgotten
     seen = conversation.model.tokenizer.decode(conversation.cache.tokens)
-    assert seen.startswith("<|im_start|>system\n" + system) and "0 xxx" not in seen and "5 xxx" in seen
+    assert seen.startswith("<|im_start|>system\n" + system)
+    assert "0 xxx" not in seen and "5 xxx" in seen
     assert seen.count("<|im_start|>user") == seen.count("<|im_start|>assistant")
 
 
 def test_a_message_longer_than_the_context_is_refused_and_survived(talk):
-    out, err, conversation = talk("before", "x" * 600, "short", replies=["One.", "Two."])
+    _, err, conversation = talk("before", "x" * 600, "short", replies=["One.", "Two."])
     assert "error: the message has" in err and "the context of" in err
     assert contents(conversation)[::2] == ["before", "short"] and conversation.forgotten == 0
     assert conversation.last_report.cached_tokens > 0
@@ -183,7 +210,8 @@ def test_a_reply_that_is_cut_says_why(talk):
 
 
 def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(tiny_folder, capsys):
-    session = Session(Conversation(scripted(tiny_folder, ["A long reply that goes on.", "Two."]), max_tokens=100))
+    model = scripted(tiny_folder, ["A long reply that goes on.", "Two."])
+    session = Session(Conversation(model, max_tokens=100))
     feed, fed = session._screen.feed, []
 
     def interrupted(parts):
@@ -196,12 +224,13 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(tiny_folder, capsys):
             os.kill(os.getpid(), signal.SIGINT)
 
     session._screen.feed = interrupted
-    session.handle("hello")
-    session.handle("go on")
+    handle(session, "hello")
+    handle(session, "go on")
     assert "(stopped)" in capsys.readouterr().err
     kept = contents(session.conversation)
     assert "A long reply that goes on.".startswith(kept[1]) and 0 < len(kept[1]) < 20
-    assert kept[2:] == ["go on", "Two."] and session.conversation.last_report.cached_tokens > 0
+    assert kept[2:] == ["go on", "Two."]
+    assert session.conversation.last_report.cached_tokens > 0
 
 
 def test_ctrl_c_while_the_prompt_is_read_keeps_the_conversation(tiny_folder, capsys):
@@ -213,10 +242,11 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_the_conversation(tiny_folder, cap
         return reading(lambda: True)
 
     session._reading = once
-    session.handle("hello")
-    session.handle("again")
+    handle(session, "hello")
+    handle(session, "again")
     assert "(stopped)" in capsys.readouterr().err
-    assert contents(session.conversation)[:3] == ["hello", "", "again"] and contents(session.conversation)[3]
+    kept = contents(session.conversation)
+    assert kept[:3] == ["hello", "", "again"] and kept[3]
 
 
 def test_ctrl_c_at_the_prompt_keeps_the_session(tiny_folder, monkeypatch, capsys):
@@ -244,8 +274,61 @@ def test_an_unexpected_failure_keeps_the_conversation(tiny_folder, monkeypatch, 
         run(session)
     assert "the conversation is kept" in capsys.readouterr().err
     back = Session(Conversation(scripted(tiny_folder)))
-    back.handle(f"/load {tmp_path}/kept.json")
+    handle(back, f"/load {tmp_path}/kept.json")
     assert contents(back.conversation)[0] == "hello"
+
+
+@pytest.mark.parametrize("failure", [
+    RuntimeError("[malloc] Unable to allocate"), MemoryError(), OSError(28, "No space left")])
+def test_a_failure_of_mlx_or_the_system_is_one_line_and_the_chat_goes_on(
+        tiny_folder, monkeypatch, capsys, failure):
+    session, failing = Session(Conversation(scripted(tiny_folder, ["One."]))), [failure]
+    answer = session.answer
+
+    def once(text):
+        if failing:
+            raise failing.pop()
+        answer(text)
+
+    monkeypatch.setattr(session, "answer", once)
+    handle(session, "hello")
+    handle(session, "again")
+    assert capsys.readouterr().err.count("error: ") == 1
+    assert contents(session.conversation) == ["again", "One."]
+
+
+def test_no_command_ends_the_chat(talk, monkeypatch):
+    from mlxquant.chat import commands
+
+    monkeypatch.setattr(commands, "generate", lambda *_, **__: 1 / 0)
+    _, err, conversation = talk("/set seed -1", "/set temperature 1", "a", "/bench", "b")
+    assert contents(conversation)[::2] == ["a", "b"]
+    assert "error: ZeroDivisionError: division by zero" in err
+
+
+def test_a_conversation_that_cannot_be_kept_hides_no_failure(
+        tiny_folder, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLXQUANT_STATE", str(tmp_path / "file"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    session = Session(Conversation(scripted(tiny_folder)))
+    monkeypatch.setattr(session, "answer", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(session)
+    assert "cannot be kept: cannot write" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_not_utf8_is_refused_and_the_chat_goes_on(talk):
+    _, err, conversation = talk("caf\udce9", "hello")  # as main() has standard input decoded
+    assert contents(conversation) == ["hello", "One."] and "is not text in UTF-8" in err
+
+
+def test_a_reply_steers_no_terminal_from_a_plain_screen_or_a_remark(talk):
+    attack = "a\x1b[2Jb\x9bc\x07\u202ed\u2066e\u200ff"
+    out, err, conversation = talk("/set thoughts shown", "x", "/show thoughts",
+                                  replies=[f"<think>{attack}</think>{attack}"])
+    assert out == "a[2Jbcdef\n" and err.count("a[2Jbcdef") == 2
+    assert contents(conversation)[1].count(attack) == 2
 
 
 def test_a_template_that_refuses_is_one_line(talk, capsys):
@@ -254,15 +337,17 @@ def test_a_template_that_refuses_is_one_line(talk, capsys):
 
         raise jinja2.TemplateError("System role not supported")
 
-    _, err, conversation = talk("hello", "/system x")
+    conversation = talk("hello", "/system x")[2]
     conversation.model.tokenizer._chat_template = refusing
     session = Session(conversation)
-    session.handle("hi")
-    assert conversation.messages == [] and "refuses these messages: System" in capsys.readouterr().err
+    handle(session, "hi")
+    assert conversation.messages == []
+    assert "refuses these messages: System" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text,whole,opened", [
-    ('"""a', "a", True), ('"""a\nb"""', "a\nb", False), ('"""', "", True), ("plain ", "plain", False),
+    ('"""a', "a", True), ('"""a\nb"""', "a\nb", False), ('"""', "", True),
+    ("plain ", "plain", False),
     ('""""""', "", False), ('say """x"""', 'say """x"""', False)])
 def test_quotes_around_several_lines(text, whole, opened):
     assert unquoted(text) == whole and is_open(text) is opened

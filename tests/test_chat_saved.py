@@ -4,18 +4,20 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import random_network, write_folder
+from conftest import CONFIG, random_network, write_folder
 from scripted import scripted
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
-from mlxquant.chat import Conversation, saved
+from mlxquant.chat import Conversation, Session, saved
+from mlxquant.chat.repl import handle
 
 
 @pytest.fixture
 def spoken(tiny):
-    conversation = Conversation(tiny, system="Be brief.", sampling=Sampling(temperature=0.5, seed=4), max_tokens=9)
+    conversation = Conversation(tiny, system="Be brief.", max_tokens=9,
+                                sampling=Sampling(temperature=0.5, seed=4))
     list(conversation.reply("hello"))
     return conversation
 
@@ -25,7 +27,8 @@ def test_a_conversation_comes_back_with_its_keys_and_values(spoken, tiny, tmp_pa
     assert [file.name for file in files] == ["talk.json", "talk.safetensors"]
     other = Conversation(tiny)
     saved.load(tmp_path / "talk.json", tiny).into(other)
-    assert (other.messages, other.system, other.sampling) == (spoken.messages, spoken.system, spoken.sampling)
+    assert (other.messages, other.system) == (spoken.messages, spoken.system)
+    assert other.sampling == spoken.sampling
     assert other.cache.tokens == spoken.cache.tokens
     for ours, theirs in zip(other.cache.layers, spoken.cache.layers):
         assert all(mx.array_equal(a, b) for a, b in zip(ours.state, theirs.state))
@@ -43,13 +46,14 @@ def test_a_quantised_cache_comes_back(tiny, tmp_path):
     assert again.report.cached_tokens == 56 and back.layers[0].bits == 8
 
 
-def test_other_weights_get_no_keys_and_values(spoken, tmp_path):
+@pytest.mark.parametrize("seed,config,fits", [
+    (0, CONFIG, True), (1, CONFIG, False), (0, CONFIG | {"rope_theta": 500.0}, False)])
+def test_only_the_same_model_gets_the_keys_and_values(spoken, tmp_path, seed, config, fits):
+    """Of the same shape, in files of the same names and sizes, whatever folder they are in."""
     saved.save(spoken, tmp_path / "talk")
-    other = mlxquant.load(str(write_folder(tmp_path / "other", random_network())), dense=False)
-    other.folder = tmp_path / "other"
-    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "other" / "model-00001-of-00001.safetensors")
-    found = saved.load(tmp_path / "talk", other)
-    assert found.cache is None and found.messages == spoken.messages
+    write_folder(tmp_path / "other", random_network(config, seed), config)
+    found = saved.load(tmp_path / "talk", mlxquant.load(str(tmp_path / "other")))
+    assert (found.cache is not None) is fits and found.messages == spoken.messages
 
 
 def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, tmp_path):
@@ -62,8 +66,12 @@ def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, t
     (lambda v: "not json", "is no saved conversation"),
     (lambda v: json.dumps([]), "is no saved conversation of format 1"),
     (lambda v: json.dumps(v | {"format": 2}), "of format 1"),
-    (lambda v: json.dumps(v | {"messages": [{"role": "user", "content": "x"}]}), "pairs of user and assistant"),
-    (lambda v: json.dumps(v | {"messages": [{"role": "user"}, {"role": "assistant"}]}), "pairs of user"),
+    (lambda v: "[" * 100_000, "is no saved conversation"),
+    (lambda v: json.dumps(v | {"messages": [{"role": "user", "content": "x"}]}),
+     "pairs of user and assistant"),
+    (lambda v: json.dumps(v | {"messages": [{"role": "user"}, {"role": "assistant"}]}),
+     "pairs of user"),
+    (lambda v: json.dumps(v | {"system": 7}), "model and system must be text"),
     (lambda v: json.dumps(v | {"max_tokens": "many"}), "whole numbers that fit"),
     (lambda v: json.dumps(v | {"forgotten": 4}), "whole numbers that fit"),
     (lambda v: json.dumps(v | {"sampling": {"heat": 1}}), "other settings"),
@@ -97,16 +105,25 @@ def test_a_missing_file_and_a_bad_value_are_one_line(tiny, spoken, tmp_path):
 
 
 def test_commands_save_and_load(tiny_folder, tmp_path, capsys):
-    from mlxquant.chat import Session
-
     session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
-    session.handle("hello")
-    session.handle(f"/save {tmp_path}/talk")
-    session.handle("/clear")
-    session.handle(f"/load {tmp_path}/talk")
-    session.handle("/save")
-    session.handle("/load")
+    handle(session, "hello")
+    handle(session, f"/save {tmp_path}/talk")
+    handle(session, "/clear")
+    handle(session, f"/load {tmp_path}/talk")
+    handle(session, "/save")
+    handle(session, "/load")
+    handle(session, "/save ..")
+    handle(session, "/save ~nobody-of-this-name/x")
+    (tmp_path / "file").touch()
+    handle(session, f"/save {tmp_path}/file/talk")
+    (tmp_path / "talk.safetensors").unlink()
+    (tmp_path / "talk.safetensors").mkdir()
+    handle(session, f"/save {tmp_path}/talk")
     err = " ".join(capsys.readouterr().err.split())
+    assert "error: ~nobody-of-this-name/x: Could not determine home" in err
+    assert f"error: cannot write {tmp_path}/file/talk.json: " in err
+    assert f"error: cannot write {tmp_path}/talk.safetensors: Is a directory" in err
     assert "(saved: " in err and "1 turns;" in err and "need no processing" in err
-    assert "error: /save needs a file's name" in err and "error: /load needs a file's name" in err
+    assert err.count("error: /save needs a file's name") == 2
+    assert "error: /load needs a file's name" in err
     assert [m["content"] for m in session.conversation.messages] == ["hello", "One."]

@@ -1,10 +1,11 @@
-"""What a terminal shows: drawn through an emulated one, and the whole chat through a pseudo-terminal."""
+"""What a terminal shows: through an emulated one, and the whole chat through a pseudo-terminal."""
 
 import functools
 import os
 import pty
 import re
 import select
+import signal
 import sys
 import termios
 import time
@@ -16,7 +17,8 @@ from commands import Command
 from rich.console import Console
 from scripted import chat_here
 
-from mlxquant.chat import markdown, status, terminal
+from mlxquant.base.text import clean
+from mlxquant.chat import keyboard, markdown, status, terminal
 from mlxquant.chat.screen import LiveScreen
 from mlxquant.runtime.reply import Part
 
@@ -41,7 +43,8 @@ class Window:
         pass
 
     def lines(self) -> list[str]:
-        above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
+        columns = range(self.screen.columns)
+        above = ["".join(row[x].data for x in columns) for row in self.screen.history.top]
         return [line.rstrip() for line in [*above, *self.screen.display]]
 
 
@@ -52,7 +55,8 @@ def show(monkeypatch, parts, width, height=24, pause=0.0, **options):
     window = Window(width, height)
     monkeypatch.setattr(sys, "stdout", window)
     monkeypatch.setattr(screen, "_PAUSE_S", pause)
-    console = Console(force_terminal=True, width=width, height=height, color_system="256", highlight=False, **options)
+    console = Console(force_terminal=True, width=width, height=height, color_system="256",
+                      highlight=False, **options)
     live = LiveScreen(console, lambda: False, lambda: "9 tokens/s")
     live.begin()
     for part in parts:
@@ -75,7 +79,8 @@ def test_a_streamed_reply_ends_as_if_it_had_been_there_at_once(monkeypatch, widt
 
 def test_a_reply_longer_than_the_window_is_whole_in_the_scrollback(monkeypatch):
     code = "\n".join(f"line_{i} = {i}" for i in range(60))
-    window = show(monkeypatch, [Part("answer", f"Before.\n\n```python\n{code}\n```\n\nAfter.")], 60, 12)
+    text = f"Before.\n\n```python\n{code}\n```\n\nAfter."
+    window = show(monkeypatch, [Part("answer", text)], 60, 12)
     found = [line.strip() for line in window.lines() if line.strip()]
     assert found == ["Before.", *code.splitlines(), "After."]
 
@@ -100,14 +105,16 @@ def test_without_colour_nothing_is_coloured(monkeypatch):
 
 
 def test_a_reply_cannot_steer_the_terminal(monkeypatch):
-    window = show(monkeypatch, [Part("answer", "a\x1b[2Jb\x07c\r\x9bd\u202e")], 60)
-    assert "\x1b[2J" not in window.written and "\x07" not in window.written
-    assert markdown.clean("a\x1b]0;t\x07b\tc\n") == "a]0;tb\tc\n"
+    attack = ("a\x1b[2Jb\x07c\r\x9bd\u202e &#x202e;&#12; `&#27;`\n\n    \x1b]0;t\u2066\n\n"
+              "| \x1b |\n|---|\n")
+    window = show(monkeypatch, [Part("thought", attack), Part("answer", attack)], 60)
+    assert not re.search("[\x07\x0c\x9b\u202e\u2066]|\x1b[^[]|\x1b\\[2J", window.written)
+    assert clean("a\x1b]0;t\x07b\tc\n") == "a]0;tb\tc\n"
 
 
 @pytest.mark.parametrize("text,blocks", [
-    ("one", 0), ("one\n\ntwo", 1), ("- a\n\n- b", 0), ("```\na\n\nb", 0), ("```\na\n```\n\nb", 1), ("", 0),
-    ("1. a\n\n   b\n\n2. c\n\nd", 1)])
+    ("one", 0), ("one\n\ntwo", 1), ("- a\n\n- b", 0), ("```\na\n\nb", 0),
+    ("```\na\n```\n\nb", 1), ("", 0), ("1. a\n\n   b\n\n2. c\n\nd", 1)])
 def test_blocks_are_finished_once_another_begins(text, blocks):
     done, rest = markdown.split(text)
     assert len(done) == blocks and "".join(done) + rest == text
@@ -116,9 +123,8 @@ def test_blocks_are_finished_once_another_begins(text, blocks):
 def test_the_status_line_fits_any_width():
     parts = ["a-long-model", "2.15 bits", "context 12/512", "9.0 tokens/s"]
     assert status.fit(parts, 80) == "a-long-model · 2.15 bits · context 12/512 · 9.0 tokens/s"
-    assert status.fit(parts, 30) == "a-long-model · 2.15 bits" and status.fit(parts, 5) == "a-lon"
-    assert status.fit(parts, 28) == "a-long-model · 2.15 bits"
-    assert status.fit(parts, 27) == "a-long-model · 2.15 bits" and status.fit(parts, 23) == "a-long-model"
+    assert {status.fit(parts, width) for width in (27, 28, 30)} == {"a-long-model · 2.15 bits"}
+    assert status.fit(parts, 23) == "a-long-model" and status.fit(parts, 5) == "a-lon"
 
 
 def test_completion_of_commands_arguments_and_paths(tmp_path, monkeypatch):
@@ -137,7 +143,8 @@ def test_completion_of_commands_arguments_and_paths(tmp_path, monkeypatch):
 
     assert complete("/s") == ["/save", "/set", "/show", "/stats", "/system"]
     assert complete("/set top") == ["/set top_k", "/set top_p"]
-    assert complete("/read no") == ["/read notes.txt"] and complete("/model smol") == ["/model smollm2-135m"]
+    assert complete("/read no") == ["/read notes.txt"]
+    assert complete("/model smol") == ["/model smollm2-135m"]
     assert complete("hello") == complete("/clear x") == complete("/nonsense x") == []
 
 
@@ -152,18 +159,25 @@ def test_history_is_kept_private_or_not_at_all(tmp_path, monkeypatch):
     assert list(terminal._history().load_history_strings()) == []
 
 
+@pytest.mark.parametrize("typed,text", [
+    (b"one two\n", "one two"), (b"tow\x7f\x7fwo", "two"), (b"wrong\x15right", "right"),
+    (b"\x7f\x7f", ""), (b"\x1b[A\x1b[1;5Cup\x1bOP\x1b", "up"), (b"\x1b[12;40Rx\x04\x01\t", "x\t"),
+    ("é\U0001f600\x7f!".encode(), "é!"), (b"\xff\xc3", ""), (b"a\nb\n\n", "a\nb")])
+def test_what_was_typed_meanwhile_is_edited_as_on_a_line(typed, text):
+    assert keyboard.edited(typed) == text
+
+
 class Chat:
     """The chat in a pseudo-terminal, seen through an emulated one."""
 
     def __init__(self, folder, width, state: Path, **environment):
         self.window = Window(width)
-        self.terminal, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (24, width))
+        self.terminal, self.slave = pty.openpty()
+        termios.tcsetwinsize(self.slave, (24, width))
         self.command = Command(
-            program=functools.partial(chat_here, folder, 0.002), terminal=os.ttyname(slave),
+            program=functools.partial(chat_here, folder, 0.002), terminal=os.ttyname(self.slave),
             MLXQUANT_STATE=str(state), MLXQUANT_CACHE=str(state / "cache"),
             **{"TERM": "xterm-256color"} | environment)
-        self._slave = slave
         self.window.screen.write_process_input = self.type  # where the cursor is, when asked
 
     def type(self, text: str) -> None:
@@ -188,6 +202,9 @@ class Chat:
     def text(self) -> str:
         return "\n".join(self.window.lines())
 
+    def echoes(self) -> bool:
+        return bool(termios.tcgetattr(self.slave)[3] & termios.ECHO)
+
     def leave(self) -> int:
         deadline = time.monotonic() + 30
         while self.command.process.is_alive() and time.monotonic() < deadline:
@@ -198,7 +215,7 @@ class Chat:
     def close(self) -> None:
         self.command.process.kill()
         os.close(self.terminal)
-        os.close(self._slave)
+        os.close(self.slave)
 
 
 @pytest.fixture
@@ -219,8 +236,9 @@ def test_in_a_real_terminal(start, width):
     chat = start(width)
     chat.until("^>")
     chat.type("hello\r")
-    shown = chat.until("That is all.*peak.*^>.*context [0-9]+/512")  # the status line under the prompt
-    assert "thought, 14 words" in shown and "def area(radius: float) -> float:" in shown and "<think>" not in shown
+    shown = chat.until("That is all.*peak.*^>.*context [0-9]+/512")  # the line under the prompt
+    assert "thought, 14 words" in shown and "<think>" not in shown
+    assert "def area(radius: float) -> float:" in shown
     chat.type('"""two\rlines"""\r')
     chat.until("A second answer.*^>")
     chat.type("long\r")
@@ -231,7 +249,35 @@ def test_in_a_real_terminal(start, width):
     chat.until("3 turns, 1 forgotten")
     chat.type("\x1b[200~pasted\nlines\x1b[201~\x03")  # Ctrl-C at the prompt
     chat.until(r"\(Ctrl-D or /exit leaves\)")
-    assert chat.leave() == 0
+    assert chat.leave() == 0 and chat.echoes()
+
+
+def test_what_is_typed_while_an_answer_comes_begins_the_next_prompt(start):
+    chat = start(60)
+    chat.until("^>")
+    chat.type("hello\r")
+    chat.until("thought, 14 words")
+    assert not chat.echoes()
+    chat.type("what nexx\x7ft?\r")
+    shown = chat.until("That is all.*peak.*^> what next[?]")
+    assert shown.count("what nex") == 1
+    chat.type("\r")
+    chat.until("A second answer.*^>")
+    assert chat.leave() == 0 and chat.echoes()
+
+
+@pytest.mark.parametrize("number,busy", [(signal.SIGTERM, True), (signal.SIGHUP, False)])
+def test_a_chat_that_is_ended_from_outside_leaves_the_terminal_as_it_was(start, number, busy):
+    chat = start(60)
+    chat.until("^>")
+    if busy:
+        chat.type("hello\r")
+        chat.until("thought, 14 words")
+    os.kill(chat.command.process.pid, number)
+    deadline = time.monotonic() + 30
+    while chat.command.process.is_alive() and time.monotonic() < deadline:
+        chat.read()  # it may be writing
+    assert chat.command.ended(10).returncode == 128 + number and chat.echoes()
 
 
 def test_in_a_dumb_terminal(start):

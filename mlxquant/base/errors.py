@@ -33,3 +33,20 @@ class TooLarge(MlxquantError):
 
 class BadValue(MlxquantError):
     """An argument outside its allowed range."""
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user of an error that is not a bug; None where it may be one.
+
+    Beside our own these are the system's, and MLX's where memory or the device fails: their
+    message begins with the operation in brackets.
+    """
+    if isinstance(error, MlxquantError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, OSError) or (type(error) is RuntimeError and str(error).startswith("[")):
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None

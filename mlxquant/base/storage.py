@@ -19,7 +19,7 @@ from mlxquant.base.errors import MlxquantError, TooLarge
 _Result = TypeVar("_Result")
 _held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-         errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
+         errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
 
 def cache_dir(*parts: str) -> Path:

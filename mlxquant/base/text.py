@@ -18,7 +18,7 @@ def clean(text: str) -> str:
 
 
 def require_unicode(text: str, what: str) -> str:
-    """``text``, unless it holds bytes that Python could not decode; then raise ``MlxquantError``."""
+    """``text``; raises ``MlxquantError`` where it holds bytes that could not be decoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,23 +1,22 @@
-"""What a line that begins with a slash does. One function a command; the table at the end names them."""
+"""What a line that begins with a slash does: one function a command, and a table of them all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.chat import saved
+from mlxquant.chat.session import Session
 from mlxquant.runtime.generation import generate
-from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.sampling import Sampling
 from mlxquant.sources import recipes
-
-if TYPE_CHECKING:
-    from mlxquant.chat.session import Session
 
 READ_LIMIT = 4 << 20  # bytes; no context holds more
 _BENCH = "Explain in a few sentences why the sky is blue."
 _BENCH_TOKENS = 64
+_SAMPLING = {f.name: f.default for f in fields(Sampling) if f.name != "logit_bias"}
+_NAMES = (*_SAMPLING, "max_tokens", "lookup", "thoughts")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Command:
 
     usage: str
     help: str
-    run: Callable[["Session", str], None]
+    run: Callable[[Session, str], None]
     takes: Callable[[], list[str]] | None = list
 
     @property
@@ -34,7 +33,7 @@ class Command:
         return self.usage.partition(" ")[0]
 
 
-def obey(session: "Session", line: str) -> None:
+def obey(session: Session, line: str) -> None:
     """Run the command in ``line``; raises ``MlxquantError`` with what is wrong."""
     name, _, argument = line.partition(" ")
     command = TABLE.get(name)
@@ -43,66 +42,64 @@ def obey(session: "Session", line: str) -> None:
     command.run(session, argument.strip())
 
 
-def _help(session: "Session", _: str) -> None:
+def _help(session: Session, _: str) -> None:
     width = max(len(command.usage) for command in TABLE.values()) + 2
     for command in TABLE.values():
         session.say(f"{command.usage:{width}}{command.help}")
     session.say('Several lines: begin and end with """, or press Alt-Enter for a new one.\n'
-                "Ctrl-R searches what was typed before. Ctrl-C stops a reply and keeps the conversation.")
+                "Ctrl-R searches what was typed before. Ctrl-C stops a reply and keeps the "
+                "conversation.")
 
 
-def _settings(session: "Session") -> dict[str, object]:
+def _settings(session: Session) -> dict[str, Any]:
+    """Every setting by its name, with its value."""
     talk = session.conversation
-    return {**{f.name: getattr(talk.sampling, f.name) for f in fields(Sampling)}, "max_tokens": talk.max_tokens,
-            "lookup": talk.lookup, "thoughts": session.thoughts}
+    return {**{name: getattr(talk.sampling, name) for name in _SAMPLING},
+            "max_tokens": talk.max_tokens, "lookup": talk.lookup, "thoughts": session.thoughts}
 
 
-def _set(session: "Session", argument: str) -> None:
+def _set(session: Session, argument: str) -> None:
     name, _, text = argument.replace("=", " ").partition(" ")
-    settings = _settings(session)
-    if name not in settings or not text.strip():
-        raise BadValue(f"/set NAME VALUE, where NAME is one of {', '.join(settings)}")
     text, talk = text.strip(), session.conversation
+    if name not in _NAMES or not text:
+        raise BadValue(f"/set NAME VALUE, where NAME is one of {', '.join(_NAMES)}")
     if name == "thoughts":
         if text not in ("folded", "shown"):
             raise BadValue(f"thoughts is {text!r}, allowed are folded and shown")
         session.thoughts = text
-    elif name in ("max_tokens", "lookup"):
-        value = _number(name, text, whole=True)
-        lowest = 1 if name == "max_tokens" else 0
-        if value is None or value < lowest:
-            raise BadValue(f"{name} is {text}, at least {lowest} is needed")
-        setattr(talk, name, value)
+    elif name in _SAMPLING:
+        talk.sampling = replace(talk.sampling, **{name: _number(name, text)})
     else:
-        whole = name in ("top_k", "seed")
-        changed: dict[str, Any] = {name: _number(name, text, whole)}
-        talk.sampling = replace(talk.sampling, **changed)
+        replace(talk, **{name: _number(name, text)})  # raises where it is not allowed
+        setattr(talk, name, _number(name, text))
     session.say(f"({name} is {_settings(session)[name]})")
 
 
-def _number(name: str, text: str, whole: bool) -> int | float | None:
+def _number(name: str, text: str) -> Any:
     if name == "seed" and text in ("none", "off"):
         return None
+    whole = not isinstance(_SAMPLING.get(name), float)
     try:
         return int(text) if whole else float(text)
     except ValueError:
         raise BadValue(f"{name} is {text!r}, allowed is a {'whole ' * whole}number") from None
 
 
-def _show(session: "Session", argument: str) -> None:
+def _show(session: Session, argument: str) -> None:
+    talk = session.conversation
     if argument == "thoughts":
-        session.say(session.conversation.thoughts.strip() or "(no reasoning before the last reply)")
+        session.say(talk.thoughts.strip() or "(no reasoning before the last reply)")
         return
     if argument:
         raise BadValue("/show has no argument, or: thoughts")
-    talk = session.conversation
     session.say(f"model {talk.model.name} in {talk.model.folder}")
     session.say(f"system {talk.system or '(none)'}")
     session.say(" · ".join(f"{name} {value}" for name, value in _settings(session).items()))
-    session.say(f"{len(talk.messages) // 2} turns, {talk.forgotten // 2} forgotten, context {talk.used()}")
+    session.say(f"{len(talk.messages) // 2} turns, {talk.forgotten // 2} forgotten, "
+                f"context {talk.used()}")
 
 
-def _system(session: "Session", text: str) -> None:
+def _system(session: Session, text: str) -> None:
     if not text:
         session.say(session.conversation.system or "(no system prompt)")
         return
@@ -111,55 +108,63 @@ def _system(session: "Session", text: str) -> None:
     session.say("(system prompt set, conversation cleared)")
 
 
-def _clear(session: "Session", _: str) -> None:
+def _clear(session: Session, _: str) -> None:
     session.conversation.clear()
     session.attached = []
     session.say("(conversation cleared)")
 
 
-def _retry(session: "Session", _: str) -> None:
-    session.answer(session.conversation.undo())
+def _retry(session: Session, _: str) -> None:
+    _ask_again(session, "")
 
 
-def _undo(session: "Session", _: str) -> None:
+def _ask_again(session: Session, text: str) -> None:
+    """Answer ``text`` or the last message in place of the last exchange; keep that on an error."""
+    talk = session.conversation
+    messages, forgotten = talk.messages, talk.forgotten
+    said = talk.undo()
+    try:
+        session.answer(text or said)
+    except Exception:
+        if len(talk.messages) < len(messages):
+            talk.messages, talk.forgotten = messages, forgotten
+        raise
+
+
+def _undo(session: Session, _: str) -> None:
     said = session.conversation.undo()
-    session.say(f"(taken back: {said.splitlines()[0][:60]})")
+    session.say(f"(taken back: {' '.join(said.split())[:60]})")
 
 
-def _edit(session: "Session", text: str) -> None:
-    said = session.conversation.undo()
+def _edit(session: Session, text: str) -> None:
     if text:
-        session.answer(text)
+        _ask_again(session, text)
     else:
-        session.draft = said  # the next prompt begins with it
+        session.draft = session.conversation.undo()  # the next prompt begins with it
 
 
-def _save(session: "Session", argument: str) -> None:
-    if not argument:
-        raise BadValue("/save needs a file's name")
-    files = saved.save(session.conversation, Path(argument))
+def _save(session: Session, argument: str) -> None:
+    files = saved.save(session.conversation, _path("/save", argument))
     size = sum(file.stat().st_size for file in files)
     session.say(f"(saved: {' and '.join(map(str, files))}, {size / 1e6:.1f} MB)")
 
 
-def _load(session: "Session", argument: str) -> None:
-    if not argument:
-        raise BadValue("/load needs a file's name")
+def _load(session: Session, argument: str) -> None:
     talk = session.conversation
-    found = saved.load(Path(argument), talk.model)
+    found = saved.load(_path("/load", argument), talk.model)
     found.into(talk)
-    kept = f"{len(talk.cache.tokens)} tokens need no processing" if found.cache else \
-        f"its keys and values are not there or not of this model ({found.model}): computed again when needed"
+    kept = f"{len(talk.cache.tokens)} tokens need no processing" if found.cache else (
+        f"its keys and values are not there or not of this model ({found.model}): "
+        "computed again when needed")
     session.say(f"({len(talk.messages) // 2} turns; {kept})")
 
 
-def _read(session: "Session", argument: str) -> None:
-    if not argument:
-        raise BadValue("/read needs a file's name")
-    path = Path(argument).expanduser()
+def _read(session: Session, argument: str) -> None:
+    path = _path("/read", argument)
     try:
-        if path.stat().st_size > READ_LIMIT:
-            raise BadValue(f"{path} has {path.stat().st_size / 1e6:.0f} MB, allowed are {READ_LIMIT >> 20}")
+        size = path.stat().st_size
+        if size > READ_LIMIT:
+            raise BadValue(f"{path} has {size / 1e6:.0f} MB, allowed are {READ_LIMIT >> 20}")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MlxquantError(f"cannot read {path}: {error.strerror}") from error
@@ -169,20 +174,30 @@ def _read(session: "Session", argument: str) -> None:
     session.say(f"({path.name}, {len(text.splitlines())} lines, goes with the next message)")
 
 
-def _stats(session: "Session", _: str) -> None:
+def _path(command: str, argument: str) -> Path:
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError as error:  # no such user's home
+        raise BadValue(f"{argument}: {error}") from error
+    if path.name in ("", "..") or "\0" in argument:
+        raise BadValue(f"{command} needs a file's name")
+    return path
+
+
+def _stats(session: Session, _: str) -> None:
     talk = session.conversation
     session.say(talk.last_report.line() if talk.last_report else "no reply yet")
     session.say(f"{talk.used()} tokens of context in use")
 
 
-def _bench(session: "Session", _: str) -> None:
+def _bench(session: Session, _: str) -> None:
     talk = session.conversation
-    report = generate(talk.model, [{"role": "user", "content": _BENCH}], max_tokens=_BENCH_TOKENS,
-                      cache=PromptCache(), kv_bits=talk.kv_bits).report
+    report = generate(talk.model, [{"role": "user", "content": _BENCH}],
+                      max_tokens=_BENCH_TOKENS, kv_bits=talk.kv_bits).report
     session.say(report.line())
 
 
-def _model(session: "Session", name: str) -> None:
+def _model(session: Session, name: str) -> None:
     if not name:
         session.say(session.conversation.model.name)
         return
@@ -190,23 +205,21 @@ def _model(session: "Session", name: str) -> None:
     session.say(f"(now {session.conversation.model.name}; the conversation goes on)")
 
 
-def _exit(session: "Session", _: str) -> None:
+def _exit(session: Session, _: str) -> None:
     session.over = True
 
 
 def _models() -> list[str]:
-    return [*recipes.names(), *(f"{p}/" for p in Path().iterdir() if (p / "config.json").is_file()),
-            *(p.name for p in Path().glob("*.gguf"))]
-
-
-def _names() -> list[str]:
-    return [*(f.name for f in fields(Sampling)), "max_tokens", "lookup", "thoughts"]
+    folders = (f"{path}/" for path in Path().iterdir() if (path / "config.json").is_file())
+    return [*recipes.names(), *folders, *(path.name for path in Path().glob("*.gguf"))]
 
 
 TABLE = {command.name: command for command in (
     Command("/help", "this list", _help),
-    Command("/set NAME VALUE", "temperature, top_p, seed, max_tokens, thoughts …", _set, _names),
-    Command("/show [thoughts]", "settings, or the reasoning before the last reply", _show, lambda: ["thoughts"]),
+    Command("/set NAME VALUE", "temperature, top_p, seed, max_tokens, thoughts …",
+            _set, lambda: list(_NAMES)),
+    Command("/show [thoughts]", "settings, or the reasoning before the last reply", _show,
+            lambda: ["thoughts"]),
     Command("/system [TEXT]", "set the system prompt and start over; alone: show it", _system),
     Command("/clear", "forget the conversation, keep the system prompt", _clear),
     Command("/retry", "answer the last message again", _retry),

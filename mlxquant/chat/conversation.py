@@ -1,15 +1,20 @@
 """What has been said, and the keys and values computed for it."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, TooLarge
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.generation import stream_generate
+from mlxquant.runtime.generation import answer
+from mlxquant.runtime.kv_bits import check_kv_bits
 from mlxquant.runtime.prompt import Message, encode
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
+from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import Sampling
+from mlxquant.runtime.speculation import Loop, Speculation
 from mlxquant.runtime.speed import Report
 
 
@@ -18,12 +23,13 @@ class Conversation:
     """Messages so far, and the keys and values already computed for them.
 
     The model no longer sees the first ``forgotten`` of the messages: the context was
-    full. ``thoughts`` are the reasoning before the last reply.
+    full. ``thoughts`` are the reasoning before the last reply. Raises ``BadValue`` for
+    settings outside their ranges.
     """
 
     model: LanguageModel
     system: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 1024
     kv_bits: int | None = None
     draft: LanguageModel | None = None
@@ -34,54 +40,69 @@ class Conversation:
     thoughts: str = ""
     last_report: Report | None = None
 
-    def reply(self, text: str, progress: Callable[[int, int], None] | None = None) -> Generator[Chunk, None, None]:
-        """Stream the answer to ``text``; a stopped answer stays in the history as far as it came.
+    def __post_init__(self) -> None:
+        checks.integer("max_tokens", self.max_tokens, 1)
+        self._loop()
 
-        Raises ``TooLarge`` for a message longer than the context; it is then not kept.
+    def reply(self, text: str, progress: Callable[[int, int], None] | None = None
+              ) -> Generator[Chunk, None, None]:
+        """The answer to ``text``, streamed; a stopped one stays in the history as far as it came.
+
+        Where the context has no room for it, the oldest turns are forgotten before this
+        returns. Raises ``TooLarge`` for a message longer than the context, and what
+        ``stream_generate`` does; the message is then not kept.
         """
-        history = [*self.messages, {"role": "user", "content": text}]
-        chunks = stream_generate(
-            self.model, self._seen(history), max_tokens=self.max_tokens, sampling=self.sampling, cache=self.cache,
-            kv_bits=self.kv_bits, draft=self.draft, lookup=self.lookup, progress=progress)
-        answer: list[str] = []
+        history: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        if not self.cache.tokens:
+            check_kv_bits(self.model, self.kv_bits)
+        request = replace(Request.of(self.model, self._prompt(history), sampling=self.sampling,
+                                     max_tokens=self.max_tokens), continues=False)
+        chunks = answer(self.model, request, self.cache, self._loop(),
+                        progress or (lambda done, total: None))
+        return self._recorded(history, chunks)
+
+    def _loop(self) -> Loop:
+        return Loop(self.kv_bits, Speculation(self.draft, lookup=self.lookup))
+
+    def _recorded(self, history: list[Message], chunks: Generator[Chunk, None, None]
+                  ) -> Generator[Chunk, None, None]:
+        said: list[str] = []
         thoughts: list[str] = []
         try:
             for chunk in chunks:
-                answer.append(chunk.text)
+                said.append(chunk.text)
                 thoughts += [part.text for part in chunk.parts if part.kind == "thought"]
                 self.last_report = chunk.report or self.last_report
                 yield chunk
         finally:
-            self.messages = [*history, {"role": "assistant", "content": "".join(answer)}]
+            self.messages = [*history, {"role": "assistant", "content": "".join(said)}]
             self.thoughts = "".join(thoughts)
             chunks.close()
 
-    def check_fits(self, text: str) -> None:
-        """Raise ``TooLarge`` where not even ``text`` alone, after the system prompt, fits the context."""
-        context = self.model.context_length
-        tokens = len(encode(self.model, [*self._told(), {"role": "user", "content": text}]))
-        if context is not None and tokens >= context:
-            raise TooLarge(f"the message has {tokens} tokens, the context of {self.model.name} holds {context}")
+    def _prompt(self, history: list[Message]) -> list[int]:
+        """Token ids of what the model gets: the system prompt, and the messages not forgotten.
 
-    def make_room(self, text: str) -> int:
-        """Let the model forget the oldest turns where ``text`` and a reply would not fit; how many.
-
-        The system prompt stays. Half the context is then free, so that the next turns
-        need not forget again.
+        The history is put through the template once. Only where no room for a reply is
+        left the oldest turns are forgotten, until half the context is free, so that the
+        next turns need not forget again.
         """
-        context = self.model.context_length
-        if context is None:
-            return 0
-        message: Message = {"role": "user", "content": text}
-        wanted = context - min(self.max_tokens, context // 4)
-        turns = 0
-        while self.forgotten < len(self.messages):
-            if len(encode(self.model, self._seen([*self.messages, message]))) <= wanted:
-                break
-            wanted = context // 2
-            self.forgotten += 2
-            turns += 1
-        return turns
+        tokens, context = self._encoded(history, self.forgotten), self.model.context_length
+        if context is None or len(tokens) <= context - min(self.max_tokens, context // 4):
+            return tokens
+        starts = range(self.forgotten + 2, len(history), 2)
+        fits = bisect_left(starts, True, key=lambda start: (
+            len(self._encoded(history, start)) <= context // 2))
+        forgotten = starts[min(fits, len(starts) - 1)] if starts else self.forgotten
+        tokens = self._encoded(history, forgotten)
+        if len(tokens) >= context:
+            raise TooLarge(f"the message has {len(tokens)} tokens, the context of "
+                           f"{self.model.name} holds {context}")
+        self.forgotten = forgotten
+        return tokens
+
+    def _encoded(self, history: list[Message], start: int) -> list[int]:
+        told: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return encode(self.model, [*told, *history[start:]])
 
     def used(self) -> str:
         """How full the context is, in tokens."""
@@ -93,17 +114,13 @@ class Conversation:
         self.messages, self.forgotten, self.thoughts = [], 0, ""
 
     def undo(self) -> str:
-        """Take the last exchange back; returns what the user had said. Raises ``BadValue`` for none."""
+        """Take the last exchange back and return what the user had said.
+
+        Raises ``BadValue`` where nothing has been said.
+        """
         if not self.messages:
             raise BadValue("nothing has been said yet")
         said = self.messages[-2]["content"]
         self.messages, self.thoughts = self.messages[:-2], ""
         self.forgotten = min(self.forgotten, len(self.messages))
         return str(said)
-
-    def _seen(self, history: list[Message]) -> list[Message]:
-        """What the model gets: the system prompt, and the messages not forgotten."""
-        return self._told() + history[self.forgotten:]
-
-    def _told(self) -> list[Message]:
-        return [{"role": "system", "content": self.system}] if self.system else []

@@ -5,7 +5,6 @@ more text may change how all of it looks.
 """
 
 import re
-from typing import Any
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,8 +12,8 @@ from rich.markdown import CodeBlock, Heading, Markdown
 from rich.padding import Padding
 from rich.syntax import Syntax
 
-# A model's text must not steer the terminal: no control characters but new line and tab.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from mlxquant.base.text import clean
+
 _PARSER = MarkdownIt().enable("table")
 
 
@@ -35,10 +34,11 @@ class _Heading(Heading):
 class _Markdown(Markdown):
     elements = Markdown.elements | {"fence": _Code, "code_block": _Code, "heading_open": _Heading}
 
-
-def clean(text: str) -> str:
-    """``text`` without control characters."""
-    return _CONTROL.sub("", text)
+    def __init__(self, markup: str):
+        super().__init__(markup, hyperlinks=False)
+        for token in self.parsed:  # once more: &#x202e; has become the character
+            for part in (token, *(token.children or ())):
+                part.content = clean(part.content)
 
 
 def split(text: str) -> tuple[list[str], str]:
@@ -55,7 +55,7 @@ def render(console: Console, block: str) -> list[str]:
     at either end. One column stays free, so that no terminal wraps a full line."""
     width = max(console.width - 1, 10)
     with console.capture() as capture:
-        console.print(_Markdown(block, hyperlinks=False), width=width)
+        console.print(_Markdown(block), width=width)
     lines = [line.rstrip() for line in capture.get().splitlines()]
     while lines and not _visible(lines[0]):
         lines.pop(0)
@@ -64,10 +64,10 @@ def render(console: Console, block: str) -> list[str]:
     return lines
 
 
-def plain(console: Console, text: Any, style: str) -> list[str]:
+def plain(console: Console, text: str, style: str) -> list[str]:
     """Lines of ``text`` as it is, in one style."""
     with console.capture() as capture:
-        console.print(text, style=style, markup=False, highlight=False, width=max(console.width - 1, 10))
+        console.print(text, style=style, markup=False, width=max(console.width - 1, 10))
     return capture.get().splitlines()
 
 

@@ -1,19 +1,21 @@
 """A conversation on disk: a JSON file of what was said, and its keys and values beside it."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadCheckpoint, MlxquantError
 from mlxquant.base.storage import write_json
+from mlxquant.base.version import __version__
 from mlxquant.chat.conversation import Conversation
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.sampling import Sampling
-from mlxquant.sources import checkpoint
 
 FORMAT = 1
 _KEYS = {"format", "model", "weights", "system", "sampling", "max_tokens", "messages", "forgotten"}
@@ -40,60 +42,80 @@ class Saved:
 
 
 def save(conversation: Conversation, path: Path) -> list[Path]:
-    """Write a conversation; returns the files made, each in one step. Sizes grow with the context."""
+    """Write a conversation and return the files made, each in one step; keys and values are large.
+
+    Raises ``MlxquantError`` where they cannot be written.
+    """
     path = _with_ending(path)
     write_json(path, {
-        "format": FORMAT, "model": conversation.model.name, "weights": _weights(conversation.model),
-        "system": conversation.system, "sampling": asdict(conversation.sampling),
-        "max_tokens": conversation.max_tokens, "messages": conversation.messages,
-        "forgotten": conversation.forgotten})
+        "format": FORMAT, "model": conversation.model.name,
+        "weights": _fingerprint(conversation.model), "system": conversation.system,
+        "sampling": asdict(conversation.sampling), "max_tokens": conversation.max_tokens,
+        "messages": conversation.messages, "forgotten": conversation.forgotten})
     beside = path.with_suffix(".safetensors")
-    if not conversation.cache.tokens:
+    if conversation.cache.tokens:
+        conversation.cache.save(beside)
+        return [path, beside]
+    try:
         beside.unlink(missing_ok=True)  # those of an earlier conversation
-        return [path]
-    conversation.cache.save(beside)
-    return [path, beside]
+    except OSError as error:
+        raise MlxquantError(f"cannot remove {beside}: {error.strerror}") from error
+    return [path]
 
 
 def load(path: Path, model: LanguageModel) -> Saved:
     """Read a conversation to go on with ``model``.
 
     Keys and values are taken only if they are there and were computed with the same
-    weights. Raises ``MlxquantError`` or ``BadCheckpoint``.
+    weights. Raises ``MlxquantError``, ``BadCheckpoint`` or ``BadValue``.
     """
     path = _with_ending(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MlxquantError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is no saved conversation: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.keys() != _KEYS:
         raise BadCheckpoint(f"{path} is no saved conversation of format {FORMAT}")
     if not _are_messages(value["messages"]):
-        raise BadCheckpoint(f"{path}: messages must be pairs of user and assistant with their content")
+        raise BadCheckpoint(
+            f"{path}: messages must be pairs of user and assistant with their content")
     if not (type(value["max_tokens"]) is int and value["max_tokens"] > 0
             and value["forgotten"] in range(0, len(value["messages"]) + 1, 2)):
-        raise BadCheckpoint(f"{path}: max_tokens and forgotten must be whole numbers that fit the messages")
-    beside = path.with_suffix(".safetensors")
-    fits = value["weights"] == _weights(model) and beside.is_file()
+        raise BadCheckpoint(
+            f"{path}: max_tokens and forgotten must be whole numbers that fit the messages")
+    if not isinstance(value["model"], str) or not isinstance(value["system"], str | None):
+        raise BadCheckpoint(f"{path}: model and system must be text")
     try:
         sampling = Sampling(**value["sampling"])
     except TypeError as error:
-        raise BadCheckpoint(f"{path}: sampling has other settings than this version: {error}") from error
-    return Saved(value["model"], value["system"], sampling, value["max_tokens"], value["messages"],
-                 value["forgotten"], PromptCache.load(beside) if fits else None)
+        raise BadCheckpoint(
+            f"{path}: sampling has other settings than this version: {error}") from error
+    beside = path.with_suffix(".safetensors")
+    fits = beside.is_file() and value["weights"] == _fingerprint(model)
+    return Saved(value["model"], value["system"], sampling, value["max_tokens"],
+                 value["messages"], value["forgotten"],
+                 PromptCache.load(beside) if fits else None)
 
 
 def _with_ending(path: Path) -> Path:
-    return path.expanduser() if path.suffix == ".json" else path.expanduser().with_name(f"{path.name}.json")
+    path = path.expanduser()
+    return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
 
 
-def _weights(model: LanguageModel) -> str:
-    """What tells keys and values of one model from those of another: its files' names and sizes,
-    and how they run here."""
-    files = sorted((f.name, f.stat().st_size) for f in checkpoint.weight_files(model.folder))
-    return f"{files} {mx.default_device()} {model.weight_bytes_per_token}"
+def _fingerprint(model: LanguageModel) -> str:
+    """A digest of what keys and values depend on: every weight, the configuration, this program.
+
+    The weights are read once, as for one token; each counts by its name and the sum of its bytes.
+    """
+    sums = {name: array.view(mx.uint8).sum() if array.size else mx.array(0)
+            for name, array in tree_flatten(model.network.parameters(), destination={}).items()}
+    mx.eval(sums)
+    held = {name: value.item() for name, value in sums.items()}
+    config = json.dumps(model.config, sort_keys=True, default=str)
+    return hashlib.sha256(
+        repr((held, config, __version__, mx.default_device())).encode()).hexdigest()
 
 
 def _are_messages(messages: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rich.console import Console
 
+from mlxquant.base.text import clean
 from mlxquant.chat import markdown
 from mlxquant.runtime.reply import Part
 
@@ -43,7 +44,8 @@ class PlainScreen:
                 self._thoughts += part.text
                 continue
             self._tell()
-            text = part.text.lstrip("\n") if self._after_thoughts else part.text
+            text = clean(part.text)
+            text = text.lstrip("\n") if self._after_thoughts else text
             self._after_thoughts = self._after_thoughts and not text
             print(text, end="", flush=True)
 
@@ -53,7 +55,8 @@ class PlainScreen:
 
     def _tell(self) -> None:
         if self._thoughts.strip():
-            self._say(self._thoughts.strip() if self._show_thoughts() else folded(self._thoughts))
+            thoughts = self._thoughts
+            self._say(thoughts.strip() if self._show_thoughts() else folded(thoughts))
             self._after_thoughts = True
         self._thoughts = ""
 
@@ -61,7 +64,8 @@ class PlainScreen:
 class LiveScreen:
     """Rendered Markdown, and under its growing end a line that says how it goes."""
 
-    def __init__(self, console: Console, show_thoughts: Callable[[], bool], status: Callable[[], str]):
+    def __init__(self, console: Console, show_thoughts: Callable[[], bool],
+                 status: Callable[[], str]):
         self._console, self._show_thoughts, self._status = console, show_thoughts, status
 
     def begin(self) -> None:
@@ -73,7 +77,7 @@ class LiveScreen:
 
     def feed(self, parts: tuple[Part, ...]) -> None:
         for part in parts:
-            text = markdown.clean(part.text)
+            text = clean(part.text)
             if part.kind == "thought":
                 self._thoughts += text
             else:
@@ -114,7 +118,8 @@ class LiveScreen:
     def _fold(self) -> None:
         """Reasoning is over: leave one line of it, or all where asked for."""
         if self._thoughts.strip():
-            text = self._thoughts.strip() if self._show_thoughts() else f"{folded(self._thoughts)} (/show thoughts)"
+            text = self._thoughts.strip() if self._show_thoughts() else (
+                f"{folded(self._thoughts)} (/show thoughts)")
             self._tail.finish(markdown.plain(self._console, text, "dim italic"))
             self._blocks += 1
         self._thoughts = ""
@@ -136,7 +141,8 @@ class _Tail:
                     min(len(self._lines), len(lines)))
         keep = max(same, len(self._lines) - (height - 1))
         up = len(self._lines) - keep
-        text = (f"\x1b[{up}A\r" if up > 0 else "") + "".join(f"{line}\x1b[K\n" for line in lines[keep:])
+        text = (f"\x1b[{up}A\r" if up > 0 else "") + "".join(
+            f"{line}\x1b[K\n" for line in lines[keep:])
         if len(lines) < len(self._lines):
             text += "\x1b[J"
         if text:

@@ -2,6 +2,7 @@
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.chat.conversation import Conversation
+from mlxquant.model.inspection import inspect_folder
 from mlxquant.model.loading import LanguageModel
 
 
@@ -30,8 +31,6 @@ def fit(parts: list[str], width: int) -> str:
 
 def bits_per_weight(model: LanguageModel) -> float | None:
     """Stored bits per weight of the body; None where the folder cannot be read again."""
-    from mlxquant.model.inspection import inspect_folder
-
     try:
         return inspect_folder(model.folder).bits_per_weight
     except MlxquantError:
