@@ -25,7 +25,7 @@ from mlxquant.model.loading import LanguageModel, load
 from mlxquant.quantise.job import Job, Target, Text
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
-from mlxquant.tuning.distill import Schedule
+from mlxquant.tuning.settings import Schedule, Tuning
 
 COMMON = dict(rotation="online", propagation="corrected")
 REPLICA = dict(method="replica", **COMMON)
@@ -86,9 +86,9 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
                         max(1, arguments.steps // 8))
     tuned = folder / "-".join(map(str, (name, "tuned", arguments.steps, arguments.codes, arguments.written,
                                         arguments.conversations)))
-    result = mlxquant.tune(str(folder / name), tuned, teacher=arguments.model, data=arguments.data, schedule=schedule,
-                           sequence_length=arguments.length, codes=arguments.codes, written=arguments.written,
-                           conversations=arguments.conversations, progress=tell("step"))
+    tuning = Tuning(arguments.model, arguments.data, schedule, arguments.length, codes=arguments.codes,
+                    written=arguments.written, conversations=arguments.conversations)
+    result = mlxquant.tune(str(folder / name), tuned, tuning, progress=tell("step"))
     yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps, batch_size=arguments.batch_size,
                        codes=arguments.codes, written=arguments.written, conversations=arguments.conversations,
                        divergence_before=result.divergence_before,

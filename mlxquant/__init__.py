@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mlxquant.runtime.reply import Response as Response
     from mlxquant.runtime.sampling import Sampling as Sampling
     from mlxquant.sources.names import resolve as resolve
+    from mlxquant.tuning.settings import Schedule as Schedule
+    from mlxquant.tuning.settings import Tuning as Tuning
     from mlxquant.tuning.tune import tune as tune
 
 _HOME = {
@@ -52,6 +54,8 @@ _HOME = {
     "Target": "quantise.job",
     "Spec": "codes.spec",
     "tune": "tuning.tune",
+    "Tuning": "tuning.settings",
+    "Schedule": "tuning.settings",
     "inspect": "model.inspection",
     "bench": "report.bench",
     "plan": "report.plan",

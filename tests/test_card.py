@@ -7,7 +7,6 @@ from conftest import job
 
 import mlxquant
 from mlxquant.quantise import card
-from mlxquant.tuning.distill import Schedule
 
 SMALL = dict(samples=4, length=32)
 
@@ -39,8 +38,8 @@ def test_a_card_says_how_the_model_was_made(tiny_folder, tmp_path, text, options
 
 def test_a_tuned_model_gets_a_card_of_its_own(tiny_folder, tmp_path, text):
     mlxquant.quantize(str(tiny_folder), tmp_path / "small", job(text=text, bits=2, **SMALL))
-    tuned = mlxquant.tune(str(tmp_path / "small"), tmp_path / "tuned", teacher=str(tiny_folder), data=[text],
-                          sequence_length=32, schedule=Schedule(steps=2, batch_size=2, check_every=1))
+    tuned = mlxquant.tune(str(tmp_path / "small"), tmp_path / "tuned", mlxquant.Tuning(
+        str(tiny_folder), [text], mlxquant.Schedule(steps=2, batch_size=2, check_every=1), 32))
     written = (tmp_path / "tuned" / "README.md").read_text()
     assert f"{tuned.divergence_before:.4f} → {tuned.divergence_after:.4f} nats" in written
     assert "# tuned\n" in written and "2 steps on words.txt" in written

@@ -27,7 +27,7 @@ from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.repeated_cache import PassesCache
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import open_lazily
-from mlxquant.tuning.distill import Schedule, divergence_loss
+from mlxquant.tuning.distill import divergence_loss
 from mlxquant.tuning.trainable import Trainable
 
 DEEP = CONFIG | {"num_hidden_layers": 4, "tie_word_embeddings": False}
@@ -239,9 +239,9 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
     assert (losses[1] - losses[0]) / 0.01 == pytest.approx(slope, rel=0.02)
 
     result = mlxquant.tune(
-        str(tmp_path / "student"), tmp_path / "tuned", teacher=str(tmp_path / "teacher"),
-        data=[str(places / "text.txt")], sequence_length=32,
-        schedule=Schedule(steps=24, batch_size=4, learning_rate=2e-3, check_every=12))
+        str(tmp_path / "student"), tmp_path / "tuned", mlxquant.Tuning(
+            str(tmp_path / "teacher"), [str(places / "text.txt")], sequence_length=32,
+            schedule=mlxquant.Schedule(24, 4, learning_rate=2e-3, check_every=12)))
     assert result.divergence_after < 0.7 * result.divergence_before
     assert tensors(tmp_path / "tuned")[gate].item() > 0.005
     tuned = mlxquant.load(str(tmp_path / "tuned")).network

@@ -18,7 +18,8 @@ from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model import windows
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, self_written
-from mlxquant.tuning.distill import Distillation, Schedule, divergence_loss
+from mlxquant.tuning.distill import Distillation, divergence_loss
+from mlxquant.tuning.settings import Schedule, Tuning
 from mlxquant.tuning.trainable import Trainable
 from mlxquant.tuning.tune import tune
 
@@ -44,8 +45,10 @@ def places(tmp_path_factory):
 
 
 def run(places, name, output, **options):
-    options = {"schedule": SCHEDULE, "sequence_length": 32} | options
-    return tune(str(places / name), output, teacher=str(places / "source"), data=[str(places / "text.txt")], **options)
+    report = {key: options.pop(key) for key in ("progress", "writing") if key in options}
+    tuning = Tuning(str(places / "source"), [str(places / "text.txt")],
+                    **{"schedule": SCHEDULE, "sequence_length": 32} | options)
+    return tune(str(places / name), output, tuning, **report)
 
 
 def tensors(folder):
@@ -221,7 +224,7 @@ def test_gradients_are_those_of_finite_differences(places, name):
 def test_what_cannot_be_tuned_is_refused(places, tmp_path):
     with pytest.raises(Unsupported, match="nothing to tune"):
         run(places, "source", tmp_path / "out")
-    with pytest.raises(BadValue, match="positive whole number"):
+    with pytest.raises(BadValue, match="steps is 0, allowed is a whole number of at least 1"):
         Schedule(steps=0)
     for codes in (-0.1, 0.6):
         with pytest.raises(BadValue, match="allowed is 0 to 0.5"):
@@ -230,7 +233,8 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
         run(places, "affine", tmp_path / "out", sequence_length=100_000)
     mlxquant.quantize(str(places / "source"), tmp_path / "w8a8", job(text=str(places / "text.txt"), samples=4, length=32, method="smoothquant", bits=8, activation=ActivationSpec()))
     with pytest.raises(Unsupported, match="rounds activations"):
-        tune(str(tmp_path / "w8a8"), tmp_path / "out", teacher=str(places / "source"), data=[str(places / "text.txt")])
+        tune(str(tmp_path / "w8a8"), tmp_path / "out",
+             Tuning(str(places / "source"), [str(places / "text.txt")]))
 
 
 COMPILED_TWICE = """
@@ -239,7 +243,8 @@ import mlx.core as mx, numpy as np, pathlib, sys
 from conftest import CONFIG, random_network
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
-from mlxquant.tuning.distill import Distillation, Schedule
+from mlxquant.tuning.distill import Distillation
+from mlxquant.tuning.settings import Schedule
 from mlxquant.tuning.trainable import Trainable
 
 for layers in (2, 3):

@@ -168,15 +168,15 @@ def tune(
 
     A killed run goes on where it was. The result is never worse on held-out text than DIR.
     """
-    from mlxquant.tuning.distill import Schedule
+    from mlxquant.tuning.settings import Schedule, Tuning
     from mlxquant.tuning.tune import tune as run
 
     schedule = Schedule(steps, batch_size, learning_rate, check_every)
+    tuning = Tuning(teacher, data, schedule, sequence_length, norms=norms, codes=codes,
+                    written=written, conversations=conversations, seed=seed)
     with progress("tuning, divergence in nats:") as advance:
         result = run(
-            model, output, teacher=teacher, data=data, schedule=schedule,
-            sequence_length=sequence_length, norms=norms, codes=codes, written=written,
-            conversations=conversations, seed=seed, progress=advance,
+            model, output, tuning, progress=advance,
             writing=lambda done, total, kind: advance(
                 done, total, None, f"{kind} by the teacher, windows:"))
     if as_json:

@@ -1,18 +1,17 @@
 """Distillation: train a quantised model's scales until it predicts as the original does.
 
-The loss is KL(teacher ‖ student) over the whole vocabulary at every position, as
-in LLM-QAT (https://arxiv.org/abs/2305.17888); codes stay, as in
-PEQA (https://arxiv.org/abs/2305.14152), unless they are let move. Adam (https://arxiv.org/abs/1412.6980) with a
-cosine schedule. Some
-sequences are held out: the state that serves them best, rounded as it will be
-stored, is what is written, and if none beats the model as it was, that is.
+The loss is KL(teacher ‖ student) over the whole vocabulary at every position, as in LLM-QAT
+(https://arxiv.org/abs/2305.17888). Codes stay, as in PEQA (https://arxiv.org/abs/2305.14152),
+unless they may move. The optimiser is Adam (https://arxiv.org/abs/1412.6980). Some sequences are
+held out: what serves them best, rounded as it will be stored, is the result, and if nothing beats
+the model as it was, that is.
 """
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,45 +20,10 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import save_arrays
+from mlxquant.tuning.settings import Schedule
 from mlxquant.tuning.trainable import Trainable
 
 Report = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """``steps`` of ``batch_size`` sequences; the learning rate is relative to each array's size and
-    rises over the first twentieth, then falls to zero. Every ``check_every`` steps the held-out
-    sequences are tried."""
-
-    steps: int = 1000
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    check_every: int = 100
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "check_every"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise BadValue(f"{name} is {getattr(self, name)!r}, allowed is a positive whole number")
-        if not 0 < self.learning_rate < 1:
-            raise BadValue(f"learning_rate is {self.learning_rate!r}, allowed is a number between 0 and 1")
-
-    def rate(self) -> Callable:
-        rise = max(1, self.steps // 20)
-        return optim.join_schedules([optim.linear_schedule(0, self.learning_rate, rise),
-                                     optim.cosine_decay(self.learning_rate, max(1, self.steps - rise))], [rise])
-
-    @property
-    def drift(self) -> float:
-        """How far chance carries what is trained: the standard deviation, at the end, where gradients are noise alone.
-
-        Adam's steps then add up as if each were its rate times a draw of mean square 1, and the squares of a cosine's
-        rates are 3/8 in the mean.
-        """
-        return self.learning_rate * math.sqrt(3 / 8 * self.steps)
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass
@@ -88,14 +52,15 @@ class Distillation:
     (some, length) never.
     """
 
-    def __init__(self, student: Trainable, teacher: nn.Module, tokens: np.ndarray, held_out: np.ndarray,
-                 schedule: Schedule):
+    def __init__(self, student: Trainable, teacher: nn.Module, tokens: np.ndarray,
+                 held_out: np.ndarray, schedule: Schedule):
         if len(tokens) < schedule.steps * schedule.batch_size:
-            raise BadValue(f"{schedule.steps} steps of {schedule.batch_size} need as many sequences, "
-                           f"not {len(tokens)}")
+            raise BadValue(f"{schedule.steps} steps of {schedule.batch_size} need as many "
+                           f"sequences, not {len(tokens)}")
         self.student, self.teacher, self.schedule = student, teacher, schedule
         self.tokens, self.held_out = tokens, held_out
-        # without the correction Adam's steps are up to six times the rate, for a thousand steps more than 1.2 times
+        # Without the correction Adam's first steps are up to six times the rate, and more than
+        # 1.2 times for a thousand steps.
         optimizer = optim.Adam(learning_rate=schedule.rate(), bias_correction=True)
         moved = student.start()
         optimizer.init(moved)
@@ -104,18 +69,19 @@ class Distillation:
         self._compile()
 
     def _compile(self) -> None:
-        """One step as one graph. What it changes is handed in and out, so that it is traced once.
+        """One step as one graph. What it changes is handed in and out, so it is traced once.
 
-        What it starts from is handed in too: MLX writes the value of a captured array of one element into
-        the source of every kernel that reads it, and a model has hundreds (the sizes of norms, of single
-        replicas). Each such kernel took a GPU's compiler seconds: the first step did not come in nine minutes.
+        What it starts from is handed in too. MLX writes the value of a captured array of one
+        element into the source of every kernel that reads it, and a model has hundreds (the sizes
+        of norms, of single replicas). Each such kernel took a GPU's compiler seconds: the first
+        step did not come in nine minutes.
         """
         state = self.state
         live = [state.moved, state.optimizer.state]
-        constant = [self.student.base, self.student.size]
 
         def loss(moved: dict[str, mx.array], batch: mx.array) -> mx.array:
-            return divergence_loss(self.student.install(self.student.values(moved)), self.teacher, batch)
+            network = self.student.install(self.student.values(moved))
+            return divergence_loss(network, self.teacher, batch)
 
         def step(batch: mx.array) -> mx.array:
             value, gradients = mx.value_and_grad(loss)(state.moved, batch)
@@ -123,26 +89,28 @@ class Distillation:
             return value
 
         self._live = live
-        self._step = mx.compile(step, inputs=[*live, *constant], outputs=live)
+        self._step = mx.compile(step, inputs=[*live, self.student.base, self.student.size],
+                                outputs=live)
 
-    def run(self, report: Report = lambda *_: None, save: Callable[[], None] = lambda: None) -> State:
-        """Train to the end; ``report`` gets (steps done, steps, loss), ``save`` is called after each check."""
-        state, size = self.state, self.schedule.batch_size
-        while state.step < self.schedule.steps:
-            batch = mx.array(self.tokens[state.step * size:(state.step + 1) * size])
-            value = self._step(batch)
+    def run(self, report: Report = lambda *_: None, file: Path | None = None) -> State:
+        """Train to the end; ``report`` gets (steps done, steps, loss) after each step. The state
+        is kept in ``file`` after each check, and taken up from there."""
+        if file is not None and file.exists():
+            self.restore(file)
+        state, schedule = self.state, self.schedule
+        while state.step < schedule.steps:
+            start = state.step * schedule.batch_size
+            value = self._step(mx.array(self.tokens[start:start + schedule.batch_size]))
             mx.eval(value, self._live)
             state.step += 1
-            report(state.step, self.schedule.steps, value.item())
-            if state.step % self.schedule.check_every == 0 or state.step == self.schedule.steps:
-                self._check()
-                save()
+            report(state.step, schedule.steps, value.item())
+            if state.step % schedule.check_every == 0 or state.step == schedule.steps:
+                loss = self.held_out_loss(state.moved)
+                if loss < state.best_loss:
+                    state.best, state.best_loss = dict(state.moved), loss
+                if file is not None:
+                    self.save(file)
         return state
-
-    def _check(self) -> None:
-        loss = self.held_out_loss(self.state.moved)
-        if loss < self.state.best_loss:
-            self.state.best, self.state.best_loss = dict(self.state.moved), loss
 
     def held_out_loss(self, moved: dict[str, mx.array]) -> float:
         """Mean divergence on the held-out sequences, with scales as they will be stored."""
@@ -155,31 +123,28 @@ class Distillation:
         return sum(losses) / len(losses)
 
     def save(self, file: Path) -> None:
-        """Everything that goes on later needs, in one step."""
-        state = self.state
-        arrays = {f"moved|{path}": array for path, array in state.moved.items()}
-        arrays |= {f"best|{path}": array for path, array in state.best.items()}
-        for name, entry in state.optimizer.state.items():  # two scalars, and moments by path
-            entries = entry if isinstance(entry, dict) else {"": entry}
-            arrays |= {f"optimizer|{name}|{moment}": array for moment, array in entries.items()}
+        """Write everything that a later run needs to go on, in one step."""
+        state, arrays = self.state, dict[str, mx.array]()
+        for part, entries in (("moved", state.moved), ("best", state.best),
+                              ("optimizer", state.optimizer.state)):
+            for path, entry in entries.items():  # Adam's is an array, or moments by name
+                named = entry if isinstance(entry, dict) else {None: entry}
+                arrays |= {f"{part}|{path}" + (f"|{name}" if name else ""): array
+                           for name, array in named.items()}
         numbers = {"step": state.step, "best_loss": state.best_loss, "first_loss": state.first_loss}
         save_arrays(file, arrays, {"numbers": json.dumps(numbers)})
 
     def restore(self, file: Path) -> None:
         """Take up what ``save`` left."""
         arrays, metadata = mx.load(str(file), return_metadata=True)
-        moved, best, moments = {}, {}, {}
+        parts: dict[str, Any] = {"moved": {}, "best": {}, "optimizer": {}}
         for key, array in arrays.items():
-            part, _, path = key.partition("|")
-            if part == "optimizer":
-                name, _, moment = path.partition("|")
-                if moment:
-                    moments.setdefault(name, {})[moment] = array
-                else:
-                    moments[name] = array
-            else:
-                (moved if part == "moved" else best)[path] = array
-        numbers = json.loads(metadata["numbers"])
-        self.state = State(moved=moved, best=best, optimizer=self.state.optimizer, **numbers)
-        self.state.optimizer.state = moments
+            *above, last = key.split("|")
+            place = parts
+            for name in above:
+                place = place.setdefault(name, {})
+            place[last] = array
+        optimizer = self.state.optimizer
+        optimizer.state = parts.pop("optimizer")
+        self.state = State(optimizer=optimizer, **parts, **json.loads(metadata["numbers"]))
         self._compile()

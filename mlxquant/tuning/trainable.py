@@ -1,9 +1,8 @@
-"""A quantised network whose scales, and gates of repeated blocks, can be trained while its codes stay.
+"""A quantised network whose scales, and gates of repeated blocks, can be trained.
 
-Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are
-relative, so that one learning rate fits scalings of every magnitude. Codes are
-unpacked once and matrices built from them in every step, which for hundreds of
-tokens costs little beside the products.
+Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are relative, so that
+one learning rate fits scalings of every magnitude. Codes are unpacked once and matrices built
+from them in every step, which for hundreds of tokens costs little beside the products.
 """
 
 import mlx.core as mx
@@ -11,8 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxquant.base.errors import Unsupported
+from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.quantise.rotation import expanded_weight
@@ -22,10 +21,9 @@ from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
 class Trainable:
     """The arrays of a network that are trained, by path, and the network as they make it.
 
-    ``norms`` trains the weights of normalisation layers too, ``codes`` the codes:
-    a step of one moves a code by that many levels. What is not trained is
-    cast to ``dtype``, in which the network then computes. Raises ``Unsupported`` where
-    nothing in the network has scales.
+    ``norms`` trains the weights of normalisation layers too; ``codes`` above 0 the codes, which
+    u = 1 moves by that many levels. What is not trained is cast to ``dtype``, in which the
+    network then computes. Raises ``Unsupported`` where nothing in the network has scales.
     """
 
     def __init__(self, network: nn.Module, dtype: mx.Dtype, norms: bool = True, codes: float = 0.0):
@@ -34,7 +32,8 @@ class Trainable:
         _unpack(network, codes > 0)
         self.base, self.size = _trained(network, norms, codes)
         if not any(path.endswith(("replica_out", "scales")) for path in self.base):
-            raise Unsupported("the model has no quantised layers in its body: there is nothing to tune")
+            raise Unsupported("the model has no quantised layers in its blocks: "
+                              "there is nothing to tune")
         mx.eval(self.base, self.size)
         kept = {path: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
                 for path, array in tree_flatten(network.parameters()) if path not in self.base}
@@ -71,8 +70,8 @@ class Trainable:
 
 
 def _unpack(network: nn.Module, codes: bool) -> None:
-    """Codes of the body as levels, and everything quantised outside it dense."""
-    made = []
+    """Codes of the blocks as levels, and everything quantised outside them dense."""
+    inside, made = tuple(f"{block.path}." for block in find_blocks(network)), []
     for path, module in network.named_modules():
         if isinstance(module, TransformedLinear) and module.activation:
             raise Unsupported(f"{path} rounds activations, which tuning does not cover")
@@ -80,7 +79,8 @@ def _unpack(network: nn.Module, codes: bool) -> None:
             made.append((path, MovingReplica(module)))
         elif isinstance(module, ReplicatedLinear):
             module.keep_levels()
-        elif isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear)) and ".layers." not in path:
+        elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
+              and not path.startswith(inside)):
             made.append((path, _dense(module)))
         elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
             made.append((path, UnpackedAffine(module, moving=codes)))
@@ -88,7 +88,7 @@ def _unpack(network: nn.Module, codes: bool) -> None:
 
 
 def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
-    """Before any cast: a scale rounded to bfloat16 would move a whole group."""
+    """Expanded before any cast: a scale rounded to bfloat16 would move a whole group."""
     with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
         weight = expanded_weight(module)
         mx.eval(weight)
@@ -101,10 +101,11 @@ def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
     return dense
 
 
-def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """θ₀ and s by path. A bias of a group counts in units of its scale, an input's or output's
-    scaling in the root mean square of its replica, any other array in that of its own; but a
-    gate, which starts at 0, in units of 1."""
+def _trained(network: nn.Module, norms: bool, codes: float
+             ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """θ₀ and s by path. The unit s of a group's scale and bias is the scale; of an input's or
+    output's scaling, its replica's root mean square; of a column scale, itself; of a norm, its
+    root mean square; of a gate, which starts at 0, one."""
     base, size = {}, {}
     for path, module in network.named_modules():
         if isinstance(module, UnpackedAffine):
@@ -117,7 +118,7 @@ def _trained(network: nn.Module, norms: bool, codes: float) -> tuple[dict[str, m
                 names["column_scale"] = mx.abs(module.column_scale)
         elif norms and isinstance(module, nn.RMSNorm):
             names = {"weight": _rms(module.weight)}
-        elif isinstance(module, RepeatedBlock) and "repeat_gates" in module:
+        elif "repeat_gates" in module:  # of the last block of a range that is repeated
             names = {"repeat_gates": mx.ones_like(module.repeat_gates)}
         else:
             continue

@@ -1,9 +1,10 @@
-"""Quantised layers as training sees them: codes unpacked, and free to move where that is asked for.
+"""Quantised layers as training sees them: codes unpacked, and moving where that is asked for.
 
-Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020, https://arxiv.org/abs/2004.10568) a code may
-end at another level than the nearest; as in LSQ (Esser et al. 2019, https://arxiv.org/abs/1902.08153) the gradient
-passes straight through the rounding. Every code starts where the sweep left it, in the middle of its cell: started
-from the float weights it ended worse (``benchmarks/LOG.md``).
+Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020,
+https://arxiv.org/abs/2004.10568) a code may end at another level than the nearest; as in LSQ (Esser
+et al. 2019, https://arxiv.org/abs/1902.08153) the gradient passes straight through the rounding.
+Every code starts where the sweep left it, in the middle of its cell: started from the float
+weights the model ended worse (``benchmarks/LOG.md``).
 """
 
 import mlx.core as mx
@@ -16,9 +17,12 @@ from mlxquant.layers.replicated import ReplicatedLinear
 
 
 class MovableCodes(nn.Module):
-    """Codes (m, n) uint8 of levels 0 to ``top``, held outside the parameters. ``moves`` (m, n), zero at first and
-    only where ``moving``, are how many levels a code has moved before rounding; beyond the lowest and the
-    highest level they have no gradient. ``stored_as`` is what a checkpoint calls the codes."""
+    """Codes (m, n) uint8 of levels 0 to ``top``, held outside the parameters.
+
+    ``moves`` (m, n), zero at first and only where ``moving``, are how many levels a code has
+    moved before rounding; beyond the lowest and the highest level they have no gradient.
+    ``stored_as`` is what a checkpoint calls the codes.
+    """
 
     stored_as = "codes"
 
@@ -42,12 +46,15 @@ class MovableCodes(nn.Module):
 
 
 class MovingReplica(MovableCodes):
-    """Takes the place of a ``ReplicatedLinear`` whose codes move, and keeps its parameters' names but for the codes."""
+    """Takes the place of a ``ReplicatedLinear`` whose codes move; other parameters keep their
+    names."""
 
     def __init__(self, layer: ReplicatedLinear):
         bits = layer.input.spec.bits
-        super().__init__(unpack_codes(layer.codes, bits, layer.shape[1]), bits.levels - 1, moving=True)
-        object.__setattr__(self, "_input", layer.input)  # its parameters are those of the group alone
+        codes = unpack_codes(layer.codes, bits, layer.shape[1])
+        super().__init__(codes, bits.levels - 1, moving=True)
+        # Past Module, which would count the input's parameters, the siblings' own, as these.
+        object.__setattr__(self, "_input", layer.input)
         self._bits = bits
         self.replica_out = layer.replica_out
         if "bias" in layer:
@@ -57,16 +64,17 @@ class MovingReplica(MovableCodes):
         return pack_codes(self.rounded(moves), self._bits)
 
     def __call__(self, x: mx.array) -> mx.array:
-        lowest, distance = self._bits.lowest, self._bits.distance
+        levels = (self._bits.lowest + self._bits.distance * self.levels()).astype(x.dtype)
         scales = self.replica_out.astype(x.dtype) @ self._input.envelope(x.dtype).T
-        y = self._input.rotate(x, self) @ ((lowest + distance * self.levels()).astype(x.dtype) * scales).T
+        y = self._input.rotate(x, self) @ (levels * scales).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
 class UnpackedAffine(MovableCodes):
     """y = x Wᵀ with W = scale·q + bias by groups of inputs; differentiable by scales and biases.
 
-    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear`` and keeps its parameters' names but for the codes.
+    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear``; other parameters than the codes
+    keep their names.
     """
 
     def __init__(self, layer: nn.Module, moving: bool):
@@ -83,8 +91,8 @@ class UnpackedAffine(MovableCodes):
         return affine.pack(self.rounded(moves), self._bits)
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows, groups = self.scales.shape
         levels = self.levels().astype(x.dtype)
         scales, biases = (a.astype(x.dtype)[..., None] for a in (self.scales, self.biases))
-        y = x @ (scales * levels.reshape(len(levels), groups, -1) + biases).reshape(levels.shape).T
+        grouped = levels.reshape(*self.scales.shape, -1)
+        y = x @ (scales * grouped + biases).reshape(levels.shape).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y

@@ -1,0 +1,95 @@
+"""What decides how a model is tuned, checked when it is said."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlxquant.base.errors import BadValue
+from mlxquant.quantise.calibration import SEQUENCE_LENGTH
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise BadValue(f"{name} is {value!r}, allowed is a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``steps`` of ``batch_size`` sequences. The learning rate is relative to each array's size;
+    it rises over the first twentieth, then falls to zero as a cosine. Every ``check_every`` steps
+    the held-out sequences are tried."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    check_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "check_every"):
+            _whole(name, getattr(self, name), 1)
+        if not 0 < self.learning_rate < 1:
+            raise BadValue(f"learning_rate is {self.learning_rate!r}, "
+                           "allowed is a number between 0 and 1")
+
+    def rate(self) -> Callable[[mx.array], mx.array]:
+        """The learning rate by step."""
+        rise = max(1, self.steps // 20)
+        fall = optim.cosine_decay(self.learning_rate, max(1, self.steps - rise))
+        return optim.join_schedules([optim.linear_schedule(0, self.learning_rate, rise), fall],
+                                    [rise])
+
+    @property
+    def drift(self) -> float:
+        """How far chance carries what is trained: its standard deviation after all steps if
+        gradients are noise alone.
+
+        Adam's steps then add up as if each were its rate times a draw of mean square 1, and the
+        squares of a cosine's rates are 3/8 in the mean.
+        """
+        return self.learning_rate * math.sqrt(3 / 8 * self.steps)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to tune a model towards ``teacher``, the name of its original, on the texts ``data``
+    (files, or ``hf://datasets/OWNER/NAME/FILE``), in sequences of ``sequence_length`` tokens.
+
+    ``norms`` trains the weights of normalisation layers too. ``codes`` above 0 lets the codes
+    move (``unpacked.py``): it is how many levels chance alone would carry one
+    (``Schedule.drift``), so that mostly those change whose gradients agree over many steps. At 0.2
+    the next level, half a level away, is two and a half standard deviations off
+    (``benchmarks/LOG.md``). ``written`` adds so many sequences in which the teacher goes on from
+    what the texts begin, drawn as often as all texts together; ``conversations`` so many in which
+    it talks to itself (``quantise/conversations.py``), drawn as often as each text. ``seed``
+    decides the order of texts and what the teacher writes. Raises ``BadValue``.
+    """
+
+    teacher: str
+    data: tuple[str, ...] | list[str]
+    schedule: Schedule = Schedule()
+    sequence_length: int = SEQUENCE_LENGTH
+    norms: bool = True
+    codes: float = 0.0
+    written: int = 0
+    conversations: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 2), ("written", 0), ("conversations", 0),
+                            ("seed", 0)):
+            _whole(name, getattr(self, name), least)
+        if isinstance(self.data, str) or not self.data:
+            raise BadValue(f"data is {self.data!r}, allowed is a list of at least one text")
+        if not 0 <= self.codes <= 0.5:
+            raise BadValue(f"codes is {self.codes}, allowed is 0 to 0.5: "
+                           "half a level is the way to the next")
+
+    def record(self, data: str, dtype: mx.Dtype) -> dict[str, Any]:
+        """What a checkpoint says of it, with what ``data`` and the computation's type were."""
+        return asdict(self) | {"teacher": Path(self.teacher).name, "data": data,
+                               "dtype": str(dtype).removeprefix("mlx.core.")}
