@@ -24,9 +24,10 @@ def run(code: str) -> str:
 
 def test_public_names():
     assert mlxquant.__all__ == [
-        "BatchResponse", "Chunk", "LanguageModel", "MlxquantError", "PromptCache", "Response",
-        "Sampling", "Schedule", "Tuning", "batch_generate", "bench", "evaluate", "generate", "inspect", "load",
-        "plan", "quantize", "resolve", "stream_generate", "tune"]
+        "BatchResponse", "Chunk", "Job", "LanguageModel", "MlxquantError", "PromptCache",
+        "Response", "Sampling", "Schedule", "Spec", "Target", "Text", "Tuning", "batch_generate",
+        "bench", "evaluate", "generate", "inspect", "load", "plan", "quantize", "resolve",
+        "stream_generate", "tune"]
     for name in mlxquant.__all__:
         assert getattr(mlxquant, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
