@@ -29,6 +29,15 @@ class Statistics:
         """Those of an input of which nothing is known: inputs alike and independent."""
         return cls(0, mx.eye(width), mx.ones(width), mx.ones(width))
 
+    def sound(self) -> "Statistics":
+        """The same with second moments of mean 1, so that no method divides by next to nothing;
+        an input that is always zero counts as one of which nothing is known."""
+        mean = self.hessian.diagonal().mean().item()
+        if not mean > 0:
+            return Statistics.flat(len(self.largest))
+        return Statistics(self.count, self.hessian / mean, self.mean_magnitude, self.largest,
+                          None if self.cross is None else self.cross / mean)
+
     def add(self, x: mx.array, target: mx.array | None = None) -> None:
         """Take in a batch of inputs (…, n), and the float model's inputs beside them."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)

@@ -96,7 +96,7 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
         statistics = statistics and _rotated(statistics, signs, size)
         around = replace(around, rotation_signs=signs, rotation_block=size)
     if statistics is not None:
-        around = around.calibrated(statistics.largest)
+        around, statistics = around.calibrated(statistics.largest), statistics.sound()
     elif any(METHODS[s.method].calibrated for s in specs.values()):
         statistics = Statistics.flat(next(iter(weights.values())).shape[1])
     for kind, paths in _by_spec(specs).items():
@@ -105,7 +105,7 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
         replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
         affines = {p: codes for p, codes in made.items() if isinstance(codes, Affine)}
         if replicas:
-            store_replicas(replicas, modules, kind, around, settings.dtype, work.result)
+            store_replicas(replicas, work.block.module, kind, around, settings.dtype, work.result)
         store(affines, modules, around, settings.dtype, work.result)
 
 
@@ -136,7 +136,7 @@ def _quantise_experts(work: _Work, paths: list[str], routed: Routed) -> None:
         errors: dict[str, list[float]] = {path: [] for path in alike}
         for expert in range(len(modules[alike[0]].weight)):
             weights = {path: modules[path].weight[expert] for path in alike}
-            statistics = routed.of(expert)
+            statistics = routed.of(expert).sound()
             for path, made in _quantise(weights, statistics, spec, settings).items():
                 if isinstance(made, Affine):
                     parts[path].append(made)

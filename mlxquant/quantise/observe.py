@@ -20,7 +20,7 @@ _EXPERT_BYTES = 8e9  # most that the experts of one input keep in moments of the
 def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The dense linear layers of a block, and its stacks of experts, by path."""
     return {path: module for path, module in leaf_modules(block)
-            if isinstance(module, (nn.Linear, SwitchLinear))}
+            if type(module) in (nn.Linear, SwitchLinear)}
 
 
 @dataclass
@@ -42,8 +42,9 @@ class Routed:
 
     def add(self, x: mx.array, indices: mx.array) -> None:
         """Take in inputs (…, 1, n) as a ``SwitchLinear`` is given them, and each one's expert."""
-        rows = mx.broadcast_to(x[..., 0, :], (*indices.shape, x.shape[-1])).reshape(-1, x.shape[-1])
-        chosen = np.array(indices).reshape(-1)
+        lead, width = np.broadcast_shapes(x.shape[:-2], indices.shape), x.shape[-1]
+        rows = mx.broadcast_to(x[..., 0, :], (*lead, width)).reshape(-1, width)
+        chosen = np.array(mx.broadcast_to(indices, lead)).reshape(-1)
         self.shared.add(rows)
         if not self.each:
             return

@@ -42,6 +42,7 @@ from mlxquant.quantise.methods import Settings
 from mlxquant.quantise.observe import Observation, Watch
 from mlxquant.quantise.partial import read_result, write_result
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
+from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import dense_block, float_walk, identity, release, visits
@@ -110,6 +111,7 @@ class Run:
         start, source, job = time.perf_counter(), identity(self.folder), self.job
         mx.reset_peak_memory()
         plans = plan_blocks(network, blocks, job.overrides)
+        rehearse(network, config, blocks, plans, job)
         room.check(network, blocks, plans, self.output)
         record = job.record(self.tokens, self.base)
         partial = working_folder(self.output, self._identity(), record)

@@ -22,7 +22,7 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules, weight_count
 
 STACKS = (SwitchLinear, QuantizedSwitchLinear, MultiLinear, QuantizedMultiLinear)
-LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)
+LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)  # these very classes: others do more
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
@@ -45,15 +45,16 @@ def plan_blocks(network: nn.Module, blocks: list[Block], overrides: Overrides) -
 
 
 def _plan(network: nn.Module, block: Block, overrides: Overrides) -> Plan:
-    plan, cast = Plan(), getattr(network, "cast_predicate", None)
-    for path, array in tree_flatten(block.module.parameters()):
-        if cast is not None and not cast(block.full(path)):
-            plan.kept[path] = array
-    for path, module in leaf_modules(block.module):
+    plan, cast = Plan(), getattr(network, "cast_predicate", lambda path: True)
+    modules = leaf_modules(block.module)
+    layers = tuple(f"{path}." for path, module in modules if type(module) in LAYERS)
+    plan.kept = {path: array for path, array in tree_flatten(block.module.parameters())
+                 if not path.startswith(layers) and not cast(block.full(path))}
+    for path, module in modules:
         if isinstance(module, nn.QuantizedEmbedding):
             plan.entries[path] = stored_entry(module)
             plan.kept |= {f"{path}.{k}": a for k, a in tree_flatten(module.parameters())}
-        if not isinstance(module, LAYERS):
+        if not type(module) in LAYERS:
             continue
         full = block.full(path)
         spec = _asked(module, full, overrides, getattr(network, "quant_predicate", None))
@@ -128,5 +129,5 @@ def layer_paths(blocks: list[Block]) -> Iterator[str]:
     """The full paths of all layers that can be quantised."""
     for block in blocks:
         for path, module in leaf_modules(block.module):
-            if isinstance(module, LAYERS):
+            if type(module) in LAYERS:
                 yield block.full(path)

@@ -32,7 +32,7 @@ def working_bytes(block: nn.Module) -> int:
     """The least that a block takes in memory: its weights in float32, and the moments of its widest
     input."""
     modules = [module for _, module in leaf_modules(block)]
-    widest = max((inputs_of(m) for m in modules if isinstance(m, LAYERS)), default=0)
+    widest = max((inputs_of(m) for m in modules if type(m) in LAYERS), default=0)
     return sum(map(float32_bytes, modules)) + 4 * widest**2
 
 

@@ -59,49 +59,62 @@ class Around:
         return replace(self, activation=replace(given, scale=step))
 
 
+def describe(path: str, spec: Spec, inputs: int, around: Around, linear: nn.Module,
+             result: BlockResult) -> str:
+    """Put the entries of an affine layer into ``result``; where its own tensors will stand."""
+    inner, entry = f"{path}.linear" if around else path, dict[str, Any]()
+    if spec.group_size in PLAIN_GROUPS:
+        result.plain[inner] = {"group_size": spec.group_for(inputs), "bits": spec.bits.code_bits}
+    else:
+        entry["grouped"] = {"bits": spec.bits.code_bits, "group_size": spec.as_dict()["group_size"]}
+    if around:
+        entry["transform"] = around.wrap(linear).describe()
+    if entry:
+        result.layers[path] = entry
+    return inner
+
+
+def describe_replicas(paths: list[str], block: nn.Module, spec: Spec, rotation_block: int | None,
+                      result: BlockResult) -> str:
+    """Put the entry of replicated siblings into ``result``; where what they share will stand."""
+    above, group = group_path(paths, dict(block.named_modules()))
+    prefix = f"{above}." if above else ""
+    result.replicas[f"{prefix}{group}"] = spec.replica_shape(rotation_block or 0).as_dict() | {
+        "linears": [path.removeprefix(prefix) for path in paths]}
+    return f"{prefix}{group}"
+
+
 def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around, dtype: mx.Dtype,
           result: BlockResult) -> None:
     """Put affine layers, with what surrounds them, into ``result``."""
     for path, affine in made.items():
-        inner, linear = f"{path}.linear" if around else path, modules[path]
-        entry: dict[str, Any] = {}
-        if affine.spec.group_size in PLAIN_GROUPS:
-            result.plain[inner] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
+        linear, columns = modules[path], affine.codes.shape[1]
+        inner = describe(path, affine.spec, columns, around, linear, result)
+        if inner in result.plain:
             tensors = {"weight": affine.packed(), "scales": affine.scales.astype(dtype),
                        "biases": affine.biases.astype(dtype)}
         else:
-            entry["grouped"] = {"bits": affine.spec.bits.code_bits,
-                                "group_size": affine.spec.as_dict()["group_size"]}
             tensors = grouped.tensors_of(affine, dtype)
         if "bias" in linear:
             tensors["bias"] = linear.bias.astype(dtype)
         result.tensors |= {f"{inner}.{name}": array for name, array in tensors.items()}
         if around:
-            layer = around.wrap(linear)
-            entry["transform"] = layer.describe()
             result.tensors |= {
                 f"{path}.{name}": array.astype(dtype) if name == "input_scale" else array
-                for name, array in tree_flatten(layer.parameters())
+                for name, array in tree_flatten(around.wrap(linear).parameters())
                 if not name.startswith("linear.")}
-        if entry:
-            result.layers[path] = entry
 
 
-def store_replicas(made: dict[str, Replicas], modules: dict[str, nn.Module], spec: Spec,
-                   around: Around, dtype: mx.Dtype, result: BlockResult) -> None:
-    """Put replicated siblings, and what they share, into ``result``."""
-    shape = spec.replica_shape(around.rotation_block or 0)
-    above, group = group_path(list(made), modules)
-    prefix = f"{above}." if above else ""
-    result.replicas[f"{prefix}{group}"] = shape.as_dict() | {
-        "linears": [path.removeprefix(prefix) for path in made]}
-    shared = next(iter(made.values()))
-    tensors = {"replica_in": shared.replica_in.astype(dtype)}
+def store_replicas(made: dict[str, Replicas], block: nn.Module, spec: Spec, around: Around,
+                   dtype: mx.Dtype, result: BlockResult) -> None:
+    """Put replicated siblings of ``block``, and what they share, into ``result``."""
+    group = describe_replicas(list(made), block, spec, around.rotation_block, result)
+    shared, modules = next(iter(made.values())), dict(block.named_modules())
+    result.tensors[f"{group}.replica_in"] = shared.replica_in.astype(dtype)
     if shared.column_scale is not None:
-        tensors["column_scale"] = shared.column_scale.astype(dtype)
+        result.tensors[f"{group}.column_scale"] = shared.column_scale.astype(dtype)
     if around.rotation_signs is not None:
-        tensors["rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
-    result.tensors |= {f"{prefix}{group}.{name}": array for name, array in tensors.items()}
+        result.tensors[f"{group}.rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
     for path, replicas in made.items():
         result.tensors |= {f"{path}.codes": pack_codes(replicas.codes.astype(mx.uint8), spec.bits),
                            f"{path}.replica_out": replicas.replica_out.astype(dtype)}
@@ -112,8 +125,7 @@ def store_replicas(made: dict[str, Replicas], modules: dict[str, nn.Module], spe
 def store_stack(path: str, module: nn.Module, parts: list[Affine], dtype: mx.Dtype,
                 result: BlockResult) -> None:
     """Put a stack of matrices, such as a mixture's experts, into ``result`` as MLX stores one."""
-    affine = parts[0]
-    result.plain[path] = {"group_size": affine.group, "bits": affine.spec.bits.code_bits}
+    describe(path, parts[0].spec, parts[0].codes.shape[1], Around(), module, result)
     result.tensors |= {f"{path}.weight": mx.stack([part.packed() for part in parts]),
                        f"{path}.scales": mx.stack([part.scales for part in parts]).astype(dtype),
                        f"{path}.biases": mx.stack([part.biases for part in parts]).astype(dtype)}
@@ -122,7 +134,7 @@ def store_stack(path: str, module: nn.Module, parts: list[Affine], dtype: mx.Dty
 
 
 def group_path(paths: list[str], modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """The module that holds all of some siblings, and a name beside what it holds.
+    """The path of the module that holds all of some siblings, and a name that it does not have yet.
 
     ``self_attn`` and ``qkv``, ``mlp`` and ``gate_up``; siblings under different modules are held
     by the block itself, whose path is empty.
@@ -131,9 +143,16 @@ def group_path(paths: list[str], modules: dict[str, nn.Module]) -> tuple[str, st
     depth = 0
     while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         depth += 1
+    while ".".join(parts[0][:depth]) not in modules:  # a list is no module
+        depth -= 1
     above = ".".join(parts[0][:depth])
-    names = [p[-1].removesuffix("_proj") for p in parts]
+    names = list(dict.fromkeys(_name(p) for p in parts))
     name = ("" if all(len(n) == 1 for n in names) else "_").join(names)
     taken = f"{above}.{name}" if above else name
-    return above, f"{name}_input" if any(p == taken or p.startswith(f"{taken}.")
-                                         for p in modules) else name
+    return above, f"{name}_input" if taken in modules else name
+
+
+def _name(parts: list[str]) -> str:
+    """What to call the input of a layer: its own name, with that of its list before its number."""
+    own = parts[-1].removesuffix("_proj")
+    return f"{parts[-2]}_{own}" if own.isdecimal() else own

@@ -1,0 +1,81 @@
+"""Before any work: the entries that a job will write, and whether a network can be built of them.
+
+One pass over the network, of which nothing is computed, tells which layers share an input; the
+rest is known from the plans. So a path that is described wrongly, or an architecture that refuses
+such layers, ends in one line at the start and not after an hour.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxquant.base.errors import BadCheckpoint, MlxquantError, Unsupported
+from mlxquant.codes.hadamard import default_block
+from mlxquant.codes.spec import Spec
+from mlxquant.layers import formats
+from mlxquant.layers.blocks import Block
+from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.traffic import leaf_modules
+from mlxquant.quantise.assembly import Body, Outside, result_config
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.plans import STACKS, Plan, inputs_of
+from mlxquant.quantise.storing import Around, BlockResult, describe, describe_replicas
+
+
+def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], plans: list[Plan],
+             job: Job) -> None:
+    """Raises ``Unsupported`` where the result of a job would not load."""
+    inputs = _inputs(network, blocks) if job.calibrated else {}
+    body = Body()
+    for block, plan in zip(blocks, plans):
+        body.add(block, _described(block, plan, inputs, job))
+    config = result_config(Outside({}, {}, config), body, job, {})
+    try:
+        model_class, arguments = formats.model_classes(config)
+        nn.quantize(model_class(arguments.from_dict(config)), class_predicate=lambda path, module:
+                    hasattr(module, "to_quantized") and body.plain.get(path, False))
+    except (ValueError, KeyError, TypeError, AttributeError, MlxquantError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise Unsupported(f"{config.get('base_model_type', config['model_type'])} cannot be "
+                          f"stored so: {reason}") from error
+
+
+def _inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
+    """What each layer of the blocks was first given, by its path: not computed, but itself."""
+    paths = {id(module): block.full(path) for block in blocks
+             for path, module in leaf_modules(block.module)}
+    found: dict[str, mx.array] = {}
+
+    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> Any:
+        found.setdefault(paths[id(module)], args[0])
+        return own(*args, **kwargs)
+
+    linears = [module for block in blocks for _, module in leaf_modules(block.module)
+               if type(module) in (nn.Linear, nn.QuantizedLinear)]
+    try:
+        with intercepted(linears, through):
+            network(mx.zeros((1, 4), mx.int32))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise BadCheckpoint(f"the network does not run: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def _described(block: Block, plan: Plan, inputs: dict[str, mx.array], job: Job) -> BlockResult:
+    """The entries of one block."""
+    result = BlockResult(plain=dict(plan.entries))
+    modules = dict(leaf_modules(block.module))
+    siblings: dict[tuple[int, Spec], list[str]] = {}
+    for path, spec in plan.specs.items():
+        given = inputs.get(block.full(path))
+        if spec.method == "replica" and type(modules[path]) not in STACKS:
+            siblings.setdefault((id(given) if given is not None else hash(path), spec), []).append(path)
+        elif job.spec.rotation != "online" and job.activation is None:
+            describe(path, spec, inputs_of(modules[path]), Around(), modules[path], result)
+    for (_, spec), paths in siblings.items():
+        turned = spec.rotation == "online"
+        describe_replicas(paths, block.module, spec,
+                          default_block(inputs_of(modules[paths[0]])) if turned else None, result)
+    return result
