@@ -1,22 +1,26 @@
-"""``mlxquant bench`` with its result kept, and random models of a known shape to split a token's time over.
+"""``mlxquant bench`` with its result kept, and random models of a known shape.
 
-    python benchmarks/bench.py MODEL … [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas] [--out NAME]
+    python benchmarks/bench.py MODEL … [-p 512] [-n 128] [-r 5] [-d 0 …] [-b 1 …] [--replicas]
+        [--out NAME]
     python benchmarks/bench.py --table
 
-A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights of a shape below: llama-3.1-8b:16, :8, :4, …
-(affine, groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is saved as soon as it is there in
-``results/bench-NAME.json``, with what ``mlxquant probe`` measured (``--replicas``: the free replicas too).
-``--table`` prints the Markdown of all that are kept and draws the roofline of each.
+A MODEL is what ``mlxquant bench`` takes, or SHAPE:FORM, random weights of a shape of ``shapes.py``:
+llama-3.1-8b:16, :8, :4, … (affine, groups of 64) or :2-k4 and :2-k8-g16 (replicas). Every record is
+saved as soon as it is there in ``results/bench-NAME.json``, with what ``mlxquant probe`` measured
+(``--replicas``: the free replicas too). ``--table`` prints the Markdown of all that are kept and
+draws the roofline of each.
 """
 
-import argparse
 import re
 from pathlib import Path
 
-import mlx.core as mx
-from record import RESULTS, read, save
+from record import RESULTS, parser, read, save  # first: it loads the BLAS before MLX
 
-import mlxquant  # first: it loads the BLAS before MLX
+# isort: split
+import mlx.core as mx
+from shapes import SHAPES
+
+import mlxquant
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
 from mlxquant.layers.dense import to_dense
@@ -28,21 +32,6 @@ from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 from mlxquant.runtime import probe
 from mlxquant.sources.names import DEFAULT_MODEL
-
-
-def shape(hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict:
-    """The configuration of a Llama."""
-    return {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "rope_theta": 500000,
-            "vocab_size": vocabulary, "max_position_embeddings": 131072, "tie_word_embeddings": tied}
-
-
-SHAPES = {"smollm2-135m": shape(576, 30, 1536, 9, 3, 49152, True),
-          "smollm2-360m": shape(960, 32, 2560, 15, 5, 49152, True),
-          "tinyllama-1.1b": shape(2048, 22, 5632, 32, 4, 32000, False),
-          "llama-3.2-1b": shape(2048, 16, 8192, 32, 8, 128256, True),
-          "llama-3.2-3b": shape(3072, 28, 8192, 24, 8, 128256, True),
-          "llama-3.1-8b": shape(4096, 32, 14336, 32, 8, 128256, False)}
 
 
 class Vocabulary:
@@ -67,7 +56,8 @@ def open_model(name: str) -> LanguageModel:
     bits = found[1] if found[1] == "ternary" else int(found[1])
     mx.random.seed(0)
     if found[2]:
-        network = outline.replicated(config, ReplicaShape(bits, int(found[2]), int(found[3] or 0)))
+        shape = ReplicaShape(bits, int(found[2]), int(found[3] or 0))
+        network = outline.replicated(config, shape)
     else:
         network = outline.network_of(config) if bits == 16 else outline.affine(config, bits, 64)
     network = to_dense(network) if device() == "cpu" else pack(network)  # as ``load`` does
@@ -83,7 +73,8 @@ def table() -> str:
         result = read(path.stem)
         records = [Record(**row) for row in result["records"]]
         draw(path.stem, records, result["probe"])
-        parts.append(f"{bench_output.markdown(records)}\n\nMeasured {result['date']}: `{result['command']}`")
+        parts.append(f"{bench_output.markdown(records)}\n\n"
+                     f"Measured {result['date']}: `{result['command']}`")
     return "\n\n".join(parts)
 
 
@@ -93,17 +84,17 @@ def draw(name: str, records: list[Record], measured: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("models", nargs="*", default=[DEFAULT_MODEL])
-    parser.add_argument("-p", type=int, default=512)
-    parser.add_argument("-n", type=int, default=128)
-    parser.add_argument("-r", type=int, default=5)
-    parser.add_argument("-d", type=int, nargs="+", default=[0])
-    parser.add_argument("-b", type=int, nargs="+", default=[1])
-    parser.add_argument("--replicas", action="store_true")
-    parser.add_argument("--out", default="cpu")
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("models", nargs="*", default=[DEFAULT_MODEL])
+    options.add_argument("-p", type=int, default=512)
+    options.add_argument("-n", type=int, default=128)
+    options.add_argument("-r", type=int, default=5)
+    options.add_argument("-d", type=int, nargs="+", default=[0])
+    options.add_argument("-b", type=int, nargs="+", default=[1])
+    options.add_argument("--replicas", action="store_true")
+    options.add_argument("--out", default="cpu")
+    options.add_argument("--table", action="store_true")
+    arguments = options.parse_args()
     if arguments.table:
         print(table())
         return
@@ -115,13 +106,15 @@ def main() -> None:
     print(f"reads {measured.ceiling.gb_per_s:.1f} GB/s: {measured.readers}", flush=True)
 
     def keep(records: list[Record]) -> None:
-        save(f"bench-{arguments.out}", probe=measured.as_dict(), records=[record.as_dict() for record in records])
+        save(f"bench-{arguments.out}", probe=measured.as_dict(),
+             records=[record.as_dict() for record in records])
         last = records[-1]
         print(f"{last.model} {last.test}: {last.tps_mean:.2f} tokens/s, {last.gb_per_s:.1f} GB/s, "
               f"{last.percent_of_probe:.0f} % of measured", flush=True)
 
-    records = mlxquant.bench(arguments.models, prompt=arguments.p, generated=arguments.n, repetitions=arguments.r,
-                             depths=arguments.d, batches=arguments.b, open_model=open_model, on_record=keep)
+    records = mlxquant.bench(
+        arguments.models, prompt=arguments.p, generated=arguments.n, repetitions=arguments.r,
+        depths=arguments.d, batches=arguments.b, open_model=open_model, on_record=keep)
     print(bench_output.markdown(records))
 
 

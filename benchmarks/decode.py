@@ -2,14 +2,17 @@
 
     python benchmarks/decode.py SHAPE:FORM … [--out NAME]
 
-A SHAPE:FORM is what ``bench.py`` takes. For each, one token after the other: what Python takes to build its graph, what
-MLX takes to launch it, and both together with the wait, which is what a user sees. Then the GPU's own time for
-a token, by its clock (``mlxquant/kernels/gpu_clock.py``): some tokens queued behind a wait, so that launching does not count.
-To queue whole tokens MLX must be let put them into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER
-are raised for the GPU's time; ``--limits default`` leaves them, for what a user sees.
+A SHAPE:FORM is what ``bench.py`` takes. For each, one token after the other: what Python takes to
+build its graph, what MLX takes to launch it, and both together with the wait, which is what a user
+sees. Then the GPU's own time for a token, by its clock (``mlxquant/kernels/gpu_clock.py``): some
+tokens are queued behind a wait, so that launching does not count. For that, MLX must be allowed to
+put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER are raised for the
+GPU's time; ``--limits default`` leaves them, for what a user sees.
+
+Every row names the kernel of its matrices. ``--metal-body`` runs replicas with the body that Metal
+compiles (``replicated_matvec``) where an NVIDIA GPU would take its tensor cores.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -20,12 +23,14 @@ if "--limits" not in sys.argv:  # read once, when MLX is imported
     os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "1000000", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
 # isort: split
+from record import parser, save  # first: it loads the BLAS before MLX
+
+# isort: split
 import mlx.core as mx
 from bench import open_model
 from mlx_lm.models.cache import make_prompt_cache
-from record import save
 
-from mlxquant.kernels import gpu_clock
+from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
 from mlxquant.layers import traffic
 from mlxquant.runtime.probe import read_ceiling
 
@@ -44,7 +49,7 @@ class Decoding:
         return mx.argmax(self.network(token[None], cache=self.cache)[:, -1], -1)
 
     def seen(self) -> dict:
-        """Milliseconds of a token as a user sees it, and the parts of it that the host takes: medians."""
+        """Median milliseconds of a token as a user sees it, and of its parts on the host."""
         loops = []
         for _ in range(_LOOPS + 1):
             build = launch = 0.0
@@ -57,7 +62,8 @@ class Decoding:
                 build, launch = build + built - begun, launch + time.perf_counter() - built
             mx.eval(self.token)
             loops.append((time.perf_counter() - start, build, launch))
-        token, build, launch = (1e3 * statistics.median(times) / _TOKENS for times in zip(*loops[1:]))
+        token, build, launch = (1e3 * statistics.median(times) / _TOKENS
+                                for times in zip(*loops[1:]))
         return dict(token_ms=token, build_ms=build, launch_ms=launch, tps=1e3 / token)
 
     def on_gpu(self) -> dict:
@@ -74,16 +80,30 @@ class Decoding:
                     gpu_gb_per_s=self.bytes / seconds / 1e9)
 
 
+def kernel_of(name: str, metal_body: bool) -> str:
+    """What multiplies the matrices of SHAPE:FORM here, a token at a time."""
+    form = name.partition(":")[2]
+    if not backend.has_gpu() or form == "16":
+        return "MLX's dense product"
+    if "-k" not in form:
+        return "mx.quantized_matmul"
+    return "replicated_matvec" if metal_body or not backend.is_cuda() else "replicated_tensor_cores"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--limits", choices=["default"])
-    parser.add_argument("--out", default="cpu")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("models", nargs="+")
+    options.add_argument("--limits", choices=["default"])
+    options.add_argument("--metal-body", action="store_true")
+    options.add_argument("--out", default="cpu")
+    arguments = options.parse_args()
+    if arguments.metal_body:
+        replicated_tensor_cores.fits = lambda *_: False
     ceiling, rows = read_ceiling(), []
     for name in arguments.models:
         decoding = Decoding(name)
-        row = dict(model=name, bytes_per_token=decoding.bytes, **decoding.seen())
+        row = dict(model=name, kernel=kernel_of(name, arguments.metal_body),
+                   bytes_per_token=decoding.bytes, **decoding.seen())
         if not arguments.limits:
             try:
                 row |= decoding.on_gpu()
@@ -91,9 +111,10 @@ def main() -> None:
             except RuntimeError as error:  # what a user sees is a result all the same
                 print(f"{name}: {error}", flush=True)
         rows.append(row)
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
-              flush=True)
-        save(f"decode-{arguments.out}", graph_limits=arguments.limits or "raised", ceiling=ceiling.__dict__, rows=rows)
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}"
+                        for key, value in row.items()), flush=True)
+        save(f"decode-{arguments.out}", graph_limits=arguments.limits or "raised",
+             ceiling=ceiling.__dict__, rows=rows)
         del decoding
         mx.clear_cache()
 

@@ -7,11 +7,10 @@ of TEXT (WikiText-2 raw test) by the protocol wt2-40.
 """
 
 import statistics
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from record import save
+from record import parser, save
 
 import mlxquant
 from mlxquant.sources.names import DEFAULT_MODEL
@@ -23,7 +22,10 @@ def spread(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values}
 
 
-def main(text: Path) -> None:
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("text", type=Path)
+    text = options.parse_args().text
     model = mlxquant.load(DEFAULT_MODEL)
     tokens = model.tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)[:513]
     reports = []
@@ -37,12 +39,12 @@ def main(text: Path) -> None:
                                 progress=lambda done, total, value: print(done, value, flush=True))
     last = reports[-1][1]
     print(save("default-model-cpu", model=DEFAULT_MODEL,
-               prefill_512_tps=spread([p.prompt_tps for p, _ in reports]),
-               decode_128_tps=spread([d.generation_tps for _, d in reports]),
+               prefill_512_tps=spread([prefill.prompt_tps for prefill, _ in reports]),
+               decode_128_tps=spread([decode.generation_tps for _, decode in reports]),
                bytes_per_token=last.bytes_per_token, ceiling_gb_per_s=last.ceiling_gb_per_s,
                ceiling_source=last.ceiling_source, peak_memory_gb=last.peak_memory_gb,
                quality=asdict(quality)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

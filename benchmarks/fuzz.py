@@ -1,10 +1,12 @@
-"""Feed mutated files to both parsers: nothing but an error of ours, no hang, no memory beyond the file's.
+"""Feed mutated files to both parsers: they may end in an error of ours, in nothing else.
 
     python benchmarks/fuzz.py [--count 100000] [--seconds 600]
 
-GGUF files go through headers, configuration, names, shapes and tokenizer, safetensors folders through headers,
-index and configuration. A case is its number: it makes the mutations, so that a failure can be run again. Cases
-run in processes with a limit on memory, each case under a timer; a process that dies names the case it was at.
+No other exception, no hang, no memory beyond what the file's size explains. GGUF files go through
+headers, configuration, names, shapes and tokenizer, safetensors folders through headers, index and
+configuration. A case is its number: it makes the mutations, so that a failure can be run again.
+Cases run in processes with a limit on memory, each case under a timer; a process that dies names
+the case it was at.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from record import save
+from record import parser, save
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.sources import checkpoint
@@ -34,20 +36,24 @@ from mlxquant.sources.gguf.reader import open_model
 CHUNK = 2000  # cases in a process
 LIMIT = 2 << 30  # address space that a process may take beyond what it started with
 SECONDS = 10  # of one case; a machine may be busy
-# A Python object takes more than the bytes it was read from: a string of one byte, nine bytes of file, takes 58
-# and 8 in its list; names are kept, looked up and joined. Not a claim of the header but the file's size bounds it.
+# A Python object takes more than the bytes it was read from: a string of one byte, nine bytes of
+# file, takes 58 and 8 in its list; names are kept, looked up and joined. So the bound is a multiple
+# of the file's size, whatever its header claims.
 PER_BYTE, FIXED = 64, 4 << 20
 
 
 def seed_gguf(path: Path, *, pieces: bool) -> bytes:
     """A small, whole file; ``pieces`` gives it a SentencePiece vocabulary."""
     writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {"context_length": 64, "block_count": 1, "embedding_length": 32, "feed_forward_length": 32,
-                       "attention.head_count": 2, "attention.head_count_kv": 1, "rope.dimension_count": 16}.items():
+    for key, value in {"context_length": 64, "block_count": 1, "embedding_length": 32,
+                       "feed_forward_length": 32, "attention.head_count": 2,
+                       "attention.head_count_kv": 1, "rope.dimension_count": 16}.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(8)), "▁", "a", "b", "ab", "▁ab"] if pieces else \
-        ["<|endoftext|>", *"abcdefgh", "ab", "abc"]
+    words = ["<|endoftext|>", *"abcdefgh", "ab", "abc"]
+    if pieces:
+        words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(8)), "▁", "a", "b", "ab",
+                 "▁ab"]
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     if pieces:
         writer.add_token_scores([-float(n) for n in range(len(words))])
@@ -59,13 +65,14 @@ def seed_gguf(path: Path, *, pieces: bool) -> bytes:
     writer.add_token_list(words)
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages }}")
-    shapes = {"token_embd": (len(words), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
-              "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
-              "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (32, 32), "blk.0.ffn_up": (32, 32),
-              "blk.0.ffn_down": (32, 32)}
+    shapes = {"token_embd": (len(words), 32), "output_norm": (32,), "blk.0.attn_norm": (32,),
+              "blk.0.ffn_norm": (32,), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32),
+              "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (32, 32),
+              "blk.0.ffn_up": (32, 32), "blk.0.ffn_down": (32, 32)}
     for name, shape in shapes.items():
         type_ = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones(shape, np.float32), type_), raw_dtype=type_)
+        data = gguf.quantize(np.ones(shape, np.float32), type_)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,26 +81,25 @@ def seed_gguf(path: Path, *, pieces: bool) -> bytes:
 
 
 def seed_safetensors() -> bytes:
-    header = {"__metadata__": {"format": "mlx"}}
+    header, position = {"__metadata__": {"format": "mlx"}}, 0
     for index in range(6):
-        header[f"model.layers.{index}.weight"] = {"dtype": ["F32", "F16", "U32"][index % 3], "shape": [4, 2],
-                                                  "data_offsets": [32 * index, 32 * index + 32]}
-        header[f"model.layers.{index}.weight"]["data_offsets"][1] -= 16 * (index % 3 == 1)
-    position = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 16 if entry["dtype"] == "F16" else 32
-            entry["data_offsets"], position = [position, position + size], position + size
+        dtype = ["F32", "F16", "U32"][index % 3]
+        end = position + (16 if dtype == "F16" else 32)
+        header[f"model.layers.{index}.weight"] = {"dtype": dtype, "shape": [4, 2],
+                                                  "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(position)
 
 
 SEED_INDEX = {"metadata": {"total_size": 160},
-              "weight_map": {f"model.layers.{index}.weight": "model.safetensors" for index in range(6)}}
-NUMBERS = [0, 1, 2, 7, 31, 32, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63,
-           2**64 - 1]
-SCRAPS = [b"\x00", b"\xff" * 8, b'"', b"{", b"[" * 50, b"null", b"-1", b"1e999", b"../../etc/passwd", b"NaN", b"true",
-          "▁".encode(), b"blk.0.", b".weight", b"token_embd.weight", b"\xf0\x9f"]
+              "weight_map": {f"model.layers.{index}.weight": "model.safetensors"
+                             for index in range(6)}}
+NUMBERS = [0, 1, 2, 7, 31, 32, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62,
+           2**63 - 1, 2**63, 2**64 - 1]
+SCRAPS = [b"\x00", b"\xff" * 8, b'"', b"{", b"[" * 50, b"null", b"-1", b"1e999",
+          b"../../etc/passwd", b"NaN", b"true", "▁".encode(), b"blk.0.", b".weight",
+          b"token_embd.weight", b"\xf0\x9f"]
 
 
 def mutated(data: bytes, chance: random.Random, header: int) -> bytes:
@@ -111,8 +117,9 @@ def mutated(data: bytes, chance: random.Random, header: int) -> bytes:
             made[at] = chance.randrange(256)
         elif kind in (2, 3):
             width = chance.choice("BHIQ")
-            number = chance.choice([*NUMBERS, len(data), chance.getrandbits(64)]) % 2 ** (8 * struct.calcsize(width))
-            made[at:at + struct.calcsize(width)] = struct.pack(f"<{width}", number)
+            size = struct.calcsize(width)
+            number = chance.choice([*NUMBERS, len(data), chance.getrandbits(64)]) % 2 ** (8 * size)
+            made[at:at + size] = struct.pack(f"<{width}", number)
         elif kind == 4:
             del made[at:at + chance.choice((1, 2, 8, 40, 1000))]
         elif kind == 5:
@@ -130,10 +137,11 @@ def mutated(data: bytes, chance: random.Random, header: int) -> bytes:
 
 
 class Fuzzer:
-    """Runs cases in a folder; ``run`` returns what came of one, and raises what no file may cause."""
+    """Runs cases in a folder: ``run`` returns the outcome, or raises what no file may cause."""
 
     def __init__(self, folder: Path):
-        self.folder, self.gguf, self.most = folder, folder / "m.gguf", (0, 0)  # bytes taken, of a file
+        self.folder, self.gguf = folder, folder / "m.gguf"
+        self.most = 0, 0  # bytes taken, and of a file of how many
         self.seeds = [seed_gguf(folder / "seed.gguf", pieces=pieces) for pieces in (False, True)]
         self.headers = [data.find(b"blk.0.ffn_down.weight") + 60 for data in self.seeds]
         self.safetensors, self.index = seed_safetensors(), json.dumps(SEED_INDEX).encode()
@@ -161,12 +169,13 @@ class Fuzzer:
     def _safetensors(self, chance: random.Random) -> str:
         files = {"model.safetensors": self.safetensors, "model.safetensors.index.json": self.index,
                  "config.json": self.config}
-        for name, share in (("model.safetensors", 0.8), ("model.safetensors.index.json", 0.2), ("config.json", 0.1)):
+        for name, share in zip(files, (0.8, 0.2, 0.1)):
             if chance.random() < share:
                 files[name] = mutated(files[name], chance, 900)
         for name, data in files.items():
             (self.folder / name).write_bytes(data)
-        return self._watched("safetensors", lambda: checkpoint.validate(self.folder), sum(map(len, files.values())))
+        return self._watched("safetensors", lambda: checkpoint.validate(self.folder),
+                             sum(map(len, files.values())))
 
     def _watched(self, kind: str, parse, size: int) -> str:
         tracemalloc.reset_peak()
@@ -193,7 +202,10 @@ def hang(*_):
 
 
 def chunk(first: int, last: int, folder: Path) -> None:
-    """Run cases ``first`` to ``last`` and print what came of them as JSON; a file holds the number under way."""
+    """Run cases ``first`` to ``last`` and print what came of them as JSON.
+
+    A file holds the number under way.
+    """
     signal.signal(signal.SIGALRM, hang)
     fuzzer = Fuzzer(folder)
     fuzzer.run(1)  # loads what is loaded lazily, before memory is counted
@@ -208,17 +220,18 @@ def chunk(first: int, last: int, folder: Path) -> None:
         except BaseException as error:  # a panic of a library in Rust is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
-            failures.append({"case": number, "error": "".join(traceback.format_exception(error))[-1500:]})
+            text = "".join(traceback.format_exception(error))
+            failures.append({"case": number, "error": text[-1500:]})
     print(json.dumps({"outcomes": outcomes, "failures": failures, "most": fuzzer.most}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--chunk", type=int, nargs=2, help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--count", type=int, default=100_000)
+    options.add_argument("--seconds", type=float, default=600)
+    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--chunk", type=int, nargs=2, help=argparse.SUPPRESS)
+    a = options.parse_args()
     if a.chunk:
         with tempfile.TemporaryDirectory(prefix="mlxquant-fuzz-") as folder:
             chunk(*a.chunk, Path(folder))
@@ -226,22 +239,24 @@ def main() -> None:
     outcomes, failures, done, most, start = Counter(), [], 0, [0, 0], time.perf_counter()
     while done < a.count and time.perf_counter() - start < a.seconds:
         first, last = a.first + done, a.first + min(done + CHUNK, a.count)
-        result = subprocess.run([sys.executable, __file__, "--chunk", str(first), str(last)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        result = subprocess.run([sys.executable, __file__, "--chunk", str(first), str(last)],
+                                capture_output=True, text=True)
         if result.returncode:
-            failures.append({"cases": [first, last], "exit": result.returncode, "error": result.stderr[-1500:]})
+            failures.append({"cases": [first, last], "exit": result.returncode,
+                             "error": result.stderr[-1500:]})
         else:
             made = json.loads(result.stdout)
             outcomes.update(made["outcomes"])
             failures += made["failures"]
             most = max(most, made["most"])
         done = last - a.first
-        print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s", file=sys.stderr,
-              flush=True)
+        print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s",
+              file=sys.stderr, flush=True)
     for failure in failures[:5]:
         print(failure["error"], file=sys.stderr)
-    print(save("fuzz", files=done, seconds=time.perf_counter() - start, outcomes=dict(sorted(outcomes.items())),
-               most_bytes_taken=most[0], by_a_file_of=most[1], failures=failures))
+    print(save("fuzz", files=done, seconds=time.perf_counter() - start,
+               outcomes=dict(sorted(outcomes.items())), most_bytes_taken=most[0],
+               by_a_file_of=most[1], failures=failures))
     sys.exit(1 if failures else 0)
 
 

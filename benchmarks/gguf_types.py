@@ -2,26 +2,27 @@
 
     pip install xllamacpp; python benchmarks/gguf_types.py [--layers 4]
 
-Blocks are made by ggml's own quantiser (through xllamacpp's build of it) from down_proj matrices of the
-default model, off the grid that they came on by noise of their own rounding's size; errors are
-Σ(ŵ − w)² / Σw². ``own`` is that of the type against the weights it was made of,
-``added`` that of the import against the ``gguf`` package's decoder, ``total`` of the import against the weights.
+Blocks are made by ggml's own quantiser (through xllamacpp's build of it) from down_proj matrices of
+the default model, moved off the grid that they came on by noise of the size of its rounding. Errors
+are Σ(ŵ − w)² / Σw²: ``own`` that of the type against the weights it was made of, ``added`` that of
+the import against the ``gguf`` package's decoder, ``total`` that of the import against the weights.
 """
 
-import argparse
 import ctypes
 import time
 from importlib.metadata import version
 
+from record import parser, save  # first: it loads the BLAS before MLX
+
+# isort: split
 import gguf
 import mlx.core as mx
 import numpy as np
 import xllamacpp
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
-from record import save
 
-import mlxquant  # first: it loads the BLAS before MLX
+import mlxquant
 from mlxquant.base.errors import Unsupported
 from mlxquant.sources.gguf import repack, weights
 from mlxquant.sources.gguf.repack import GROUP
@@ -40,15 +41,16 @@ def ggml_blocks(values: np.ndarray, type_: Type) -> np.ndarray:
     blocks = np.zeros((rows, columns // block * block_bytes), np.uint8)
     importance = np.ones(columns, np.float32)
     written = quantise(ctypes.c_int(type_), values.ctypes.data_as(ctypes.c_void_p),
-                       blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(0), ctypes.c_int64(rows),
-                       ctypes.c_int64(columns), importance.ctypes.data_as(ctypes.c_void_p))
+                       blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(0),
+                       ctypes.c_int64(rows), ctypes.c_int64(columns),
+                       importance.ctypes.data_as(ctypes.c_void_p))
     if written != blocks.nbytes:
-        raise RuntimeError(f"ggml wrote {written} bytes of {type_.name}, {blocks.nbytes} were expected")
+        raise RuntimeError(f"ggml wrote {written} bytes of {type_.name}, not {blocks.nbytes}")
     return blocks
 
 
 def off_grid(values: np.ndarray) -> np.ndarray:
-    """The weights were stored as Q4_1, which would make that type look free: move each by up to half a step."""
+    """Each weight moved by up to half a step: they came as Q4_1, and that type would look free."""
     groups = values.reshape(-1, 32)
     steps = (groups.max(1, keepdims=True) - groups.min(1, keepdims=True)) / 15
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, groups.shape).astype(np.float32)
@@ -66,8 +68,9 @@ def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
         dtype = {Type.F32: mx.float32, Type.BF16: mx.bfloat16}.get(type_, mx.float16)
         return np.array(weights.plain("w", type_, blocks, dtype)[0].astype(mx.float32))
     made = weights.codes("w", type_, blocks, plan)
-    arrays = (mx.array(made.weight), *(mx.array(a).astype(mx.float32) for a in (made.scales, made.biases)))
-    return np.array(mx.dequantize(*arrays, group_size=GROUP, bits=made.bits))
+    scales, biases = (mx.array(a).astype(mx.float32) for a in (made.scales, made.biases))
+    return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=GROUP,
+                                  bits=made.bits))
 
 
 def scale_precision(type_: Type, blocks: np.ndarray, decoded: np.ndarray) -> dict:
@@ -95,32 +98,35 @@ def row(type_: Type, values: np.ndarray) -> dict:
     made = imported(type_, blocks, plan)
     seconds = time.perf_counter() - start
     exact = np.array_equal(made, decoded)
-    kind = "exact" if exact else "same codes, scales rounded to float16" if plan.repacked else "rounded anew"
-    entry |= {"stored": kind, "bits": plan.bits or 16, "stored_bits_per_weight": plan.bits + 1 if plan.bits else 16,
-              "own": error(decoded, values), "added": error(made, decoded), "total": error(made, values),
-              "gb_per_s": blocks.nbytes / seconds / 1e9}
+    kind = "same codes, scales rounded to float16" if plan.repacked else "rounded anew"
+    entry |= {"stored": "exact" if exact else kind, "bits": plan.bits or 16,
+              "stored_bits_per_weight": plan.bits + 1 if plan.bits else 16,
+              "own": error(decoded, values), "added": error(made, decoded),
+              "total": error(made, values), "gb_per_s": blocks.nbytes / seconds / 1e9}
     if type_ in repack.LAYOUTS:
         entry["added_by_scale"] = scale_precision(type_, blocks, decoded)
     if not plan.repacked and type_ not in weights.PLAIN:
-        entry["added_by_width"] = {bits: error(imported(type_, blocks, weights.plan("w", type_, True, bits)), decoded)
-                                   for bits in (*weights.WIDTHS, weights.UNROUNDED)}
+        plans = {bits: weights.plan("w", type_, True, bits)
+                 for bits in (*weights.WIDTHS, weights.UNROUNDED)}
+        entry["added_by_width"] = {bits: error(imported(type_, blocks, plan), decoded)
+                                   for bits, plan in plans.items()}
     return entry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    layers = parser.parse_args().layers
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=4)
+    layers = options.parse_args().layers
     network = mlxquant.load(DEFAULT_MODEL, dense=True).network
-    values = np.concatenate([np.array(block.mlp.down_proj.weight) for block in network.layers[:layers]])
-    values = off_grid(values)
+    values = off_grid(np.concatenate([np.array(block.mlp.down_proj.weight)
+                                      for block in network.layers[:layers]]))
     rows = []
     for type_ in Type:
         rows.append(row(type_, values))
         r = rows[-1]
         print(f"{r['type']:8} {r['bits_per_weight']:6.2f} {r['stored']}" + (
-            f", {r['bits']} bits: own {r['own']:.2e}, added {r['added']:.2e}, total {r['total']:.2e}, "
-            f"{r['gb_per_s']:.2f} GB/s" if "own" in r else ""), flush=True)
+            f", {r['bits']} bits: own {r['own']:.2e}, added {r['added']:.2e}, "
+            f"total {r['total']:.2e}, {r['gb_per_s']:.2f} GB/s" if "own" in r else ""), flush=True)
     print(save("gguf-types", model=DEFAULT_MODEL, layers=layers, shape=list(values.shape),
                gguf=version("gguf"), xllamacpp=version("xllamacpp"), rows=rows))
 

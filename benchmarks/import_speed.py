@@ -2,11 +2,11 @@
 
     python benchmarks/import_speed.py [--blocks 4] [--folder DIR]
 
-Files have Llama 3.2 1B's shapes with fewer blocks, and random codes. They are dropped from the page cache first;
-the result counts bytes of the file. ``read`` and ``write`` are those of the same bytes, in a loop and with fsync.
+Files have Llama 3.2 1B's shapes with fewer blocks, and random codes. They are dropped from the page
+cache first; the result counts bytes of the file. ``read`` and ``write`` are those of the same
+bytes, in a loop and with fsync.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -21,12 +21,13 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf_files import random_blocks
-from record import save
+from record import parser, save
 
 from mlxquant.sources.gguf import import_file
 
-KINDS = {"F16": [Type.F16], "Q8_0": [Type.Q8_0], "Q4_0": [Type.Q4_0], "Q4_K": [Type.Q4_K], "Q5_K": [Type.Q5_K],
-         "Q4_K and Q6_K, as Q4_K_M": [Type.Q4_K, Type.Q6_K], "Q6_K": [Type.Q6_K], "IQ4_XS": [Type.IQ4_XS]}
+KINDS = {"F16": [Type.F16], "Q8_0": [Type.Q8_0], "Q4_0": [Type.Q4_0], "Q4_K": [Type.Q4_K],
+         "Q5_K": [Type.Q5_K], "Q4_K and Q6_K, as Q4_K_M": [Type.Q4_K, Type.Q6_K],
+         "Q6_K": [Type.Q6_K], "IQ4_XS": [Type.IQ4_XS]}
 WIDTH, KEYS, INNER, VOCABULARY = 2048, 512, 8192, 32768
 _CHUNK = 1 << 24
 
@@ -44,9 +45,9 @@ def write_file(path: Path, types: list[Type], blocks: int) -> Path:
     writer.add_token_list([str(n) for n in range(1000)])
     shapes = {"token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,)}
     for block in range(blocks):
-        parts = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_k": (KEYS, WIDTH),
-                 "attn_v": (KEYS, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH),
-                 "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
+        parts = {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH),
+                 "attn_k": (KEYS, WIDTH), "attn_v": (KEYS, WIDTH), "attn_output": (WIDTH, WIDTH),
+                 "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
         shapes |= {f"blk.{block}.{part}": shape for part, shape in parts.items()}
     for name, shape in shapes.items():
         type_ = types[-1 if "attn_v" in name or "ffn_down" in name or "token_embd" in name else 0]
@@ -90,19 +91,20 @@ def disk(path: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="Default: a new one among the temporary files.")
-    a = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--blocks", type=int, default=4)
+    options.add_argument("--folder", type=Path, help="Default: a temporary one.")
+    a = options.parse_args()
     base, rows = Path(tempfile.mkdtemp(prefix="mlxquant-import-", dir=a.folder)), []
     try:
         for name, types in KINDS.items():
             path = write_file(base / "model.gguf", types, a.blocks)
             outcome = import_file(path, base / "out")
             read, written = disk(path)
-            rows.append({"kind": name, "file_gb": path.stat().st_size / 1e9, "seconds": outcome.seconds,
-                         "gb_per_s": outcome.bytes / outcome.seconds / 1e9, "disk_read_gb_per_s": read,
-                         "disk_write_gb_per_s": written})
+            rows.append({"kind": name, "file_gb": path.stat().st_size / 1e9,
+                         "seconds": outcome.seconds,
+                         "gb_per_s": outcome.bytes / outcome.seconds / 1e9,
+                         "disk_read_gb_per_s": read, "disk_write_gb_per_s": written})
             print(f"{name}: {rows[-1]['file_gb']:.2f} GB at {rows[-1]['gb_per_s']:.2f} GB/s; "
                   f"disk {read:.2f} read, {written:.2f} written", flush=True)
             shutil.rmtree(base / "out")

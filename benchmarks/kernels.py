@@ -13,16 +13,17 @@ reads what the last one wrote, as decoding does (for our layers that includes pr
 "free": no step waits for another, so that ends of kernels overlap: the kernel alone.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+from record import parser, save  # first: it loads the BLAS before MLX
+
+# isort: split
 import mlx.core as mx
 import numpy as np
-from record import save
 
 from mlxquant.codes import hadamard
 from mlxquant.codes.width import Width
@@ -212,7 +213,8 @@ class Results:
         print(f"{row['kernel']:24} {row['bits']!s:>7} bit K{row['replicas']} G{row['group']} "
               f"{row['rows']}×{row['inputs']} {row['tokens']} tokens: "
               f"free {row['free_us']:.1f} µs, {row['gb_per_s']:.0f} GB/s, "
-              f"{row['percent_of_ceiling']:.0f} %; chain {row.get('chain_us', float('nan')):.1f} µs", flush=True)
+              f"{row['percent_of_ceiling']:.0f} %; "
+              f"chain {row.get('chain_us', float('nan')):.1f} µs", flush=True)
         self.save()
 
     def add_error(self, case: Case, dtype: mx.Dtype, name: str) -> None:
@@ -249,13 +251,12 @@ def measure(results: Results, names: list[str], ours: list[Case], theirs: list[t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default="kernels")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--list", action="store_true")
-    a = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", default="kernels")
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    options.add_argument("--list", action="store_true")
+    a = options.parse_args()
     ours, theirs = (OURS, STOCK) if a.quick else (OURS + OURS_TOO, STOCK + STOCK_TOO)
     names = [name for name in a.kernels if backend.is_cuda() or name != "replicated_tensor_cores"]
     if a.list:
@@ -263,7 +264,7 @@ def main() -> None:
                 for bits, rows, inputs, tokens in theirs), sep="\n")
         print(*(f"{', '.join(a.kernels)}: {case}" for case in ours), sep="\n")
     elif not backend.has_gpu() or not names:
-        parser.exit(1, "kernels need a GPU; --list shows what would be timed\n")
+        options.exit(1, "kernels need a GPU; --list shows what would be timed\n")
     else:
         measure(Results(a.out), names, ours, theirs, CHECKED)
 

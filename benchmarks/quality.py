@@ -1,17 +1,16 @@
-"""Rewrite ``quality.json``, what ``mlxquant plan`` expects of a width, from ``results/`` and ``literature.json``.
+"""Rewrite ``quality.json``, what ``mlxquant plan`` expects of a width, from what was measured.
 
     python benchmarks/quality.py
 
-Of every width with its groups or replicas the best method that ``quantize`` can run, with its options, calibrated
-only. A ratio is the perplexity over that of the original.
+Of every width with its groups or replicas it holds the best method that ``quantize`` can run, with
+its options, calibrated only; beside them GPTQ's published rows (``literature.json``). A ratio is
+the perplexity over that of the original.
 """
 
-import json
 import re
 from pathlib import Path
 
-from readme import LITERATURE, method_rows, replica_results
-from record import read
+from measured import literature, method_rows, original_perplexity, replica_results
 
 from mlxquant.base.storage import write_json
 from mlxquant.report.comparison import METHODS
@@ -24,7 +23,7 @@ FLAGS = {"method": "--method {}", "propagation": "--propagation {}", "replicas":
 
 
 def options_of(method: str) -> dict | None:
-    """The options of ``quantize`` that a row's method stands for, None where they are more than widths and flags."""
+    """The options of ``quantize`` that a row's method stands for; None if flags cannot say them."""
     plain = method.replace("gptq-plain", "gptq")
     options = METHODS.get(method) or METHODS.get(plain)
     if options is None or {"mixed", "activation"} & set(options):
@@ -36,21 +35,26 @@ def flags(options: dict) -> str:
     """The same on the command line."""
     parts = [FLAGS[name].format(value) for name, value in options.items() if name in FLAGS]
     parts += {"online": ["--rotate"], "fused": ["--rotate-fused"]}.get(options.get("rotation"), [])
-    return " ".join([*parts, *(["--no-act-order"] if options.get("act_order") is False else [])])
+    parts += ["--no-act-order"] if options.get("act_order") is False else []
+    return " ".join(parts)
 
 
 def calibrated_replicas() -> list[dict]:
-    """Rows of ``replicas.py``, whose methods all correct for the blocks before, as ``method_rows`` has them."""
-    named = ((row, f"replica-{row['replicas']}" + (f"-g{row['replica_group']}" if row["replica_group"] else ""))
-             for row in replica_results() if row["replicas"] and row["rotated"] and not row["tuned"])
-    return [row | {"method": f"{name}-corrected"} for row, name in named if f"{name}-corrected" in METHODS]
+    """Rows of ``replicas.py``, which all correct for earlier blocks, under ``METHODS``' names."""
+    found = []
+    for row in replica_results():
+        group = f"-g{row['replica_group']}" if row["replica_group"] else ""
+        name = f"replica-{row['replicas']}{group}-corrected"
+        if row["rotated"] and not row["tuned"] and name in METHODS:
+            found.append(row | {"method": name})
+    return found
 
 
 def measured() -> list[dict]:
-    original = read("methods-h200-1")["rows"][0]["perplexity"]
+    original = original_perplexity()
     ways: dict[tuple, list[dict]] = {}
     for row in [*method_rows(), *calibrated_replicas()]:
-        if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be nearer the original
+        if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be better
             row = row | {"method": "rtn", "group_size": 64}
         options = options_of(row["method"])
         if options is None:
@@ -58,25 +62,28 @@ def measured() -> list[dict]:
         replicas = options.get("replicas")
         group = options.get("replica_group", 0) if replicas else row["group_size"]
         found = {"model": MODEL, "bits": row["bits"], "replicas": replicas, "group": group,
-                 "ratio": row["perplexity"] / original, "method": row["method"], "flags": flags(options),
-                 "source": f"measured on {MODEL}"}
+                 "ratio": row["perplexity"] / original, "method": row["method"],
+                 "flags": flags(options), "source": f"measured on {MODEL}"}
         ways.setdefault((row["bits"], replicas, group), []).append(found)
     return [simplest(found) for found in ways.values()]
 
 
 def simplest(ways: list[dict]) -> dict:
-    """Of those that are as good as the best, the one with the fewest options: at 8 bits rounding needs no text."""
+    """Of those as good as the best, the one with the fewest options: rounding needs no text."""
     best = min(way["ratio"] for way in ways)
-    return min((way for way in ways if way["ratio"] <= AS_GOOD * best), key=lambda way: (len(way["flags"]), way["ratio"]))
+    good = [way for way in ways if way["ratio"] <= AS_GOOD * best]
+    return min(good, key=lambda way: (len(way["flags"]), way["ratio"]))
 
 
 def published() -> list[dict]:
     """GPTQ's rows in the literature; other methods are not ours to run."""
-    table = json.loads(LITERATURE.read_text(encoding="utf-8"))
+    table = literature()
     rows = ((row, re.fullmatch(r"GPTQ g(\d+)", row["method"])) for row in table["rows"])
     return [{"model": table["model"], "bits": row["bits"], "replicas": None, "group": int(found[1]),
-             "ratio": row["perplexity"] / row["reference"], "method": row["method"], "flags": "--method gptq",
-             "source": f"published, {table['model']}: {row['paper'].split(',')[0]}"} for row, found in rows if found]
+             "ratio": row["perplexity"] / row["reference"], "method": row["method"],
+             "flags": "--method gptq",
+             "source": f"published, {table['model']}: {row['paper'].split(',')[0]}"}
+            for row, found in rows if found]
 
 
 if __name__ == "__main__":

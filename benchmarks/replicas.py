@@ -1,12 +1,12 @@
 """Replicated layers and their controls on the default model, calibrated only and tuned.
 
-    python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME] [--out NAME]
-        [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--written 0]
+    python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME]
+        [--out NAME] [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--written 0]
         [--conversations 0] [--samples 128] [--windows 40] [--keep FOLDER]
 
-Every row is quantised, measured, tuned for the same number of steps, and measured again, on the text of
-the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in FOLDER from an earlier
-run is tuned without being made and measured again.
+Every row is quantised, measured, tuned for the same number of steps, and measured again, on the
+text of the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in
+FOLDER from an earlier run is tuned without being made and measured again.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
-from record import save
+from record import parser, save  # first: it loads the BLAS before MLX
 
-import mlxquant  # first: it loads the BLAS before MLX
+# isort: split
+import mlx.core as mx
+
+import mlxquant
 from mlxquant.layers.repeated import parse_repeat
 from mlxquant.model.loading import LanguageModel, load
 from mlxquant.quantise.job import Job, Target, Text
@@ -53,22 +56,25 @@ PLAN = {
     "replica-4-4bit": REPLICA | dict(bits=4, replicas=4),
     "replica-4-unrotated": dict(method="replica", propagation="corrected", bits=2, replicas=4),
     "replica-4-unrefined": REPLICA | dict(bits=2, replicas=4, refine=0),
-    "replica-4-twice": REPLICA | dict(bits=2, replicas=4, repeats=tuple(parse_repeat("8:16x2").one_by_one())),
+    "replica-4-twice": REPLICA | dict(bits=2, replicas=4,
+                                      repeats=tuple(parse_repeat("8:16x2").one_by_one())),
 }
 
 
-def quality(folder: Path, teacher: LanguageModel, arguments: argparse.Namespace) -> dict:
+def quality(folder: Path, teacher: LanguageModel, a: argparse.Namespace) -> dict:
     """What a folder scores on both texts."""
     student = load(str(folder), dense=True)
-    main, other = (divergence(student, teacher, Path(text), windows=windows)
-                   for text, windows in ((arguments.text, arguments.windows), (arguments.other, None)))
-    return dict(bits_per_weight=main.bits_per_weight, file_bytes=main.file_bytes, perplexity=main.perplexity,
-                kl_mean=main.kl_mean, kl_stderr=main.kl_stderr, top1_agreement=main.top1_agreement,
-                other_perplexity=other.perplexity, other_kl_mean=other.kl_mean,
-                other_top1_agreement=other.top1_agreement, other_reference=other.reference_perplexity)
+    main = divergence(student, teacher, Path(a.text), windows=a.windows)
+    other = divergence(student, teacher, Path(a.other))
+    return dict(bits_per_weight=main.bits_per_weight, file_bytes=main.file_bytes,
+                perplexity=main.perplexity, kl_mean=main.kl_mean, kl_stderr=main.kl_stderr,
+                top1_agreement=main.top1_agreement, other_perplexity=other.perplexity,
+                other_kl_mean=other.kl_mean, other_top1_agreement=other.top1_agreement,
+                other_reference=other.reference_perplexity)
 
 
-def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, folder: Path):
+def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
+            folder: Path) -> Iterator[dict]:
     """The row calibrated only, then the tuned one."""
     options = PLAN[name]
     about = dict(method=name, bits=options["bits"], group_size=options.get("group_size"),
@@ -76,23 +82,21 @@ def rows_of(name: str, arguments: argparse.Namespace, teacher: LanguageModel, fo
                  replica_group=options.get("replica_group"))
     if not (folder / name).exists():
         start = time.perf_counter()
-        job = Job(text=Text(tuple(arguments.data), arguments.samples)).changed(**options)
-        mlxquant.quantize(arguments.model, folder / name, job, progress=tell("block"))
-        seconds = time.perf_counter() - start
-        yield about | dict(tuned=False, seconds=seconds, steps=0) | quality(folder / name, teacher, arguments)
-    if not arguments.steps:
+        job = Job(text=Text(tuple(a.data), a.samples)).changed(**options)
+        mlxquant.quantize(a.model, folder / name, job, progress=tell("block"))
+        about_run = dict(tuned=False, seconds=time.perf_counter() - start, steps=0)
+        yield about | about_run | quality(folder / name, teacher, a)
+    if not a.steps:
         return
-    schedule = Schedule(arguments.steps, arguments.batch_size, arguments.learning_rate,
-                        max(1, arguments.steps // 8))
-    tuned = folder / "-".join(map(str, (name, "tuned", arguments.steps, arguments.codes, arguments.written,
-                                        arguments.conversations)))
-    tuning = Tuning(arguments.model, arguments.data, schedule, arguments.length, codes=arguments.codes,
-                    written=arguments.written, conversations=arguments.conversations)
+    schedule = Schedule(a.steps, a.batch_size, a.learning_rate, max(1, a.steps // 8))
+    settings = dict(codes=a.codes, written=a.written, conversations=a.conversations)
+    tuned = folder / "-".join(map(str, (name, "tuned", a.steps, *settings.values())))
+    tuning = Tuning(a.model, a.data, schedule, a.length, **settings)
     result = mlxquant.tune(str(folder / name), tuned, tuning, progress=tell("step"))
-    yield about | dict(tuned=True, seconds=result.seconds, steps=arguments.steps, batch_size=arguments.batch_size,
-                       codes=arguments.codes, written=arguments.written, conversations=arguments.conversations,
-                       divergence_before=result.divergence_before,
-                       divergence_after=result.divergence_after) | quality(tuned, teacher, arguments)
+    about_run = dict(tuned=True, seconds=result.seconds, steps=a.steps, batch_size=a.batch_size,
+                     **settings, divergence_before=result.divergence_before,
+                     divergence_after=result.divergence_after)
+    yield about | about_run | quality(tuned, teacher, a)
 
 
 def tell(what: str):
@@ -104,39 +108,40 @@ def tell(what: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--other", required=True)
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--out", default="replicas")
-    parser.add_argument("--plan", nargs="+", default=list(PLAN), choices=PLAN)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--codes", type=float, default=0.0)
-    parser.add_argument("--written", type=int, default=0)
-    parser.add_argument("--conversations", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--keep", type=Path)
-    arguments = parser.parse_args()
-    teacher = load(arguments.model, dense=True)
+    options = parser(__doc__)
+    options.add_argument("--text", required=True)
+    options.add_argument("--other", required=True)
+    options.add_argument("--data", nargs="+", required=True)
+    options.add_argument("--model", default=DEFAULT_MODEL)
+    options.add_argument("--out", default="replicas")
+    options.add_argument("--plan", nargs="+", default=list(PLAN), choices=PLAN)
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--learning-rate", type=float, default=2e-3)
+    options.add_argument("--codes", type=float, default=0.0)
+    options.add_argument("--written", type=int, default=0)
+    options.add_argument("--conversations", type=int, default=0)
+    options.add_argument("--samples", type=int, default=128)
+    options.add_argument("--windows", type=int, default=40)
+    options.add_argument("--keep", type=Path)
+    a = options.parse_args()
+    teacher = load(a.model, dense=True)
     rows = []
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
-        for name in arguments.plan:
+        for name in a.plan:
             try:
-                for row in rows_of(name, arguments, teacher, arguments.keep or Path(scratch)):
+                for row in rows_of(name, a, teacher, a.keep or Path(scratch)):
                     rows.append(row)
-                    print(f"{name:20} {'tuned' if row['tuned'] else '':6} {row['bits_per_weight']:6.3f} bpw "
-                          f"{row['perplexity']:10.3f} ppl  KL {row['kl_mean']:.4f}  "
-                          f"other {row['other_perplexity']:.2f}  {row['seconds']:.1f} s", flush=True)
-                    save(arguments.out, windows=arguments.windows, samples=arguments.samples, rows=rows)
+                    print(f"{name:20} {'tuned' if row['tuned'] else '':6} "
+                          f"{row['bits_per_weight']:6.3f} bpw {row['perplexity']:10.3f} ppl  "
+                          f"KL {row['kl_mean']:.4f}  other {row['other_perplexity']:.2f}  "
+                          f"{row['seconds']:.1f} s", flush=True)
+                    save(a.out, windows=a.windows, samples=a.samples, rows=rows)
             except Exception:  # one row's failure must not cost the others' measurements
                 traceback.print_exc()
             mx.clear_cache()
-            if not arguments.keep:
+            if not a.keep:
                 for made in Path(scratch).iterdir():
                     shutil.rmtree(made, ignore_errors=True)
 

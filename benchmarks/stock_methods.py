@@ -2,16 +2,18 @@
 
     python benchmarks/stock_methods.py --text WIKITEXT --data FILE [FILE …] [--model NAME]
 
-mlx-lm's commands fetch their calibration text from the network; here their
-functions are called with our tokens instead. Its embedding width is its own, so
-after each method the original embedding is put back: rows compare the body.
+mlx-lm's commands fetch their calibration text from the network; here their functions are called
+with our tokens instead. Its embedding width is its own, so after each method the original embedding
+is put back: rows compare the body.
 """
 
-import argparse
 import time
 import traceback
 from pathlib import Path
 
+from record import parser, save  # first: it loads the BLAS before MLX
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -19,9 +21,8 @@ import numpy as np
 from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 from mlx_lm.quant.dwq import dwq_quantize
 from mlx_lm.quant.gptq import gptq_quantize
-from record import save
 
-import mlxquant  # first: it loads the BLAS before MLX
+import mlxquant
 from mlxquant.layers.dense import to_dense
 from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration
@@ -29,14 +30,16 @@ from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
 
 GROUP = 64
-PLAN = ["rtn:4", "gptq:4", "awq:4", "dwq:4", "rtn:3", "awq:3", "dwq:3", "rtn:2", "gptq:2", "awq:2", "dwq:2"]
+PLAN = ["rtn:4", "gptq:4", "awq:4", "dwq:4", "rtn:3", "awq:3", "dwq:3", "rtn:2", "gptq:2", "awq:2",
+        "dwq:2"]
 
 
 def body_rtn(network: nn.Module, bits: int) -> None:
     nn.quantize(network, GROUP, bits, class_predicate=lambda path, m: isinstance(m, nn.Linear))
 
 
-def apply(method: str, bits: int, network: nn.Module, teacher: nn.Module, tokens: mx.array) -> nn.Module:
+def apply(method: str, bits: int, network: nn.Module, teacher: nn.Module,
+          tokens: mx.array) -> nn.Module:
     """Run one of mlx-lm's methods on ``network`` in place."""
     if method == "rtn":
         body_rtn(network, bits)
@@ -58,14 +61,14 @@ def apply(method: str, bits: int, network: nn.Module, teacher: nn.Module, tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--plan", nargs="+", default=PLAN)
-    a = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--text", required=True)
+    options.add_argument("--data", nargs="+", required=True)
+    options.add_argument("--model", default=DEFAULT_MODEL)
+    options.add_argument("--windows", type=int, default=40)
+    options.add_argument("--samples", type=int, default=128)
+    options.add_argument("--plan", nargs="+", default=PLAN)
+    a = options.parse_args()
     teacher = mlxquant.load(a.model, dense=True)
     tokens = calibration.from_files(teacher.tokenizer, a.data, a.samples,
                                     vocabulary=vocabulary_of(teacher.network))
@@ -77,7 +80,8 @@ def main() -> None:
             embedding = student.network.model.embed_tokens
             mx.reset_peak_memory()
             start = time.perf_counter()
-            student.network = apply(method, int(bits), student.network, teacher.network, mx.array(tokens.tokens))
+            student.network = apply(method, int(bits), student.network, teacher.network,
+                                    mx.array(tokens.tokens))
             mx.eval(student.network.parameters())
             seconds, peak = time.perf_counter() - start, mx.get_peak_memory() / 1e9
             student.network.model.embed_tokens = embedding
@@ -87,7 +91,8 @@ def main() -> None:
                              bits_per_weight=int(bits) + 32 / GROUP, perplexity=q.perplexity,
                              kl_mean=q.kl_mean, top1_agreement=q.top1_agreement, seconds=seconds,
                              peak_memory_gb=peak))
-            print(f"{method} {bits}: {q.perplexity:.3f} ppl, KL {q.kl_mean:.4f}, {seconds:.1f} s", flush=True)
+            print(f"{method} {bits}: {q.perplexity:.3f} ppl, KL {q.kl_mean:.4f}, {seconds:.1f} s",
+                  flush=True)
             save("stock-methods", windows=a.windows, samples=a.samples, rows=rows)
         except Exception:  # one method's failure must not cost the others' measurements
             traceback.print_exc()
