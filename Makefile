@@ -1,6 +1,6 @@
 # `make demo` answers a question, `make test` runs the tests that take minutes, `make test-all` every
-# test, `make lint` the checks of style, types and imports, `make docs` writes docs/cli.md.
-# All set up .venv first.
+# test, `make lint` the checks of style, types and imports, `make docs` writes docs/cli.md and the
+# tables of README.md and docs/. All set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -24,6 +24,7 @@ lint: install
 
 docs: install
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python benchmarks/readme.py
 
 install: .venv/.installed
 

@@ -12,9 +12,9 @@ TARGET = Path(__file__).parent / "cli.md"
 HEAD = """\
 # Command line
 
-Written by `python docs/make_cli.py` from the program's own help; a test fails when it is out of date.
-Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a failure (one line says which),
-2 for a wrong call, 130 for Ctrl-C.
+Written by `python docs/make_cli.py` from the program's own help; a test fails when it is out of
+date. Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a failure (one line
+says which), 2 for a wrong call, 130 for Ctrl-C.
 """
 
 
@@ -27,8 +27,8 @@ def reference() -> str:
 
 
 def _block(title: str, verb: list[str]) -> str:
-    result = CliRunner().invoke(app, [*verb, "--help"], prog_name="mlxquant", env={"COLUMNS": "100"},
-                                terminal_width=100, max_content_width=100)
+    result = CliRunner().invoke(app, [*verb, "--help"], prog_name="mlxquant",
+                                env={"COLUMNS": "100"}, terminal_width=100, max_content_width=100)
     if result.exit_code:
         raise RuntimeError(f"{title} --help failed: {result.output}")
     lines = [line.rstrip() for line in result.output.strip().splitlines()]
@@ -37,5 +37,6 @@ def _block(title: str, verb: list[str]) -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
-        sys.exit(f"{TARGET} is out of date" if TARGET.read_text(encoding="utf-8") != reference() else 0)
+        current = TARGET.read_text(encoding="utf-8") == reference()
+        sys.exit(0 if current else f"{TARGET} is out of date")
     TARGET.write_text(reference(), encoding="utf-8")
