@@ -41,7 +41,7 @@ class Decoding:
     def __init__(self, name: str):
         model = open_model(name)
         self.network, self.cache = model.network, make_prompt_cache(model.network)
-        self.bytes = traffic.weight_bytes(model.network, model.config)
+        self.bytes = traffic.weight_bytes(model.network)
         self.token = mx.array([1])
         mx.eval(self.network(mx.array([[1] * 16]), cache=self.cache))
 

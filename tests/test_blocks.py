@@ -3,22 +3,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from architectures import CONFIGURATIONS, TOKENS, network_of
+from architectures import CONFIGURATIONS, TOKENS, network_of, watch
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers.blocks import Block, find_blocks
 
 CALLED_IN_PARTS = {"iquestloopcoder"}  # its model calls the attention and MLP of each block
-
-
-def watch(module: nn.Module, calls: list, name: object) -> None:
-    """Note every call of ``module``, which keeps its place and its attributes."""
-    def call(self, *args, **kwargs):
-        calls.append(name)
-        return kind.__call__(self, *args, **kwargs)
-
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -30,7 +20,7 @@ def test_the_blocks_found_are_those_that_run(name):
     for block in blocks:
         assert modules[block.path] is block.module
         for module in [block.module] if name not in CALLED_IN_PARTS else block.module.modules():
-            watch(module, calls, block.path)
+            watch(module, lambda *_, path=block.path: calls.append(path))
     mx.eval(network(TOKENS))
     assert list(dict.fromkeys(calls)) == [block.path for block in blocks]
 

@@ -14,10 +14,11 @@ from test_replicated import fill, siblings
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
 from mlxquant.layers import outline, repeated, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.packed import NormDoneByReader, PackedGroup, PackedLinear, PackedMLP, pack
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.replicated import ReplicatedLinear
-from mlxquant.layers.traffic import leaf_modules, module_bytes
+from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model import distributed
 
 SHAPE = ReplicaShape(2, 4, 0)
@@ -131,7 +132,7 @@ def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
         assert backend.relative_error(network.mlp(x), stored(x)) < 1e-5
     assert traced == [1, 5]
     held = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
-    assert sum(module_bytes(module) for _, module in leaf_modules(network)) == held
+    assert sum(held_bytes(module) for _, module in leaf_modules(network)) == held
 
 
 @emulated
@@ -179,10 +180,9 @@ def test_a_fused_norm_counts_once_and_stays_by_its_path():
     assert not any(isinstance(module, (NormDoneByReader, PackedMLP)) for module in apart.modules())
     held = dict(tree_flatten(fused.parameters()))
     assert all(held[f"{path}.weight"] is weight for path, weight in weights.items())
-    for count in (outline.held_bytes, traffic.body_bits_per_weight, traffic.parameters):
+    for count in (held_bytes, traffic.body_bits_per_weight, traffic.parameters,
+                  traffic.weight_bytes, traffic.operations_per_token):
         assert count(fused) == count(apart)
-    for count in (traffic.weight_bytes, traffic.operations_per_token):
-        assert count(fused, CONFIG) == count(apart, CONFIG)
 
 
 @pytest.mark.parametrize("refused", ["prepare_input", "prepare_input_normed", "prepare_input_gated"])

@@ -12,6 +12,7 @@ import mlxquant
 from mlxquant import MlxquantError
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.machine import chips
 from mlxquant.model.loading import open_lazily
@@ -36,7 +37,7 @@ def llama():
 def test_sizes_of_known_models(config, parameters, kv):
     network = outline.network_of(config)
     assert traffic.parameters(network) == pytest.approx(parameters, rel=1e-3)
-    assert outline.held_bytes(network) == pytest.approx(2 * parameters, rel=1e-3)
+    assert held_bytes(network) == pytest.approx(2 * parameters, rel=1e-3)
     assert outline.kv_bytes(network, 8192) == kv and outline.kv_bytes(network, 8192, 4) == kv * 5 / 16
 
 
@@ -122,7 +123,7 @@ def test_sizes_are_those_that_quantize_makes(tiny_folder, tmp_path, options, sam
     tensors, ours = checkpoint.validate(tmp_path / "out"), same(config)
     made, _ = open_lazily(tmp_path / "out")
     norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
-    assert outline.held_bytes(ours) == sum(header.bytes for header in tensors.values()) - norms // 2
+    assert held_bytes(ours) == sum(header.bytes for header in tensors.values()) - norms // 2
     assert traffic.body_bits_per_weight(ours) == pytest.approx(traffic.body_bits_per_weight(made))
     assert sum(isinstance(m, ReplicatedLinear) for m in ours.modules()) == (14 if "replicas" in options else 0)
 
@@ -163,7 +164,7 @@ def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
     rows = plan.plan("x", config=config, chip="M4 Max", context=100).rows
     stored = next(row for row in rows if row.method == "as stored")
     assert (stored.bits, stored.replicas, stored.group) == (2, 4, 0) and stored.bits_per_weight < 4
-    original = outline.held_bytes(outline.network_of(CONFIG))
+    original = held_bytes(outline.network_of(CONFIG))
     assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < original
 
 

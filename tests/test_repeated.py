@@ -22,6 +22,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
 from mlxquant.cli import app
 from mlxquant.layers import repeated, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.formats import config_with
 from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.repeated_cache import PassesCache
@@ -160,7 +161,7 @@ def test_the_checkpoint_holds_weights_once_and_gates_of_zero(places):
 def test_a_loaded_model_reads_the_weights_of_its_repeats_again(places):
     plain, ours = (mlxquant.load(str(places / name)) for name in ("plain", "repeated"))
     assert mx.array_equal(ours.network(TOKENS), plain.network(TOKENS))
-    first, second, third, fourth = map(traffic.module_bytes, ours.network.layers)
+    first, second, third, fourth = map(held_bytes, ours.network.layers)
     gates = 4 * (1 + 1 + 2)
     assert ours.weight_bytes_per_token == plain.weight_bytes_per_token + gates + first + second + 2 * (third + fourth)
     assert traffic.dense_bytes(ours.network) == traffic.dense_bytes(plain.network) + gates

@@ -203,7 +203,7 @@ def test_siblings_claim_the_bytes_that_their_file_holds(tmp_path):
     parent, _ = siblings(rotation_block=64)
     parent.save_weights(file := str(tmp_path / "siblings.safetensors"))
     held, biases = sum(array.nbytes for array in mx.load(file).values()), 4 * (6 + 4)
-    assert traffic.weight_bytes(parent, {}) == held
+    assert traffic.weight_bytes(parent) == held
     assert bits_per_weight(parent[name] for name in "qkv") == 8 * (held - biases) / (15 * 64)
     assert traffic.dense_bytes(parent) == 4 * 15 * 64 + biases
 
@@ -249,7 +249,7 @@ def test_dense_networks_are_plain_ones(saved):
     plain = random_network(CONFIG | {"tie_word_embeddings": "lm_head" not in network})
     shapes = [{name: a.shape for name, a in tree_flatten(n.parameters())} for n in (dense, plain)]
     assert shapes[0] == shapes[1]
-    assert traffic.weight_bytes(dense, CONFIG) == traffic.weight_bytes(network, CONFIG, dense=True)
+    assert traffic.weight_bytes(dense) == traffic.weight_bytes(network, dense=True)
     close(dense(TOKENS), np.array(network(TOKENS)), 1e-4)
 
 
@@ -263,7 +263,7 @@ def test_inspection_counts_what_the_file_holds(saved):
     stored = sum(a.nbytes for a in mx.load(str(folder / "model.safetensors")).values())
     unread = 0 if "lm_head" not in network else 4 * 383 * 64  # rows of an embedding that is no head
     assert look.bytes_per_token == stored - unread
-    assert look.bytes_per_token_cpu == traffic.weight_bytes(network, CONFIG, dense=True)
+    assert look.bytes_per_token_cpu == traffic.weight_bytes(network, dense=True)
 
 
 def test_a_block_takes_paths_of_its_own():

@@ -3,11 +3,14 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from architectures import CONFIGURATIONS, TOKENS, network_of, watch
 from conftest import CONFIG, random_network, write_folder
 from mlx_lm.models import mixtral
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
 
@@ -18,38 +21,39 @@ EMBEDDING = 384 * 64
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def folder(request, tmp_path_factory):
     config = CONFIG | {"tie_word_embeddings": request.param}
-    return write_folder(tmp_path_factory.mktemp("traffic") / "model", random_network(config), config), request.param
+    folder = tmp_path_factory.mktemp("traffic") / "model"
+    return write_folder(folder, random_network(config), config), request.param
 
 
 def test_a_token_reads_what_the_file_holds_but_for_the_embedding_table(folder):
     path, tied = folder
-    network, config = open_lazily(path)
+    network, _ = open_lazily(path)
     held = sum(header.bytes for header in checkpoint.validate(path).values())
     table = checkpoint.validate(path)["model.embed_tokens.weight"].bytes
     expected = held if tied else held - table + table // 384
-    assert traffic.weight_bytes(network, config) == expected
-    assert traffic.weight_bytes(network, config, batch=5) == expected + (0 if tied else 4 * table // 384)
-    assert outline.held_bytes(network) == held
+    assert traffic.weight_bytes(network) == expected
+    assert traffic.weight_bytes(network, batch=5) == expected + (0 if tied else 4 * table // 384)
+    assert held_bytes(network) == held
 
 
 def test_quantised_layers_count_codes_scales_and_offsets(folder):
     path, tied = folder
-    network, config = open_lazily(path)
+    network, _ = open_lazily(path)
     nn.quantize(network, 64, 4)
     network.set_dtype(mx.float16)
     norms = 5 * 64 * 2
     matrix = 4.5 / 8
     ends = EMBEDDING * matrix if tied else EMBEDDING * matrix + 64 * matrix
-    assert traffic.weight_bytes(network, config) == norms + 2 * LAYER * matrix + ends
+    assert traffic.weight_bytes(network) == norms + 2 * LAYER * matrix + ends
     assert traffic.body_bits_per_weight(network) == 4.5
     assert traffic.parameters(network) == 2 * LAYER + (1 if tied else 2) * EMBEDDING + 5 * 64
 
 
 def test_operations_count_every_weight_that_multiplies(folder):
     path, _ = folder
-    network, config = open_lazily(path)
-    assert traffic.operations_per_token(network, config) == 2 * (2 * LAYER + EMBEDDING + 5 * 64)
-    assert traffic.weight_count(traffic.head_of(network, config)) == EMBEDDING
+    network, _ = open_lazily(path)
+    assert traffic.operations_per_token(network) == 2 * (2 * LAYER + EMBEDDING + 5 * 64)
+    assert traffic.weight_count(traffic.head_of(network)) == EMBEDDING
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -67,8 +71,52 @@ def test_a_batch_reads_more_of_a_mixtures_experts():
     config = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1,
                        "tie_word_embeddings": False}
     network = mixtral.Model(mixtral.ModelArgs.from_dict(config))
-    experts = sum(traffic.module_bytes(m) for path, m in traffic.leaf_modules(network) if "switch_mlp" in path)
-    one, two, many = (traffic.weight_bytes(network, config, batch=n) for n in (1, 2, 1000))
+    experts = sum(held_bytes(m) for _, m in traffic.leaf_modules(network)
+                  if isinstance(m, SwitchLinear))
+    one, two, many = (traffic.weight_bytes(network, batch=n) for n in (1, 2, 1000))
     row = network.model.embed_tokens.weight[0].nbytes
     assert two - one - row == pytest.approx(experts * (1 - 0.75**2 - 0.25), abs=1)
     assert many - one - 999 * row == pytest.approx(experts * 0.75, abs=1)
+
+
+def test_of_a_wrapped_mixture_the_shared_expert_counts_whole_and_the_others_as_chosen():
+    """Qwen2-MoE by hand: 128 wide, 4 experts of 64 of which 2 are chosen, one that all share."""
+    network = network_of("qwen2_moe")
+    attention = 128 * (128 + 64 + 64) + 128 * 128 + (128 + 64 + 64)  # with the biases of q, k, v
+    expert, routers = 3 * 128 * 64, 128 * 4 + 128
+    block = attention + expert + routers + 2 * 128  # and two norms
+    ends = 288 * 128 + 128 + 128  # the head, the last norm, one row of the embedding
+    assert traffic.weight_bytes(network) == 4 * (4 * (block + 2 * expert) + ends)
+    biases = 4 * (128 + 64 + 64)
+    assert traffic.operations_per_token(network) == 2 * (
+        4 * (block + 2 * expert) + ends - 128 - biases)
+    table = 287 * 128
+    assert traffic.active_parameters(network) == 4 * (block + 2 * expert) + ends + table - biases
+    assert traffic.parameters(network) == traffic.active_parameters(network) + 4 * 2 * expert
+
+
+def test_an_untied_wrapper_reads_a_row_of_its_embedding():
+    network, alone = network_of("mistral3"), network_of("mistral")
+    assert not hasattr(network.args, "tie_word_embeddings")
+    assert traffic.weight_bytes(network) == traffic.weight_bytes(alone)
+    network.set_dtype(mx.float16)
+    assert traffic.body_bits_per_weight(network) == 16
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGURATIONS if n != "prism_hadamard_qwen35"])
+def test_the_head_and_the_experts_are_those_that_a_token_uses(name):
+    """Prism keeps its embedding packed in a class of its own and has no head to find."""
+    network, seen = network_of(name), {}
+    for path, module in network.named_modules():
+        if isinstance(module, SwitchLinear):
+            watch(module, lambda x, indices, *_, path=path, of=module.num_experts:
+                  seen.update({path: indices.shape[-1] / of}))
+    found = {part.path: part.share() for part in traffic.parts(network)}
+    head = traffic.head_of(network)
+    for key, array in traffic.own_arrays(head).items():
+        if array.shape[0] == 288:
+            head[key] = mx.full(array.shape, 0.01)
+    logits = network(TOKENS)
+    spread = (logits.max(-1) - logits.min(-1)).max().item()
+    assert spread <= 1e-5 * mx.abs(logits).max().item()  # no token is likelier
+    assert {path: found[path] for path in seen} == seen

@@ -28,6 +28,11 @@ class Block:
         return f"{self.path}.{path}" if self.path else path
 
 
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters of a module, as held."""
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
 def find_blocks(network: nn.Module) -> list[Block]:
     """The network's blocks in the order in which they run.
 
@@ -37,7 +42,7 @@ def find_blocks(network: nn.Module) -> list[Block]:
     """
     found = [blocks for blocks in _lists("", network) if any(b.module.children() for b in blocks)]
     texts = [blocks for blocks in found if not any(word in blocks[0].path for word in _TOWERS)]
-    sizes = [max(_bytes(block.module) for block in blocks) for blocks in texts or found]
+    sizes = [max(held_bytes(block.module) for block in blocks) for blocks in texts or found]
     if not sizes:
         raise Unsupported(f"{type(network).__module__} has no list of blocks")
     return [block for blocks, size in zip(texts or found, sizes)
@@ -55,7 +60,3 @@ def _lists(path: str, module: nn.Module) -> Iterator[list[Block]]:
                 yield blocks
         elif isinstance(child, nn.Module):
             yield from _lists(below, child)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))

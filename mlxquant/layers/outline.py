@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -84,11 +83,6 @@ def check(network: nn.Module) -> str | None:
         if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
             return f"{path} holds a mixture's experts, which quantize does not cover yet"
     return None
-
-
-def held_bytes(network: nn.Module) -> int:
-    """Bytes of all parameters."""
-    return sum(array.nbytes for _, array in tree_flatten(network.parameters()))
 
 
 def kv_bytes(network: nn.Module, context: int, bits: int = 16) -> int:

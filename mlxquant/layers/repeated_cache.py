@@ -28,6 +28,11 @@ class PassesCache(CacheList):
     def offset(self) -> int:
         return self.caches[0].offset
 
+    @property
+    def bits(self) -> int:
+        """The width of quantised keys and values; other caches have no such attribute."""
+        return self.caches[0].bits
+
     def make_mask(self, *args, **kwargs):
         return self.caches[0].make_mask(*args, **kwargs)
 

@@ -1,16 +1,73 @@
-"""Bytes that decoding one token moves: weights once for each time they are used, and the KV cache."""
+"""What decoding one token moves and computes: weights, once for each time they are used, and the
+KV cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlxquant.base.errors import Unsupported
+from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import PackedGroup
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.transformed import TransformedLinear
 
-_QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+_OURS = (GroupedLinear, PackedGroup, ReplicatedLinear)
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+_EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+# How configurations and routers call the number of experts that a token is sent to.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k", "top_k_experts", "moe_topk",
+           "moe_top_k", "moe_k")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that holds parameters by itself, and how a token uses it: ``passes`` times, and of
+    its ``pool`` of equal parts (experts, or an embedding's rows) only so many as ``chosen``."""
+
+    path: str
+    module: nn.Module
+    passes: int = 1
+    pool: int = 1
+    chosen: int = 1
+
+    def share(self, tokens: int = 1) -> float:
+        """The share of it that ``tokens`` tokens read together, each choosing by chance."""
+        if isinstance(self.module, _EMBEDDINGS) and self.pool > 1:
+            return tokens / self.pool
+        return 1 - (1 - self.chosen / self.pool) ** tokens
+
+    def operations(self) -> float:
+        """Multiply-adds for one token in one pass."""
+        if isinstance(self.module, (PackedGroup, ReplicatedLinear, ReplicaInput)):
+            return self.module.operations() * self.share()
+        looked_up = isinstance(self.module, _EMBEDDINGS) and self.pool > 1
+        return 0 if looked_up else weight_count(self.module) * self.share()
+
+
+def parts(network: nn.Module) -> Iterator[Part]:
+    """All that holds parameters, each module by itself, in the order of the tree."""
+    modules = dict(network.named_modules())
+    head = head_of(network)
+    repeated = {path: module for path, module in modules.items()
+                if isinstance(module, RepeatedBlock)}
+    for path, module in modules.items():
+        if not own_arrays(module):
+            continue
+        passes = prod(block.passes for above, block in repeated.items()
+                      if f"{path}.".startswith(f"{above}."))
+        pool = _experts(path, module, modules)
+        if isinstance(module, _EMBEDDINGS) and module is not head:
+            yield Part(path, module, passes, len(module.weight))
+        else:
+            yield Part(path, module, passes, pool, _chosen(path, modules, pool) if pool > 1 else 1)
 
 
 def leaf_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -19,34 +76,34 @@ def leaf_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in leaves if isinstance(module, nn.Module)]
 
 
-def loose_arrays(network: nn.Module) -> list[mx.array]:
-    """Parameters beside child modules, such as a transformed layer's signs: no leaf holds them."""
-    holders = [module for module in network.modules() if tree_flatten(module.children())]
-    return [value for module in holders for key, value in module.items()
-            if isinstance(value, mx.array) and module.valid_parameter_filter(module, key, value)]
+def own_arrays(module: nn.Module) -> dict[str, mx.array]:
+    """The parameters that a module holds by itself, beside its child modules, by name."""
+    return {key: value for key, value in module.items() if isinstance(value, mx.array)
+            and module.valid_parameter_filter(module, key, value)}
 
 
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters of a module, as held."""
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+def own_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters that a module holds by itself, as held."""
+    return sum(array.nbytes for array in own_arrays(module).values())
 
 
 def float32_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters as float32, packed codes expanded."""
+    """Bytes of a module's own parameters as float32, packed codes expanded, signs still as bits."""
     if isinstance(module, ReplicaInput):
         return 0  # dense weights hold it
-    if isinstance(module, (*_QUANTISED, GroupedLinear, ReplicatedLinear)):
+    if isinstance(module, _OURS) or _is_quantised(module):
         return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
-    return 4 * sum(array.size for _, array in tree_flatten(module.parameters()))
+    return sum(4 * array.size if mx.issubdtype(array.dtype, mx.floating) else array.nbytes
+               for array in own_arrays(module).values())
 
 
 def weight_count(module: nn.Module) -> int:
     """Number of weights of a module, counting packed codes one by one."""
-    if isinstance(module, _QUANTISED):
-        return module.weight.size * 32 // module.bits
-    if isinstance(module, (GroupedLinear, PackedGroup, ReplicatedLinear)):
+    if isinstance(module, _OURS):
         return module.weight_count
-    return module.weight.size if "weight" in module else 0
+    if _is_quantised(module):
+        return int(module.weight.size * 32 // module.bits)
+    return int(module.weight.size) if "weight" in module else 0
 
 
 def parameters(network: nn.Module) -> int:
@@ -54,84 +111,62 @@ def parameters(network: nn.Module) -> int:
     return sum(weight_count(module) for _, module in leaf_modules(network))
 
 
+def active_parameters(network: nn.Module) -> int:
+    """The same without the experts that a token is not sent to."""
+    return round(sum(weight_count(part.module) * (1 if isinstance(part.module, _EMBEDDINGS)
+                                                  else part.share()) for part in parts(network)))
+
+
 def body_bits_per_weight(network: nn.Module) -> float:
-    """Stored bits per weight of the blocks' matrices, with scales and all that goes with them; biases,
-    embedding and head apart."""
-    body = [module for path, module in leaf_modules(network) if weight_count(module)
-            and not isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not path.endswith("lm_head")
-            and ("weight" not in module or module.weight.ndim >= 2)]
-    inputs = {id(module.input): module.input for module in body if isinstance(module, ReplicatedLinear)}
-    stored = sum(module_bytes(m) - (m.bias.nbytes if "bias" in m else 0) for m in body)
-    stored += sum(module.stored_bytes for module in inputs.values())
-    return 8 * (stored + sum(array.nbytes for array in loose_arrays(network))) / sum(map(weight_count, body))
+    """Stored bits per weight of the blocks' matrices, with scales and all that goes with them;
+    biases, embedding and head apart."""
+    body = [module for block in _blocks(network) for module in block.module.modules()]
+    matrices = [m for m in body if weight_count(m) and ("weight" not in m or m.weight.ndim >= 2)]
+    stored = [array.nbytes for module in matrices for name, array in own_arrays(module).items()
+              if name != "bias" and not ("weight" in module and array.ndim == 1)]
+    stored += [own_bytes(m) for m in body if isinstance(m, (ReplicaInput, TransformedLinear))]
+    return 8 * sum(stored) / sum(map(weight_count, matrices))
 
 
-def weight_bytes(network: nn.Module, config: dict, *, dense: bool = False, batch: int = 1) -> int:
-    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as dense float32.
+def weight_bytes(network: nn.Module, *, dense: bool = False, batch: int = 1) -> int:
+    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as dense
+    float32.
 
-    An embedding counts as a row for each, unless it is tied and so is the head too.
-    Of a mixture's experts only the chosen ones count, for a batch as many as it
-    chooses on average. A block that runs again is read again: no chip's cache is
-    counted on to hold it.
+    An embedding counts as a row for each, unless it is the head too. Of a mixture's experts only
+    the chosen ones count, for a batch as many as it chooses on average. A block that runs again
+    is read again: no chip's cache is counted on to hold it.
     """
-    tied = _is_tied(network, config)
-    chosen = config.get("num_experts_per_tok") or 1
-    total = _read_once(network, tied, chosen, dense, batch)
-    for block in network.modules():
-        if isinstance(block, RepeatedBlock):
-            total += (block.passes - 1) * _read_once(block, tied, chosen, dense, batch)
-    return round(total)
+    return round(sum(part.passes * part.share(batch) * (
+        float32_bytes(part.module) if dense else own_bytes(part.module))
+        for part in parts(network)))
 
 
-def _share_of_experts(module: nn.Module, chosen: int, batch: int) -> float:
-    """The share of a mixture's experts that ``batch`` tokens read, each choosing at random."""
-    return 1 - (1 - chosen / module.weight.shape[0]) ** batch
+def dense_bytes(network: nn.Module) -> int:
+    """Bytes the network takes as float32 with every quantised matrix expanded."""
+    return sum(map(float32_bytes, network.modules()))
 
 
-def head_of(network: nn.Module, config: dict) -> nn.Module | None:
-    """What turns hidden states into logits: the head, or the embedding where it is tied. In a prompt only
-    the last token goes through it."""
-    kinds = (nn.Embedding, nn.QuantizedEmbedding)
-    for path, module in leaf_modules(network):
-        if isinstance(module, kinds) if _is_tied(network, config) else path.endswith("lm_head"):
-            return module
-    return None
+def operations_per_token(network: nn.Module) -> int:
+    """Multiply-adds with weights for one token, two operations each; attention to earlier tokens
+    is not in it."""
+    return round(2 * sum(part.passes * part.operations() for part in parts(network)))
 
 
-def operations_per_token(network: nn.Module, config: dict) -> int:
-    """Multiply-adds with weights for one token, two operations each; attention to what was before apart."""
-    tied, chosen = _is_tied(network, config), config.get("num_experts_per_tok") or 1
-
-    def once(part: nn.Module) -> float:
-        return sum(_operations(module, tied, chosen) for _, module in leaf_modules(part))
-
-    again = ((block.passes - 1) * once(block) for block in network.modules() if isinstance(block, RepeatedBlock))
-    return round(2 * (once(network) + sum(again)))
-
-
-def _operations(module: nn.Module, tied: bool, chosen: int) -> float:
-    if isinstance(module, (PackedGroup, ReplicatedLinear, ReplicaInput)):
-        return module.operations()
-    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
-        return 0
-    if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-        return weight_count(module) * _share_of_experts(module, chosen, 1)
-    return weight_count(module)
+def head_of(network: nn.Module) -> nn.Module | None:
+    """What turns hidden states into logits: the module outside the blocks that holds a matrix of
+    as many rows as an embedding has, or, where there is none, the first embedding itself. In a
+    prompt only the last token goes through it."""
+    inside = tuple(f"{block.path}." for block in _blocks(network))
+    outside = [module for path, module in [*leaf_modules(network), ("", network)]
+               if not f"{path}.".startswith(inside)]
+    embeddings = [module for module in outside if isinstance(module, _EMBEDDINGS)]
+    vocabularies = {len(module.weight) for module in embeddings}
+    heads = [module for module in outside if not isinstance(module, _EMBEDDINGS) and any(
+        array.ndim == 2 and len(array) in vocabularies for array in own_arrays(module).values())]
+    return next(iter([*heads, *embeddings]), None)
 
 
-def _read_once(network: nn.Module, tied: bool, chosen: int, dense: bool, batch: int) -> float:
-    total = _loose_bytes(network, dense)
-    for _, module in leaf_modules(network):
-        size = float32_bytes(module) if dense else module_bytes(module)
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied:
-            size *= batch / module.weight.shape[0]
-        elif isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-            size *= _share_of_experts(module, chosen, batch)
-        total += size
-    return total
-
-
-def kv_bytes(cache: list) -> int:
+def kv_bytes(cache: list[Any]) -> int:
     """Bytes of keys, values and other state that a prompt cache holds: what the next token reads.
 
     MLX allocates keys and values in steps along their second-last axis; only
@@ -142,23 +177,49 @@ def kv_bytes(cache: list) -> int:
         arrays = [array for _, array in tree_flatten(layer.state) if isinstance(array, mx.array)]
         offset = getattr(layer, "offset", None)
         for array in arrays:
-            held = min(offset / array.shape[-2], 1.0) if offset is not None and array.ndim == 4 else 1.0
-            total += array.nbytes * held
+            grown = offset is not None and array.ndim == 4
+            total += array.nbytes * (min(offset / array.shape[-2], 1.0) if grown else 1.0)
     return round(total)
 
 
-def dense_bytes(network: nn.Module) -> int:
-    """Bytes the network takes as float32 with every quantised matrix expanded."""
-    return _loose_bytes(network, True) + sum(float32_bytes(m) for _, m in leaf_modules(network))
+def _blocks(network: nn.Module) -> list[Block]:
+    """The network's blocks; where it has none, itself."""
+    try:
+        return find_blocks(network)
+    except Unsupported:
+        return [Block("", network)]
 
 
-def _loose_bytes(network: nn.Module, dense: bool) -> int:
-    """Bytes of the loose parameters; packed signs stay bits where all else becomes float32."""
-    return sum(4 * array.size if dense and mx.issubdtype(array.dtype, mx.floating) else array.nbytes
-               for array in loose_arrays(network))
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether ``weight`` holds packed codes of MLX's own."""
+    return "scales" in module and "weight" in module and hasattr(module, "bits")
 
 
-def _is_tied(network: nn.Module, config: dict) -> bool:
-    arguments = getattr(network, "args", None)
-    tied = getattr(arguments, "tie_word_embeddings", None)
-    return "lm_head" not in network if tied is None else bool(tied)
+def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int:
+    """How many experts there are of which ``module`` holds all or one; 1: it belongs to none."""
+    above, inside, _ = path.rpartition(".experts.")
+    if inside and isinstance(experts := modules[above].get("experts"), list):
+        return len(experts)
+    if not isinstance(module, _EXPERTS):
+        return 1
+    # Beside ordinary matrices it is one matrix in groups, of which every token uses all.
+    beside = modules[path.rpartition(".")[0]].children().values()
+    mixed = any(weight_count(m) for m in beside if isinstance(m, nn.Module)
+                and not isinstance(m, _EXPERTS))
+    return 1 if mixed else int(module.num_experts)
+
+
+def _chosen(path: str, modules: dict[str, nn.Module], experts: int) -> int:
+    """To how many of so many ``experts`` at ``path`` a token is sent: what the nearest module
+    around them says, its router or its configuration; 1 where none of them does."""
+    names = path.split(".")
+    above = [".".join(names[:depth]) for depth in reversed(range(len(names)))]
+    for module in (modules[around] for around in above if around in modules):
+        arguments = [getattr(module, name, None) for name in ("args", "config")]
+        routers = [child for child in module.children().values() if isinstance(child, nn.Module)]
+        for source in [module, *routers, *arguments]:
+            for name in _CHOSEN:
+                chosen = getattr(source, name, None)
+                if type(chosen) is int and 1 <= chosen <= experts:
+                    return chosen
+    return 1

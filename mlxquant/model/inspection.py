@@ -58,14 +58,14 @@ def inspect_folder(folder: Path) -> Inspection:
                 if isinstance(m, (GroupedLinear, ReplicatedLinear)) or ("weight" in m and m.weight.ndim >= 2)]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
-    stored = traffic.weight_bytes(network, config)
+    stored = traffic.weight_bytes(network)
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
         parameters=traffic.parameters(network),
         bits_per_weight=traffic.body_bits_per_weight(network),
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
-        bytes_per_token_cpu=traffic.weight_bytes(network, config, dense=True),
+        bytes_per_token_cpu=traffic.weight_bytes(network, dense=True),
         layers=layers)
 
 
@@ -73,7 +73,7 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     outer = path.removesuffix(".linear")
     prefix = "transformed " if outer in transformed else ""
     path = outer if prefix else path
-    size = traffic.module_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
+    size = traffic.own_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
     if isinstance(module, GroupedLinear):
         width = module.group_size.name.lower() if isinstance(module.group_size, Whole) else f"g{module.group_size}"
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)

@@ -53,7 +53,7 @@ class LanguageModel:
     @property
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token reads, as this run holds them."""
-        return traffic.weight_bytes(self.network, self.config)
+        return traffic.weight_bytes(self.network)
 
 
 def load(name: str, *, revision: str | None = None, memory: str | float | None = None,

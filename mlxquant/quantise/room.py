@@ -9,7 +9,7 @@ from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
 from mlxquant.codes.spec import Whole
 from mlxquant.layers.blocks import Block
-from mlxquant.layers.traffic import float32_bytes, leaf_modules, module_bytes, weight_count
+from mlxquant.layers.traffic import float32_bytes, leaf_modules, own_bytes, weight_count
 from mlxquant.machine.memory import memory_limit
 from mlxquant.quantise.plans import LAYERS, Plan, inputs_of
 
@@ -41,7 +41,7 @@ def _stored_bytes(block: Block, plan: Plan) -> float:
     for path, module in leaf_modules(block.module):
         spec = plan.specs.get(path)
         if spec is None:
-            total += module_bytes(module)
+            total += own_bytes(module)
         else:
             group = 128 if isinstance(spec.group_size, Whole) else spec.group_size
             total += weight_count(module) * (spec.bits.code_bits + 32 / group) / 8

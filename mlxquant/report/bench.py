@@ -18,6 +18,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from mlxquant.base.errors import BadValue
 from mlxquant.layers import traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine import chips, identity, system
 from mlxquant.model.loading import LanguageModel, load
 from mlxquant.report.fit import Fit, fit
@@ -164,7 +165,7 @@ def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
         percent_of_headline=100 * rate / headline if headline else None,
         percent_of_probe=100 * rate / ceiling.gb_per_s, fixed_ms_per_token=None, marginal_gb_per_s=None,
         fit_residual_ms=None, fit_over=None, parameters=traffic.parameters(model.network),
-        weight_gb=sum(traffic.module_bytes(m) for _, m in traffic.leaf_modules(model.network)) / 1e9,
+        weight_gb=held_bytes(model.network) / 1e9,
         peak_memory_gb=peak, chip=chip.name, gpu_cores=chip.gpu_cores, mlx=state["mlx"],
         mlx_lm=state["mlx_lm"], device=state["device"], repetitions=repetitions, machine=state,
         power=system.power_state())
@@ -224,13 +225,13 @@ class _Runner:
     def bytes_per_token(self) -> float:
         """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but the head once
         for each chunk, and everything once more for the last token, which mlx-lm takes by itself."""
-        network, config, test = self.model.network, self.model.config, self.test
-        last = traffic.weight_bytes(network, config, batch=test.batch) + self.kv
+        network, test = self.model.network, self.test
+        last = traffic.weight_bytes(network, batch=test.batch) + self.kv
         if test.kind == "tg":
             return last / test.batch
-        head = traffic.head_of(network, config)
-        chunk = traffic.weight_bytes(network, config, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
-        chunk -= traffic.module_bytes(head) if head else 0
+        head = traffic.head_of(network)
+        chunk = traffic.weight_bytes(network, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
+        chunk -= traffic.own_bytes(head) if head else 0
         return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
 
     def operations_per_token(self) -> float:
@@ -240,9 +241,9 @@ class _Runner:
         heads = text.get("num_attention_heads", 1)
         item = 4 if system.device() == "cpu" else 2
         attention = 2 * heads / (text.get("num_key_value_heads") or heads) * self.kv / item / test.batch
-        head = traffic.head_of(network, config) if test.kind == "pp" else None
+        head = traffic.head_of(network) if test.kind == "pp" else None
         spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
-        return traffic.operations_per_token(network, config) - spared + attention
+        return traffic.operations_per_token(network) - spared + attention
 
 
 class _Batched:

@@ -15,6 +15,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine import chips, lanes, system
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
@@ -112,9 +113,9 @@ def predict_model(config: dict, chip: Chip, depth: int = 0) -> Prediction:
     """The speed of a model, as its configuration stores it, on a chip with ``depth`` tokens in the context."""
     network, original = outline.network_of(config), outline.network_of(outline.unquantised(config))
     kv = outline.kv_bytes(original, depth) if depth else 0
-    return predict(chip, bytes_per_token=traffic.weight_bytes(network, config) + kv,
-                   total_bytes=outline.held_bytes(network) + kv, layers=len(network.layers),
-                   weights=traffic.operations_per_token(original, config) / 2, cost=_stored_form(config)[-1])
+    return predict(chip, bytes_per_token=traffic.weight_bytes(network) + kv,
+                   total_bytes=held_bytes(network) + kv, layers=len(network.layers),
+                   weights=traffic.operations_per_token(original) / 2, cost=_stored_form(config)[-1])
 
 
 def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
@@ -139,10 +140,10 @@ def _rows(name: str, config: dict, original: nn.Module, target: _Target, context
     base = Row("original", 16, None, None, kv_bits=16, bits_per_weight=16.0, file_bytes=0, kv_bytes=0, total_bytes=0,
                bytes_per_token=0, fits=False, tps=None, tps_source=None, free_replicas=None, quality=1.0,
                quality_source="the original", quality_rank=None, command=None)
-    weights = traffic.operations_per_token(original, config) / 2
+    weights = traffic.operations_per_token(original) / 2
 
     def ways(row: Row, network: nn.Module, cost: lanes.Cost) -> Iterator[Row]:
-        row = replace(row, file_bytes=outline.held_bytes(network),
+        row = replace(row, file_bytes=held_bytes(network),
                       bits_per_weight=traffic.body_bits_per_weight(network))
         held, read = _when_loaded(network, config, target)
         held += _workspace(network)
@@ -208,8 +209,8 @@ def _judged(name: str, row: Row) -> Row:
 def _when_loaded(network: nn.Module, config: dict, target: _Target) -> tuple[int, int]:
     """Bytes of weights held and read for a token: a plain CPU expands them to float32, where that fits."""
     if target.dense and (dense := traffic.dense_bytes(network)) <= DENSE_SHARE * target.memory:
-        return dense, traffic.weight_bytes(network, config, dense=True)
-    return outline.held_bytes(network), traffic.weight_bytes(network, config)
+        return dense, traffic.weight_bytes(network, dense=True)
+    return held_bytes(network), traffic.weight_bytes(network)
 
 
 def _timed(row: Row, target: _Target, layers: int, weights: float, cost: lanes.Cost) -> Row:
