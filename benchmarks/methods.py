@@ -14,7 +14,7 @@ from record import RESULTS, parser, save
 
 from mlxquant.codes.width import Width
 from mlxquant.quantise.job import Job, Text
-from mlxquant.report.comparison import Row, as_dicts, compare, plot
+from mlxquant.report.comparison import Evaluation, Row, as_dicts, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
 
 PLAN = ["rtn,w8a8,smoothquant,gptq:8",
@@ -37,9 +37,10 @@ def main() -> None:
     for step in arguments.plan:
         methods, _, bits = step.partition(":")
         try:
-            for row in compare(arguments.model, Path(arguments.text), methods=methods.split(","),
+            for row in compare(arguments.model,
+                               Evaluation(Path(arguments.text), windows=arguments.windows),
+                               methods=methods.split(","),
                                bits=[Width.of(b) for b in bits.split(",")],
-                               windows=arguments.windows,
                                job=Job(text=Text(tuple(arguments.data), arguments.samples)),
                                original=arguments.original and not rows,
                                progress=lambda what: print(what, flush=True)):

@@ -12,7 +12,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes.width import Width
 from mlxquant.report import comparison
 
-KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", "tuned", "bits_per_weight",
+KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", "bits_per_weight",
         "file_bytes", "perplexity", "kl_mean", "seconds", "peak_memory_gb"}
 
 
@@ -25,8 +25,9 @@ def text(tmp_path_factory):
 
 def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
     rows = list(comparison.compare(
-        str(tiny_folder), text, methods=["rtn", "gptq", "smoothquant"], bits=[Width.EIGHT, Width.TWO],
-        context=64, windows=2, job=job(text, samples=4, group_size=32)))
+        str(tiny_folder), comparison.Evaluation(text, 64, 2),
+        methods=["rtn", "gptq", "smoothquant"], bits=[Width.EIGHT, Width.TWO],
+        job=job(text, samples=4, group_size=32)))
     assert [(r.method, r.bits) for r in rows] == [
         ("original", 16), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
     assert all(set(row) >= KEYS for row in comparison.as_dicts(rows))
@@ -40,7 +41,8 @@ def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
 
 def test_an_unknown_method_is_refused_before_any_work():
     with pytest.raises(BadValue, match="no method 'magic'; allowed are rtn, awq, gptq"):
-        next(comparison.compare("nowhere", "text", methods=["magic"], bits=[4]))
+        next(comparison.compare("nowhere", comparison.Evaluation("text"), methods=["magic"],
+                                bits=[Width.FOUR]))
 
 
 def test_the_verbs(tiny_folder, text, tmp_path):

@@ -252,9 +252,9 @@ def compare(
     job = Job(Spec(group_size=group_size), text=Text(tuple(data or ()), samples, sequence_length),
               seed=seed)
     rows = list(comparison.compare(
-        model, text, methods=[name.strip() for name in methods.split(",")],
-        bits=[Width.of(b) for b in bits or ("4", "3", "2")], job=job, context=context,
-        windows=windows, progress=remark))
+        model, comparison.Evaluation(text, context, windows),
+        methods=[name.strip() for name in methods.split(",")],
+        bits=[Width.of(b) for b in bits or ("4", "3", "2")], job=job, progress=remark))
     if plot is not None:
         comparison.plot(rows, plot)
     if as_json:

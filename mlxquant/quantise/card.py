@@ -1,4 +1,4 @@
-"""The model card of a quantised folder: README.md, written from what config.json and the files say."""
+"""The model card of a quantised folder: README.md, from what config.json and the files say."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -10,6 +10,29 @@ from mlxquant.quantise.calibration import none
 from mlxquant.sources import checkpoint, recipes
 
 _CARD = "README.md"
+_TEXT = """\
+---
+{front}
+---
+
+# {name}
+
+{title}, quantised by mlxquant {version}. {licence}
+
+| | |
+|---|---|
+{rows}
+
+{runs}
+
+```
+mlxquant chat {name}
+mlxquant evaluate {name} --text FILE --reference {base}
+```
+
+The second line measures perplexity and the distance from the original on a text of your own: what
+is lost depends on it, and fewer bits lose more.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,76 +49,69 @@ class Base:
 
 
 def base_of(name: str, folder: Path) -> Base:
-    """What is known of the model called ``name``, which ``folder`` holds: a recipe's own words, or
+    """What is known of the model called ``name``, which ``folder`` holds: what its recipe says, or
     else the licence that its card names."""
-    if name in recipes.names() and not Path(name).exists():
+    local = Path(name).exists()
+    if name in recipes.names() and not local:
         return Base(name, **recipes.about(name))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return Base(name if on_hub else folder.name, name if on_hub else folder.name, _licence(folder / _CARD),
-                f"https://huggingface.co/{name}" if on_hub else None)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not local:
+        return Base(name, name, _licence(folder / _CARD), f"https://huggingface.co/{name}")
+    return Base(folder.name, folder.name, _licence(folder / _CARD))
 
 
 def write(folder: Path, name: str) -> None:
-    """Put a card into a folder that ``quantize`` or ``tune`` makes under ``name``; one that says nothing
-    of how it was made, or of what, gets none."""
+    """Put a card into a folder that ``quantize`` or ``tune`` makes under ``name``, unless its
+    config.json does not say how it was made, or of what."""
     config = checkpoint.read_config(folder)
     record = config.get("mlxquant_record", {})
     if record.get("base"):
-        text = _text(name, Base(**record["base"]), record, inspect_folder(folder), config["model_type"])
+        text = _text(name, Base(**record["base"]), record, inspect_folder(folder),
+                     ours=config["model_type"] == "mlxquant")
         (folder / _CARD).write_text(text, encoding="utf-8")
 
 
-def _text(name: str, base: Base, record: dict[str, Any], found: Inspection, model_type: str) -> str:
-    ours = model_type == "mlxquant"
-    front = [f"base_model: {base.name}", *([f"license: {base.licence.lower()}"] if base.licence else []),
-             f"library_name: {'mlxquant' if ours else 'mlx'}", "tags:", "- mlx", "- quantized", "- mlxquant"]
-    title = f"[{base.title}]({base.homepage})" if base.homepage else base.title
-    licence = f"Its licence, {base.licence}, holds for this model too." if base.licence else \
-        "Its licence is not known here; it holds for this model too."
-    runs = "mlxquant alone runs it: its layers are not MLX's own." if ours else \
-        "It is a plain MLX checkpoint: mlx-lm runs it as well."
-    rows = "\n".join(f"| {what} | {value} |" for what, value in _rows(record, found))
-    return "\n".join(["---", *front, "---", f"""
-# {name}
-
-{title}, quantised by mlxquant {record['version']}. {licence}
-
-| | |
-|---|---|
-{rows}
-
-{runs}
-
-```
-mlxquant chat {name}
-mlxquant evaluate {name} --text FILE --reference {base.name}
-```
-
-The second line measures perplexity and the distance from the original on a text of your own: what is lost
-depends on it, and fewer bits lose more.
-"""])
+def _text(name: str, base: Base, record: dict[str, Any], found: Inspection, ours: bool) -> str:
+    front = [f"base_model: {base.name}"]
+    licence = "Its licence is not known here; it holds for this model too."
+    if base.licence:
+        front.append(f"license: {base.licence.lower()}")
+        licence = f"Its licence, {base.licence}, holds for this model too."
+    front += [f"library_name: {'mlxquant' if ours else 'mlx'}", "tags:",
+              "- mlx", "- quantized", "- mlxquant"]
+    return _TEXT.format(
+        front="\n".join(front), name=name, base=base.name, licence=licence,
+        title=f"[{base.title}]({base.homepage})" if base.homepage else base.title,
+        version=record["version"],
+        rows="\n".join(f"| {what} | {value} |" for what, value in _rows(record, found)),
+        runs="mlxquant alone runs it: its layers are not MLX's own." if ours else
+        "It is a plain MLX checkpoint: mlx-lm runs it as well.")
 
 
 def _rows(record: dict[str, Any], found: Inspection) -> list[tuple[str, str]]:
-    calibration, error = record["calibration"], record.get("output_error")
+    calibration = record["calibration"]
     source = calibration["source"]
-    rows = [("method", _method(record)),
-            ("calibration", source if source == none().source else
-             f"{calibration['samples']} samples of {calibration['sequence_length']} tokens, {source}"),
-            ("size", f"{found.bits_per_weight:.2f} bits per weight of the body, {found.file_bytes / 1e6:.1f} MB; "
+    if source != none().source:
+        source = (f"{calibration['samples']} samples of {calibration['sequence_length']} tokens, "
+                  f"{source}")
+    rows = [("method", _method(record)), ("calibration", source),
+            ("size", f"{found.bits_per_weight:.2f} bits per weight of the body, "
+                     f"{found.file_bytes / 1e6:.1f} MB; "
                      f"{found.bytes_per_token / 1e6:.1f} MB read per token")]
-    if error:
+    if error := record.get("output_error"):
         rows.append(("error of the layers' outputs, calibration text",
-                     f"{100 * error['mean']:.2f} % of their energy on average, {100 * error['largest']:.2f} % "
-                     f"at most ({error['layer']})"))
+                     f"{100 * error['mean']:.2f} % of their energy on average, "
+                     f"{100 * error['largest']:.2f} % at most ({error['layer']})"))
     if tuned := record.get("tuned"):
-        rows.append(("tuned", f"{tuned['schedule']['steps']} steps on {tuned['data']}: divergence from the original on "
-                              f"held-out text {tuned['divergence_before']:.4f} → {tuned['divergence_after']:.4f} nats"))
+        rows.append(("tuned", f"{tuned['schedule']['steps']} steps on {tuned['data']}: divergence "
+                              "from the original on held-out text "
+                              f"{tuned['divergence_before']:.4f} → "
+                              f"{tuned['divergence_after']:.4f} nats"))
     return rows
 
 
 def _method(record: dict[str, Any]) -> str:
-    parts = [f"{record['method']}, {record['bits']} {'' if record['bits'] == 'ternary' else 'bits'}".strip()]
+    ternary = record["bits"] == "ternary"
+    parts = [f"{record['method']}, {record['bits']}{'' if ternary else ' bits'}"]
     if record["method"] == "replica":
         parts.append(f"{record['replicas']} replicas" + f" in groups of {record['replica_group']}"
                      * bool(record["replica_group"]))
@@ -114,6 +130,7 @@ def _licence(card: Path) -> str | None:
     """The licence that a card's head names."""
     if not card.is_file():
         return None
-    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    text = card.read_text(encoding="utf-8", errors="replace")
+    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     named = re.search(r"^license:\s*(\S+)\s*$", found[1], re.MULTILINE) if found else None
     return named[1] if named else None

@@ -1,8 +1,8 @@
 """Conversations that a chat model holds with itself, to train on where texts hold none.
 
-As in Magpie (Xu et al. 2024, https://arxiv.org/abs/2406.08464): given its own template up to where a user
-speaks, a chat model writes what a user might ask; given what the template puts after that, it answers; and so on. Nothing
-but the model is needed, and what it is trained on is what it is used for.
+As in Magpie (Xu et al. 2024, https://arxiv.org/abs/2406.08464): given its own template up to where
+a user speaks, a chat model writes what a user might ask; given what the template puts after that,
+it answers; and so on. Nothing but the model is needed, and it is trained on what it is used for.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,22 @@ _TEMPERATURES, _LONGEST = np.array([0.7, 1.0], np.float32), np.array([256, 64])
 _PLACES = "THE USER SPEAKS HERE", "THE MODEL SPEAKS HERE", "THE USER SPEAKS AGAIN"
 
 
-def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, batch: int | None = None,
+def converse(model: LanguageModel, samples: int, length: int, seed: int = 0,
+             batch: int | None = None,
              progress: Callable[[int, int], None] = lambda *_: None) -> np.ndarray:
-    """``samples`` rows of ``length`` tokens, int64: each the beginning of one conversation, questions of at most 64
-    tokens and answers of at most 256.
+    """``samples`` rows of ``length`` tokens, int64: each the beginning of one conversation, with
+    questions of at most 64 tokens and answers of at most 256.
 
-    ``batch`` are held in each pass, by default as many as memory allows (``self_written.at_once``); ``progress`` is told
-    the rows done, and all. Raises ``Unsupported`` for a model without a chat template or whose template has no places to
-    speak, ``BadValue`` for a ``length`` that the template alone fills.
+    ``batch`` are held in each pass, by default as many as memory allows
+    (``self_written.at_once``); ``progress`` is told the rows done, and all. Raises ``Unsupported``
+    for a model without a chat template or whose template does not show where somebody speaks,
+    ``BadValue`` for a ``length`` that the template alone fills.
     """
     check(samples, length)
     opening, *between = _template(model)
     if len(opening) >= length:
-        raise BadValue(f"a window of {length} tokens holds no conversation, the template of {model.name} begins with "
-                       f"{len(opening)}")
+        raise BadValue(f"a window of {length} tokens holds no conversation, the template of "
+                       f"{model.name} begins with {len(opening)}")
     batch, rows = batch or at_once(model, length), []
     for done in range(0, samples, batch):
         count = min(batch, samples - done)
@@ -44,46 +46,56 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0, bat
 
 
 class _Turns:
-    """Who speaks in each row, and what of the template is still to come before they do.
+    """Who speaks in each row, and how many of the template's tokens must still come before.
 
-    ``between`` are the template's tokens before the model speaks, and before the user does.
+    ``between`` are the template's tokens before the model speaks, and before the user does;
+    ``ends`` those with which a speaker ends.
     """
 
     def __init__(self, rows: int, between: list[list[int]], ends: set[int], key: mx.array):
         self._lengths = np.array([len(tokens) for tokens in between])
-        self._between = np.zeros((2, max(self._lengths) + 1), np.int64)  # the last for rows that are given nothing
+        # One column more than needed is read by rows that are given nothing.
+        self._between = np.zeros((2, max(self._lengths) + 1), np.int64)
         for tokens, row in zip(between, self._between):
             row[:len(tokens)] = tokens
         self._ends, self._key = np.array(sorted(ends)), key
-        self._asking, self._spoken, self._left = np.ones(rows, int), np.zeros(rows, int), np.zeros(rows, int)
+        self._asking = np.ones(rows, int)
+        self._spoken, self._left = np.zeros(rows, int), np.zeros(rows, int)
 
     def choose(self, logits: mx.array) -> mx.array:
         """The next token of each row: of the template, or drawn; a turn has at least one token."""
         self._key, key = mx.random.split(self._key)
         logits = logits / mx.array(_TEMPERATURES[self._asking])[:, None]
-        logits[:, mx.array(self._ends)] -= mx.where(mx.array(self._spoken == 0), mx.inf, 0)[:, None]
+        silent = mx.array(self._spoken == 0)
+        logits[:, mx.array(self._ends)] -= mx.where(silent, mx.inf, 0)[:, None]
         drawn = np.array(mx.random.categorical(logits, key=key))
-        ended = (self._left == 0) & (np.isin(drawn, self._ends) | (self._spoken >= _LONGEST[self._asking]))
+        done = np.isin(drawn, self._ends) | (self._spoken >= _LONGEST[self._asking])
+        ended = (self._left == 0) & done
         self._asking ^= ended
         self._left[ended] = self._lengths[self._asking[ended]]
         self._spoken[ended] = 0
         given = self._left > 0
-        tokens = np.where(given, self._between[self._asking, self._lengths[self._asking] - self._left], drawn)
+        place = self._lengths[self._asking] - self._left
+        tokens = np.where(given, self._between[self._asking, place], drawn)
         self._left -= given
         self._spoken += ~given
         return mx.array(tokens)
 
 
 def _template(model: LanguageModel) -> list[list[int]]:
-    """The template's tokens before the user speaks first, before the model does, and before the user does again."""
+    """The template's tokens before the user speaks first, before the model does, and before the
+    user does again."""
     if not model.tokenizer.has_chat_template:
         raise Unsupported(f"{model.name} has no chat template, so it cannot talk to itself")
-    messages = [{"role": role, "content": place} for role, place in zip(("user", "assistant", "user"), _PLACES)]
-    rest = model.tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    messages = [{"role": role, "content": place}
+                for role, place in zip(("user", "assistant", "user"), _PLACES)]
+    rest = model.tokenizer.apply_chat_template(messages, add_generation_prompt=False,
+                                               tokenize=False)
     parts = []
     for place in _PLACES:
         part, found, rest = rest.partition(place)
         if not found or not part:
-            raise Unsupported(f"the template of {model.name} puts nothing before what somebody says")
+            raise Unsupported(f"the template of {model.name} puts nothing before what somebody "
+                              "says")
         parts.append(model.tokenizer.encode(part, add_special_tokens=False))
     return parts

@@ -1,6 +1,7 @@
 """Text that a model writes itself, to calibrate on or to be the teacher of another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import beginning, vocabulary_of
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
 
-_MOST_AT_ONCE = 512  # a pass costs a small model on a GPU the same for a few sequences as for hundreds
+_MOST_AT_ONCE = 512  # a GPU's pass over a small model takes no longer for hundreds than for a few
 
 
 def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQUENCE_LENGTH,
@@ -20,9 +21,10 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
                  progress: Callable[[int, int], None] = lambda *_: None) -> Calibration:
     """Samples that the model itself writes at temperature 1.
 
-    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or from one random
-    token each: for use with no text and no network, after data-free quantization-aware training (LLM-QAT,
-    https://arxiv.org/abs/2305.17888). ``batch`` are written in each pass; ``progress`` is told the samples done, and all.
+    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or
+    from one random token each, for use with no text and no network, after data-free
+    quantization-aware training (LLM-QAT, https://arxiv.org/abs/2305.17888). ``batch`` are written
+    in each pass; ``progress`` is told the samples done, and all.
     """
     check(samples, length)
     key, rows = mx.random.key(seed), []
@@ -32,9 +34,13 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
         start = (_beginnings(model, count, first) if starts is None
                  else mx.array(starts[np.arange(done, done + count) % len(starts)]))
         keys = iter(steps[start.shape[1] - 1:])
-        rows.append(write_on(model, start, length, lambda logits: mx.random.categorical(logits, key=next(keys))))
+        rows.append(write_on(model, start, length, partial(_drawn, keys)))
         progress(done + count, samples)
     return Calibration(np.concatenate(rows), "written by the model itself")
+
+
+def _drawn(keys: Iterator[mx.array], logits: mx.array) -> mx.array:
+    return mx.random.categorical(logits, key=next(keys))
 
 
 def _beginnings(model: LanguageModel, rows: int, key: mx.array) -> mx.array:
@@ -44,9 +50,10 @@ def _beginnings(model: LanguageModel, rows: int, key: mx.array) -> mx.array:
     return mx.concatenate([mx.array([lead] * rows), drawn], axis=1) if lead else drawn
 
 
-def write_on(model: LanguageModel, start: mx.array, length: int, choose: Callable[[mx.array], mx.array]) -> np.ndarray:
-    """``start`` (rows, some) and what follows, up to ``length`` tokens, as ``choose`` picks: logits (rows, vocabulary),
-    float32, to tokens (rows,)."""
+def write_on(model: LanguageModel, start: mx.array, length: int,
+             choose: Callable[[mx.array], mx.array]) -> np.ndarray:
+    """``start`` (rows, some) and what follows, up to ``length`` tokens, as ``choose`` picks:
+    logits (rows, vocabulary), float32, to tokens (rows,)."""
     token, written, cache = start, [start], make_prompt_cache(model.network)
     for _ in range(length - start.shape[1]):
         token = choose(model.network(token, cache=cache)[:, -1].astype(mx.float32))[:, None]
@@ -56,7 +63,8 @@ def write_on(model: LanguageModel, start: mx.array, length: int, choose: Callabl
 
 
 def at_once(model: LanguageModel, length: int) -> int:
-    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the memory holds keys and
-    values for, at most 512; a power of two, so that a little more free memory does not change what is drawn."""
+    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the
+    memory holds keys and values for, at most 512. It is a power of two, so that a little more free
+    memory does not change what is drawn."""
     fitting = memory_limit() // 16 // max(1, outline.kv_bytes(model.network, length))
     return 1 << max(0, min(_MOST_AT_ONCE, fitting).bit_length() - 1)

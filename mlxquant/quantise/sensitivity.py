@@ -14,6 +14,7 @@ empirical one, which is no curvature of anything.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ Shifts = dict[str, list[mx.array]]  # by layer, what is added to the outputs of 
 
 def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: list[mx.array],
                       seed: int = 0) -> dict[str, mx.array]:
-    """F by layer: the mean over tokens of the squared gradient of the log-likelihood by each output.
+    """F by layer: the mean over tokens of each output's squared gradient of the log-likelihood.
 
     ``network`` is a dense float32 mlx-lm model, ``layers`` are those of its linear layers and
     stacks of experts that are asked about, by path, and ``tokens`` batches (batch, length) of
@@ -43,14 +44,17 @@ def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: 
                        "a token")
     sums = {path: mx.zeros(layer.weight.shape[-2]) for path, layer in layers.items()}
     for batch, key in zip(tokens, mx.random.split(mx.random.key(seed), len(tokens))):
-        shapes: dict[str, list[tuple[int, ...]]] = {}
-        _run(network, layers, batch, lambda path, y, s=shapes: s.setdefault(path, []).append(y.shape))
-        zeros = {path: [mx.zeros(shape) for shape in calls] for path, calls in shapes.items()}
+        zeros: Shifts = {}
+        _run(network, layers, batch, partial(_note_shape, zeros))
         gradients = mx.grad(_log_likelihood)(zeros, network, layers, batch, key)
         for path, calls in gradients.items():
             sums[path] += sum(mx.square(g).reshape(-1, g.shape[-1]).sum(0) for g in calls)
         mx.eval(sums)
     return {path: total / count for path, total in sums.items()}
+
+
+def _note_shape(zeros: Shifts, path: str, output: mx.array) -> None:
+    zeros.setdefault(path, []).append(mx.zeros(output.shape))
 
 
 def _log_likelihood(shifts: Shifts, network: nn.Module, layers: dict[str, nn.Module],
@@ -64,7 +68,8 @@ def _log_likelihood(shifts: Shifts, network: nn.Module, layers: dict[str, nn.Mod
 
 def _run(network: nn.Module, layers: dict[str, nn.Module], batch: mx.array,
          change: Callable[[str, mx.array], mx.array | None]) -> mx.array:
-    """The network's logits, each output y of a layer going through ``change(path, y)`` (None: y)."""
+    """The network's logits where ``change(path, y)`` takes the place of a layer's output y, unless
+    it is None."""
     paths = {id(layer): path for path, layer in layers.items()}
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],

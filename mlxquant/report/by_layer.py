@@ -1,20 +1,20 @@
 """Where in the network the error arises: hidden states after every block, beside the original's.
 
-Both models read the same token windows as for perplexity. After each transformer
-block the hidden state h of the reference and h_q of the model are compared by
-‖h_q − h‖ / ‖h‖: once with Frobenius norms over all positions of all windows, and
-once position by position. The two part where one position outweighs the rest, as
-the first token does with its massive activations in the middle of most networks
-(Sun et al., arXiv 2402.17762); the second then tells how the others fare.
+Both models read the same token windows as for perplexity; what the tokenizer puts before the text
+(BOS) is read and not compared. After each block the hidden state h of the reference and h_q of the
+model are compared by ‖h_q − h‖ / ‖h‖: once with Frobenius norms over all positions of all windows,
+and once position by position. The two part where one position outweighs the rest, as a first token
+does with its massive activations in the middle of most networks (Sun et al., arXiv 2402.17762); the
+second then tells of the others.
 
-Kurtosis over the channels shows how much of a state sits in few of them: 3 for
-normally distributed values, near the number of channels where a single one
-carries everything (Elhage et al., "Privileged bases in the transformer residual stream", 2023).
+Kurtosis over the channels shows how much of a state sits in few of them: 3 for normally distributed
+values, near the number of channels where a single one carries everything (Elhage et al.,
+"Privileged bases in the transformer residual stream", 2023).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,10 @@ from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import LanguageModel
 from mlxquant.report.divergence import paired_windows
+from mlxquant.report.perplexity import Progress
+
+if TYPE_CHECKING:  # slow to import, and seldom needed
+    from rich.table import Table
 
 _CHANNELS = 3  # the largest ones, reported for each block
 _PLOTS = (".png", ".svg")
@@ -57,7 +61,7 @@ class LayerError:
 
 def by_layer(model: LanguageModel, reference: LanguageModel, text: str | Path, *,
              context: int = 1024, windows: int | None = None,
-             progress: Callable[[int, int, float], None] = lambda *_: None) -> list[LayerError]:
+             progress: Progress = lambda *_: None) -> list[LayerError]:
     """Compare the hidden states of two models after every block, on the windows of a text.
 
     ``progress`` is called after each window with (done, total, relative error after the last
@@ -67,13 +71,12 @@ def by_layer(model: LanguageModel, reference: LanguageModel, text: str | Path, *
     batches = paired_windows(model, reference, text, context, windows)
     layers: list[_Sums] = []
     for done, window in enumerate(batches, 1):
-        original, states = ([state[..., window.lead:, :] for state in hidden_states(x.network, window.tokens)]
-                            for x in (reference, model))
+        original, states = (hidden_states(x.network, window.tokens) for x in (reference, model))
         _check_shapes(states, original, model, reference)
         layers = layers or [_Sums() for _ in states]
-        for sums, state, h in zip(layers, states, original):
-            sums.add(state.astype(mx.float32), h.astype(mx.float32))
-        del original, states
+        for sums, *pair in zip(layers, states, original):
+            sums.add(*(state[..., window.lead:, :].astype(mx.float32) for state in pair))
+        del original, states, pair
         progress(done, len(batches), layers[-1].relative_error)
     return [sums.result(index) for index, sums in enumerate(layers)]
 
@@ -134,7 +137,7 @@ def check_plot(path: str | Path) -> None:
         raise MlxquantError(f"no such folder: {path.parent}")
 
 
-def table(layers: list[LayerError]):
+def table(layers: list[LayerError]) -> "Table":
     """The layers as a rich table, with the largest channel alone, so that it fits 80 columns."""
     from rich.table import Table
 
@@ -154,10 +157,10 @@ def table(layers: list[LayerError]):
 class _Sums:
     """What is added up for one block over the windows: index 0 the model's, 1 the reference's."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.error = self.norm = self.position_error = 0.0
         self.kurtosis = [0.0, 0.0]
-        self.largest = [0.0, 0.0]
+        self.largest = [np.zeros(1), np.zeros(1)]  # by channel
         self.windows = 0
 
     def add(self, state: mx.array, reference: mx.array) -> None:
@@ -177,8 +180,9 @@ class _Sums:
         return (self.error / self.norm) ** 0.5
 
     def result(self, index: int) -> LayerError:
+        own, reference = self.kurtosis
         return LayerError(index, self.relative_error, self.position_error / self.windows,
-                          *(kurtosis / self.windows for kurtosis in self.kurtosis),
+                          own / self.windows, reference / self.windows,
                           *map(_largest_channels, self.largest))
 
 

@@ -4,22 +4,33 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlxquant.base.errors import BadValue
+from mlxquant.codes.spec import Whole
 from mlxquant.codes.width import Width
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.model.loading import LanguageModel, load
-from mlxquant.quantise.job import Job, Target
+from mlxquant.model.loading import load
+from mlxquant.quantise.job import Job, Made, Target
 from mlxquant.quantise.pipeline import quantize
 from mlxquant.report.by_layer import check_plot
-from mlxquant.report.divergence import divergence
+from mlxquant.report.divergence import Divergence, divergence
+
+if TYPE_CHECKING:  # slow to import, and seldom needed
+    from rich.table import Table
 
 _REPLICAS = dict(method="replica", rotation="online")
-# A row's name → options of ``quantize``.
-METHODS: dict[str, dict] = {
+_EIGHT = dict(method="smoothquant", group_size=Whole.ROW, activation=ActivationSpec())
+_ROTATED = _EIGHT | dict(rotation="online", propagation="float")
+_TENSOR = _EIGHT | dict(activation=ActivationSpec(granularity="tensor"))
+# A row's name → what its ``Job`` has beside what all rows have in common. "mixed" stands for a
+# budget of as many bits as uniform widths would take.
+METHODS: dict[str, dict[str, Any]] = {
     "rtn": dict(method="rtn"),
     "awq": dict(method="awq"),
     "gptq": dict(method="gptq"),
@@ -31,24 +42,31 @@ METHODS: dict[str, dict] = {
     "gptq-rotated": dict(method="gptq", rotation="online"),
     "gptq-rotated-corrected": dict(method="gptq", rotation="online", propagation="corrected"),
     "gptq-fused": dict(method="gptq", rotation="fused"),
-    "w8a16": dict(method="smoothquant", group_size=0, alpha=0.0, activation=ActivationSpec(bits=16)),
-    "w8a8": dict(method="smoothquant", group_size=0, alpha=0.0, activation=ActivationSpec()),
-    "smoothquant": dict(method="smoothquant", group_size=0, alpha=0.5, activation=ActivationSpec()),
-    "smoothquant-searched": dict(method="smoothquant", group_size=0, activation=ActivationSpec()),
-    "w8a8-rotated": dict(method="smoothquant", group_size=0, alpha=0.0, rotation="online",
-                         propagation="float", activation=ActivationSpec()),
-    "smoothquant-rotated": dict(method="smoothquant", group_size=0, alpha=0.5, rotation="online",
-                                propagation="float", activation=ActivationSpec()),
-    "w8a8-tensor": dict(method="smoothquant", group_size=0, alpha=0.0,
-                        activation=ActivationSpec(granularity="tensor")),
-    "smoothquant-tensor": dict(method="smoothquant", group_size=0, alpha=0.5,
-                               activation=ActivationSpec(granularity="tensor")),
-    **{f"replica-{k}": _REPLICAS | dict(replicas=k) for k in (1, 2, 4, 8, 16)},
-    **{f"replica-{k}-corrected": _REPLICAS | dict(replicas=k, propagation="corrected")
-       for k in (1, 2, 4, 8, 16)},
-    **{f"replica-{k}-g{g}-corrected": _REPLICAS | dict(replicas=k, replica_group=g, propagation="corrected")
-       for k, g in ((4, 16), (8, 16), (8, 32), (16, 32))},
+    "w8a16": _EIGHT | dict(alpha=0.0, activation=ActivationSpec(bits=16)),
+    "w8a8": _EIGHT | dict(alpha=0.0),
+    "smoothquant": _EIGHT | dict(alpha=0.5),
+    "smoothquant-searched": _EIGHT,
+    "w8a8-rotated": _ROTATED | dict(alpha=0.0),
+    "smoothquant-rotated": _ROTATED | dict(alpha=0.5),
+    "w8a8-tensor": _TENSOR | dict(alpha=0.0),
+    "smoothquant-tensor": _TENSOR | dict(alpha=0.5),
 }
+for _k in (1, 2, 4, 8, 16):
+    METHODS[f"replica-{_k}"] = _REPLICAS | dict(replicas=_k)
+    METHODS[f"replica-{_k}-corrected"] = METHODS[f"replica-{_k}"] | dict(propagation="corrected")
+for _k, _g in ((4, 16), (8, 16), (8, 32), (16, 32)):
+    METHODS[f"replica-{_k}-g{_g}-corrected"] = (
+        METHODS[f"replica-{_k}-corrected"] | dict(replica_group=_g))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every row is measured on: the first ``windows`` (None: all) of ``context`` tokens of a
+    text (a string, or a file's path)."""
+
+    text: str | Path
+    context: int = 1024
+    windows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,11 @@ class Row:
     rotated: bool
     replicas: int | None
     replica_group: int | None
-    tuned: bool
     bits_per_weight: float
     file_bytes: int
     perplexity: float
-    kl_mean: float | None
-    top1_agreement: float | None
+    kl_mean: float
+    top1_agreement: float
     seconds: float | None
     peak_memory_gb: float | None
 
@@ -78,9 +95,8 @@ def check(methods: list[str]) -> None:
             raise BadValue(f"no method {name!r}; allowed are {', '.join(METHODS)}")
 
 
-def compare(name: str, text: str | Path, *, methods: list[str], bits: list[Width],
-            job: Job | None = None, context: int = 1024, windows: int | None = None,
-            keep: Path | None = None, original: bool = True,
+def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list[Width],
+            job: Job | None = None, keep: Path | None = None, original: bool = True,
             progress: Callable[[str], None] = lambda *_: None) -> Iterator[Row]:
     """Yield a row for the original, unless not asked for, and one for every method and width.
 
@@ -90,60 +106,64 @@ def compare(name: str, text: str | Path, *, methods: list[str], bits: list[Width
     """
     check(methods)
     teacher = load(name, dense=True)
-    protocol = dict(context=context, windows=windows)
+    measure = partial(divergence, reference=teacher, text=evaluation.text,
+                      context=evaluation.context, windows=evaluation.windows)
     if original:
         progress(f"{name} itself")
-        yield _row("original", teacher, teacher, text, protocol, bits=16, group_size=None)
+        yield _row("original", measure(teacher))
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
-        for width in bits:
-            for method in methods:
-                settings = METHODS[method] | {"bits": width}
-                if "activation" in settings and width is not Width.EIGHT:
-                    continue
-                mixed = settings.pop("mixed", False)
-                asked = (job or Job()).changed(**settings)
-                if mixed:  # as many bits as uniform widths would take
-                    groups = 32 / asked.spec.group_for(1 << 20)
-                    asked = asked.changed(target=Target(width.code_bits + groups))
-                progress(f"{method} at {width} bits")
-                folder = (keep or Path(scratch)) / f"{method}-{width}"
-                made, spec = quantize(name, folder, asked), asked.spec.as_dict()
-                student = load(str(folder), dense=True)
-                replicated = spec["method"] == "replica"
-                yield _row(method, student, teacher, text, protocol, bits=width.value,
-                           group_size=spec["group_size"], rotated=spec["rotation"] is not None,
-                           replicas=spec["replicas"] if replicated else None,
-                           replica_group=spec["replica_group"] if replicated else None,
-                           seconds=made.seconds, peak_memory_gb=made.peak_memory / 1e9)
-                del student
-                mx.clear_cache()
-                if keep is None:
-                    shutil.rmtree(folder)
+        for width, method in product(bits, methods):
+            if "activation" in METHODS[method] and width is not Width.EIGHT:
+                continue
+            progress(f"{method} at {width} bits")
+            folder = (keep or Path(scratch)) / f"{method}-{width}"
+            asked = _job(method, width, job or Job())
+            made = quantize(name, folder, asked)
+            yield _row(method, measure(load(str(folder), dense=True)), asked, made)
+            mx.clear_cache()
+            if keep is None:
+                shutil.rmtree(folder)
 
 
-def _row(method: str, student: LanguageModel, teacher: LanguageModel, text, protocol: dict, *,
-         rotated: bool = False, replicas: int | None = None, replica_group: int | None = None,
-         seconds: float | None = None, peak_memory_gb: float | None = None, **shape) -> Row:
-    quality = divergence(student, teacher, text, **protocol)
-    return Row(method=method, rotated=rotated, replicas=replicas, replica_group=replica_group, tuned=False,
-               bits_per_weight=quality.bits_per_weight, file_bytes=quality.file_bytes,
-               perplexity=quality.perplexity, kl_mean=quality.kl_mean,
-               top1_agreement=quality.top1_agreement, seconds=seconds,
-               peak_memory_gb=peak_memory_gb, **shape)
+def _job(method: str, width: Width, common: Job) -> Job:
+    """What a method asks of ``quantize`` at one width."""
+    settings = METHODS[method] | {"bits": width}
+    if not settings.pop("mixed", False):
+        return common.changed(**settings)
+    asked = common.changed(**settings)
+    return asked.changed(target=Target(width.code_bits + 32 / asked.spec.group_for(1 << 20)))
 
 
-def table(rows: list[Row]):
+def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | None = None) -> Row:
+    """A row of what was measured, asked and made; only the original's has no ``job``."""
+    spec: dict[str, Any] = {"bits": 16, "group_size": None, "rotation": None}
+    if job is not None:
+        spec = job.spec.as_dict()
+    replicated = job is not None and job.spec.method == "replica"
+    return Row(
+        method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
+        replicas=spec["replicas"] if replicated else None,
+        replica_group=spec["replica_group"] if replicated else None,
+        bits_per_weight=quality.bits_per_weight, file_bytes=quality.file_bytes,
+        perplexity=quality.perplexity, kl_mean=quality.kl_mean,
+        top1_agreement=quality.top1_agreement, seconds=made.seconds if made else None,
+        peak_memory_gb=made.peak_memory / 1e9 if made else None)
+
+
+def table(rows: list[Row]) -> "Table":
     """The rows as a rich table."""
     from rich.table import Table
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
 
     view = Table("method", "bits", "group", "bits/weight", "MB", "perplexity", "KL", "top-1", "s",
                  "peak GB", box=None)
     for r in rows:
-        view.add_row(r.method, str(r.bits), "" if r.group_size is None else str(r.group_size),
-                     f"{r.bits_per_weight:.2f}", f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}",
-                     f"{r.kl_mean:.4f}", f"{100 * r.top1_agreement:.1f} %",
-                     "" if r.seconds is None else f"{r.seconds:.0f}",
-                     "" if r.peak_memory_gb is None else f"{r.peak_memory_gb:.2f}")
+        view.add_row(r.method, str(r.bits), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
+                     f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}", f"{r.kl_mean:.4f}",
+                     f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"),
+                     shown(r.peak_memory_gb, ".2f"))
     return view
 
 
@@ -163,5 +183,5 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def as_dicts(rows: list[Row]) -> list[dict]:
+def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]

@@ -67,9 +67,8 @@ def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path,
     for two models whose vocabularies differ.
     """
     batches = paired_windows(model, reference, text, context, windows)
-    kl, floor = [], []  # of each window: the positions' divergences; the mean noise
-    losses = [0.0, 0.0]  # the model's, the reference's
-    agreed = 0
+    found, floor = [], []  # of each window: the positions' divergences; the mean noise
+    losses, agreed = [0.0, 0.0], 0  # the model's, the reference's
     for done, window in enumerate(batches, 1):
         p = window.logits(reference.network)
         mx.eval(p)  # before the second run is laid out, so that their activations do not coexist
@@ -79,24 +78,21 @@ def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path,
             del noisy
         q = window.logits(model.network)
         mx.eval(q)
-        kl.append(np.array(position_kl(p, q))[0])
+        found.append(np.array(position_kl(p, q))[0])
         agreed += (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).sum().item()
         for side, logits in enumerate((q, p)):
             losses[side] += loss(logits, window).item()
         del p, q, logits
-        progress(done, len(batches), float(np.mean(kl, dtype=np.float64)))
-    means = np.mean(kl, axis=1, dtype=np.float64)
+        progress(done, len(batches), float(np.mean(found, dtype=np.float64)))
+    kl = np.stack(found)
+    means = kl.mean(axis=1, dtype=np.float64)
     shape = described(model, batches)
     own, original = (total / shape["tokens"] for total in losses)
     return Divergence(
-        math.exp(own), **shape,
-        kl_mean=float(means.mean()),
-        kl_p99=float(np.percentile(kl, 99)),
+        math.exp(own), **shape, kl_mean=float(means.mean()), kl_p99=float(np.percentile(kl, 99)),
         kl_stderr=float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
-        kl_noise_floor=sum(floor) / len(floor),
-        top1_agreement=agreed / shape["tokens"],
-        reference_perplexity=math.exp(original),
-        perplexity_ratio=math.exp(own - original))
+        kl_noise_floor=sum(floor) / len(floor), top1_agreement=agreed / shape["tokens"],
+        reference_perplexity=math.exp(original), perplexity_ratio=math.exp(own - original))
 
 
 def position_kl(p_logits: mx.array, q_logits: mx.array) -> mx.array:

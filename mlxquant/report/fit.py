@@ -17,8 +17,8 @@ _LEAST_RANGE = 1.02  # most over least bytes: closer together is noise
 
 @dataclass(frozen=True)
 class Fit:
-    """``gb_per_s`` is the bandwidth at the margin; errors are standard errors, residuals in milliseconds
-    in the order of the points, measured minus fitted."""
+    """``gb_per_s`` is the bandwidth at the margin; errors are standard errors, residuals in
+    milliseconds in the order of the points, measured minus fitted."""
 
     fixed_ms: float
     fixed_ms_error: float
@@ -35,9 +35,8 @@ class Fit:
 
 
 def fit(bytes_per_token: Sequence[float], milliseconds: Sequence[float]) -> Fit | None:
-    """The split, or None where it cannot be told: fewer than 3 points, all of nearly the same
-    bytes, or times that grow with bytes by less than twice the error of that, or that leave
-    less than no time for the rest."""
+    """The split, or None where the points do not tell: fewer than 3, all of nearly the same bytes,
+    a slope of less than twice its standard error, or a negative fixed time."""
     gigabytes, times = np.array(bytes_per_token) / 1e9, np.array(milliseconds)
     if len(set(gigabytes)) < _LEAST_POINTS or gigabytes.max() < _LEAST_RANGE * gigabytes.min():
         return None

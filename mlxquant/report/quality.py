@@ -1,15 +1,17 @@
-"""What a width costs in quality, from measurements: of the model at hand, of another, or published."""
+"""What a width costs in quality, as measured: on the model at hand, on another, or published."""
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Quality:
-    """``ratio`` is the perplexity over the original's; ``flags`` are ``quantize``'s for the method that
-    reached it; ``rank`` is 0 for a measurement of this very model, 1 of another one, 2 for a published one."""
+    """``ratio`` is the perplexity over the original's; ``flags`` are ``quantize``'s for the method
+    that reached it; ``rank`` is 0 for a measurement of this model, 1 of another one, 2 for a
+    published one."""
 
     ratio: float
     source: str
@@ -17,15 +19,15 @@ class Quality:
     rank: int
 
 
-def lookup(model: str, bits: int | str, replicas: int | None, group: int) -> list[Quality]:
+def lookup(model: str, bits: int | str, replicas: int | None, group: int | None) -> list[Quality]:
     """What is known of a width with its replicas and group, the most trustworthy first."""
     found = []
     for row in _rows():
         if (row["bits"], row["replicas"], row["group"]) == (bits, replicas, group):
             same = _plain(row["model"]) in _plain(model) or _plain(model) in _plain(row["model"])
             rank = 2 if row["source"].startswith("published") else 0 if same else 1
-            found.append(Quality(row["ratio"], row["source"] if same or rank == 2 else
-                                 f"{row['source']}, not on this model", row["flags"], rank))
+            source = row["source"] + (", not on this model" if rank == 1 else "")
+            found.append(Quality(row["ratio"], source, row["flags"], rank))
     return sorted(found, key=lambda quality: quality.rank)
 
 
@@ -34,7 +36,7 @@ def _plain(name: str) -> str:
 
 
 @cache
-def _rows() -> list[dict]:
+def _rows() -> list[dict[str, Any]]:
     """``benchmarks/quality.json`` of a checkout, or the copy of it inside an installed package."""
     here = Path(__file__).parent
     installed = here / "quality.json"
