@@ -7,15 +7,36 @@ import sys
 import pytest
 from commands import run
 from conftest import write_folder
+from typer.main import get_command
+from typer.testing import CliRunner
 
-GENERATE_KEYS = ["text", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "ttft_s", "bytes_per_token", "gb_per_s", "ceiling_gb_per_s", "ceiling_source", "percent_of_ceiling", "peak_memory_gb", "finish_reason"]
+from mlxquant.cli import app
+from mlxquant.cli.common import PANELS
+
+GENERATE_KEYS = {
+    "text", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "ttft_s",
+    "bytes_per_token", "gb_per_s", "ceiling_gb_per_s", "ceiling_source", "percent_of_ceiling",
+    "peak_memory_gb", "finish_reason"}
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "inspect", "quantize", "compare", "import", "chips",
-                                  "probe", "bench", "plan", "serve", "tune", "check"])
+@pytest.mark.parametrize("verb", get_command(app).commands)
 def test_every_verb_has_help_with_an_example(verb):
-    result = run(verb, "--help")
-    assert result.returncode == 0 and f"Example: mlxquant {verb}" in result.stdout
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0 and f"Example: mlxquant {verb}" in result.stdout
+    assert ("--json" in result.stdout) is (verb not in ("chat", "serve"))
+
+
+def test_help_lists_every_verb_in_a_panel_with_a_whole_sentence():
+    result = CliRunner().invoke(app, ["--help"], terminal_width=80)
+    assert max(map(len, result.stdout.splitlines())) <= 80 and "..." not in (
+        result.stdout.partition("Options:")[2])
+    said = " ".join(result.stdout.split())
+    for title, verbs in PANELS.items():
+        assert f"{title}: {verbs[0]}" in said
+    commands = get_command(app).commands
+    assert sorted(verb for verbs in PANELS.values() for verb in verbs) == sorted(commands)
+    for verb, command in commands.items():
+        assert f"{verb} {' '.join(command.help.partition(chr(10) * 2)[0].split())}" in said
 
 
 def test_generate_prints_the_text_and_reports_on_stderr(tiny_folder):
@@ -28,7 +49,7 @@ def test_generate_prints_the_text_and_reports_on_stderr(tiny_folder):
 def test_generate_json_has_every_key(tiny_folder):
     result = run("generate", tiny_folder, "--max-tokens", 4, "--json", stdin="Hello")
     value = json.loads(result.stdout)
-    assert set(GENERATE_KEYS) <= set(value)
+    assert set(value) >= GENERATE_KEYS
     assert value["generation_tokens"] == 4 and value["finish_reason"] == "length"
     assert value["ceiling_source"] == "probe" and value["percent_of_ceiling"] > 0
 
@@ -43,7 +64,8 @@ def test_generate_options_reach_the_model(tiny_folder):
 
 
 def test_generate_guesses_ahead(tiny_folder):
-    arguments = ("generate", tiny_folder, "-p", "one two three one two", "--max-tokens", 20, "--json")
+    arguments = ("generate", tiny_folder, "-p", "one two three one two", "--max-tokens", 20,
+                 "--json")
     plain, looked_up, drafted = (json.loads(run(*arguments, *how).stdout) for how in (
         (), ("--lookup", 5), ("--draft", tiny_folder, "--draft-tokens", 3)))
     assert looked_up["text"] == plain["text"] == drafted["text"] and plain["guessed_tokens"] is None
@@ -82,11 +104,14 @@ def test_chat_through_a_pipe(tiny_folder):
     (("generate", "TINY", "-p", "x", "--temp", "-1"), 2, "error: temperature is -1.0, allowed are"),
     (("generate", "TINY", "-p", "x", "--kv-bits", "7"), 2, "error: kv_bits is 7, allowed are"),
     (("generate", "TINY", "-p", "x", "--memory", "lots"), 2, "error: 'lots' is no size"),
-    (("bench", "TINY", "--format", "xml"), 2, "error: format is 'xml', allowed are md, json, jsonl, csv"),
+    (("chat", "TINY", "--max-tokens", "0"), 2, "error: max_tokens is 0, at least 1"),
+    (("bench", "TINY", "--format", "xml"), 2,
+     "error: format is 'xml', allowed are md, json, jsonl, csv"),
     (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
     (("plan",), 2, "error: give MODEL or --config FILE"),
     (("plan", "no-such-model"), 1, "error: no model named 'no-such-model'"),
-    (("quantize", "TINY", "-o", "out", "--siblings-alike"), 2, "error: --siblings-alike is for budgets"),
+    (("quantize", "TINY", "-o", "out", "--siblings-alike"), 2,
+     "error: --siblings-alike is for budgets"),
     (("generate",), 2, "Missing argument"),
     (("generate", "TINY", "--no-such-option"), 2, "No such option"),
     (("levitate",), 2, "No such command"),
@@ -111,14 +136,15 @@ def test_version():
 
 def test_chips_plan_and_prediction_as_json(tiny_folder):
     value = json.loads(run("chips", "--json").stdout)
-    assert value["here"]["name"] and {"name", "gpu_cores", "headline_gb_per_s", "sources"} <= set(value["chips"][0])
+    assert value["here"]["name"]
+    assert {"name", "gpu_cores", "headline_gb_per_s", "sources"} <= set(value["chips"][0])
     value = json.loads(run("chips", "--backtest", "--json").stdout)
     assert {row["chips"] for row in value["families"]} >= {"base", "Pro", "Max", "Ultra", "all"}
     planned = run("plan", "--config", tiny_folder / "config.json", "--chip", "M2", "--json")
     value = json.loads(planned.stdout)
-    assert {"bits", "replicas", "group", "bits_per_weight", "file_bytes", "total_bytes", "fits", "tps", "quality",
-            "quality_source"} <= set(value["rows"][0])
-    value = json.loads(run("bench", tiny_folder, "--chip", "M2 Max 30c", "--format", "json").stdout)
+    assert {"bits", "replicas", "group", "bits_per_weight", "file_bytes", "total_bytes", "fits",
+            "tps", "quality", "quality_source"} <= set(value["rows"][0])
+    value = json.loads(run("bench", tiny_folder, "--chip", "M2 Max 30c", "--json").stdout)
     assert value[0]["predicted"] and value[0]["gpu_cores"] == 30 and value[0]["assumptions"]
 
 
@@ -126,14 +152,16 @@ def test_tables_are_not_cut_short(tiny_folder):
     assert "NVIDIA H100 80GB HBM3" in run("chips").stdout
     assert "M3 Max 30c" in run("chips", "--lanes").stdout
     result = run("plan", tiny_folder, "--chip", "M1 Pro 14c", "--context", 100)
-    assert "original 16 bit" in result.stdout and "Recommended: " in result.stdout and "…" not in result.stdout
+    assert "original 16 bit" in result.stdout and "Recommended: " in result.stdout
+    assert "…" not in result.stdout
 
 
 def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
-    result = run("bench", tiny_folder, "-p", 8, "-n", 4, "-r", 1, "--format", "jsonl", "-o", tmp_path / "x.jsonl",
-                      "--plot", tmp_path / "x.png")
+    result = run("bench", tiny_folder, "-p", 8, "-n", 4, "-r", 1, "--format", "jsonl",
+                 "-o", tmp_path / "x.jsonl", "--plot", tmp_path / "x.png")
     assert result.returncode == 0 and "| tg4 |" in result.stdout
-    assert [json.loads(line)["test"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == ["pp8", "tg4"]
+    written = (tmp_path / "x.jsonl").read_text().splitlines()
+    assert [json.loads(line)["test"] for line in written] == ["pp8", "tg4"]
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 

@@ -6,14 +6,16 @@ failure (one line says which), 2 for a wrong call, 130 for Ctrl-C.
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
-from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue, one_line
+from mlxquant.base.text import clean
 from mlxquant.base.version import __version__
 from mlxquant.cli import look, make, measure, talk
-from mlxquant.cli.common import app, remark
+from mlxquant.cli.common import app
 
 __all__ = ["app", "look", "main", "make", "measure", "talk"]
 
@@ -27,21 +29,39 @@ def _options(version: Annotated[bool, typer.Option(
 
 
 def main() -> None:
-    """Entry point: turns our errors and Ctrl-C into one line and an exit code.
+    """Entry point: turns errors that are no bugs, and Ctrl-C, into one line and an exit code.
 
     Of several machines that run the same command under ``mlx.launch``, the first one speaks.
     """
+    _prepare_streams()
     rank, stderr = int(os.environ.get("MLX_RANK") or 0), sys.stderr
     if rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
     try:
-        app()
-    except MlxquantError as error:
-        sys.stderr = stderr
-        remark(f"machine {rank}: error: {error}" if rank else f"error: {error}")
-        sys.exit(2 if isinstance(error, BadValue) else 1)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read it has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        where = f"machine {rank}: " if rank else ""
+        print(clean(f"{where}error: {line}"), file=stderr, flush=True)
+        sys.exit(2 if isinstance(error, BadValue) else 1)
+
+
+def _prepare_streams() -> None:
+    """Read UTF-8, escape what an encoding lacks, and put empty files in place of closed ones."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if mode == "r" else None,
+                               errors="surrogateescape" if mode == "r" else "backslashreplace")

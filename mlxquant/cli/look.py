@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mlxquant.base.errors import BadValue
 from mlxquant.cli import options as option
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
 
 @app.command(epilog="Example: mlxquant plan Qwen/Qwen3-32B --chip 'M1 Pro' --context 8192")
 def plan(
-    model: Annotated[str | None, typer.Argument(
-        metavar="[MODEL]", help=option.MODEL_HELP)] = None,
-    memory: Annotated[str | None, typer.Option(help="The machine's memory, e.g. 16GB.")] = None,
+    model: Annotated[str | None, Argument(metavar="[MODEL]", help=option.MODEL_HELP)] = None,
+    memory: Annotated[str | None, Option(help="The machine's memory, e.g. 16GB.")] = None,
     chip: option.Chip = None,
-    context: Annotated[int, typer.Option(help="Tokens that must fit with the model.")] = 8192,
-    min_tps: Annotated[float, typer.Option(
-        help="Recommend nothing slower, in tokens/s.")] = 0.0,
-    config: Annotated[Path | None, typer.Option(help="A config.json in place of MODEL.")] = None,
+    context: Annotated[int, Option(help="Tokens that must fit with the model.")] = 8192,
+    min_tps: Annotated[float, Option(help="Recommend nothing slower, in tokens/s.")] = 0.0,
+    config: Annotated[Path | None, Option(help="A config.json in place of MODEL.")] = None,
     revision: option.Revision = None, as_json: option.AsJson = False,
 ) -> None:
     """What to make of a model for a machine: what fits, how fast, how good, and the command.
@@ -114,10 +113,10 @@ def inspect(model: option.Model, revision: option.Revision = None,
 
 @app.command(epilog="Example: mlxquant chips --backtest")
 def chips(
-    backtest: Annotated[bool, typer.Option(
+    backtest: Annotated[bool, Option(
         "--backtest",
         help="Instead, how well published speeds are predicted from other chips' speeds.")] = False,
-    lanes: Annotated[bool, typer.Option(
+    lanes: Annotated[bool, Option(
         "--lanes",
         help="Instead, the replicas predicted to be free, from counted operations.")] = False,
     as_json: option.AsJson = False,

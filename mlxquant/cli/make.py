@@ -1,77 +1,76 @@
-"""Verbs that make a model folder: quantize, tune and import; and compare.
+"""Verbs that make a model folder: quantize, tune and import.
 
 What a verb needs is imported when it runs, so that the help is quick.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from mlxquant.base.errors import BadValue, MlxquantError, ModelNotFound
+from mlxquant.base.errors import BadValue, ModelNotFound
+from mlxquant.base.text import clean
 from mlxquant.cli import options as option
 from mlxquant.cli.common import app, print_json, print_table, progress, remark
-from mlxquant.cli.options import AsJson, Revision
-from mlxquant.cli.options import Model as ModelName
 
-Data = Annotated[list[str] | None, typer.Option(
-    help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
-         "Default: text the model writes itself.")]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Length = Annotated[int, typer.Option("--sequence-length", help="Tokens in a sample.")]
-GroupSize = Annotated[int, typer.Option(
-    help="Inputs that share a scale; 0: a whole row, -1: the whole matrix.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+if TYPE_CHECKING:
+    from mlxquant.codes.spec import Spec
+    from mlxquant.quantise.job import Made
 
 
 @app.command(epilog="Example: mlxquant quantize smollm2-135m -o small --bits 3 --data text.txt")
 def quantize(
-    model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, smoothquant or replica.")] = "gptq",
-    bits: Annotated[str, typer.Option(help="1, ternary, 2, 3, 4, 5, 6 or 8.")] = "4",
-    group_size: GroupSize = 64,
-    rotate: Annotated[bool, typer.Option(
+    model: option.Model, output: option.NewFolder,
+    method: Annotated[str, Option(help="rtn, gptq, awq, smoothquant or replica.")] = "gptq",
+    bits: Annotated[str, Option(help="1, ternary, 2, 3, 4, 5, 6 or 8.")] = "4",
+    group_size: option.GroupSize = 64,
+    rotate: Annotated[bool, Option(
         "--rotate", help="Rotate every layer's input by a block Hadamard at run time.")] = False,
-    rotate_fused: Annotated[bool, typer.Option(
-        "--rotate-fused", help="Rotate the residual stream once, merged into the weights.")] = False,
-    replicas: Annotated[int, typer.Option(help="replica: how often each code is used, 1 to 16.")] = 4,
-    replica_group: Annotated[int, typer.Option(
-        help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; 0: none.")] = 0,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Levels mirror around zero.")] = False,
-    act_order: Annotated[bool, typer.Option(help="GPTQ: most active inputs first.")] = True,
-    refine: Annotated[int, typer.Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
-    propagation: Annotated[str, typer.Option(
+    rotate_fused: Annotated[bool, Option(
+        "--rotate-fused",
+        help="Rotate the residual stream once, merged into the weights.")] = False,
+    replicas: Annotated[int, Option(help="replica: how often each code is used, 1 to 16.")] = 4,
+    replica_group: Annotated[int, Option(
+        help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; "
+             "0: none.")] = 0,
+    symmetric: Annotated[bool, Option("--symmetric", help="Levels mirror around zero.")] = False,
+    act_order: Annotated[bool, Option(help="GPTQ: most active inputs first.")] = True,
+    refine: Annotated[int, Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
+    propagation: Annotated[str, Option(
         help="Calibrate a block on the inputs of the float model, of the quantised one, "
              "or corrected for the difference.")] = "quantised",
-    override: Annotated[list[str] | None, typer.Option(
+    override: Annotated[list[str] | None, Option(
         help="'GLOB:bits=4,group_size=64' for some layers; repeatable.")] = None,
-    target_bpw: Annotated[float | None, typer.Option(
+    target_bpw: Annotated[float | None, Option(
         help="Give each layer its own width: bits per weight of the body.")] = None,
-    target_gb: Annotated[float | None, typer.Option(
+    target_gb: Annotated[float | None, Option(
         help="The same, to gigabytes (10^9 bytes) of the whole folder.")] = None,
-    siblings_alike: Annotated[bool, typer.Option(
-        "--siblings-alike", help="With a target, replica: q, k and v get one width, gate and up too; faster, a little worse.")] = False,
-    embedding_bits: Annotated[int | None, typer.Option(
+    siblings_alike: Annotated[bool, Option(
+        "--siblings-alike",
+        help="With a target, replica: q, k and v get one width, gate and up too; faster, a little "
+             "worse.")] = False,
+    embedding_bits: Annotated[int | None, Option(
         help="Width of embedding and head; default: as stored.")] = None,
-    activation_bits: Annotated[int | None, typer.Option(
+    activation_bits: Annotated[int | None, Option(
         help="Round activations too (simulated), e.g. 8.")] = None,
-    activation_granularity: Annotated[str, typer.Option(help="token, tensor or static.")] = "token",
-    alpha: Annotated[float | None, typer.Option(
+    activation_granularity: Annotated[str, Option(help="token, tensor or static.")] = "token",
+    alpha: Annotated[float | None, Option(
         help="SmoothQuant's strength, 0 to 1; default: searched.")] = None,
-    repeat_blocks: Annotated[list[str] | None, typer.Option(
-        help="8:16x2 runs each of blocks 8 to 15 twice in a row, on weights stored once; repeatable. "
-             "Changes nothing until the result is tuned.")] = None,
-    repeat_span: Annotated[list[str] | None, typer.Option(
-        help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; repeatable.")] = None,
-    data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
-    revision: Revision = None, as_json: AsJson = False,
-):
+    repeat_blocks: Annotated[list[str] | None, Option(
+        help="8:16x2 runs each of blocks 8 to 15 twice in a row, on weights stored once; "
+             "repeatable. Changes nothing until the result is tuned.")] = None,
+    repeat_span: Annotated[list[str] | None, Option(
+        help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; "
+             "repeatable.")] = None,
+    data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
+    seed: option.ByteSeed = 0, revision: option.Revision = None, as_json: option.AsJson = False,
+) -> None:
     """Quantise a model block by block; a killed run goes on where it was."""
     from mlxquant.codes.spec import Spec, parse_override
     from mlxquant.codes.width import Width
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
+    from mlxquant.model.inspection import inspect
     from mlxquant.quantise.job import Job, Target, Text
     from mlxquant.quantise.pipeline import quantize as run
 
@@ -85,19 +84,19 @@ def quantize(
     spec = Spec(Width.of(bits), group_size, symmetric, method, act_order, refine,
                 "online" if rotate else "fused" if rotate_fused else None, replicas, replica_group)
     job = Job(
-        spec, tuple(parse_override(each) for each in override or ()),
-        Text(tuple(data or ()), samples, sequence_length),
-        Target(target_bpw, target_gb, siblings_alike) if budget else None, propagation,
-        embedding_bits,
-        None if activation_bits is None else ActivationSpec(activation_bits, activation_granularity),
-        alpha, tuple(repeats), seed)
+        spec, rules=tuple(parse_override(each) for each in override or ()),
+        text=Text(tuple(data or ()), samples, sequence_length),
+        target=Target(target_bpw, target_gb, siblings_alike) if budget else None,
+        propagation=propagation, embedding_bits=embedding_bits,
+        activation=None if activation_bits is None else (
+            ActivationSpec(activation_bits, activation_granularity)),
+        alpha=alpha, repeats=tuple(repeats), seed=seed)
     _warn_of_slow_replicas(spec)
     titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:"}
     with progress(titles["quantising"]) as advance:
-        made = run(model, output, job, revision=revision, progress=lambda done, total, seconds, stage:
-                   advance(done, total, seconds, titles[stage]))
-    from mlxquant.model.inspection import inspect
-
+        made = run(model, output, job, revision=revision,
+                   progress=lambda done, total, seconds, stage: advance(
+                       done, total, seconds, titles[stage]))
     result = inspect(str(output))
     if as_json:
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
@@ -107,13 +106,13 @@ def quantize(
         return
     for note in made.notes:
         remark(note)
-    print(_errors(made))
+    print(clean(_errors(made)))
     print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
           f"{result.file_bytes / 1e6:.1f} MB on disk, {made.seconds:.0f} s, "
           f"peak {made.peak_memory / 1e9:.2f} GB")
 
 
-def _warn_of_slow_replicas(spec) -> None:
+def _warn_of_slow_replicas(spec: "Spec") -> None:
     from mlxquant.runtime.probe import replica_limits
 
     limits = replica_limits() if spec.method == "replica" else None
@@ -123,48 +122,47 @@ def _warn_of_slow_replicas(spec) -> None:
                "one on this machine; `mlxquant probe` shows which are not")
 
 
-def _errors(made) -> str:
+def _errors(made: "Made") -> str:
     """What this run added, and what was lost before it, as far as that can be known."""
-    line = (f"error added on the calibration text: {made.added['mean']:.1e} in the mean of all layers, "
-            f"{made.added['largest']:.1e} in {made.added['layer']}")
+    line = (f"error added on the calibration text: {made.added['mean']:.1e} in the mean of all "
+            f"layers, {made.added['largest']:.1e} in {made.added['layer']}")
     if (before := made.inherited) is not None:
-        line += (f"\ninherited from importing {before['file']}: {before['error']:.1e} of the weights in "
-                 f"{len(before['rounded'])} of {before['tensors']} tensors; what the file had lost before is not in it")
+        line += (f"\ninherited from importing {before['file']}: {before['error']:.1e} of the "
+                 f"weights in {len(before['rounded'])} of {before['tensors']} tensors; "
+                 "what the file had lost before is not in it")
     return line
 
 
 @app.command(epilog="Example: mlxquant tune small -o tuned --teacher smollm2-135m "
                     "--data text.txt --steps 300")
 def tune(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A folder that quantize made.")],
+    model: Annotated[str, Argument(metavar="DIR", help="A folder that quantize made.")],
     output: option.NewFolder,
-    teacher: Annotated[str, typer.Option(
+    teacher: Annotated[str, Option(
         help="The original: a folder, a .gguf file, a repository, a recipe.")],
-    data: Annotated[list[str], typer.Option(
+    data: Annotated[list[str], Option(
         help="Text to train on: a file or hf://datasets/OWNER/NAME/FILE; repeatable.")],
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
-    learning_rate: Annotated[float, typer.Option(
-        help="Relative to the size of what is trained.")] = 2e-3,
-    norms: Annotated[bool, typer.Option(help="Train the norms' weights too.")] = True,
-    codes: Annotated[float, typer.Option(
+    steps: Annotated[int, Option(help="Training steps.")] = 1000,
+    batch_size: Annotated[int, Option(help="Sequences in a step.")] = 8,
+    sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 512,
+    learning_rate: Annotated[float, Option(help="Relative to the size of what is trained.")] = 2e-3,
+    norms: Annotated[bool, Option(help="Train the norms' weights too.")] = True,
+    codes: Annotated[float, Option(
         help="Let codes move: how many levels chance alone would carry one; 0: they stay. "
              "0.2 serves well, in runs short and long; it takes 20 bytes of memory more for each "
              "weight.")] = 0.0,
-    written: Annotated[int, typer.Option(
+    written: Annotated[int, Option(
         help="Windows in which the teacher goes on from what the texts begin; for runs that see "
              "the texts many times.")] = 0,
-    conversations: Annotated[int, typer.Option(
+    conversations: Annotated[int, Option(
         help="Windows of talk that the teacher writes with itself, beside the texts; keeps a chat "
              "model talking.")] = 0,
-    check_every: Annotated[int, typer.Option(
+    check_every: Annotated[int, Option(
         help="Steps between tries on held-out text; state is saved there.")] = 100,
-    seed: Annotated[int, typer.Option(
-        help="The same seed gives the same order of texts.")] = 0,
+    seed: Annotated[int, Option(help="The same seed gives the same order of texts.")] = 0,
     as_json: option.AsJson = False,
 ) -> None:
-    """Train a quantised model's scales, and gates of repeated blocks, on the original's predictions.
+    """Train a quantised model's scales, and repeated blocks' gates, on the original's predictions.
 
     A killed run goes on where it was. The result is never worse on held-out text than DIR.
     """
@@ -191,10 +189,10 @@ def tune(
 
 @app.command("import", epilog="Example: mlxquant import model-Q4_K_M.gguf -o model")
 def import_gguf(
-    file: Annotated[Path, typer.Argument(
+    file: Annotated[Path, Argument(
         metavar="FILE", help="A .gguf file, or any part of a split one.")],
     output: option.NewFolder,
-    bits: Annotated[int | None, typer.Option(
+    bits: Annotated[int | None, Option(
         help="Width of types that MLX has no exact place for: 2, 3, 4, 5, 6, 8, or 16 to keep "
              "them as numbers. Default: the narrowest that holds their bits per weight.")] = None,
     as_json: option.AsJson = False,
@@ -211,53 +209,11 @@ def import_gguf(
         print_json({"folder": str(output), "bytes": outcome.bytes, "seconds": outcome.seconds,
                     "gb_per_s": speed, **record})
         return
-    rounded = record["rounded"]
-    if rounded:
+    if rounded := record["rounded"]:
         print_table(["layer", "type", "stored as", "error"], [
             [path, r["type"], "same codes, scales in float16" if r["repacked"]
              else f"{r['bits']} bits, groups of 32", f"{r['error']:.1e}"]
-            for path, r in rounded.items() if r["bits"] != 16],  # norms and the like, by the hundred
-            left=(0, 1, 2))
+            for path, r in rounded.items() if r["bits"] != 16], left=(0, 1, 2))  # 16: norms
     others = f", the others within a relative error of {record['error']:.1e}" if rounded else ""
     print(f"{output}: {record['tensors'] - len(rounded)} of {record['tensors']} tensors exact"
           f"{others}; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s")
-
-
-@app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt --bits 4 --bits 2")
-def compare(
-    model: ModelName,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text to evaluate on, apart from --data.")],
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "rtn,awq,gptq,gptq-rotated",
-    bits: Annotated[list[str] | None, typer.Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
-    group_size: GroupSize = 64,
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[int | None, typer.Option(help="Use the first N windows; default: all.")] = 40,
-    plot: Annotated[Path | None, typer.Option(help="Draw perplexity over bytes into this file.")] = None,
-    data: Data = None, samples: Samples = 128, sequence_length: Length = 512, seed: Seed = 0,
-    as_json: AsJson = False,
-):
-    """The methods side by side on one model: quality, size, time and memory."""
-    from rich.console import Console
-
-    from mlxquant.codes.spec import Spec
-    from mlxquant.codes.width import Width
-    from mlxquant.quantise.job import Job, Text
-    from mlxquant.report import comparison
-    from mlxquant.report.by_layer import check_plot
-
-    if not text.is_file():
-        raise MlxquantError(f"no such file: {text}")
-    if plot is not None:
-        check_plot(plot)
-    job = Job(Spec(group_size=group_size), text=Text(tuple(data or ()), samples, sequence_length),
-              seed=seed)
-    rows = list(comparison.compare(
-        model, comparison.Evaluation(text, context, windows),
-        methods=[name.strip() for name in methods.split(",")],
-        bits=[Width.of(b) for b in bits or ("4", "3", "2")], job=job, progress=remark))
-    if plot is not None:
-        comparison.plot(rows, plot)
-    if as_json:
-        print_json(comparison.as_dicts(rows))
-    else:
-        Console().print(comparison.table(rows))

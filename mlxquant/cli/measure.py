@@ -1,4 +1,4 @@
-"""Verbs that run a model to measure it: bench and evaluate; and the machine: probe.
+"""Verbs that measure models by running them: bench, evaluate, compare; and the machine: probe.
 
 What a verb needs is imported when it runs, so that the help is quick.
 """
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.cli import options as option
@@ -18,25 +18,21 @@ from mlxquant.cli.common import app, load_model, print_json, progress, remark
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
                     "--format json")
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=option.MODEL_HELP)],
-    prompt: Annotated[int, typer.Option(
-        "-p", "--prompt", help="Prompt tokens; 0: no such test.")] = 512,
-    generated: Annotated[int, typer.Option(
+    models: Annotated[list[str], Argument(metavar="MODEL...", help=option.MODEL_HELP)],
+    prompt: Annotated[int, Option("-p", "--prompt", help="Prompt tokens; 0: no such test.")] = 512,
+    generated: Annotated[int, Option(
         "-n", "--generate", help="Generated tokens; 0: no such test.")] = 128,
-    repetitions: Annotated[int, typer.Option(
-        "-r", "--repetitions", help="Runs of each test.")] = 5,
-    depth: Annotated[list[int] | None, typer.Option(
-        "-d", "--depth",
-        help="Tokens in the context beforehand; repeatable. Default: 0.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(
+    repetitions: Annotated[int, Option("-r", "--repetitions", help="Runs of each test.")] = 5,
+    depth: Annotated[list[int] | None, Option(
+        "-d", "--depth", help="Tokens in the context beforehand; repeatable. Default: 0.")] = None,
+    batch: Annotated[list[int] | None, Option(
         "-b", "--batch", help="Sequences at once; repeatable. Default: 1.")] = None,
-    form: Annotated[str, typer.Option("--format", help="md, json, jsonl or csv.")] = "md",
-    output: Annotated[Path | None, typer.Option(
+    form: Annotated[str, Option("--format", help="md, json, jsonl or csv.")] = "md",
+    output: Annotated[Path | None, Option(
         "-o", "--output", help="Write there; a table is still shown.")] = None,
-    plot: Annotated[Path | None, typer.Option(
-        help="Draw the roofline into a .png or .svg file.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw the roofline into a .png or .svg file.")] = None,
     chip: option.Chip = None, memory: option.Memory = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    as_json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Tokens per second against the ceiling, by llama-bench's conventions.
 
@@ -111,12 +107,11 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
 def evaluate(
     model: option.Model, text: option.Text, context: option.Context = 1024,
     windows: option.Windows = None,
-    reference: Annotated[str | None, typer.Option(
-        metavar="MODEL",
-        help="Also the divergence from this model, the unquantised one.")] = None,
-    layerwise: Annotated[bool, typer.Option(
+    reference: Annotated[str | None, Option(
+        metavar="MODEL", help="Also the divergence from this model, the unquantised one.")] = None,
+    layerwise: Annotated[bool, Option(
         "--by-layer", help="Instead, the hidden state's error after every block.")] = False,
-    plot: Annotated[Path | None, typer.Option(
+    plot: Annotated[Path | None, Option(
         metavar="FILE", help="Draw --by-layer into a .png or .svg file.")] = None,
     revision: option.Revision = None, memory: option.Memory = None,
     trust_remote_code: option.Trust = False, as_json: option.AsJson = False,
@@ -160,9 +155,49 @@ def evaluate(
             print(result.line())
 
 
+@app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt "
+                    "--bits 4 --bits 2")
+def compare(
+    model: option.Model,
+    text: Annotated[Path, Option(help="A UTF-8 text to evaluate on, apart from --data.")],
+    methods: Annotated[str, Option(help="Comma-separated.")] = "rtn,awq,gptq,gptq-rotated",
+    bits: Annotated[list[str] | None, Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
+    group_size: option.GroupSize = 64, context: option.Context = 1024,
+    windows: option.Windows = 40,
+    plot: Annotated[Path | None, Option(help="Draw perplexity over bytes into this file.")] = None,
+    data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
+    seed: option.ByteSeed = 0, as_json: option.AsJson = False,
+) -> None:
+    """The methods side by side on one model: quality, size, time and memory."""
+    from rich.console import Console
+
+    from mlxquant.codes.spec import Spec
+    from mlxquant.codes.width import Width
+    from mlxquant.quantise.job import Job, Text
+    from mlxquant.report import comparison
+    from mlxquant.report.by_layer import check_plot
+
+    if not text.is_file():
+        raise MlxquantError(f"no such file: {text}")
+    if plot is not None:
+        check_plot(plot)
+    job = Job(Spec(group_size=group_size), seed=seed,
+              text=Text(tuple(data or ()), samples, sequence_length))
+    rows = list(comparison.compare(
+        model, comparison.Evaluation(text, context, windows),
+        methods=[name.strip() for name in methods.split(",")],
+        bits=[Width.of(width) for width in bits or ("4", "3", "2")], job=job, progress=remark))
+    if plot is not None:
+        comparison.plot(rows, plot)
+    if as_json:
+        print_json(comparison.as_dicts(rows))
+    else:
+        Console().print(comparison.table(rows))
+
+
 @app.command(epilog="Example: mlxquant probe --json")
 def probe(
-    refresh: Annotated[bool, typer.Option(
+    refresh: Annotated[bool, Option(
         "--refresh", help="Measure again what is known already.")] = False,
     as_json: option.AsJson = False,
 ) -> None:

@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from mlxquant.base.text import clean, require_unicode
 from mlxquant.cli import options as option
@@ -44,14 +44,13 @@ def chat(
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')
 def generate(
     model: option.Model,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Default: stdin.")] = None,
+    prompt: Annotated[str | None, Option("-p", "--prompt", help="Default: stdin.")] = None,
     system: option.System = None,
-    raw: Annotated[bool, typer.Option(
-        "--raw", help="Continue the text, no chat template.")] = False,
+    raw: Annotated[bool, Option("--raw", help="Continue the text, no chat template.")] = False,
     max_tokens: option.MaxTokens = 256, temp: option.Temperature = 0.0, top_p: option.TopP = 1.0,
     top_k: option.TopK = 0, min_p: option.MinP = 0.0, repetition_penalty: option.Penalty = 1.0,
     seed: option.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, Option(help="End at this text; repeatable.")] = None,
     kv_bits: option.KvBits = None, draft: option.Draft = None,
     draft_tokens: option.DraftTokens = 4, lookup: option.Lookup = 0,
     revision: option.Revision = None, memory: option.Memory = None,
@@ -68,6 +67,7 @@ def generate(
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = (require_unicode(sys.stdin.read(), "standard input") if prompt is None
             else require_unicode(prompt, "--prompt"))
+    system = system and require_unicode(system, "--system")
     loaded = load_model(model, revision, memory, trust_remote_code)
     guesser = _load_draft(draft, memory, trust_remote_code)
     request: Prompt = text
@@ -93,14 +93,14 @@ def generate(
 @app.command(epilog="Example: mlxquant serve smollm2-135m --port 8080")
 def serve(
     model: option.DefaultModel = "",
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8080,
+    host: Annotated[str, Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0: any free one.")] = 8080,
     max_tokens: option.MaxTokens = 1024, temp: option.Temperature = 0.0, top_p: option.TopP = 1.0,
     top_k: option.TopK = 0, min_p: option.MinP = 0.0, kv_bits: option.KvBits = None,
     draft: option.Draft = None,
-    origin: Annotated[list[str] | None, typer.Option(
+    origin: Annotated[list[str] | None, Option(
         help="A web page's origin that may call it, or *; repeatable.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="A line for each request.")] = False,
+    verbose: Annotated[bool, Option("--verbose", help="A line for each request.")] = False,
     revision: option.Revision = None, memory: option.Memory = None,
     trust_remote_code: option.Trust = False,
 ) -> None:
