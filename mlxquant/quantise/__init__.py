@@ -1,2 +1,1 @@
-"""Quantization methods, one file each, with one signature:
-(weight, statistics, spec) → codes and scales."""
+"""From a model to a smaller one, block by block: calibration, methods (one file each), budgets."""
