@@ -1,4 +1,4 @@
-"""What may be a prompt: types, ids, messages and templates, each refused in one line or understood."""
+"""What may be a prompt: types, ids, messages, templates; understood, or refused in one line."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def with_template(folder, tmp_path, template):
 
 @pytest.mark.parametrize("template", [
     "{% for i in range(999999999) %}x{% endfor %}", "{{ raise_exception('no\nsystem') }}",
-    "{{ messages.x.y }}", "{{ 1 / 0 }}", "{{ messages + 5 }}", "{% for x in %}", "{{ 'a' * -1 + 1 }}",
+    "{{ messages.x.y }}", "{{ 1 / 0 }}", "{{ messages + 5 }}", "{% for x in %}", "{{ 'a' + 1 }}",
     [{"name": "rag", "template": "{{ messages }}"}]])
 def test_whatever_a_template_raises_is_one_line(tiny_folder, tmp_path, template):
     model = with_template(tiny_folder, tmp_path, template)

@@ -1,55 +1,37 @@
-"""The server, called by OpenAI's own client on this machine."""
+"""The server, called by OpenAI's own client on this machine: what it answers, and how it ends."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import pytest
-
-import mlxquant
-from mlxquant.base.errors import BadValue, MlxquantError
-from mlxquant.server import BODY_LIMIT, Options, serve
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 
-CHAT = [{"role": "user", "content": "tell me"}]
+import served
+import test_reply
+from scripted import scripted
+from served import CHAT, DEADLINE, client_of, post, refusal, running, until
+from test_distributed import free_ports
+from test_reply import TOOLS
+from test_writer import WRITTEN
 
+import mlxquant
+from mlxquant import Sampling
+from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.server import Options, serve
+from mlxquant.server.engine import Engine
 
-@pytest.fixture(scope="module", autouse=True)
-def heard():
-    """Ctrl-C reaches this process and its children also where the tests were started with it ignored, as by ``&``."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def address(tiny_folder, tmp_path_factory):
-    """A server in a process of its own, stopped by Ctrl-C."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxquant", "serve", str(tiny_folder), "--port", "0", "--origin", "http://a.example"],
-        stderr=subprocess.PIPE, text=True)
-    try:
-        yield next(m[0] for line in process.stderr if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.stderr.close()
-        process.wait()
-
-
-@pytest.fixture
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=30, max_retries=0) as client:
-        yield client
+address, client, heard = served.address, served.client, served.heard  # fixtures
+caller = test_reply.caller
+pytestmark = pytest.mark.usefixtures("heard")
 
 
 def test_a_chat_gets_the_same_reply_as_from_the_api(client, tiny):
@@ -59,11 +41,14 @@ def test_a_chat_gets_the_same_reply_as_from_the_api(client, tiny):
 
 
 def test_a_stream_and_a_completion(client, tiny):
-    stream = client.chat.completions.create(model="any", messages=CHAT, max_tokens=12, stream=True)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    stream = client.chat.completions.create(model="any", messages=CHAT, max_tokens=12, stream=True,
+                                            stream_options={"include_usage": True})
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == mlxquant.generate(tiny, CHAT, max_tokens=12).text
-    raw = client.completions.create(model="any", prompt="Once", max_tokens=8)
-    assert raw.choices[0].text == mlxquant.generate(tiny, "Once", max_tokens=8).text
+    assert chunks[-1].usage.completion_tokens == 12 and chunks[-2].choices[0].finish_reason
+    completion = client.completions.create(model="any", prompt="Once", max_tokens=8)
+    assert completion.choices[0].text == mlxquant.generate(tiny, "Once", max_tokens=8).text
 
 
 def test_several_at_once(client, tiny):
@@ -74,35 +59,231 @@ def test_several_at_once(client, tiny):
     assert replies == [mlxquant.generate(tiny, p, max_tokens=8).text for p in prompts]
 
 
+def test_several_prompts_and_several_replies_in_one_request(client, tiny):
+    alone = {p: mlxquant.generate(tiny, p, max_tokens=6).text for p in ("one", "two")}
+    reply = client.completions.create(model="any", prompt=["one", "two"], max_tokens=6, n=2)
+    assert [choice.text for choice in reply.choices] == [
+        alone["one"], alone["one"], alone["two"], alone["two"]]
+    assert reply.usage.completion_tokens == 24
+    ids = client.completions.create(model="any", prompt=[[5, 6], [7]], max_tokens=2)
+    assert len(ids.choices) == 2
+    hot = dict(model="any", messages=CHAT, max_tokens=8, n=2, temperature=9.0, seed=-1)
+    first, second = (client.chat.completions.create(**hot) for _ in range(2))
+    texts = [[c.message.content for c in reply.choices] for reply in (first, second)]
+    assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+    stream = client.chat.completions.create(**hot | {"stream": True})
+    pieces = ["", ""]
+    for chunk in stream:
+        pieces[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert pieces == texts[0]
+
+
+def test_log_probabilities_are_those_of_the_api(client, tiny):
+    expected = mlxquant.generate(tiny, CHAT, max_tokens=3, logprobs=2).scored
+    reply = client.chat.completions.create(model="any", messages=CHAT, max_tokens=3,
+                                           logprobs=True, top_logprobs=2)
+    content = reply.choices[0].logprobs.content
+    assert [token.token for token in content] == [token.text for token in expected]
+    for token, other in zip(content, expected):
+        assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [t.token for t in token.top_logprobs] == [text for text, _ in other.likeliest]
+    older = client.completions.create(model="any", prompt="Once", max_tokens=3, logprobs=1)
+    columns = older.choices[0].logprobs
+    assert "".join(columns.tokens) == older.choices[0].text and columns.text_offset[0] == 0
+    assert list(columns.top_logprobs[0]) == [columns.tokens[0]]
+
+
+@pytest.mark.parametrize("sampling", [
+    dict(repetition_penalty=2.0, presence_penalty=5.0, frequency_penalty=9.0),
+    dict(logit_bias={"40": 100.0}), dict(top_k=384, temperature=1.0, seed=5),
+    dict(top_p=0.0, temperature=9.0), dict(xtc_probability=0.5, temperature=1.0, seed=2**70)])
+def test_sampling_is_that_of_the_api(address, tiny, sampling):
+    with post(address, {"messages": CHAT, "max_tokens": 12, **sampling}) as answer:
+        text = json.loads(answer.read())["choices"][0]["message"]["content"]
+    bias = {int(k): v for k, v in sampling.get("logit_bias", {}).items()} or None
+    expected = mlxquant.generate(tiny, CHAT, max_tokens=12,
+                                 sampling=Sampling(**sampling | {"logit_bias": bias}))
+    assert text == expected.text
+
+
+@pytest.mark.parametrize("stop", ["How can", "\n", "?!", "?", " ", "é", "A: yes\n\n", "zz"])
+def test_stop_strings_stop_as_in_the_api(tiny_folder, stop):
+    """Whole, streamed, or as a completion; text held back for a stop string is not lost."""
+    api = scripted(tiny_folder, WRITTEN)
+    expected = [mlxquant.generate(api, CHAT, stop=stop).text for _ in WRITTEN]
+    options, given = dict(model="any", stop=[stop], max_tokens=60), []
+    served = scripted(tiny_folder, [reply for reply in WRITTEN for _ in range(3)])
+    with running(served, prompt_caches=0) as (_, address), client_of(address) as client:
+        for _ in WRITTEN:
+            whole = client.chat.completions.create(messages=CHAT, **options).choices[0]
+            stream = client.chat.completions.create(messages=CHAT, stream=True, **options)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            text = client.completions.create(prompt="Once upon", **options).choices[0]
+            assert whole.finish_reason == text.finish_reason == "stop"
+            given.append([whole.message.content or "", streamed, text.text])
+    assert given == [[text] * 3 for text in expected]
+    assert expected == [reply.partition(stop)[0] for reply in WRITTEN]
+
+
+@pytest.mark.parametrize("at", range(0, 30, 5))
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_strings_of_a_reply_that_no_one_wrote(client, tiny, at, length):
+    whole = mlxquant.generate(tiny, "Once", max_tokens=40).text
+    stop = [whole[at:at + length], "zz"]
+    expected = mlxquant.generate(tiny, "Once", max_tokens=40, stop=stop)
+    given = client.completions.create(model="any", prompt="Once", max_tokens=40, stop=stop)
+    assert given.choices[0].text == expected.text and len(expected.text) < len(whole)
+
+
+def test_a_seed_and_one_reply_beside_others_are_right(client, tiny):
+    """A seeded request runs alone, in turn with those that share passes."""
+    seeded = Sampling(temperature=5.0, seed=3)
+    with ThreadPoolExecutor(6) as pool:
+        plain = [pool.submit(client.completions.create, model="any", prompt=f"p{i}", max_tokens=20)
+                 for i in range(4)]
+        drawn = [pool.submit(client.completions.create, model="any", prompt="x", max_tokens=9,
+                             temperature=5.0, seed=3) for _ in range(2)]
+    expected = mlxquant.generate(tiny, "x", max_tokens=9, sampling=seeded).text
+    assert [reply.result().choices[0].text for reply in drawn] == [expected] * 2
+    assert [reply.result().choices[0].text for reply in plain] == [
+        mlxquant.generate(tiny, f"p{i}", max_tokens=20).text for i in range(4)]
+
+
+def test_a_conversation_goes_on_from_its_keys_and_values(client):
+    first = client.chat.completions.create(model="any", messages=CHAT, max_tokens=6)
+    more = [*CHAT, {"role": "assistant", "content": first.choices[0].message.content},
+            {"role": "user", "content": [{"type": "text", "text": "more"}]}]
+    second = client.chat.completions.create(model="any", messages=more, max_tokens=6)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached >= first.usage.prompt_tokens
+    again = client.chat.completions.create(model="any", messages=more, max_tokens=6)
+    assert again.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
+    assert again.choices[0].message.content == second.choices[0].message.content
+
+
+def test_tools_are_offered_called_and_withheld(caller):
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    reply = f"<think>Hm.</think>Look.<tool_call>{call}</tool_call><tool_call>{call}</tool_call>"
+    options = dict(model="any", messages=CHAT, tools=TOOLS, max_tokens=200)
+    with running(caller(*[reply] * 4)) as (_, address), client_of(address) as client:
+        whole = client.chat.completions.create(**options).choices[0]
+        one = client.chat.completions.create(parallel_tool_calls=False, **options).choices[0]
+        none = client.chat.completions.create(tool_choice="none", **options).choices[0]
+        chunks = [c.choices[0] for c in client.chat.completions.create(stream=True, **options)]
+    assert whole.finish_reason == "tool_calls" and whole.message.content.endswith("Look.")
+    calls = whole.message.tool_calls
+    assert [json.loads(c.function.arguments) for c in calls] == [{"city": "Oslo"}] * 2
+    assert len(one.message.tool_calls) == 1
+    assert none.message.tool_calls is None and "Oslo" in none.message.content
+    assert none.finish_reason == "stop"
+    streamed = [c for chunk in chunks for c in chunk.delta.tool_calls or ()]
+    assert [c.index for c in streamed] == [0, 1] and chunks[-1].finish_reason == "tool_calls"
+
+
+def test_reasoning_has_its_own_field(tiny_folder):
+    with running(scripted(tiny_folder, ["<think>Hm.</think>Yes."] * 2)) as (_, address):
+        with post(address, {"messages": CHAT}) as answer:
+            message = json.loads(answer.read())["choices"][0]["message"]
+        with post(address, {"prompt": "x"}, path="/v1/completions") as answer:
+            text = json.loads(answer.read())["choices"][0]["text"]
+    assert message == {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
+    assert text == "<think>Hm.</think>Yes."
+
+
 def test_only_the_one_model_is_listed_and_served(client, tiny_folder):
     assert [model.id for model in client.models.list()] == [str(tiny_folder)]
-    assert client.completions.create(model="../../etc", prompt="Once", max_tokens=2).model == "../../etc"
+    reply = client.completions.create(model="../../etc", prompt="Once", max_tokens=2)
+    assert reply.model == "../../etc"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
 
 
-@pytest.mark.parametrize("body,message", [
-    ({"messages": "x"}, "messages must be a list"),
-    ({"messages": CHAT, "max_tokens": 0}, "max_tokens must be at least 1"),
-    ({"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}]}]}, "images are not supported"),
-])
-def test_wrong_requests_are_refused(address, body, message):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        post(address, body)
-    with refused.value as answer:
-        assert answer.code == 400 and message in json.loads(answer.read())["error"]
+def test_requests_at_once_share_passes_over_the_weights(tiny_folder, monkeypatch):
+    model, passes = mlxquant.load(str(tiny_folder)), []
+    original = type(model.network).__call__
+
+    def counted(self, inputs, **options):
+        passes.append(inputs.shape[0])
+        return original(self, inputs, **options)
+
+    monkeypatch.setattr(type(model.network), "__call__", counted)
+    with running(model) as (_, address), client_of(address) as client, \
+            ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: client.completions.create(
+            model="any", prompt=f"number {i}", max_tokens=200), range(4)))
+    assert 4 in passes and len(passes) < 2 * 200, len(passes)
 
 
-def test_a_body_too_large_is_refused_unread(address):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        post(address, {}, {"Content-Length": str(BODY_LIMIT + 1)})
-    with refused.value as answer:
-        assert answer.code == 413
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_client_that_leaves_stops_the_computing(tiny_folder, stream, alone):
+    model = scripted(tiny_folder, ["a" * 400], seconds=0.02)
+    with running(model) as (engine, address):
+        body = {"messages": CHAT, "max_tokens": 400, "stream": stream}
+        body |= {"temperature": 0.01, "seed": 1} if alone else {}
+        data = json.dumps(body).encode()
+        host, port = address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                           + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        until(lambda: engine._jobs)
+        if stream:
+            assert connection.recv(100)
+        connection.close()
+        until(lambda: not engine._jobs)
+        assert len(model.network._next) > 100  # most was never computed
+        with post(address, {"messages": CHAT, "max_tokens": 1}) as answer:
+            assert answer.status == 200
 
 
-def test_web_pages_of_other_origins_get_no_permission(address):
-    for origin, allowed in (("http://a.example", "http://a.example"), ("http://b.example", None)):
-        with post(address, {"messages": CHAT, "max_tokens": 1}, {"Origin": origin}) as answer:
-            assert answer.headers["Access-Control-Allow-Origin"] == allowed
+def test_a_failure_while_computing_fails_its_request_alone(tiny_folder, monkeypatch):
+    model = mlxquant.load(str(tiny_folder))
+    original = type(model.network).__call__
+
+    def broken(self, inputs, **options):
+        if (inputs == 250).any():
+            raise RuntimeError("out of\nmemory")
+        logits = original(self, inputs, **options)
+        spoilt = (inputs == 251).any(axis=-1)[:, None, None]
+        return mx.where(spoilt, float("nan"), logits)
+
+    monkeypatch.setattr(type(model.network), "__call__", broken)
+    hot = {"temperature": 1.0, "seed": 1}
+    with running(model) as (engine, address):
+        for prompt, reason in (([5, 250], "RuntimeError"), ([5, 251], "not finite")):
+            for options in ({}, hot):
+                body = {"prompt": prompt, "max_tokens": 4, **options}
+                status, said = refusal(address, body, path="/v1/completions")
+                assert status == 500 and reason in said
+                with post(address, body | {"stream": True}, path="/v1/completions") as answer:
+                    assert reason in answer.read().decode()
+                with post(address, {"messages": CHAT, "max_tokens": 2}) as answer:
+                    assert answer.status == 200
+        assert engine.healthy
+
+
+def test_a_dead_thread_ends_the_server(tiny, monkeypatch):
+    """Not answers of 503 for ever: whoever watches the process starts it again."""
+    monkeypatch.setattr(Engine, "_begin", lambda self: 1 / 0)
+    said = []
+
+    def ready(address):
+        threading.Thread(target=lambda: said.append(refusal(
+            address.removesuffix("/v1"), {"messages": CHAT}))).start()
+
+    with pytest.raises(MlxquantError, match="failed for good: ZeroDivisionError"):
+        serve(tiny, Options(port=0), ready)
+    until(lambda: said)
+    assert said[0][0] in (500, 503)
+
+
+def test_stopping_tells_those_who_wait(tiny_folder):
+    with running(scripted(tiny_folder, ["a" * 400], seconds=0.02)) as (engine, address), \
+            ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(refusal, address, {"messages": CHAT, "max_tokens": 400})
+        until(lambda: engine._jobs)
+        engine.stop()
+        assert answer.result() == (500, "the server is stopping")
 
 
 def test_a_draft_model_guesses_for_the_server(tiny):
@@ -118,19 +299,62 @@ def test_a_draft_model_guesses_for_the_server(tiny):
         threading.Thread(target=ask).start()
 
     serve(tiny, Options(port=0, draft=tiny), ready)
-    assert result["choices"][0]["message"]["content"] == mlxquant.generate(tiny, CHAT, max_tokens=12).text
+    text = result["choices"][0]["message"]["content"]
+    assert text == mlxquant.generate(tiny, CHAT, max_tokens=12).text
+
+
+def test_quantised_keys_and_values(tiny):
+    with running(tiny, kv_bits=8) as (_, address), \
+            post(address, {"messages": CHAT, "max_tokens": 8}) as answer:
+        text = json.loads(answer.read())["choices"][0]["message"]["content"]
+    assert text == mlxquant.generate(tiny, CHAT, max_tokens=8, kv_bits=8).text
 
 
 def test_options_are_checked(tiny):
-    with pytest.raises(BadValue, match="port is 99999"):
-        Options(port=99999)
-    with pytest.raises(BadValue, match="max_tokens is 0"):
-        Options(max_tokens=0)
+    for wrong, message in ((dict(port=99999), "port is 99999"), (dict(port="x"), "port is 'x'"),
+                           (dict(max_tokens=0), "max_tokens is 0"),
+                           (dict(prompt_caches=-1), "prompt_caches is -1"),
+                           (dict(kv_bits=8, draft=tiny), "exclude each other")):
+        with pytest.raises(BadValue, match=message):
+            Options(**wrong)
     with pytest.raises(MlxquantError, match="cannot listen on 203.0.113.1:80"):
         serve(tiny, Options(host="203.0.113.1", port=80))
+    with socket.create_server(("127.0.0.1", 0)) as taken, \
+            pytest.raises(MlxquantError, match="the port is taken"):
+        serve(tiny, Options(port=taken.getsockname()[1]))
+    with pytest.raises(BadValue, match="kv_bits is 7"):
+        serve(tiny, Options(kv_bits=7))
 
 
-def post(address, body, headers={}):
-    request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json", **headers})
-    return urllib.request.urlopen(request, timeout=30)
+def test_what_the_model_cannot_do_is_said_at_start(tiny_folder):
+    from mlx_lm.models.cache import RotatingKVCache
+
+    model = mlxquant.load(str(tiny_folder))
+    model.network.make_cache = lambda: [RotatingKVCache(8) for _ in model.network.layers]
+    with pytest.raises(Unsupported, match="cannot keep its keys and values"):
+        serve(model, Options(port=0, kv_bits=4))
+    with pytest.raises(Unsupported, match="cannot take tokens back"):
+        serve(model, Options(port=0, draft=model))
+
+
+def test_two_machines_answer_as_one(tiny, tiny_folder, tmp_path):
+    """The first listens, the second computes with it; both end together."""
+    hosts, port = tmp_path / "hosts.json", free_ports(3)
+    hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in port[:2]]))
+    command = [sys.executable, "-m", "mlxquant", "serve", str(tiny_folder), "--port", str(port[2])]
+    machines = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}) for rank in (0, 1)]
+    try:
+        address = next(m[0] for line in machines[0].stderr
+                       if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        for options in ({}, {"temperature": 0.001, "seed": 1}):
+            with post(address, {"messages": CHAT, "max_tokens": 6, **options}) as answer:
+                text = json.loads(answer.read())["choices"][0]["message"]["content"]
+            assert text == mlxquant.generate(tiny, CHAT, max_tokens=6).text
+        machines[0].send_signal(signal.SIGINT)
+        assert [machine.wait(timeout=DEADLINE) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.stderr.close()
+            machine.wait()

@@ -1,5 +1,7 @@
 """From tokens to text: first spaces, broken characters, stop strings; alike in every way in."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def stopped(stops, pieces):
        st.lists(st.integers(0, 12), max_size=4))
 def test_a_stop_string_is_found_in_whatever_pieces(text, stops, cuts):
     marks = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(marks, marks[1:])]
+    pieces = [text[a:b] for a, b in pairwise(marks)]
     shown, found = stopped(stops, pieces)
     assert (shown, found) == stopped(stops, list(text))
     assert text.startswith(shown + (found or ""))
@@ -36,7 +38,8 @@ def test_a_stop_string_is_found_in_whatever_pieces(text, stops, cuts):
     assert (found is None) == (not any(stop in text for stop in stops))
 
 
-WRITTEN = ["Hello! How can I assist you today?", "Q: no\nA: yes\n\nQ:", " leading", "née — ünïcode 日本"]
+WRITTEN = ["Hello! How can I assist you today?", "Q: no\nA: yes\n\nQ:", " leading",
+           "née — ünïcode 日本"]
 
 
 @pytest.mark.parametrize("reply", WRITTEN)
@@ -116,7 +119,8 @@ def test_logits_that_are_not_finite_are_an_error(tiny, monkeypatch, options, val
 
     def broken(self, inputs, cache=None, **more):
         logits = original(self, inputs, cache=cache, **more)
-        return mx.where(mx.arange(logits.shape[-1]) == 7, value, logits) if value > 0 else logits + value
+        spoilt = mx.arange(logits.shape[-1]) == 7 if value > 0 else mx.array(True)
+        return mx.where(spoilt, value, logits)
 
     monkeypatch.setattr(type(tiny.network), "__call__", broken)
     options = {"draft": tiny} if options.get("draft") else options

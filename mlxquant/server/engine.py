@@ -1,0 +1,253 @@
+"""The one thread that computes: requests side by side where they can be, else one by one."""
+
+import contextlib
+import pickle
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from mlxquant.base.errors import MlxquantError
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.batch import Batch, batchable
+from mlxquant.runtime.generation import answer
+from mlxquant.runtime.prompt_cache import PromptCaches
+from mlxquant.runtime.reply import Chunk
+from mlxquant.runtime.request import Request
+from mlxquant.runtime.speculation import Loop, Speculation
+from mlxquant.server.options import Options
+
+_POLL = 0.1  # seconds between words to other machines
+Told = Chunk | tuple[int, int] | MlxquantError  # a piece, prompt tokens read, or a failure
+
+
+@dataclass
+class Job:
+    """A reply that somebody waits for.
+
+    ``tell`` is called in the computing thread. ``gone`` is set by whoever no longer waits.
+    ``usage`` is there with the last piece: tokens of the prompt, of it cached, and made.
+    """
+
+    request: Request
+    tell: Callable[[Told], None]
+    gone: bool = False
+    usage: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass
+class _News:
+    """What came since the last turn, the same for every machine."""
+
+    requests: dict[int, Request] = field(default_factory=dict)
+    gone: list[int] = field(default_factory=list)
+    stop: bool = False
+
+
+class Engine:
+    """Answers jobs until it is stopped; a failure in one reply is told to its job alone.
+
+    Under ``mlx.launch`` every machine runs one, and all follow the first. ``ended`` is called
+    as the thread ends; ``error`` then says why, unless it was asked to.
+    """
+
+    def __init__(self, model: LanguageModel, options: Options,
+                 ended: Callable[[], None] = lambda: None):
+        self.error: BaseException | None = None
+        self._model, self._ended = model, ended
+        self._loop = Loop(options.kv_bits, Speculation(options.draft))
+        self._caches = PromptCaches(options.prompt_caches)
+        self._side_by_side = options.kv_bits is None and options.draft is None and batchable(model)
+        self._batch = Batch(model, keep=self._caches.keep)
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        self._waiting: deque[int] = deque()
+        self._rows: dict[int, int] = {}  # of the batch, to the number of its job
+        self._count, self._stopping = 0, False
+        self._group = mx.distributed.init()
+        self._thread = threading.Thread(target=self.run, name="generation")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, job: Job) -> None:
+        """Have ``job`` answered; its ``tell`` hears a failure where the thread has ended."""
+        self._inbox.put(job)
+        if not self._thread.is_alive():
+            self._refuse_all()
+
+    def stop(self) -> None:
+        """End the thread after its present step, and wait for it."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def run(self) -> None:
+        """Answer what comes; in a thread of its own, but for machines that only follow."""
+        try:
+            with mx.stream(generation_stream):
+                while self._turn():
+                    pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._refuse_all()
+            self._batch.close()
+            del self._batch, self._caches
+            mx.clear_streams()  # of this thread: MLX else aborts the process at its end
+            self._ended()
+
+    def _turn(self) -> bool:
+        news = self._shared(self._collect() if self._group.rank() == 0 else _News())
+        for number, request in news.requests.items():
+            self._jobs.setdefault(number, Job(request, lambda told: None))
+            self._waiting.append(number)
+        for number in news.gone:
+            self._drop(number)
+        if news.stop:
+            return False
+        self._begin()
+        if self._rows:
+            self._advance()
+        return True
+
+    def _collect(self) -> _News:
+        """What clients have sent; waits for it where there is nothing else to do."""
+        news = _News()
+        timeout: float | None = 0
+        if not self._jobs:
+            timeout = _POLL if self._group.size() > 1 else None
+        while True:
+            try:
+                job = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            timeout = 0
+            if job is not None:
+                self._count += 1
+                self._jobs[self._count] = job
+                news.requests[self._count] = job.request
+        news.gone = [number for number, job in self._jobs.items() if job.gone]
+        news.stop = self._stopping
+        return news
+
+    def _shared(self, news: _News) -> _News:
+        """The first machine's news, on every machine."""
+        if self._group.size() == 1:
+            return news
+        first = self._group.rank() == 0
+        data = pickle.dumps(news) if first else b""
+        size = mx.distributed.all_sum(mx.array(len(data))).item()
+        own = mx.array(np.frombuffer(data, np.uint8)) if first else mx.zeros(size, mx.uint8)
+        return pickle.loads(bytes(np.array(mx.distributed.all_sum(own))))
+
+    def _begin(self) -> None:
+        """Begin what waits, in the order it came: one that must be alone waits for the others."""
+        while self._waiting:
+            number = self._waiting[0]
+            job = self._jobs[number]
+            if self._must_be_alone(job.request):
+                if self._rows:
+                    return
+                self._guarded(number, self._answer_alone)
+            else:
+                self._guarded(number, self._add_row)
+            self._waiting.popleft()
+
+    def _must_be_alone(self, request: Request) -> bool:
+        """A seed decides over all that is drawn, so its reply shares no pass with others."""
+        drawn = request.sampling.seed is not None and request.sampling.temperature > 0
+        return drawn or not self._side_by_side
+
+    def _guarded(self, number: int, work: Callable[[int, Job], None]) -> None:
+        try:
+            work(number, self._jobs[number])
+        except Exception as error:
+            self._end(number, error)
+
+    def _add_row(self, number: int, job: Job) -> None:
+        cache = self._caches.nearest(job.request.prompt)
+        row = self._batch.add(job.request, cache)
+        job.usage = (len(job.request.prompt), len(cache.tokens), 0)
+        self._rows[row] = number
+
+    def _answer_alone(self, number: int, job: Job) -> None:
+        cache = self._caches.nearest(job.request.prompt)
+
+        def unwanted() -> bool:  # several machines go on together, to the end
+            return self._group.size() == 1 and (job.gone or self._stopping)
+
+        def progress(done: int, total: int) -> None:
+            if unwanted():
+                raise MlxquantError("nobody waits for this reply")
+            job.tell((done, total))
+
+        chunks = answer(self._model, job.request, cache, self._loop, progress)
+        for chunk in chunks:
+            if unwanted():
+                break
+            if made := chunk.report:
+                job.usage = (made.prompt_tokens + made.cached_tokens, made.cached_tokens,
+                             made.generation_tokens)
+            job.tell(chunk)
+        chunks.close()
+        self._caches.keep(cache)
+        if not self._stopping:  # else it is told so with all others
+            del self._jobs[number]
+
+    def _advance(self) -> None:
+        try:
+            events = self._batch.step()
+        except Exception as error:  # it failed for all that were in it
+            for number in self._rows.values():
+                self._end(number, error)
+            self._rows.clear()
+            self._batch.close()
+            self._batch = Batch(self._model, keep=self._caches.keep)
+            return
+        for event in events:
+            job = self._jobs[self._rows[event.row]]
+            if event.error is not None:
+                self._end(self._rows.pop(event.row), event.error)
+                continue
+            if event.cache is not None:
+                job.usage = (*job.usage[:2], event.tokens)
+                self._caches.keep(event.cache)
+                del self._jobs[self._rows.pop(event.row)]
+            told = event.chunk or event.progress
+            if told is not None:
+                job.tell(told)
+
+    def _drop(self, number: int) -> None:
+        """Compute no more of a reply that nobody waits for."""
+        self._jobs.pop(number, None)
+        if number in self._waiting:
+            self._waiting.remove(number)
+        for row in [row for row, of in self._rows.items() if of == number]:
+            del self._rows[row]
+            self._caches.keep(self._batch.remove(row))
+
+    def _end(self, number: int, error: Exception) -> None:
+        self._jobs.pop(number).tell(error if isinstance(error, MlxquantError) else MlxquantError(
+            f"generation failed: {type(error).__name__}: {str(error).strip()[:300]}"))
+
+    def _refuse_all(self) -> None:
+        error = MlxquantError("the server is stopping" if self.error is None else
+                              f"the server has failed: {type(self.error).__name__}: {self.error}")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._inbox.get_nowait()
+                if job is not None:
+                    job.tell(error)
+        for number in list(self._jobs):
+            self._jobs.pop(number).tell(error)
