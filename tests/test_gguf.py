@@ -161,6 +161,24 @@ def import_cached_folder(path: Path, tmp_path: Path) -> Path:
         return mlxquant.resolve(str(path))
 
 
+def test_a_file_is_known_by_what_it_holds_not_by_its_name(tmp_path):
+    """Ollama keeps its blobs by their digests; some publishers shout the ending."""
+    for name in ("sha256-0f4ac1", "T.GGUF"):
+        write_gguf(tmp_path / name, random_network())
+        assert import_cached_folder(tmp_path / name, tmp_path).is_dir()
+
+
+def test_links_in_a_hubs_cache_keep_the_names_of_parts(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    first = write_gguf(tmp_path / "part.gguf", random_network(), parts=3)
+    for number, part in enumerate(sorted(tmp_path.glob("part-*"))):
+        part.rename(blobs / str(number))
+        (snapshot / part.name).symlink_to(blobs / str(number))
+    assert import_cached_folder(snapshot / first.name, tmp_path).is_dir()
+
+
 def test_an_incomplete_split_model_is_refused(tmp_path):
     first = write_gguf(tmp_path / "part.gguf", random_network(), parts=3)
     second = tmp_path / "part-00002-of-00003.gguf"

@@ -37,7 +37,7 @@ def test_an_unknown_name_lists_recipes_and_near_matches():
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     path = tmp_path / "weights.bin"
     path.write_bytes(b"\x80\x04pickle")
-    with pytest.raises(BadCheckpoint, match="neither a folder nor a .gguf"):
+    with pytest.raises(BadCheckpoint, match="neither a folder nor a GGUF file"):
         mlxquant.resolve(str(path))
 
 

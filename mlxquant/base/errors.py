@@ -11,7 +11,7 @@ class MlxquantError(Exception):
     It stays one line, and harmless to a terminal, whatever names a file brings into it.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
@@ -33,6 +33,10 @@ class TooLarge(MlxquantError):
 
 class BadValue(MlxquantError):
     """An argument outside its allowed range."""
+
+
+class CannotWrite(MlxquantError):
+    """A disk that is full, a folder that is read-only, a path that something else takes."""
 
 
 def one_line(error: BaseException) -> str | None:

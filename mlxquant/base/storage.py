@@ -5,19 +5,22 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from mlxquant.base import tensor_file
-from mlxquant.base.errors import MlxquantError, TooLarge
+from mlxquant.base.errors import CannotWrite, MlxquantError, TooLarge
 
 _Result = TypeVar("_Result")
 _held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
+_warned: set[str] = set()  # so that a cache that cannot be written is told once a process
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
          errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
@@ -29,9 +32,31 @@ def cache_dir(*parts: str) -> Path:
 
 
 def state_dir(*parts: str) -> Path:
-    """Folder for what the user would miss, such as the history of the chat (``MLXQUANT_STATE`` moves it)."""
+    """Folder for what the user would miss, such as the chat's history (``MLXQUANT_STATE`` moves it)."""
     above = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return Path(os.environ.get("MLXQUANT_STATE") or above / "mlxquant").joinpath(*parts)
+
+
+@contextmanager
+def if_writable() -> Iterator[None]:
+    """For writing into the cache what only saves time: where that fails, a warning takes its place."""
+    try:
+        yield
+    except CannotWrite as error:
+        if (place := str(cache_dir())) not in _warned:
+            _warned.add(place)
+            print(f"{error}: what is measured will be measured again next time "
+                  "(MLXQUANT_CACHE names another folder)", file=sys.stderr)
+
+
+def cached(file: Path, make: Callable[[], Any]) -> Any:
+    """The JSON value in ``file``, a part of the cache, else the one that ``make`` returns."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    text = json_text(make())
+    with if_writable():
+        _write_text(file, text)
+    return json.loads(text)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
@@ -57,8 +82,8 @@ def working_folder(output: Path, job: str, record: dict[str, Any]) -> Path:
     """
     partial = output.with_name(f"{output.name}.partial")
     marker = partial / "job.json"
-    begun = partial.exists() and any(not p.name.endswith(".part") for p in partial.iterdir())
-    if not begun:  # nor was it by a run killed while it wrote the marker
+    # A run that was killed while it wrote the marker leaves only scratch files.
+    if not partial.exists() or all(p.name.endswith(".part") for p in partial.iterdir()):
         write_json(marker, {"job": job, **record})
     elif not marker.exists() or json.loads(marker.read_text())["job"] != job:
         raise MlxquantError(f"{partial} holds the unfinished work of another job; "
@@ -116,12 +141,9 @@ def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def drop_stale(target: Path) -> None:
-    """Remove what killed runs left of ``target``'s scratch files; only for who holds ``target``."""
+    """Remove the scratch files that killed runs left of ``target``, which this process must hold."""
     for scratch in target.parent.glob(f".{target.name}.*.part"):
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+        _remove(scratch)
 
 
 @contextmanager
@@ -133,48 +155,66 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises ``MlxquantError`` where ``target`` already holds something, another
     process is writing it, or the disk is full or read-only.
     """
-    with exclusive(target), disk_errors(target):
+    with exclusive(target), _scratch(target) as scratch:
         refuse_existing(target)
         drop_stale(target)
-        scratch = _scratch(target, tempfile.mkdtemp)
-        try:
-            yield scratch
-            for path in scratch.iterdir():
-                _sync(path)
-            _give_default_mode(scratch, 0o777)
-            if target.is_dir():
-                target.rmdir()
-            scratch.rename(target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        scratch.mkdir()
+        yield scratch
+        for path in scratch.iterdir():
+            _sync(path)
+        if target.is_dir():
+            target.rmdir()
+        scratch.rename(target)
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path that replaces ``target`` if the block succeeds."""
+    with _scratch(target) as scratch:
+        yield scratch
+        _sync(scratch)
+        os.replace(scratch, target)
 
-    def make(**where: Any) -> str:
-        handle, name = tempfile.mkstemp(**where)
-        os.close(handle)
-        return name
 
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` that nothing else uses; what is there when the block fails goes."""
     with disk_errors(target):
-        scratch = _scratch(target, make)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         try:
             yield scratch
-            _sync(scratch)
-            _give_default_mode(scratch, 0o666)
-            os.replace(scratch, target)
         except BaseException:
-            scratch.unlink(missing_ok=True)
+            _remove(scratch)
             raise
 
 
+def json_text(value: Any) -> str:
+    """Indented JSON; raises ``MlxquantError`` naming the key of a number that is not finite."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        key = next(_not_finite(value, ""), "")
+        raise MlxquantError(f"{key or 'a value'} is not a finite number: {error}") from error
+
+
+def _not_finite(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key
+    elif isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in parts:
+            yield from _not_finite(part, f"{key}.{name}" if key else str(name))
+
+
 def write_json(target: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, replacing ``target`` in one step."""
+    """Write ``value`` as indented JSON, replacing ``target`` in one step; raises what ``json_text`` does."""
+    _write_text(target, json_text(value))
+
+
+def _write_text(target: Path, text: str) -> None:
     with new_file(target) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
 
 
 def save_arrays(target: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
@@ -191,20 +231,16 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        where = f" ({error.filename})" if error.filename and str(target) not in str(error.filename) else ""
-        raise MlxquantError(f"cannot write {target}: {error.strerror}{where}") from error
+        named = error.filename and str(target) not in str(error.filename)
+        where = f" ({error.filename})" if named else ""
+        raise CannotWrite(f"cannot write {target}: {error.strerror}{where}") from error
 
 
-def _scratch(target: Path, make: Callable[..., str]) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return Path(make(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-
-
-def _give_default_mode(path: Path, mode: int) -> None:
-    """Undo the private mode that ``tempfile`` gives."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(mode & ~umask)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

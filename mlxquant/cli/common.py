@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlxquant.base import blas
-from mlxquant.base.errors import MlxquantError
+from mlxquant.base.storage import json_text
 from mlxquant.base.text import clean
 
 if TYPE_CHECKING:
@@ -91,14 +91,12 @@ def progress(title: str) -> Iterator[Advance]:
 
 def print_json(value: Any) -> None:
     """A result on stdout, exact in any encoding; raises ``MlxquantError`` for NaN or infinity."""
+    text = json_text(value)
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
-    except ValueError as error:
-        raise MlxquantError("the result holds a number that is not finite") from error
-    print(text)
+        text = json.dumps(value, indent=2) + "\n"
+    print(text, end="")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]],

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.base.storage import cache_dir, if_writable, write_json
 from mlxquant.machine import chips
 
 _METAL = """
@@ -85,7 +85,8 @@ def _ask(name: str, check: Callable[[], float], allowed: float) -> bool:
         except Exception as failure:  # a compiler's complaints have no common type
             error, complaint = float("inf"), str(failure).strip().split("\n")[0]
         known = _read(path) | {name: bool(error <= allowed)}
-        write_json(path, known)
+        with if_writable():
+            write_json(path, known)
         if not known[name]:
             print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
     return known[name]

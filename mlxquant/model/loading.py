@@ -6,22 +6,25 @@ float32 and quantised layers are expanded when memory allows.
 """
 
 import logging
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlxquant.base.errors import BadCheckpoint, TooLarge, Unsupported
-from mlxquant.layers import formats, traffic
+from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsupported
+from mlxquant.base.tensor_file import require_finite
+from mlxquant.layers import traffic
 from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
 from mlxquant.layers.packed import pack
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
-from mlxquant.model import distributed
-from mlxquant.sources import checkpoint
+from mlxquant.model import distributed, stored
 from mlxquant.sources.names import resolve
 
 _CLOSE = 0.9  # of what may be used: mlx-lm warns there too, when it generates
@@ -70,14 +73,15 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     folder = resolve(name, revision=revision)
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
-    stored = sum(header.bytes for header in checkpoint.validate(folder).values()) // group.size()
-    if stored > limit:
-        raise TooLarge(f"{name} needs {stored / 1e9:.2f} GB for its weights, "
-                       f"{limit / 1e9:.2f} GB may be used")
-    if stored > _CLOSE * limit:
-        print(f"{name} takes {stored / 1e9:.2f} of the {limit / 1e9:.2f} GB that may be used: replies may be slow, "
-              "and long ones may not fit; `mlxquant plan` shows smaller forms", file=sys.stderr)
     network, config = _build(folder, trust_remote_code)
+    needed = sum(array.nbytes for _, array in tree_flatten(network.parameters())) // group.size()
+    if needed > limit:
+        raise TooLarge(f"{name} needs {needed / 1e9:.2f} GB for its weights, "
+                       f"{limit / 1e9:.2f} GB may be used")
+    if needed > _CLOSE * limit:
+        print(f"{name} takes {needed / 1e9:.2f} of the {limit / 1e9:.2f} GB that may be used: "
+              "replies may be slow, and long ones may not fit; `mlxquant plan` shows smaller forms",
+              file=sys.stderr)
     network = expand_grouped(network)
     on_cpu = mx.default_device() == mx.cpu
     if dense or (on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit):
@@ -90,6 +94,8 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     if not on_cpu:
         network = pack(network)
     mx.eval(network.parameters())
+    for path, array in tree_flatten(network.parameters()):
+        require_finite(f"{path} of {folder}", array)
     tokenizer = open_tokenizer(folder, config, trust_remote_code)
     return LanguageModel(name, folder, network, tokenizer, config)
 
@@ -101,16 +107,21 @@ def open_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        return load_model(folder, lazy=True, trust_remote_code=trust_remote_code,
-                          get_model_classes=formats.model_classes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if "trust_remote_code" in str(error):
+        network, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code,
+                                     get_model_classes=stored.model_classes(folder))
+    except MlxquantError:
+        raise
+    except Exception as error:  # a configuration may be anything, and so may what it causes
+        reason = _in_one_line(error)
+        if "trust_remote_code" in reason:
             raise Unsupported(f"{folder} brings its own code; run it only if you trust it: "
                               "trust_remote_code=True or --trust-remote-code") from error
-        if "not supported" in reason:
-            raise Unsupported(f"{folder}: {reason}") from error
-        raise BadCheckpoint(f"{folder}: config and weights do not make a model: {reason}") from error
+        if isinstance(error, ValueError) and "upported" in reason:
+            raise Unsupported(f"{folder}: mlx-lm says: {reason}") from error
+        raise BadCheckpoint(f"{folder}: config and weights do not make a model: "
+                            f"{reason}") from error
+    stored.require_numbers(network, folder)
+    return network, config
 
 
 def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
@@ -123,6 +134,18 @@ def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool
     try:
         return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
                               eos_token_ids=config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadCheckpoint(f"{folder} has no usable tokenizer: {reason}") from error
+    except Exception as error:  # of tokenizers, transformers, or a template
+        raise BadCheckpoint(f"{folder} has no usable tokenizer: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says. Of tensors' names that differ by numbers alone, one stands for all."""
+    lines = [line.strip(" ,.") for line in str(error).strip().splitlines()]
+    if not lines or isinstance(error, KeyError):
+        return repr(error)
+    if "parameters" not in lines[0]:
+        return " ".join(filter(None, lines))
+    alike = Counter(re.sub(r"\d+", "*", name) for name in lines[1:])
+    single = {re.sub(r"\d+", "*", name): name for name in lines[1:]}
+    names = (single[shape] if count == 1 else f"{shape} ({count})" for shape, count in alike.items())
+    return f"{lines[0]} {', '.join(names)}"

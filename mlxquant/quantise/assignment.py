@@ -8,7 +8,6 @@ them is felt more, it may be worth scales of its own. Of a mixture a few experts
 tried and stand for all.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadValue
-from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.codes.width import Width
@@ -92,11 +91,9 @@ class _Measure:
         setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
                            WIDTHS, REPLICATED, "apart")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
-        if not file.exists():
-            write_json(file, self._measure(progress))
         return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
                         for choice, stored, damage in ways]
-                for paths, ways in json.loads(file.read_text()).items()}
+                for paths, ways in cached(file, lambda: self._measure(progress)).items()}
 
     def _measure(self, progress: Progress) -> Ways:
         start, found = time.perf_counter(), Ways()

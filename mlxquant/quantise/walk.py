@@ -26,7 +26,7 @@ from greenlet import getcurrent, greenlet
 from mlx.utils import tree_flatten, tree_map
 
 from mlxquant.base.errors import Unsupported
-from mlxquant.base.storage import cache_dir, save_arrays
+from mlxquant.base.storage import cache_dir, if_writable, save_arrays
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
@@ -217,7 +217,8 @@ def _keep(file: Path, seen: Observation | None, blocks: int) -> None:
     if seen is None or any(isinstance(part, Routed) for part in seen.statistics.values()):
         return
     if _KEPT_BYTES[0] < blocks * sum(a.nbytes for a in seen.arrays()) < _KEPT_BYTES[1]:
-        _write(file, seen)
+        with if_writable():
+            _write(file, seen)
 
 
 def _drop_old(folder: Path) -> None:

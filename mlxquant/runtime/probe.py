@@ -19,8 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.base.errors import MlxquantError
-from mlxquant.base.storage import cache_dir, write_json
+from mlxquant.base.storage import cache_dir, if_writable, write_json
 from mlxquant.kernels import read_ceiling as read_kernel
 from mlxquant.machine import chips
 from mlxquant.machine.memory import memory_limit
@@ -106,10 +105,8 @@ def _cached() -> Probe | None:
 def _kept(probe: Probe) -> Probe:
     """``probe``, remembered by this process and, where the disk allows, by later ones."""
     _known[_file()] = probe
-    try:
+    with if_writable():
         write_json(_file(), probe.as_dict())
-    except MlxquantError as error:
-        print(f"{error}; it will be measured again next time", file=sys.stderr)
     return probe
 
 

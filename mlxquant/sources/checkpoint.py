@@ -5,24 +5,30 @@ so a truncated or lying file ends in one line, not in garbage weights.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxquant.base import tensor_file
-from mlxquant.base.errors import BadCheckpoint
+from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.base.storage import new_folder, write_json
+from mlxquant.base.version import __version__
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 SHARD_BYTES = 1 << 30
 _MAX_HEADER = 100 << 20
+_INDEX = "model.safetensors.index.json"
+_SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2,
                "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
                "F64": 8}
+_UNREAD = ("F64", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -35,28 +41,33 @@ class TensorHeader:
     bytes: int
 
 
-def read_config(folder: Path) -> dict:
-    """``config.json`` of a model folder; raises ``BadCheckpoint``."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder; raises ``BadCheckpoint`` or ``Unsupported``."""
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise Unsupported(f"{folder} holds an adapter, no model: fuse it into the model that it was "
+                          "trained on (mlx_lm.fuse does that)")
     return read_object(folder / "config.json", "model_type")
 
 
 def validate(folder: Path) -> dict[str, TensorHeader]:
     """Check a model folder and return the header of every tensor by name.
 
-    Raises ``BadCheckpoint``: no config or weights, a shard missing, an index
-    that names files outside the folder, a header that contradicts its file.
+    Raises ``BadCheckpoint``: no config or weights, a shard missing, a link or an
+    index that leads outside the folder, a header that contradicts its file.
     """
-    read_config(folder)
-    files = weight_files(folder)
+    _require_inside(folder, _side_files(folder))
+    config = read_config(folder)
+    if "quantization" not in config and "quant_method" not in config.get(
+            "quantization_config", "quant_method"):
+        raise BadCheckpoint(f"{folder / 'config.json'}: quantization_config lacks quant_method")
     tensors: dict[str, TensorHeader] = {}
-    for file in files:
+    for file in weight_files(folder):
         for name, header in _read_header(file).items():
             if name in tensors:
                 raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and {file.name}")
             tensors[name] = header
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        _check_index(index, tensors)
+    if (folder / _INDEX).exists():
+        _check_index(folder / _INDEX, tensors)
     return tensors
 
 
@@ -65,13 +76,15 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise BadCheckpoint(f"{folder} holds no model*.safetensors file")
-    # A hub snapshot links into its own repository's blobs; nothing may lead further.
-    root = folder.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
-    for file in files:
-        if not file.resolve().is_relative_to(root):
-            raise BadCheckpoint(f"{file} leads outside the model folder")
+    _require_inside(folder, files)
     return files
+
+
+def fingerprint(folder: Path) -> str:
+    """What decides a model's numbers: its weight files by name, size and time, its configuration,
+    and this version of the package."""
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
+    return repr((weights, (folder / "config.json").read_text(encoding="utf-8"), __version__))
 
 
 def folder_bytes(folder: Path) -> int:
@@ -79,27 +92,39 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
 
 
-def fingerprint(folder: Path) -> str:
-    """What decides a model's numbers: weight files by name, size and time, and the configuration."""
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
-    return repr((weights, (folder / "config.json").read_text(encoding="utf-8")))
-
-
 def side_files(folder: Path) -> dict[str, bytes]:
     """Tokenizer and other files that go with the weights, by name: all but config and index."""
-    return {p.name: p.read_bytes() for p in folder.iterdir()
-            if p.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")
-            and p.name not in ("config.json", "model.safetensors.index.json")}
+    files = [p for p in _side_files(folder) if p.name not in ("config.json", _INDEX)]
+    _require_inside(folder, files)
+    return {p.name: p.read_bytes() for p in files}
 
 
-def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tuple[str, "mx.array"]],
-          others: dict[str, str | bytes], finish: Callable[[Path], None] = lambda _: None) -> None:
+def _side_files(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix in _SIDE and (p.is_file() or p.is_symlink())]
+
+
+def _require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse links that lead nowhere, or out of a folder that may be a stranger's."""
+    # A hub snapshot links into its own repository's blobs; nothing may lead further.
+    root = folder.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for file in files:
+        if not Path(os.path.realpath(file)).is_relative_to(root):  # it endures links in a circle
+            raise BadCheckpoint(f"{file} leads outside the model folder")
+        if not file.exists():
+            raise BadCheckpoint(f"{file} is a link to {file.readlink()}, which is missing; "
+                                "download the model again")
+
+
+def write(folder: Path, config: dict[str, Any] | Callable[[], dict[str, Any]],
+          tensors: Iterable[tuple[str, "mx.array"]], others: Mapping[str, str | bytes],
+          finish: Callable[[Path], None] = lambda _: None) -> None:
     """Write a model folder in one step, holding at most one shard in memory.
 
     ``tensors`` may be a generator, and ``config`` a function that is called when it
     is through; ``others`` are further files (tokenizer, templates) by name. ``finish``
-    is called with the finished folder before it takes its place.
-    ``folder`` must not exist or be empty.
+    is called with the finished folder before it takes its place. ``folder`` must not
+    exist or be empty. Raises ``BadCheckpoint`` for a tensor with values that are not finite.
     """
     with new_folder(folder) as scratch:
         index: dict[str, str] = {}
@@ -108,14 +133,15 @@ def write(folder: Path, config: dict | Callable[[], dict], tensors: Iterable[tup
             index |= dict.fromkeys(shard, file)
             tensor_file.write(scratch / file, shard, {"format": "mlx"})
         _name_shards(scratch, index)
-        write_json(scratch / "config.json", config() if callable(config) else config)
+        write_json(scratch / "config.json", _tagged(config() if callable(config) else config))
         for name, content in others.items():
             (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
         finish(scratch)
 
 
 def _shards(tensors: Iterable[tuple[str, "mx.array"]]) -> Iterator[dict[str, "mx.array"]]:
-    shard, size = {}, 0
+    shard: dict[str, mx.array] = {}
+    size = 0
     for name, array in tensors:
         if shard and size + array.nbytes > SHARD_BYTES:
             yield shard
@@ -133,18 +159,28 @@ def _name_shards(folder: Path, index: dict[str, str]) -> None:
     for old, new in final.items():
         (folder / old).rename(folder / new)
     total = sum((folder / f).stat().st_size for f in final.values())
-    write_json(folder / "model.safetensors.index.json",
+    write_json(folder / _INDEX,
                {"metadata": {"total_size": total},
                 "weight_map": {name: final[file] for name, file in sorted(index.items())}})
 
 
-def read_object(path: Path, *required: str) -> dict:
+def _tagged(value: Any) -> Any:
+    """Infinite numbers as transformers writes them into JSON, where some models' limits are such."""
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _tagged(part) for key, part in value.items()}
+    return [_tagged(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_object(path: Path, *required: str) -> dict[str, Any]:
     """The JSON object in a file, which must have the keys ``required``; raises ``BadCheckpoint``."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda part: (
+            float(part["__float__"]) if part.keys() == {"__float__"} else part))
     except FileNotFoundError as error:
         raise BadCheckpoint(f"{path.parent} holds no {path.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is not readable JSON: {error}") from error
     missing = [key for key in required if not isinstance(value, dict) or key not in value]
     if missing or not isinstance(value, dict):
@@ -167,15 +203,19 @@ def _read_header(file: Path) -> dict[str, TensorHeader]:
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{file} has a header that is no JSON object")
     header.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        tensors[name], span = _check_entry(file, name, entry)
-        spans.append(span)
-    _check_spans(file, sorted(spans), size - 8 - length)
-    return tensors
+    entries = {name: _check_entry(file, name, entry) for name, entry in header.items()}
+    position = 0
+    for begin, end in sorted(span for _, span in entries.values()):
+        if begin != position:
+            raise BadCheckpoint(f"{file}: tensors overlap or leave a gap at data byte {position}")
+        position = end
+    if position != size - 8 - length:
+        raise BadCheckpoint(f"{file} is truncated or has trailing bytes: its header describes "
+                            f"{position} bytes of data, the file holds {size - 8 - length}")
+    return {name: tensor for name, (tensor, _) in entries.items()}
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -183,7 +223,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return value
 
 
-def _check_entry(file: Path, name: str, entry) -> tuple[TensorHeader, tuple[int, int]]:
+def _check_entry(file: Path, name: str, entry: Any) -> tuple[TensorHeader, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = (dtype in _ITEM_BYTES
@@ -192,22 +232,14 @@ def _check_entry(file: Path, name: str, entry) -> tuple[TensorHeader, tuple[int,
         sound = False
     if not sound:
         raise BadCheckpoint(f"{file}: tensor {name} has a malformed header entry")
+    if dtype in _UNREAD:
+        raise Unsupported(f"{file}: tensor {name} is of type {dtype}, which MLX does not read; "
+                          "store it as F32 or BF16")
     needed = prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != needed:
         raise BadCheckpoint(f"{file}: tensor {name} of shape {shape} and type {dtype} takes "
                             f"{needed} bytes, its offsets span {end - begin}")
     return TensorHeader(file.name, dtype, tuple(shape), needed), (begin, end)
-
-
-def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    position = 0
-    for begin, end in spans:
-        if begin != position:
-            raise BadCheckpoint(f"{file}: tensors overlap or leave a gap at data byte {position}")
-        position = end
-    if position != data_bytes:
-        raise BadCheckpoint(f"{file} is truncated or has trailing bytes: its header describes "
-                            f"{position} bytes of data, the file holds {data_bytes}")
 
 
 def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:

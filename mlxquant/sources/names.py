@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlxquant.base.errors import BadCheckpoint, ModelNotFound
-from mlxquant.sources import checkpoint, hub, recipes
+from mlxquant.base.errors import ModelNotFound
+from mlxquant.sources import checkpoint, gguf, hub, recipes
 
 DEFAULT_MODEL = "smollm2-135m"
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)(?<!\.json)")
 
 
 def resolve(name: str, *, revision: str | None = None) -> Path:
@@ -27,15 +27,16 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     if path.is_dir():
         folder = path
     elif path.is_file():
-        folder = _import_gguf(path)
+        folder = gguf.import_cached(path)
     elif name in recipes.names():
-        folder = _import_gguf(recipes.fetch(recipes.read(name)))
-    elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
-        raise ModelNotFound(f"no such file or folder: {name}")
+        folder = gguf.import_cached(recipes.fetch(recipes.read(name)))
     elif _REPOSITORY.fullmatch(name):
         folder = _download(name, revision)
+    elif path.suffix.lower() in (".gguf", ".json") or name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"no such file or folder: {name}")
     else:
-        raise ModelNotFound(_unknown(name))
+        raise ModelNotFound(f"no model named {name!r}: give a folder, a GGUF file, a repository "
+                            f"(owner/name) or one of: {', '.join(recipes.names())}{_near(name)}")
     checkpoint.validate(folder)
     return folder
 
@@ -51,18 +52,9 @@ def config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
         return checkpoint.read_object(path, "model_type")
     if path.is_dir():
         return checkpoint.read_config(path)
-    local = path.exists() or name in recipes.names() or name.startswith((".", "/", "~"))
-    if local or path.suffix in (".gguf", ".json") or not _REPOSITORY.fullmatch(name):
-        return checkpoint.read_config(resolve(name, revision=revision))
+    if path.is_file() or name in recipes.names() or not _REPOSITORY.fullmatch(name):
+        return checkpoint.read_config(resolve(name))
     return checkpoint.read_config(_download(name, revision, ["config.json"]))
-
-
-def _import_gguf(path: Path) -> Path:
-    from mlxquant.sources import gguf
-
-    if path.suffix != ".gguf":
-        raise BadCheckpoint(f"{path} is neither a folder nor a .gguf file")
-    return gguf.import_cached(path)
 
 
 def _download(repository: str, revision: str | None, files: list[str] = hub.FILES) -> Path:
@@ -70,11 +62,6 @@ def _download(repository: str, revision: str | None, files: list[str] = hub.FILE
         return hub.snapshot(repository, revision, files)
     except ModelNotFound as error:
         raise ModelNotFound(f"{error}{_near(repository)}") from error
-
-
-def _unknown(name: str) -> str:
-    return (f"no model named {name!r}: give a folder, a .gguf file, a repository (owner/name) "
-            f"or one of: {', '.join(recipes.names())}{_near(name)}")
 
 
 def _near(name: str) -> str:

@@ -31,10 +31,13 @@ class Outcome:
 
 def import_cached(path: Path) -> Path:
     """The model folder made from a GGUF file; raises ``BadCheckpoint`` or ``Unsupported``."""
-    path = path.resolve()
-    state = [(p.name, s.st_size, s.st_mtime_ns) for p in part_files(path) for s in [p.stat()]]
-    digest = hashlib.sha256(f"{_FORMAT}:{path}:{state}".encode()).hexdigest()[:12]
-    folder = cache_dir("imports", f"{path.stem}-{digest}")
+    with path.open("rb") as file:  # known by this, whatever it is called
+        if file.read(4) != b"GGUF":
+            raise BadCheckpoint(f"{path} is neither a folder nor a GGUF file")
+    files = part_files(path.absolute())  # a link's own name tells of parts, not its target's
+    state = [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+    digest = hashlib.sha256(f"{_FORMAT}:{files[0]}:{state}".encode()).hexdigest()[:12]
+    folder = cache_dir("imports", f"{files[0].stem}-{digest}")
     if folder.exists():
         return folder
     with exclusive(folder, wait=True):

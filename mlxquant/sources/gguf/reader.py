@@ -25,7 +25,7 @@ _SCALARS = {
     GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }
 _MAX_DIMENSIONS = 4
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def part_files(path: Path) -> list[Path]:
     if not match:
         return [path]
     count = int(match[3])
-    files = [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    files = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}")
+             for number in range(1, count + 1)]
     if path not in files:
         raise BadCheckpoint(f"{path}: part {int(match[2])} of {count} cannot be")
     for file in files:
