@@ -1,8 +1,13 @@
 """A small random Llama with a byte-level tokenizer, as folders and as GGUF."""
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
+
+# As many workers as cores: each worker's products take one, or they wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlxquant  # first: it loads the BLAS before MLX
 
@@ -11,7 +16,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import Compiler
+from metal import Compiler, Emulation, Runner
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -99,12 +104,13 @@ def fixed_ceiling(monkeypatch, request):
 
 
 @pytest.fixture(scope="session")
-def metal_compiler(request) -> Compiler:
-    """Kernels as compiled for the CPU stay in pytest's cache, for all workers and later runs."""
+def emulate(request):
+    """Makes an ``Emulation``; compiled kernels stay in pytest's cache, for all workers and runs."""
     if sys.platform != "linux":
         pytest.skip("the Metal emulation is for Linux; a Mac runs the kernels")
-    pytest.importorskip("ziglang", reason="the Metal emulation needs clang: pip install 'mlxquant[test]'")
-    return Compiler(request.config.cache.mkdir("metal"))
+    pytest.importorskip("ziglang", reason="the emulation needs clang: pip install 'mlxquant[test]'")
+    with Runner() as runner:
+        yield partial(Emulation, Compiler(request.config.cache.mkdir("metal")), runner)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import Emulation, OutOfBounds, Unsettled
+from metal import OutOfBounds, Unsettled
 from typer.testing import CliRunner
 
 from mlxquant.cli import app
@@ -42,8 +42,8 @@ CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
 ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
 
 @pytest.fixture
-def emulation(metal_compiler, monkeypatch):
-    made = Emulation(metal_compiler, alignment=16)
+def emulation(emulate, monkeypatch):
+    made = emulate(alignment=16)
     for module in KERNELS:
         made.install(monkeypatch, module)
     mx.disable_compile()  # an emulated kernel wants numbers, not tracers

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import Compiler, Emulation, NotEmulated, OutOfBounds, Rejected, Undefined, Unsettled
+from metal import Compiler, NotEmulated, OutOfBounds, Rejected, Undefined, Unsettled
 
 from mlxquant.kernels import column_sweep
 
 
 @pytest.fixture
-def emulation(metal_compiler, monkeypatch):
-    made = Emulation(metal_compiler)
+def emulation(emulate, monkeypatch):
+    made = emulate()
     made.install(monkeypatch, column_sweep)
     return made
 
@@ -92,9 +92,9 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, correct, wrong, compl
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_small_floats_vectors_and_indices(metal_compiler, dtype):
+def test_small_floats_vectors_and_indices(emulate, dtype):
     """What the column sweep does not use of the stand-in library, a threadgroup cut short among it."""
-    kernel = Emulation(metal_compiler, alignment=8).metal_kernel(
+    kernel = emulate(alignment=8).metal_kernel(
         name="small", input_names=["x", "scale", "offset"], output_names=["rounded", "scaled", "where"],
         source="""
             uint at = thread_position_in_grid.x;

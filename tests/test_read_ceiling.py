@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import Emulation, OutOfBounds
+from metal import OutOfBounds
 
 from mlxquant.kernels import read_ceiling
 
@@ -24,8 +24,8 @@ def test_every_word_counts_once():
 
 
 @pytest.fixture
-def emulation(metal_compiler, monkeypatch):
-    Emulation(metal_compiler, alignment=16).install(monkeypatch, read_ceiling)
+def emulation(emulate, monkeypatch):
+    emulate(alignment=16).install(monkeypatch, read_ceiling)
 
 
 @pytest.mark.parametrize("vectors", [8, 16])

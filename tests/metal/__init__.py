@@ -16,7 +16,7 @@ threadgroup memory, simdgroup functions and atomics are refused (``source.MEETIN
 """
 
 from .compiler import Compiler, Rejected
-from .kernels import Emulation, OutOfBounds, Undefined, Unsettled
+from .kernels import Emulation, OutOfBounds, Runner, Undefined, Unsettled
 from .source import NotEmulated
 
-__all__ = ["Compiler", "Emulation", "NotEmulated", "OutOfBounds", "Rejected", "Undefined", "Unsettled"]
+__all__ = ["Compiler", "Emulation", "NotEmulated", "OutOfBounds", "Rejected", "Runner", "Undefined", "Unsettled"]

@@ -1,11 +1,12 @@
-"""Run a compiled kernel with every array between forbidden pages. A program: the kernel may kill it.
+"""Run compiled kernels with every array between forbidden pages.
 
-Reads a job as JSON from standard input, and leaves each output beside its library. It runs twice:
-1. every array ends where a forbidden page begins, memory not given holds 0xFF, threads run forwards;
-2. every array starts where a forbidden page ends, memory not given holds 0x7F, threads run backwards.
-Where both runs agree, all outputs were written, and from the inputs alone. Inputs are read-only.
-Exits with 3 and one line on standard error after an access out of bounds, with 4 after a trap.
-Only the standard library is imported, so that the process starts in a moment.
+A program: each line of its standard input is a job as JSON, and runs in a fork, for a kernel may
+kill its process. Answers with a line: exit code, standard output, standard error. A job runs twice:
+1. each array ends where a forbidden page begins, memory not given holds 0xFF, threads run forwards;
+2. each array starts where a forbidden page ends, memory not given holds 0x7F, threads backwards.
+Each prints the outputs as JSON. Where both runs agree, all outputs were written, and from the
+inputs alone. Inputs are read-only. A job exits with 3 and one line on standard error after an
+access out of bounds, with 4 after a trap.
 """
 
 import ctypes
@@ -20,9 +21,11 @@ _FORBIDDEN = 1 << 26  # on each side: enough for an index that is wrong by a fac
 _NONE, _READ, _READ_WRITE = 0, 1, 3
 _PRIVATE_ANONYMOUS_NORESERVE = 0x4022
 _SA_SIGINFO, _ADDRESS_IN_SIGINFO = 4, 16
+_PATIENCE_S = 120
 _C = ctypes.CDLL(None, use_errno=True)
 _C.mmap.restype = ctypes.c_void_p
-_C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+                    ctypes.c_long]
 _C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
@@ -37,7 +40,7 @@ class Handler(ctypes.Structure):
 
 
 class Guarded:
-    """``size`` bytes that touch a forbidden page at their start or, but for the alignment, at their end."""
+    """``size`` bytes that touch a forbidden page at their start or, but for alignment, their end."""
 
     def __init__(self, name: str, size: int, content: bytes | None, poison: int, at_end: bool,
                  alignment: int):
@@ -60,7 +63,9 @@ class Guarded:
         if offset < 0:
             return f"{-offset} bytes before `{self.name}`"
         past = offset - self.size
-        return f"{past} bytes past the end of `{self.name}`" if past >= 0 else f"in read-only `{self.name}`"
+        if past >= 0:
+            return f"{past} bytes past the end of `{self.name}`"
+        return f"in read-only `{self.name}`"
 
 
 def report(arrays: list[Guarded], running) -> Handler:
@@ -85,7 +90,8 @@ def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
     arrays = []
     for array in job["arrays"]:
         content = bytes.fromhex(array["content"]) if array["content"] is not None else None
-        arrays.append(Guarded(array["name"], array["size"], content, poison, not backwards, job["alignment"]))
+        arrays.append(Guarded(array["name"], array["size"], content, poison, not backwards,
+                              job["alignment"]))
     handler = report(arrays, (ctypes.c_uint * 3).in_dll(library, "running"))
     library.launch((ctypes.c_void_p * len(arrays))(*(a.start for a in arrays)),
                    (ctypes.c_uint * 3)(*job["grid"]), (ctypes.c_uint * 3)(*job["threadgroup"]),
@@ -96,9 +102,27 @@ def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
     print(json.dumps(outputs))
 
 
+def answer(line: str) -> tuple[int, str, str]:
+    said = [os.memfd_create("said") for _ in range(2)]
+    process = os.fork()
+    if not process:
+        for number, file in enumerate(said, 1):
+            os.dup2(file, number)
+        signal.alarm(_PATIENCE_S)
+        job = json.loads(line)
+        library = ctypes.CDLL(job["library"])
+        for backwards in (False, True):
+            run(job, library, backwards)
+        sys.stdout.flush()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    texts = [os.pread(file, os.fstat(file).st_size, 0).decode() for file in said]
+    for file in said:
+        os.close(file)
+    return code, *texts
+
+
 if __name__ == "__main__":
-    job = json.load(sys.stdin)
     ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)  # for what clang leaves to a library
-    library = ctypes.CDLL(job["library"])
-    for backwards in (False, True):
-        run(job, library, backwards)
+    for line in sys.stdin:
+        print(json.dumps(answer(line)), flush=True)

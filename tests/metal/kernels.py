@@ -1,6 +1,7 @@
 """``mx.fast.metal_kernel`` without Metal: kernels that are compiled for, and run on, the CPU."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,42 @@ class Unsettled(Exception):
     """An output depends on the order of threads or on what memory held: a race, or not written."""
 
 
+class Runner:
+    """The process whose forks run kernels; ends with its context."""
+
+    def __enter__(self) -> "Runner":
+        self.process = subprocess.Popen([sys.executable, "-I", "-S", str(_GUARDED)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.communicate()
+
+    def run(self, job: dict, output_names: list[str]) -> list[bytes]:
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        code, printed, complaint = json.loads(self.process.stdout.readline())
+        if code in (3, -signal.SIGSEGV, -signal.SIGBUS):  # its own report, or not even that
+            raise OutOfBounds(complaint or "segmentation fault")
+        if code in (4, -signal.SIGILL, -signal.SIGTRAP):
+            raise Undefined(complaint)
+        if code:
+            raise RuntimeError(f"exit code {code}: {complaint}")
+        forwards, backwards = ([bytes.fromhex(x) for x in json.loads(line)]
+                               for line in printed.splitlines())
+        for name, *both in zip(output_names, forwards, backwards):
+            if both[0] != both[1]:
+                first = next(i for i, (x, y) in enumerate(zip(*both)) if x != y)
+                raise Unsettled(f"byte {first} of `{name}` was not written, "
+                                "or depends on the order of threads")
+        return forwards
+
+
 class Emulation:
     """``metal_kernel`` takes the place of MLX's. Vectors loaded through an array's pointer need it
-    ``alignment`` bytes aligned, as any MLX array is; what is then left behind its end is not guarded."""
+    ``alignment`` bytes aligned, as any MLX array is; what is left behind its end is not guarded."""
 
-    def __init__(self, compiler: Compiler, alignment: int = 1):
-        self.compiler, self.alignment = compiler, alignment
+    def __init__(self, compiler: Compiler, runner: Runner, alignment: int = 1):
+        self.compiler, self.runner, self.alignment = compiler, runner, alignment
         self.mlx_metal_kernel = mx.fast.metal_kernel  # before it is replaced
 
     def install(self, monkeypatch, module) -> None:
@@ -75,25 +106,8 @@ class EmulatedKernel:
         job = {"library": str(self.emulation.compiler.build(made)), "arrays": arrays, "grid": grid,
                "threadgroup": threadgroup, "alignment": self.emulation.alignment}
         return [mx.array(np.frombuffer(content, np.uint8)).view(dtype).reshape(shape)
-                for content, (_, shape, dtype) in zip(_run(job, self.output_names), outputs)]
+                for content, (_, shape, dtype) in zip(self.emulation.runner.run(job, self.output_names), outputs)]
 
 
 def _bytes(array: mx.array) -> bytes:
     return bytes(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)))
-
-
-def _run(job: dict, output_names: list[str]) -> list[bytes]:
-    done = subprocess.run([sys.executable, "-I", "-S", str(_GUARDED)], input=json.dumps(job),
-                          capture_output=True, text=True, timeout=120)
-    if done.returncode in (3, -11, -7):  # its own report, or not even that
-        raise OutOfBounds(done.stderr or "segmentation fault")
-    if done.returncode in (4, -4, -5):
-        raise Undefined(done.stderr)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    forwards, backwards = ([bytes.fromhex(x) for x in json.loads(line)] for line in done.stdout.splitlines())
-    for name, *both in zip(output_names, forwards, backwards):
-        if both[0] != both[1]:
-            first = next(i for i, (x, y) in enumerate(zip(*both)) if x != y)
-            raise Unsettled(f"byte {first} of `{name}` was not written, or depends on the order of threads")
-    return forwards
