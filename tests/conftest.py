@@ -42,10 +42,10 @@ def job(text=None, samples=8, length=64, **changes):
     return Job(text=Text(files, samples, length)).changed(**changes)
 
 
-def alphabet() -> list[str]:
-    """The vocabulary: special tokens, the 256 bytes, and filler up to the model's size."""
+def alphabet(size: int = CONFIG["vocab_size"]) -> list[str]:
+    """The vocabulary: special tokens, the 256 bytes, and filler up to the model's ``size``."""
     words = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
-    return words + [f"<extra{i}>" for i in range(CONFIG["vocab_size"] - len(words))]
+    return words + [f"<extra{i}>" for i in range(size - len(words))]
 
 
 def random_network(config: dict = CONFIG, seed: int = 0) -> llama.Model:
@@ -57,8 +57,8 @@ def random_network(config: dict = CONFIG, seed: int = 0) -> llama.Model:
     return network
 
 
-def tokenizer_texts() -> dict[str, str]:
-    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet())}, []))
+def tokenizer_texts(size: int = CONFIG["vocab_size"]) -> dict[str, str]:
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(alphabet(size))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
@@ -67,9 +67,10 @@ def tokenizer_texts() -> dict[str, str]:
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
 
 
-def write_folder(folder: Path, network=None, config: dict = CONFIG) -> Path:
-    network = network or random_network(config)
-    checkpoint.write(folder, config, tree_flatten(network.parameters()), tokenizer_texts())
+def write_folder(folder: Path, network=None, config: dict = CONFIG, size: int | None = None) -> Path:
+    """A model folder with a tokenizer of ``size`` tokens (by default as the config says)."""
+    network, size = network or random_network(config), size or config["vocab_size"]
+    checkpoint.write(folder, config, tree_flatten(network.parameters()), tokenizer_texts(size))
     return folder
 
 

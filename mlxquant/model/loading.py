@@ -8,6 +8,7 @@ float32 and quantised layers are expanded when memory allows.
 import logging
 import re
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,10 @@ def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool
     for name, quiet in (("configuration_utils", True), ("tokenization_utils_tokenizers", not mistral)):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR if quiet else logging.NOTSET)
     try:
-        return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
-                              eos_token_ids=config.get("eos_token_id"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of keys of config.json, to its authors
+            return load_tokenizer(folder, {"trust_remote_code": trust_remote_code},
+                                  eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # of tokenizers, transformers, or a template
         raise BadCheckpoint(f"{folder} has no usable tokenizer: {_in_one_line(error)}") from error
 

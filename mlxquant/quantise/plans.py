@@ -54,7 +54,7 @@ def _plan(network: nn.Module, block: Block, overrides: Overrides) -> Plan:
         if isinstance(module, nn.QuantizedEmbedding):
             plan.entries[path] = stored_entry(module)
             plan.kept |= {f"{path}.{k}": a for k, a in tree_flatten(module.parameters())}
-        if not type(module) in LAYERS:
+        if type(module) not in LAYERS:
             continue
         full = block.full(path)
         spec = _asked(module, full, overrides, getattr(network, "quant_predicate", None))
@@ -98,6 +98,8 @@ def _asked(module: nn.Module, path: str, overrides: Overrides,
 def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
     """``spec`` changed as little as the layer needs, or None where it must stay; and the note."""
     inputs = inputs_of(module)
+    if inputs < min(PLAIN_GROUPS):
+        return None, f"only {inputs} inputs: kept as stored"
     if isinstance(module, STACKS):
         spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
     if spec.method == "replica":

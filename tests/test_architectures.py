@@ -1,0 +1,37 @@
+"""Every model type that mlx-lm has can be quantised, or is refused with its reason."""
+
+import pytest
+from architectures import CONFIGURATIONS, METHODS, REFUSED, attempt, write
+
+from mlxquant import MlxquantError
+
+# One of each kind of trouble: sliced lists of blocks, wrappers, tuples, siblings under different
+# parents, experts in stacks and in lists, recurrent states, matrices by head, shared caches.
+FEW = ("qwen3_moe", "gpt_oss", "gemma3", "gemma4", "cohere", "dbrx", "mamba", "qwen3_next",
+       "deepseek_v3", "falcon_h1", "gemma3n", "rwkv7", "phixtral", "iquestloopcoder")
+ROWS = [pytest.param(name, method, marks=() if name in FEW and method != "awq" else pytest.mark.slow)
+        for name in CONFIGURATIONS if name not in REFUSED for method in METHODS]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.mark.parametrize("name,method", ROWS)
+def test_each_method_makes_a_model_that_runs_as_it_was_made(name, method, tmp_path, text):
+    made = attempt(write(name, tmp_path / "source"), method, tmp_path / "made", text)
+    assert made.from_dense < 1e-4, f"packed and dense weights differ: {made}"
+    assert made.from_source < (0.05 if method != "replica" else 2), made
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_is_refused_before_any_work(name, tmp_path, text):
+    source = write(name, tmp_path / "source")
+    for method in METHODS:
+        with pytest.raises(MlxquantError) as refused:
+            attempt(source, method, tmp_path / method, text)
+        assert "\n" not in str(refused.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
