@@ -252,7 +252,7 @@ def methods() -> str:
 
 def form(row: Row) -> str:
     """How a kernel's row holds its weights."""
-    width = "ternary" if row["bits"] == "ternary" else f"{row['bits']} bits"
+    width = {1: "1 bit", "ternary": "ternary"}.get(row["bits"], f"{row['bits']} bits")
     if row["replicas"] is None:
         return f"{width}, groups of {row['group']}"
     return f"{width}, K = {row['replicas']}" + (f", G = {row['group']}" if row["group"] else "")
