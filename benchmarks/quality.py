@@ -18,8 +18,9 @@ from mlxquant.report.comparison import METHODS
 AS_GOOD = 1.002
 TABLE = Path(__file__).with_name("quality.json")
 MODEL = "SmolLM2-135M-Instruct"
-FLAGS = {"method": "--method {}", "propagation": "--propagation {}", "replicas": "--replicas {}",
-         "replica_group": "--replica-group {}", "refine": "--refine {}", "alpha": "--alpha {}"}
+FLAGS = {"method": "--method {}", "replicas": "--replicas {}",
+         "replica_group": "--replica-group {}", "propagation": "--propagation {}",
+         "refine": "--refine {}", "alpha": "--alpha {}"}  # in the order of a command
 
 
 def options_of(method: str) -> dict | None:
@@ -33,7 +34,7 @@ def options_of(method: str) -> dict | None:
 
 def flags(options: dict) -> str:
     """The same on the command line."""
-    parts = [FLAGS[name].format(value) for name, value in options.items() if name in FLAGS]
+    parts = [flag.format(options[name]) for name, flag in FLAGS.items() if name in options]
     parts += {"online": ["--rotate"], "fused": ["--rotate-fused"]}.get(options.get("rotation"), [])
     parts += ["--no-act-order"] if options.get("act_order") is False else []
     return " ".join(parts)
