@@ -3,7 +3,6 @@
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.machine import chip_table as table
 from mlxquant.machine import chips, identity, system
 
 # What `ioreg -rc AGXAccelerator -d1` printed, shortened.
@@ -85,7 +84,7 @@ def test_every_figure_has_a_known_mark_and_the_fp32_rate_follows_from_cores():
     known = chips.every()
     assert len(known) == len({chip.label for chip in known})
     for chip in known:
-        assert set(chip.sources.values()) <= set(table.MARKS)
+        assert set(chip.sources.values()) <= set(chips.MARKS)
         if chip.gpu_cores:
             assert chip.fp32_tflops == pytest.approx(2e-12 * chip.lane_operations_per_s)
     stated = {("M1 Pro", 14): 4.64, ("M2 Ultra", 76): 27.2, ("M3 Max", 40): 14.1, ("M5 Max", 40): 16.9}

@@ -67,7 +67,7 @@ def test_the_errors_of_the_back_test():
 
 
 def test_every_published_row_says_where_it_is_from():
-    from mlxquant.machine.chip_table import MARKS
+    from mlxquant.machine.chips import MARKS
 
     for row in [*lanes.published()["decode"], *lanes.published()["matvec"]]:
         assert row["source"] and row["mark"] in MARKS

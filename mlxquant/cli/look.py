@@ -132,7 +132,7 @@ def chips(
 
 def _chips(as_json: bool) -> None:
     from mlxquant.machine import chips as known
-    from mlxquant.machine.chip_table import MARKS
+    from mlxquant.machine.chips import MARKS
 
     here = known.detect()
     if as_json:

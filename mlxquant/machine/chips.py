@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine.chip_table import MODELS, Model, Variant
 from mlxquant.machine.system import device, output_of
+
+MARKS = {
+    "V": "read in a primary source", "D": "arithmetic on figures read in a primary source",
+    "R": "recalled from a public table, not verified", "E": "an estimate",
+    "M": "the maker's data sheet",
+}
+_Marked = tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Chip:
 
     ``headline_gb_per_s`` is the maker's bandwidth, ``fp32_tflops`` the peak of the GPU's
     ordinary arithmetic, ``max_memory_gb`` the most sold, ``slc_mb`` the cache before
-    memory. ``sources`` gives a mark of ``table.MARKS`` for each figure.
+    memory. ``sources`` gives a mark of ``MARKS`` for each figure.
     """
 
     name: str
@@ -44,24 +50,22 @@ class Chip:
     @property
     def lane_operations_per_s(self) -> float | None:
         """Full-rate operations a second: 128 lanes a core on Apple's GPUs."""
-        return self.gpu_cores * 128 * self.clock_ghz * 1e9 if self.gpu_cores and self.clock_ghz else None
-
-
-def every() -> list[Chip]:
-    """All variants of the table."""
-    return [_chip(name, model, variant) for name, model in MODELS.items() for variant in model.variants]
+        if not self.gpu_cores or not self.clock_ghz:
+            return None
+        return self.gpu_cores * 128 * self.clock_ghz * 1e9
 
 
 def of(name: str, gpu_cores: int | None) -> Chip:
-    """The chip of this brand string and core count. Without cores only what all variants share is known."""
-    model = MODELS.get(name)
-    if model is None:
-        return Chip(name, gpu_cores)
-    fitting = [v for v in model.variants if gpu_cores in (v.gpu_cores, None) or v.gpu_cores is None]
+    """The chip of this brand string and core count; without cores, what all its variants share."""
+    fitting = [chip for chip in every() if chip.name == name
+               and (gpu_cores is None or chip.gpu_cores in (gpu_cores, None))]
     if not fitting:
         return Chip(name, gpu_cores)
-    shared = (values.pop() if len(values := set(column)) == 1 else None for column in zip(*fitting))
-    return _chip(name, model, Variant(*shared))
+    values = {key: {getattr(chip, key) for chip in fitting}
+              for key in ("gpu_cores", *fitting[0].sources)}
+    shared = {key: found.pop() for key, found in values.items() if len(found) == 1}
+    return Chip(name, **shared, sources={key: mark for key, mark in fitting[0].sources.items()
+                                         if key in shared})
 
 
 def find(text: str) -> Chip:
@@ -69,7 +73,8 @@ def find(text: str) -> Chip:
 
     Raises ``BadValue`` for what is not in the table.
     """
-    parts = re.fullmatch(r"(?:apple )?(.+?)(?:[ ,]+(\d+)[ -]?c(?:ores?)?)?", text.strip(), re.IGNORECASE)
+    parts = re.fullmatch(r"(?:apple )?(.+?)(?:[ ,]+(\d+)[ -]?c(?:ores?)?)?", text.strip(),
+                         re.IGNORECASE)
     wanted, cores = (parts[1].lower(), parts[2]) if parts else ("", None)
     known = {chip.name.removeprefix("Apple ").lower(): chip.name for chip in every()}
     known |= {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
@@ -77,10 +82,8 @@ def find(text: str) -> Chip:
         near = difflib.get_close_matches(wanted, known, n=3) or known
         raise BadValue(f"no chip {text!r} in the table; near it are {', '.join(near)}")
     variants = [chip for chip in every() if chip.name == known[wanted]]
-    if cores is None:
-        return variants[-1]
-    for chip in variants:
-        if chip.gpu_cores == int(cores):
+    for chip in reversed(variants):
+        if cores is None or chip.gpu_cores == int(cores):
             return chip
     raise BadValue(f"{known[wanted]} with {cores} GPU cores is not in the table; "
                    f"allowed are {', '.join(chip.label for chip in variants)}")
@@ -92,33 +95,68 @@ def detect() -> Chip:
     if sys.platform == "darwin":
         name = output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
         return of(name, gpu_cores_in(output_of("ioreg", "-rc", "AGXAccelerator", "-d1")))
-    import mlx.core as mx
+    import mlx.core as mx  # not for a look at the table alone
 
-    return of(mx.device_info().get("device_name") or platform.processor() or platform.machine(), None)
+    named = mx.device_info().get("device_name") or platform.processor() or platform.machine()
+    return of(str(named), None)
 
 
 def slug() -> str:
     """A file name for what is measured once per chip, kind of device and MLX version."""
-    import mlx.core as mx
+    import mlx.core as mx  # see above
 
-    return "".join(c if c.isalnum() else "-" for c in f"{detect().label}-{device()}-{mx.__version__}")
+    label = f"{detect().label}-{device()}-{mx.__version__}"
+    return "".join(c if c.isalnum() else "-" for c in label)
 
 
 def gpu_cores_in(registry: str) -> int | None:
     """The GPU's cores in what ``ioreg -rc AGXAccelerator -d1`` prints."""
-    found = re.search(r'"gpu-core-count" = (\d+)', registry) or re.search(r'"num_cores"=(\d+)', registry)
-    return int(found[1]) if found else None
+    found = re.search(r'"gpu-core-count" = (\d+)|"num_cores"=(\d+)', registry)
+    return int(found[1] or found[2]) if found else None
 
 
-def _chip(name: str, model: Model, variant: Variant) -> Chip:
-    cores, bandwidth, memory = variant
-    tflops, mark = model.tflops or (None, None)
-    if cores and model.clock:
-        tflops, mark = cores * 0.256 * model.clock[0], "D" if model.clock[1] == "V" else model.clock[1]
-    clock, clock_mark = model.clock or (None, None)
-    slc, slc_mark = model.slc or (None, None)
-    figures = {"headline_gb_per_s": (bandwidth, model.bandwidth_mark), "fp32_tflops": (tflops, mark),
-               "clock_ghz": (clock, clock_mark), "max_memory_gb": (memory, model.memory_mark),
-               "slc_mb": (slc, slc_mark)}
-    return Chip(name, cores, **{key: value for key, (value, _) in figures.items()},
-                sources={key: mark for key, (value, mark) in figures.items() if value is not None})
+def _apple(name: str, clock: _Marked, slc: _Marked | None,
+           *variants: tuple[int, float, float | None]) -> list[Chip]:
+    """Variants of (GPU cores, GB/s, most memory in GB), under one clock in GHz and cache in MB.
+    Cores and bandwidths are the maker's own; FP32 is cores × 256 operations × clock."""
+    rate = "D" if clock[1] == "V" else clock[1]
+
+    def made(cores: int, bandwidth: float, memory: float | None) -> Chip:
+        marks = {"headline_gb_per_s": "V", "fp32_tflops": rate, "clock_ghz": clock[1]}
+        marks |= ({"max_memory_gb": "R"} if memory else {}) | ({"slc_mb": slc[1]} if slc else {})
+        return Chip(f"Apple {name}", cores, bandwidth, cores * 0.256 * clock[0], clock[0], memory,
+                    slc[0] if slc else None, marks)
+
+    return [made(*variant) for variant in variants]
+
+
+def _nvidia(name: str, bandwidth: float, memory: float) -> Chip:
+    marks = dict.fromkeys(("headline_gb_per_s", "fp32_tflops", "max_memory_gb"), "M")
+    return Chip(f"NVIDIA {name}", None, bandwidth, 67, None, memory, None, marks)
+
+
+@cache
+def every() -> list[Chip]:
+    """All variants of all chips that are known."""
+    m1, m1_wide, m2, m3_max = (1.278, "V"), (1.296, "V"), (1.398, "V"), (1.38, "V")
+    m3, m4, m5 = (1.38, "E"), (1.578, "E"), (1.65, "E")
+    return [
+        *_apple("M1", m1, (8, "V"), (7, 68.25, 16), (8, 68.25, 16)),
+        *_apple("M1 Pro", m1_wide, (24, "V"), (14, 200, 32), (16, 200, 32)),
+        *_apple("M1 Max", m1_wide, (48, "V"), (24, 400, 64), (32, 400, 64)),
+        *_apple("M1 Ultra", m1_wide, (96, "V"), (48, 800, 128), (64, 800, 128)),
+        *_apple("M2", m2, (8, "V"), (8, 100, 24), (10, 100, 24)),
+        *_apple("M2 Pro", m2, (24, "V"), (16, 200, 32), (19, 200, 32)),
+        *_apple("M2 Max", m2, (48, "V"), (30, 400, 96), (38, 400, 96)),
+        *_apple("M2 Ultra", m2, (96, "V"), (60, 800, 192), (76, 800, 192)),
+        *_apple("M3", m3, (8, "E"), (8, 100, 24), (10, 100, 24)),
+        *_apple("M3 Pro", m3, None, (14, 150, 36), (18, 150, 36)),
+        *_apple("M3 Max", m3_max, (48, "E"), (30, 300, 96), (40, 400, 128)),
+        *_apple("M3 Ultra", m3, (96, "E"), (60, 819, 256), (80, 819, 512)),
+        *_apple("M4", m4, None, (8, 120, 32), (10, 120, 32)),
+        *_apple("M4 Pro", m4, None, (16, 273, 64), (20, 273, 64)),
+        *_apple("M4 Max", m4, (48, "E"), (32, 410, 36), (40, 546, 128)),
+        *_apple("M5", m5, None, (8, 153, 32), (10, 153, 32)),
+        *_apple("M5 Pro", m5, None, (16, 307, 64), (20, 307, 64)),
+        *_apple("M5 Max", m5, None, (32, 460, None), (40, 614, 128)),
+        _nvidia("H100 80GB HBM3", 3350, 80), _nvidia("H200", 4800, 141)]

@@ -4,6 +4,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,7 +14,7 @@ from mlxquant.machine import chips
 from mlxquant.machine.system import device
 
 
-def machine() -> dict:
+def machine() -> dict[str, Any]:
     """The chip, cores, memory and versions that a result belongs to."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     loaded = blas.preload()

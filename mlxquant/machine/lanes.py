@@ -2,10 +2,10 @@
 
     time = max(bytes / bandwidth, weights · lane-operations / (cores · 128 · clock))
 
-Counted per weight in lane-operations, one of a core's 128 lanes for a cycle: add, multiply-add, mask and
-OR take 1; converting an integer to float, and a shift by a constant, take 4. From M3 on integer work and
-conversions run beside the floating-point work, before that they take turns. Ours masks a code into the
-mantissa of a power of two and subtracts, so that it neither converts nor shifts.
+A lane-operation is one of a core's 128 lanes for a cycle: add, multiply-add, mask and OR take 1;
+converting an integer to float, and a shift by a constant, take 4. From M3 on integer work and
+conversions run beside the floating-point work, before that they take turns. Our kernels mask a
+code into the mantissa of a power of two and subtract, so they neither convert nor shift.
 """
 
 import json
@@ -13,6 +13,7 @@ import statistics
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlxquant.base.errors import BadValue
 from mlxquant.machine import chips
@@ -20,9 +21,9 @@ from mlxquant.machine.chips import Chip
 from mlxquant.machine.replica_limits import search
 
 BANDWIDTH_SHARE = 0.92  # of the headline, what whole models reach at the margin (``predict.py``)
-# Fetching an input costs as much as this many operations: the one number that is fitted, to how the time of
-# stock 2-bit products grows from 2 to 8 vectors on an M4 Pro (2.8 lane-operations a vector, one of them the
-# multiply-add). With one vector every fetch serves four rows.
+# Fetching an input costs as much as this many operations: the one number that is fitted, to how
+# the time of stock 2-bit products grows from 2 to 8 vectors on an M4 Pro (2.8 lane-operations a
+# vector, one of them the multiply-add). With one vector every fetch serves four rows.
 _FETCH = 1.8
 _ROWS = 4
 _SHARED_PIPES = ("Apple M1", "Apple M2")
@@ -50,19 +51,19 @@ class Cost:
 
 
 def stock(bits: int, vectors: int = 1) -> Cost:
-    """MLX's own affine product: AND, convert and multiply-add for a weight (16 bits: none of them), and for
-    each vector a multiply-add and a fetch."""
+    """MLX's own affine product: AND, convert and multiply-add for a weight (none of them at 16
+    bits), and a multiply-add and a fetch for each vector."""
     decode = 0 if bits == 16 else 5
-    if vectors == 1:  # the scale multiplies sums, and every fourth weight adds its input to a sum of inputs
+    if vectors == 1:  # the scale multiplies sums; each fourth weight adds to a sum of inputs
         return Cost(1 + _FETCH / _ROWS + (0.25 if decode else 0), decode)
     return Cost((1 if decode else 0) + vectors * (1 + _FETCH), decode)
 
 
 def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
-    """A replicated product: K multiply-adds and fetches a weight; grouped one, and K more for every G."""
+    """A replicated product: K multiply-adds and fetches a weight, or in groups one and K / G."""
     fetched = 1 + _FETCH / _ROWS
     products = fetched + replicas / group if group else replicas * fetched
-    return Cost(1 + products, 3 if bits == 3 else 2)  # codes of 3 bits lie across words
+    return Cost(1 + products, 3 if str(bits) == "3" else 2)  # codes of 3 bits lie across words
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
@@ -74,23 +75,23 @@ def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> floa
     return max(reading, weights * cost.on(chip) / lanes)
 
 
-def free_replicas(chip: Chip, bits: int | str) -> tuple[int, dict[str, int | None]]:
-    """(largest K, smallest G by K) within 5 % of one replica, as the probe measures them, but predicted."""
-    width = 2 if bits == "ternary" else bits
+def free_replicas(chip: Chip, bits: int) -> tuple[int, dict[str, int | None]]:
+    """(largest K, smallest G by K) that take at most 5 % longer than one replica: the probe's
+    question, answered by prediction."""
 
     def timer(replicas: int, group: int) -> float:
-        return seconds(chip, 1e9, width / 8 * 1e9, replicated(bits, replicas, group))
+        return seconds(chip, 1e9, bits / 8 * 1e9, replicated(bits, replicas, group))
 
     return search(timer(1, 0), timer)
 
 
 @cache
-def published() -> dict:
+def published() -> dict[str, list[dict[str, Any]]]:
     """Measurements that others published: of whole models and of matrix-vector products."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
-def check() -> list[dict]:
+def check() -> list[dict[str, Any]]:
     """Predicted against published times of stock products, the relative error of each."""
     rows = []
     for row in published()["matvec"]:
@@ -104,6 +105,6 @@ def check() -> list[dict]:
 
 def check_line() -> str:
     """The check in one line."""
-    errors = [abs(row["error"]) for row in check()]
-    return (f"stock products, {len(errors)} published times: median error {100 * statistics.median(errors):.0f} %, "
-            f"worst {100 * max(errors):.0f} %")
+    errors = [100 * abs(row["error"]) for row in check()]
+    return (f"stock products, {len(errors)} published times: "
+            f"median error {statistics.median(errors):.0f} %, worst {max(errors):.0f} %")

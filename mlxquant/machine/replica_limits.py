@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 TOLERANCE = 0.05  # of the time of one replica
 _REPLICAS = (2, 4, 8, 16)
@@ -10,24 +11,28 @@ _GROUPS = (64, 32, 16, 8)  # inputs that share a scaling
 
 @dataclass(frozen=True)
 class ReplicaLimits:
-    """``largest_replicas`` is the most that cost at most 5 % more time than one, by width.
-    ``smallest_group`` is, by width and replicas, the smallest group with which they do (0: they do without
-    groups), None where none does. A width is None where reading is not what takes its layers' time (no
-    kernel of their own, or too short to fill a GPU); ``reason`` says so, and why where nothing was measured.
-    ``timings`` are the single results."""
+    """``largest_replicas`` is, by width, the most that take at most 5 % longer than one.
+
+    ``smallest_group`` is, by width and replicas, the smallest group with which they do: 0 where
+    they need no groups, None where no group is enough. A width is None where reading does not
+    decide the time of its layers (no kernel of their own, or too short to fill a GPU).
+    ``reason`` says that, or why nothing was measured; ``timings`` are the single results.
+    """
 
     reason: str | None
     largest_replicas: dict[str, int | None] | None = None
     smallest_group: dict[str, dict[str, int | None] | None] | None = None
-    timings: list[dict] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
 
-    def group_for(self, bits: int | str, replicas: int) -> int | None:
-        """The smallest free group of so many replicas, 0 where they need none; None: not free or not known."""
+    def group_for(self, bits: object, replicas: int) -> int | None:
+        """The smallest free group of so many replicas, 0 where they need none; None where they
+        are not free, or it is not known."""
         known = (self.smallest_group or {}).get(str(bits)) or {}
         return 0 if replicas == 1 and known else known.get(str(replicas))
 
-    def free(self, bits: int | str, replicas: int, group: int) -> bool | None:
-        """Whether so many replicas, in groups of ``group`` or none (0), cost at most 5 %; None: not known."""
+    def free(self, bits: object, replicas: int, group: int) -> bool | None:
+        """Whether so many replicas, in groups of ``group`` or none (0), take at most 5 % longer
+        than one; None where it is not known."""
         if (self.largest_replicas or {}).get(str(bits)) is None:
             return None
         smallest = self.group_for(bits, replicas)
@@ -37,10 +42,12 @@ class ReplicaLimits:
 def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[str, int | None]]:
     """(largest K, smallest G by K), given the time of one replica and a way to time others.
 
-    More replicas and smaller groups never cost less, so each search ends with the first that is not free.
+    More replicas and smaller groups never cost less, so a search ends with the first that are
+    not free.
     """
     most = one * (1 + TOLERANCE)
-    largest, groups = 1, {}
+    largest = 1
+    groups: dict[str, int | None] = {}
     for replicas in _REPLICAS:
         if replicas // 2 == largest and timer(replicas, 0) <= most:
             largest, groups[str(replicas)] = replicas, 0

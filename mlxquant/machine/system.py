@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,7 +13,8 @@ import mlx.core as mx
 def output_of(*command: str) -> str:
     """What a command prints, or nothing where it is missing or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return result.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -22,28 +24,33 @@ def device() -> str:
     return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
-def power_state() -> dict:
-    """What can make the same machine slower today, the load of its last minute among it; None for what it
-    does not tell."""
+def power_state() -> dict[str, Any]:
+    """What can make the same machine slower today, the load of its last minute among it; each
+    None where the machine does not tell."""
     return _power() | {"load_average": round(os.getloadavg()[0], 2)}
 
 
-def _power() -> dict:
+def _power() -> dict[str, Any]:
     if sys.platform == "darwin":
-        return _mac_power(*(output_of("pmset", "-g", *what) for what in (["batt"], [], ["therm"])))
-    mains = [file.read_text().strip() == "1" for file in Path("/sys/class/power_supply").glob("*/online")]
+        return _mac_power(output_of("pmset", "-g", "batt"), output_of("pmset", "-g"),
+                          output_of("pmset", "-g", "therm"))
+    supplies = Path("/sys/class/power_supply").glob("*/online")
+    mains = [file.read_text().strip() == "1" for file in supplies]
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    limits = output_of("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits").splitlines()
+    limit = re.match(r"\d+(\.\d+)?$", output_of(
+        "nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"), re.MULTILINE)
     return {"source": ("mains" if any(mains) else "battery") if mains else None,
-            "low_power_mode": governor.read_text().strip() == "powersave" if governor.exists() else None,
+            "low_power_mode": governor.read_text().strip() == "powersave"
+            if governor.exists() else None,
             "cpu_speed_limit_percent": None,
-            "gpu_power_limit_w": float(limits[0]) if limits and re.fullmatch(r"[\d.]+", limits[0]) else None}
+            "gpu_power_limit_w": float(limit[0]) if limit else None}
 
 
-def _mac_power(battery: str, settings: str, thermal: str) -> dict:
+def _mac_power(battery: str, settings: str, thermal: str) -> dict[str, Any]:
     source = re.search(r"drawing from '(AC|Battery) Power'", battery)
     low = re.search(r"lowpowermode\s+(\d)", settings)
     limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", thermal)
     return {"source": {"AC": "mains", "Battery": "battery"}[source[1]] if source else None,
             "low_power_mode": low[1] == "1" if low else None,
-            "cpu_speed_limit_percent": int(limit[1]) if limit else None, "gpu_power_limit_w": None}
+            "cpu_speed_limit_percent": int(limit[1]) if limit else None,
+            "gpu_power_limit_w": None}
