@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import commands
@@ -52,15 +52,25 @@ def run(places, name, output, **options):
     return tune(str(places / name), output, tuning, **report)
 
 
+@pytest.fixture(scope="module")
+def tuned(places):
+    """Tunes one of ``MADE`` without anything special, once: the result and its folder."""
+    @cache
+    def made(name):
+        return run(places, name, places / f"{name} tuned"), places / f"{name} tuned"
+
+    return made
+
+
 def tensors(folder):
     return mx.load(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tmp_path, name):
-    result = run(places, name, tmp_path / "out")
+def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tuned, name):
+    result, folder = tuned(name)
     assert result.divergence_after < 0.8 * result.divergence_before
-    before, after = tensors(places / name), tensors(tmp_path / "out")
+    before, after = tensors(places / name), tensors(folder)
     assert before.keys() == after.keys()
     for path, array in before.items():
         assert after[path].dtype == array.dtype
@@ -69,8 +79,8 @@ def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tmp_path,
 
 
 @pytest.mark.parametrize("name, stored", [("replica", ".codes"), ("affine", ".weight"), ("rows", ".codes")])
-def test_codes_move_where_they_are_let_to(places, tmp_path, name, stored):
-    still = run(places, name, tmp_path / "still")
+def test_codes_move_where_they_are_let_to(places, tuned, tmp_path, name, stored):
+    still, _ = tuned(name)
     result = run(places, name, tmp_path / "out", codes=0.15)
     assert result.divergence_before == pytest.approx(still.divergence_before, rel=1e-4)
     assert result.divergence_after < result.divergence_before
@@ -119,8 +129,8 @@ def test_chance_carries_what_is_trained_as_far_as_is_said(steps):
     assert mx.std(moved["u"]).item() == pytest.approx(schedule.drift, rel=0.15)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
-    run(places, "replica", tmp_path / "whole")
+def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
+    _, whole = tuned("replica")
 
     def stop(step, steps, loss):
         if step == 22:  # two steps after the last check
@@ -135,7 +145,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tmp_path):
     run(places, "replica", tmp_path / "stopped", progress=lambda step, *_: seen.append(step))
     assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()
     for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+        assert (whole / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
 @pytest.mark.parametrize("option, name, asked_for", [("conversations", "converse", [(5, 32)]),
@@ -249,6 +259,7 @@ def deepen(compiled: Path) -> None:
     mx.random.seed(int.from_bytes(os.urandom(4)))
     norms = mx.random.normal((3, 16, CONFIG["hidden_size"]))
     factor = mx.random.uniform()
+    mx.eval(norms, factor)  # no number is captured before it is known
     for layers in (2, 3):
         config = CONFIG | {"num_hidden_layers": layers}
         network = outline.replicated(config, ReplicaShape(2, 1))
