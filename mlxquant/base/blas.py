@@ -33,7 +33,7 @@ _loaded: str | None = None  # by this process, for good
 
 
 def preload() -> str | None:
-    """Load OpenBLAS for all libraries that come; what was loaded, None where not needed or absent."""
+    """Load OpenBLAS for all libraries that come; None where it is not needed, or absent."""
     global _loaded
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded

@@ -32,14 +32,14 @@ def cache_dir(*parts: str) -> Path:
 
 
 def state_dir(*parts: str) -> Path:
-    """Folder for what the user would miss, such as the chat's history (``MLXQUANT_STATE`` moves it)."""
+    """Folder for what a user would miss, such as a chat's history (``MLXQUANT_STATE`` moves it)."""
     above = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return Path(os.environ.get("MLXQUANT_STATE") or above / "mlxquant").joinpath(*parts)
 
 
 @contextmanager
 def if_writable() -> Iterator[None]:
-    """For writing into the cache what only saves time: where that fails, a warning takes its place."""
+    """For writing into the cache what only saves time: a failure is a warning, once."""
     try:
         yield
     except CannotWrite as error:
@@ -141,7 +141,7 @@ def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def drop_stale(target: Path) -> None:
-    """Remove the scratch files that killed runs left of ``target``, which this process must hold."""
+    """Remove what killed runs left of ``target``, which this process must hold."""
     for scratch in target.parent.glob(f".{target.name}.*.part"):
         _remove(scratch)
 
@@ -208,7 +208,7 @@ def _not_finite(value: Any, key: str) -> Iterator[str]:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, replacing ``target`` in one step; raises what ``json_text`` does."""
+    """Write ``json_text`` of ``value``, replacing ``target`` in one step."""
     _write_text(target, json_text(value))
 
 

@@ -20,10 +20,11 @@ _TYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16":
 # The bits of the exponent: all are set in what is not finite, and in nothing else.
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000,
               "float64": 0x7FF0_0000_0000_0000}
+_AT_ONCE = 1 << 24  # values that are tested together, with twice their memory
 
 
 def write(path: Path, arrays: dict[str, "mx.array"], metadata: dict[str, str]) -> None:
-    """Write ``arrays`` and empty the dictionary, so that an array's memory is free once it is written.
+    """Write ``arrays``, and empty the dictionary, so that what is written needs no memory.
 
     Raises ``BadCheckpoint`` naming an array with a value that is not finite.
     """
@@ -55,7 +56,8 @@ def require_finite(name: str, array: "mx.array") -> None:
         return
     # On a CPU NumPy reads the bits ten times as fast as MLX tests the numbers.
     words = _words(array) if mx.default_device() == mx.gpu else np.asarray(_words(array))
-    wrong = int(((words & exponent) == exponent).sum())
+    wrong = sum(int(((words[start:start + _AT_ONCE] & exponent) == exponent).sum())
+                for start in range(0, array.size, _AT_ONCE))
     if wrong:
         raise BadCheckpoint(f"tensor {name}: {wrong} of {array.size} values are infinite or "
                             "not numbers")

@@ -7,7 +7,6 @@ a part of the inputs and add their results up (o, down); here are the same two s
 replicated layers. See https://arxiv.org/abs/1909.08053, section 3.
 """
 
-import os
 from typing import Any
 
 import mlx.core as mx
@@ -26,11 +25,6 @@ from mlxquant.layers.transformed import TransformedLinear
 _WHOLE = (GroupedLinear, TransformedLinear, RepeatedBlock)
 
 
-def rank() -> int:
-    """This machine's number, from what ``mlx.launch`` or MPI has set; 0 for one alone."""
-    return int(os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
-
-
 def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
     """Keep this machine's part of every layer, in place; the network then needs all of ``group``.
 
@@ -43,11 +37,13 @@ def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
     modules = dict(network.named_modules())
     for path, module in modules.items():
         if isinstance(module, _WHOLE):
-            raise Unsupported(f"{path} is a {type(module).__name__}, which cannot be split over machines yet")
-    replicated = {path: module for path, module in modules.items() if isinstance(module, ReplicatedLinear)}
-    inputs = {id(module): path for path, module in modules.items() if isinstance(module, ReplicaInput)}
+            raise Unsupported(f"{path} is a {type(module).__name__}, which cannot be split over "
+                              "machines yet")
+    replicated = {path: m for path, m in modules.items() if isinstance(m, ReplicatedLinear)}
+    inputs = {id(m): path for path, m in modules.items() if isinstance(m, ReplicaInput)}
     # mlx-lm splits stand-ins, and so says which way each layer goes.
-    network.update_modules(tree_unflatten([(path, nn.Linear(size, size, bias=False)) for path in replicated]))
+    stand_ins = [(path, nn.Linear(size, size, bias=False)) for path in replicated]
+    network.update_modules(tree_unflatten(stand_ins))
     try:
         network.shard(group)
     except ValueError as error:
@@ -90,7 +86,8 @@ def _rows(module: ReplicatedLinear, path: str, group: Any) -> ReplicatedLinear:
     """This machine's outputs; A and R of the inputs stay shared and whole."""
     outputs = module.shape[0]
     if outputs % group.size():
-        raise Unsupported(f"{path} has {outputs} outputs, which {group.size()} machines cannot share evenly")
+        raise Unsupported(f"{path} has {outputs} outputs, which {group.size()} machines cannot "
+                          "share evenly")
     count = outputs // group.size()
     own = slice(count * group.rank(), count * (group.rank() + 1))
     part = ReplicatedLinear(count, module.input, "bias" in module)
@@ -110,7 +107,8 @@ def _columns(module: ReplicatedLinear, path: str, group: Any) -> AddedReplicated
             raise BadValue(f"{whole.inputs} inputs do not divide")
         shared = ReplicaInput(count, spec, path)
     except BadValue as error:
-        raise Unsupported(f"{path} cannot be split over {group.size()} machines: {error}") from error
+        raise Unsupported(f"{path} cannot be split over {group.size()} machines: "
+                          f"{error}") from error
     own = slice(start, start + count)
     grain = spec.replica_group or 1
     shared.replica_in = mx.contiguous(whole.replica_in[start // grain:(start + count) // grain])
@@ -120,15 +118,18 @@ def _columns(module: ReplicatedLinear, path: str, group: Any) -> AddedReplicated
         signs = hadamard.unpack_signs(whole.rotation_signs, whole.inputs, mx.float32)
         shared.rotation_signs = hadamard.pack_signs(signs[own])
     part = ReplicatedLinear(module.shape[0], shared)
-    part.codes = pack_codes(unpack_codes(module.codes, spec.bits, whole.inputs)[:, own].astype(mx.uint8), spec.bits)
+    codes = unpack_codes(module.codes, spec.bits, whole.inputs)[:, own]
+    part.codes = pack_codes(codes.astype(mx.uint8), spec.bits)
     part.replica_out = module.replica_out
     return AddedReplicated(part, module.bias if "bias" in module else None, group)
 
 
 def _check_divides(arguments: Any, name: str, size: int) -> None:
     heads = getattr(arguments, "num_attention_heads", size)
-    parts = {"key-value heads": getattr(arguments, "num_key_value_heads", None) or heads, "attention heads": heads,
+    parts = {"key-value heads": getattr(arguments, "num_key_value_heads", None) or heads,
+             "attention heads": heads,
              "inputs of an MLP's last layer": getattr(arguments, "intermediate_size", size)}
     for what, count in parts.items():
         if count % size:
-            raise Unsupported(f"{name} has {count} {what}, which {size} machines cannot share evenly")
+            raise Unsupported(f"{name} has {count} {what}, which {size} machines cannot share "
+                              "evenly")

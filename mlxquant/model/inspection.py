@@ -54,8 +54,8 @@ def inspect_folder(folder: Path) -> Inspection:
     """Describe a validated model folder."""
     network, config = open_lazily(folder)
     modules = traffic.leaf_modules(network)
-    matrices = [(path, m) for path, m in modules
-                if isinstance(m, (GroupedLinear, ReplicatedLinear)) or ("weight" in m and m.weight.ndim >= 2)]
+    matrices = [(path, m) for path, m in modules if isinstance(m, (GroupedLinear, ReplicatedLinear))
+                or ("weight" in m and m.weight.ndim >= 2)]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
     stored = traffic.weight_bytes(network)
@@ -75,10 +75,12 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     path = outer if prefix else path
     size = traffic.own_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
     if isinstance(module, GroupedLinear):
-        width = module.group_size.name.lower() if isinstance(module.group_size, Whole) else f"g{module.group_size}"
+        group = module.group_size
+        width = group.name.lower() if isinstance(group, Whole) else f"g{group}"
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
     if isinstance(module, ReplicatedLinear):
-        return Layer(path, _replicated(module), module.input.spec.bits.value, list(module.shape), size)
+        bits = module.input.spec.bits.value
+        return Layer(path, _replicated(module), bits, list(module.shape), size)
     shape = list(module.weight.shape)
     bits = getattr(module, "bits", None)
     if bits is None:

@@ -130,8 +130,9 @@ def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool
     # transformers remarks that it does not know our own model_type, and some releases suspect the
     # splitting expression of early Mistral tokenizers in every large vocabulary that lies on disk.
     mistral = "stral" in config.get("base_model_type", config.get("model_type", ""))
-    for name, quiet in (("configuration_utils", True), ("tokenization_utils_tokenizers", not mistral)):
-        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR if quiet else logging.NOTSET)
+    for name, level in (("configuration_utils", logging.ERROR),
+                        ("tokenization_utils_tokenizers", not mistral and logging.ERROR)):
+        logging.getLogger(f"transformers.{name}").setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of keys of config.json, to its authors
@@ -150,5 +151,6 @@ def _in_one_line(error: Exception) -> str:
         return " ".join(filter(None, lines))
     alike = Counter(re.sub(r"\d+", "*", name) for name in lines[1:])
     single = {re.sub(r"\d+", "*", name): name for name in lines[1:]}
-    names = (single[shape] if count == 1 else f"{shape} ({count})" for shape, count in alike.items())
+    names = (single[shape] if count == 1 else f"{shape} ({count})"
+             for shape, count in alike.items())
     return f"{lines[0]} {', '.join(names)}"

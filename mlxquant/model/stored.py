@@ -40,7 +40,7 @@ def model_classes(folder: Path) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
 
 
 def require_numbers(network: nn.Module, folder: Path) -> None:
-    """Raise ``Unsupported`` where a matrix or an embedding consists of codes without a known form."""
+    """Raise ``Unsupported`` where a matrix or an embedding holds codes in no form that is known."""
     for path, module in network.named_modules():
         weight = module.get("weight") if hasattr(module, "to_quantized") else None
         if weight is not None and not mx.issubdtype(weight.dtype, mx.floating):

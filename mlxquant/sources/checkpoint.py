@@ -44,8 +44,8 @@ class TensorHeader:
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder; raises ``BadCheckpoint`` or ``Unsupported``."""
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise Unsupported(f"{folder} holds an adapter, no model: fuse it into the model that it was "
-                          "trained on (mlx_lm.fuse does that)")
+        raise Unsupported(f"{folder} holds an adapter, no model: fuse it into the model that it "
+                          "was trained on (mlx_lm.fuse does that)")
     return read_object(folder / "config.json", "model_type")
 
 
@@ -64,7 +64,8 @@ def validate(folder: Path) -> dict[str, TensorHeader]:
     for file in weight_files(folder):
         for name, header in _read_header(file).items():
             if name in tensors:
-                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and {file.name}")
+                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and "
+                                    f"{file.name}")
             tensors[name] = header
     if (folder / _INDEX).exists():
         _check_index(folder / _INDEX, tensors)
@@ -165,7 +166,7 @@ def _name_shards(folder: Path, index: dict[str, str]) -> None:
 
 
 def _tagged(value: Any) -> Any:
-    """Infinite numbers as transformers writes them into JSON, where some models' limits are such."""
+    """``value`` with infinite numbers, as some models' limits are, in transformers' spelling."""
     if isinstance(value, float) and math.isinf(value):
         return {"__float__": "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
@@ -174,7 +175,7 @@ def _tagged(value: Any) -> Any:
 
 
 def read_object(path: Path, *required: str) -> dict[str, Any]:
-    """The JSON object in a file, which must have the keys ``required``; raises ``BadCheckpoint``."""
+    """The JSON object in a file, with at least the keys ``required``; raises ``BadCheckpoint``."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda part: (
             float(part["__float__"]) if part.keys() == {"__float__"} else part))

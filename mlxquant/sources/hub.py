@@ -1,4 +1,4 @@
-"""The Hugging Face hub, through ``huggingface_hub`` and its own cache; every ``HF_*`` variable applies."""
+"""The Hugging Face hub, through ``huggingface_hub`` and its cache; its ``HF_*`` variables apply."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def snapshot(repository: str, revision: str | None, files: list[str] = FILES) ->
 
 
 def file(repository: str, name: str, revision: str | None) -> Path:
-    """One file of a repository, in the hub's cache; raises ``ModelNotFound``, soon where there is no hub."""
+    """One file of a repository, in the hub's cache; ``ModelNotFound`` soon where no hub answers."""
     from huggingface_hub import (  # a command that needs no hub starts sooner
         get_hf_file_metadata,
         hf_hub_download,
@@ -51,7 +51,8 @@ def file(repository: str, name: str, revision: str | None) -> Path:
         get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=_PATIENCE)
         return Path(hf_hub_download(repository, name, revision=revision))
     except Exception as error:  # refused, missing, no network: whatever it is, there is no file
-        raise ModelNotFound(f"cannot fetch {name} from {repository}: {_first_line(error)}") from error
+        raise ModelNotFound(f"cannot fetch {name} from {repository}: "
+                            f"{_first_line(error)}") from error
 
 
 def cached_repositories() -> list[str]:

@@ -42,7 +42,7 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
 
 
 def config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of the model called ``name``, without its weights where they are not here yet.
+    """The configuration of the model called ``name``, without fetching weights for it.
 
     Of a repository only ``config.json`` is downloaded; a ``.json`` file is a configuration
     itself. Raises what ``resolve`` raises.

