@@ -41,6 +41,8 @@ class Statistics:
     def add(self, x: mx.array, target: mx.array | None = None) -> None:
         """Take in a batch of inputs (…, n), and the float model's inputs beside them."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        if not len(x):
+            return
         self.count += len(x)
         share = len(x) / self.count
         magnitude = mx.abs(x)

@@ -56,7 +56,9 @@ def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback
     codes, errors = [], mx.zeros((len(weight), 0))
     for start in range(0, weight.shape[1], BLOCK):
         inside = slice(start, start + BLOCK)
-        wanted = weight[:, inside] - errors @ feedback[:start, inside]
+        wanted = weight[:, inside]
+        if start:  # MLX 0.32.4 writes freed memory at an empty product
+            wanted = wanted - errors @ feedback[:start, inside]
         block, error = round_columns(weight[:, inside], wanted, scales[:, inside], biases[:, inside],
                                      feedback[inside, inside], levels)
         codes.append(block)

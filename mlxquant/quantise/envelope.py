@@ -144,7 +144,7 @@ def _orthonormal(columns: mx.array) -> mx.array:
     made = mx.zeros((len(columns), 0))
     for k in range(columns.shape[1]):
         column = columns[:, k:k + 1]
-        for _ in range(2 if k else 0):  # see ``test_envelope``: MLX writes past an empty product
+        for _ in range(2 if k else 0):  # MLX 0.32.4 writes freed memory at an empty product
             column = column - made @ (made.T @ column)
         made = mx.concatenate([made, column / mx.maximum(mx.linalg.norm(column), 1e-20)], axis=1)
     return made
