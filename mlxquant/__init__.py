@@ -36,32 +36,25 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mlxquant.tuning.settings import Tuning as Tuning
     from mlxquant.tuning.tune import tune as tune
 
-_HOME = {
-    "load": "model.loading",
-    "LanguageModel": "model.loading",
-    "generate": "runtime.generation",
-    "stream_generate": "runtime.generation",
-    "batch_generate": "runtime.batch",
-    "BatchResponse": "runtime.batch",
-    "Chunk": "runtime.reply",
-    "Response": "runtime.reply",
-    "PromptCache": "runtime.prompt_cache",
-    "Sampling": "runtime.sampling",
-    "evaluate": "report.perplexity",
-    "quantize": "quantise.pipeline",
-    "Job": "quantise.job",
-    "Text": "quantise.job",
-    "Target": "quantise.job",
-    "Spec": "codes.spec",
-    "tune": "tuning.tune",
-    "Tuning": "tuning.settings",
-    "Schedule": "tuning.settings",
-    "inspect": "model.inspection",
-    "bench": "report.bench",
-    "plan": "report.plan",
-    "resolve": "sources.names",
-    "MlxquantError": "base.errors",
-}
+_HOME = {name: module for module, names in {
+    "base.errors": ["MlxquantError"],
+    "codes.spec": ["Spec"],
+    "model.inspection": ["inspect"],
+    "model.loading": ["LanguageModel", "load"],
+    "quantise.job": ["Job", "Target", "Text"],
+    "quantise.pipeline": ["quantize"],
+    "report.bench": ["bench"],
+    "report.perplexity": ["evaluate"],
+    "report.plan": ["plan"],
+    "runtime.batch": ["BatchResponse", "batch_generate"],
+    "runtime.generation": ["generate", "stream_generate"],
+    "runtime.prompt_cache": ["PromptCache"],
+    "runtime.reply": ["Chunk", "Response"],
+    "runtime.sampling": ["Sampling"],
+    "sources.names": ["resolve"],
+    "tuning.settings": ["Schedule", "Tuning"],
+    "tuning.tune": ["tune"],
+}.items() for name in names}
 
 __all__ = sorted(_HOME)
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -61,10 +62,11 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Advance]:
-    """A progress bar on stderr; the context gives a function of (done, total, value, part).
+def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
+    """A progress bar on stderr, where that is a terminal, shown once ``after`` seconds have passed.
 
-    A part of the work with another title gets a bar of its own.
+    The context gives a function of (done, total, value, part): a part of the work with
+    another title gets a bar of its own.
     """
     from rich.console import Console
     from rich.progress import (
@@ -75,18 +77,26 @@ def progress(title: str) -> Iterator[Advance]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks = {title: bar.add_task(title, total=None)}
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                   MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True,
+                   redirect_stdout=False, disable=not console.is_terminal)
+    tasks = {title: bar.add_task(clean(title), total=None)}
 
-        def advance(done: int, total: int, value: float | None, part: str = title) -> None:
-            if part not in tasks:
-                tasks[part] = bar.add_task(part, total=None)
-            bar.update(tasks[part], completed=done, total=total,
-                       description=part if value is None else f"{part} {value:.2f}")
+    def advance(done: int, total: int, value: float | None, part: str = title) -> None:
+        if part not in tasks:
+            tasks[part] = bar.add_task(part, total=None)
+        bar.update(tasks[part], completed=done, total=total,
+                   description=part if value is None else f"{part} {value:.2f}")
 
+    timer = Timer(after, bar.start)
+    timer.start()
+    try:
         yield advance
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
 
 
 def print_json(value: Any) -> None:

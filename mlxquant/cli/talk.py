@@ -65,9 +65,7 @@ def generate(
     from mlxquant.runtime.sampling import Sampling
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
-    text = (require_unicode(sys.stdin.read(), "standard input") if prompt is None
-            else require_unicode(prompt, "--prompt"))
-    system = system and require_unicode(system, "--system")
+    text = require_unicode(sys.stdin.read(), "standard input") if prompt is None else prompt
     loaded = load_model(model, revision, memory, trust_remote_code)
     guesser = _load_draft(draft, memory, trust_remote_code)
     request: Prompt = text
