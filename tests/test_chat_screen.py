@@ -153,6 +153,11 @@ def test_history_is_kept_private_or_not_at_all(tmp_path, monkeypatch):
     terminal._history().store_string("asked before")
     assert list(terminal._history().load_history_strings()) == ["asked before"]
     assert (tmp_path / "state" / "chat_history").stat().st_mode & 0o077 == 0
+    history = terminal._history()
+    history.store_string("caf\udce9")  # a terminal that types Latin-1
+    (tmp_path / "state" / "chat_history").unlink()
+    (tmp_path / "state" / "chat_history").mkdir()
+    history.store_string("not kept")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLXQUANT_STATE", str(tmp_path / "file" / "state"))
     terminal._history().store_string("not kept")

@@ -1,8 +1,11 @@
 """The command line: help, JSON keys, exit codes, one line for an error."""
 
+import io
 import json
 import subprocess
 import sys
+import time
+from threading import TIMEOUT_MAX
 
 import pytest
 from commands import run
@@ -188,3 +191,23 @@ def test_each_part_of_a_job_has_a_bar_of_its_own(monkeypatch):
         advance(2, 2, None, "talking")
         advance(3, 9, 0.5)
     assert sorted(shown.values()) == [("talking", 2, 2), ("tuning: 0.50", 3, 9)]
+
+
+@pytest.mark.parametrize("after,calls,shown", [(0, False, True), (TIMEOUT_MAX, False, False),
+                                               (TIMEOUT_MAX, True, True)])
+def test_a_bar_appears_in_time_or_with_the_first_call(monkeypatch, after, calls, shown):
+    from mlxquant.cli import common
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with common.progress("importing [/x] \x1b[2J", after) as advance:
+        if calls:
+            advance(1, 2, 0.5)
+        for _ in range(1000 * shown):
+            if "importing" in terminal.getvalue():
+                break
+            time.sleep(0.01)
+    assert ("importing [/x] " in terminal.getvalue()) is shown
+    assert "\x1b[2J" not in terminal.getvalue()

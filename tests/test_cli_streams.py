@@ -113,5 +113,5 @@ def test_a_bug_is_shown_whole(call, monkeypatch):
 
 
 def test_no_json_holds_a_number_that_is_none():
-    with pytest.raises(MlxquantError, match="not finite"):
+    with pytest.raises(MlxquantError, match="perplexity is not a finite number"):
         common.print_json({"perplexity": float("nan")})

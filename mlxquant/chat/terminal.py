@@ -4,22 +4,24 @@ A message that begins with three double quotes goes on until three close it.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from mlxquant.base.storage import state_dir
 
 QUOTES = '"""'
 Read = Callable[[str], str]  # takes text to begin with; raises EOFError at the end
+Completions = Mapping[str, Callable[[], list[str]] | None]
 
 
-def reader(names: dict[str, Callable[[], list[str]] | None], status: Callable[[int], str]) -> Read:
+def reader(completions: Completions, status: Callable[[int], str]) -> Read:
     """A function that reads one message.
 
-    ``names`` are commands, and what gives the words that may follow each; None stands
-    for paths. ``status`` gives the line under the prompt for a width.
+    ``completions`` gives, by a command's name, the words that may follow it, or None for
+    paths. ``status`` gives the line under the prompt for a width.
     """
-    return _editor(names, status) if sys.stdin.isatty() else _lines
+    return _editor(completions, status) if sys.stdin.isatty() else _lines
 
 
 def unquoted(text: str) -> str:
@@ -48,8 +50,8 @@ def _lines(_: str) -> str:
     return text
 
 
-def _editor(names: dict[str, Callable[[], list[str]] | None], status: Callable[[int], str]) -> Read:
-    from prompt_toolkit import PromptSession
+def _editor(completions: Completions, status: Callable[[int], str]) -> Read:
+    from prompt_toolkit import PromptSession  # here and below: a pipe needs none of it
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
@@ -59,7 +61,7 @@ def _editor(names: dict[str, Callable[[], list[str]] | None], status: Callable[[
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(
-        history=_history(), completer=_completer(names), complete_while_typing=False,
+        history=_history(), completer=_completer(completions), complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE, enable_history_search=True, key_bindings=keys,
         multiline=Condition(lambda: is_open(get_app().current_buffer.text)),
         prompt_continuation=lambda width, number, wrapped: "" if wrapped else "… ".rjust(width),
@@ -72,16 +74,23 @@ def _history() -> Any:
     """What was typed in earlier sessions; only this one's where it cannot be kept."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    class History(FileHistory):
+        """Goes on where a disk is full, or a line no text."""
+
+        def store_string(self, string: str) -> None:
+            with suppress(OSError, UnicodeError):
+                super().store_string(string)
+
     path = state_dir("chat_history")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(path)
+    return History(path)
 
 
-def _completer(names: dict[str, Callable[[], list[str]] | None]) -> Any:
+def _completer(completions: Completions) -> Any:
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -95,8 +104,8 @@ def _completer(names: dict[str, Callable[[], list[str]] | None]) -> Any:
             if not command.startswith("/"):
                 return
             if not space:
-                yield from _matching(names, command)
-            elif (words := names.get(command, list)) is not None:
+                yield from _matching(completions, command)
+            elif (words := completions.get(command, list)) is not None:
                 yield from _matching(words(), rest)
             else:
                 yield from paths.get_completions(Document(rest), complete_event)

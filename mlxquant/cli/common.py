@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Timer
+from threading import TIMEOUT_MAX, Timer
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -51,22 +51,27 @@ app = typer.Typer(
 def load_model(model: str, revision: str | None, memory: str | None, trust: bool, *,
                probe: bool = True) -> "LanguageModel":
     """Load by name, with the hint for a slow BLAS, and the ceiling measured beforehand."""
-    from mlxquant.model.loading import load
+    from mlxquant.model.loading import load_folder
     from mlxquant.runtime.probe import read_ceiling
+    from mlxquant.sources.names import resolve
 
     if hint := blas.hint():
         remark(hint)
     if probe:
         read_ceiling()
-    return load(model, revision=revision, memory=memory, trust_remote_code=trust)
+    with progress("importing, GB:", after=TIMEOUT_MAX) as advance:  # downloads have their own bars
+        folder = resolve(model, revision=revision, progress=advance)
+    with progress(f"loading {model}", after=2):
+        return load_folder(folder, model, memory=memory, trust_remote_code=trust)
 
 
 @contextmanager
 def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
-    """A progress bar on stderr, where that is a terminal, shown once ``after`` seconds have passed.
+    """A progress bar on stderr, where that is a terminal.
 
     The context gives a function of (done, total, value, part): a part of the work with
-    another title gets a bar of its own.
+    another title gets a bar of its own. The bar appears with the function's first call, or
+    ``after`` so many seconds.
     """
     from rich.console import Console
     from rich.progress import (
@@ -85,9 +90,10 @@ def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
 
     def advance(done: int, total: int, value: float | None, part: str = title) -> None:
         if part not in tasks:
-            tasks[part] = bar.add_task(part, total=None)
-        bar.update(tasks[part], completed=done, total=total,
-                   description=part if value is None else f"{part} {value:.2f}")
+            tasks[part] = bar.add_task("", total=None)
+        shown = part if value is None else f"{part} {value:.2f}"
+        bar.update(tasks[part], completed=done, total=total, description=clean(shown))
+        bar.start()
 
     timer = Timer(after, bar.start)
     timer.start()

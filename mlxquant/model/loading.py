@@ -71,7 +71,13 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     its part of the weights (``distributed.py``). Raises ``ModelNotFound``,
     ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
     """
-    folder = resolve(name, revision=revision)
+    return load_folder(resolve(name, revision=revision), name, memory=memory, dense=dense,
+                       trust_remote_code=trust_remote_code)
+
+
+def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
+                dense: bool | None = None, trust_remote_code: bool = False) -> LanguageModel:
+    """Load the model called ``name`` from the folder that ``resolve`` gave; all else as ``load``."""
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
     network, config = _build(folder, trust_remote_code)

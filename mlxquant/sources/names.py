@@ -17,19 +17,21 @@ DEFAULT_MODEL = "smollm2-135m"
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)(?<!\.json)")
 
 
-def resolve(name: str, *, revision: str | None = None) -> Path:
+def resolve(name: str, *, revision: str | None = None,
+            progress: gguf.Progress = lambda *_: None) -> Path:
     """Return the local, validated folder of the model called ``name``.
 
-    Downloads and GGUF imports happen once and are kept in the cache. Raises
-    ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``.
+    Downloads and GGUF imports happen once and are kept in the cache; ``progress`` is that
+    of an import. Raises ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or
+    ``Unsupported``.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         folder = path
     elif path.is_file():
-        folder = gguf.import_cached(path)
+        folder = gguf.import_cached(path, progress)
     elif name in recipes.names():
-        folder = gguf.import_cached(recipes.fetch(recipes.read(name)))
+        folder = gguf.import_cached(recipes.fetch(recipes.read(name)), progress)
     elif _REPOSITORY.fullmatch(name):
         folder = _download(name, revision)
     elif path.suffix.lower() in (".gguf", ".json") or name.startswith((".", "/", "~")):

@@ -7,6 +7,7 @@ downstream sees one kind of model folder.
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf import model, tokenizer
 from mlxquant.sources.gguf.reader import open_model, part_files
 
+Progress = Callable[[int, int, float], None]  # bytes of tensors read, of how many, gigabytes
 _FORMAT = 3  # part of the cache key: raise it when the written folder changes
 
 
@@ -29,7 +31,7 @@ class Outcome:
     record: dict
 
 
-def import_cached(path: Path) -> Path:
+def import_cached(path: Path, progress: Progress = lambda *_: None) -> Path:
     """The model folder made from a GGUF file; raises ``BadCheckpoint`` or ``Unsupported``."""
     with path.open("rb") as file:  # known by this, whatever it is called
         if file.read(4) != b"GGUF":
@@ -44,14 +46,15 @@ def import_cached(path: Path) -> Path:
         if folder.exists():  # another process was quicker
             return folder
         print(f"Importing {path.name}, once", file=sys.stderr)
-        outcome = import_file(path, folder)
+        outcome = import_file(path, folder, progress=progress)
         if anew := [r for r in outcome.record["rounded"].values() if not r["repacked"] and r["bits"] < 16]:
             print(f"{len(anew)} of {outcome.record['tensors']} tensors had no exact place and were rounded anew, "
                   f"relative error {outcome.record['error']:.1e}; `mlxquant import` shows each", file=sys.stderr)
     return folder
 
 
-def import_file(path: Path, folder: Path, bits: int | None = None, progress=lambda *_: None) -> Outcome:
+def import_file(path: Path, folder: Path, bits: int | None = None,
+                progress: Progress = lambda *_: None) -> Outcome:
     """Write the GGUF file at ``path``, or the split model it is a part of, as the model folder ``folder``.
 
     Codes that MLX has a place for move as they are; other types are decoded and rounded to ``bits``
