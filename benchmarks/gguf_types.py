@@ -64,9 +64,9 @@ def error(values: np.ndarray, reference: np.ndarray) -> float:
 
 def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
     """What MLX makes of the import, in float32."""
-    if plan.bits is None:
+    if plan.plain:
         dtype = {Type.F32: mx.float32, Type.BF16: mx.bfloat16}.get(type_, mx.float16)
-        return np.array(weights.plain("w", type_, blocks, dtype)[0].astype(mx.float32))
+        return np.array(weights.plain(type_, blocks, dtype)[0].astype(mx.float32))
     made = weights.codes("w", type_, blocks, plan)
     scales, biases = (mx.array(a).astype(mx.float32) for a in (made.scales, made.biases))
     return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=GROUP,

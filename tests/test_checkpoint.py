@@ -30,28 +30,29 @@ def folder_with(tmp_path, data: bytes):
 
 
 @pytest.mark.parametrize("data,message", [
-    (b"", "truncated or no safetensors"),
-    (struct.pack("<Q", 2**60) + b"{}", "truncated or no safetensors"),
-    (safetensors(b"{nonsense"), "broken header"),
-    (safetensors(b"[" * 100_000), "broken header"),
-    (safetensors(b"[]"), "no JSON object"),
-    (safetensors(b'{"a": {}, "a": {}}'), "duplicate name 'a'"),
-    (safetensors({"a": entry()}), "the file holds 0"),
-    (safetensors({"a": entry()}, bytes(9)), "trailing bytes"),
-    (safetensors({"a": entry(end=4)}, bytes(4)), "takes 8 bytes, its offsets span 4"),
-    (safetensors({"a": entry(shape=(-1, -2))}, bytes(8)), "malformed"),
-    (safetensors({"a": entry(shape=(2.0,))}, bytes(8)), "malformed"),
-    (safetensors({"a": entry(dtype="F33")}, bytes(8)), "malformed"),
-    (safetensors({"a": {"dtype": "F32"}}, bytes(8)), "malformed"),
-    (safetensors({"a": entry(), "b": entry()}, bytes(8)), "overlap"),
-    (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "gap"),
-    (safetensors({"a": entry(shape=(2**40, 2**40), end=2**82)}, bytes(8)), "truncated"),
+    (b"", "header too small"),
+    (struct.pack("<Q", 2**60) + b"{}", "header too large"),
+    (safetensors(b"{nonsense"), "invalid JSON"),
+    (safetensors(b"[" * 100_000), "invalid JSON"),
+    (safetensors(b"[]"), "invalid JSON"),
+    (safetensors(b'{"a": {}, "a": {}}'), "missing field"),
+    (safetensors({"a": entry()}), "not fully covered"),
+    (safetensors({"a": entry()}, bytes(9)), "not fully covered"),
+    (safetensors({"a": entry(end=4)}, bytes(4)), "invalid shape"),
+    (safetensors({"a": entry(shape=(-1, -2))}, bytes(8)), "invalid value"),
+    (safetensors({"a": entry(shape=(2.0,))}, bytes(8)), "floating point"),
+    (safetensors({"a": entry(dtype="F33")}, bytes(8)), "unknown variant `F33`"),
+    (safetensors({"a": {"dtype": "F32"}}, bytes(8)), "missing field `shape`"),
+    (safetensors({"a": entry(), "b": entry()}, bytes(8)), "invalid offset for tensor `b`"),
+    (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "invalid offset for tensor `a`"),
+    (safetensors({"a": entry(shape=(2**40, 2**40), end=2**82)}, bytes(8)), "invalid type"),
 ])
 def test_lying_safetensors_end_in_one_line(tmp_path, data, message):
     folder = folder_with(tmp_path, data)
     with pytest.raises(BadCheckpoint, match=message) as caught:
         checkpoint.validate(folder)
     assert "\n" not in str(caught.value)
+    assert f"{folder / 'model.safetensors'} is truncated or no safetensors file" in str(caught.value)
 
 
 @pytest.mark.parametrize("weight_map,message", [

@@ -21,7 +21,7 @@ SCALES_ROUNDED = (Type.Q4_K, Type.Q5_K, Type.IQ1_S, Type.IQ4_XS)
 ANEW = [t for t in weights.known() if t not in weights.PLAIN and t not in (*EXACT, *SCALES_ROUNDED)]
 
 
-def dequantise(made: repack.Affine) -> np.ndarray:
+def dequantise(made: repack.Packed) -> np.ndarray:
     """MLX's own dequantiser, in float32."""
     scales, biases = (mx.array(a).astype(mx.float32) for a in (made.scales, made.biases))
     return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=32, bits=made.bits))
@@ -35,14 +35,14 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("rows,blocks", [(1, 1), (3, 5), (700, 2)])
 def test_repacked_blocks_equal_ggufs_decoder(type_, rows, blocks):
     data = random_blocks(type_, rows, blocks * gguf.GGML_QUANT_SIZES[type_][0])
-    made = repack.affine("w", type_, data)
+    made = repack.repacked("w", type_, data)
     assert np.array_equal(dequantise(made), gguf.dequantize(data, type_)) and made.lost == 0
 
 
 @pytest.mark.parametrize("type_", SCALES_ROUNDED)
 def test_scales_too_fine_for_float16_cost_what_is_said(type_):
     data = random_blocks(type_, 20, 512)
-    made, expected = repack.affine("w", type_, data), gguf.dequantize(data, type_)
+    made, expected = repack.repacked("w", type_, data), gguf.dequantize(data, type_)
     error = relative(dequantise(made), expected)
     assert 0 < error < 2e-6 and error == pytest.approx(made.lost / made.whole, rel=1e-3)
     groups = repack.LAYOUTS[type_].read(data)  # in float32 nothing is lost
@@ -60,8 +60,8 @@ def test_other_types_are_decoded_and_cost_what_is_said(type_):
         errors.append(relative(dequantise(made), expected))
         assert made.bits == bits and errors[-1] == pytest.approx(made.lost / made.whole, rel=1e-2)
     assert errors[1] < 3e-4 and errors[1] <= errors[0] < 0.3
-    kept, lost, whole = weights.plain("w", type_, data, mx.float16)
-    assert weights.plan("w", type_, True, 16) == weights.Plan(None)
+    kept, lost, whole = weights.plain(type_, data, mx.float16)
+    assert weights.plan("w", type_, True, 16) == weights.Plan()
     error = relative(np.array(kept.astype(mx.float32)), expected)
     assert error < 1e-6 and error == pytest.approx(lost / (whole or 1), rel=1e-2)
 
@@ -160,7 +160,7 @@ def test_every_tensor_of_the_real_file_is_exact(smollm2):
             actual = np.array(arrays[name].astype(mx.float32))
         else:
             path = name.removesuffix(".weight")
-            actual = dequantise(repack.Affine(*(np.array(arrays[key]) for key in (
+            actual = dequantise(repack.Packed(*(np.array(arrays[key]) for key in (
                 name, f"{path}.scales", f"{path}.biases")), repack.LAYOUTS[tensor.type].bits))
         assert np.array_equal(actual, expected), name
-    assert imported.rounded == []
+    assert imported.rounded == {}

@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from mlxquant.base import tensor_file
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.base.storage import new_folder, write_json
@@ -22,13 +24,11 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 SHARD_BYTES = 1 << 30
-_MAX_HEADER = 100 << 20
 _INDEX = "model.safetensors.index.json"
 _SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2,
-               "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8,
-               "F64": 8}
-_UNREAD = ("F64", "F8_E5M2")
+# Of the types that MLX reads.
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+               "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -190,57 +190,21 @@ def read_object(path: Path, *required: str) -> dict[str, Any]:
 
 
 def _read_header(file: Path) -> dict[str, TensorHeader]:
-    """Parse and check one safetensors header (format: 8-byte length, JSON, data)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise BadCheckpoint(f"{file} is truncated or no safetensors file: {size} bytes cannot "
-                                f"hold a header of {length}")
-        try:
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise BadCheckpoint(f"{file} has a broken header: {error}") from error
-    if not isinstance(header, dict):
-        raise BadCheckpoint(f"{file} has a header that is no JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _check_entry(file, name, entry) for name, entry in header.items()}
-    position = 0
-    for begin, end in sorted(span for _, span in entries.values()):
-        if begin != position:
-            raise BadCheckpoint(f"{file}: tensors overlap or leave a gap at data byte {position}")
-        position = end
-    if position != size - 8 - length:
-        raise BadCheckpoint(f"{file} is truncated or has trailing bytes: its header describes "
-                            f"{position} bytes of data, the file holds {size - 8 - length}")
-    return {name: tensor for name, (tensor, _) in entries.items()}
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)!r}")
-    return value
-
-
-def _check_entry(file: Path, name: str, entry: Any) -> tuple[TensorHeader, tuple[int, int]]:
+    """The tensors of a safetensors file, whose header is held against the file's size."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = (dtype in _ITEM_BYTES
-                 and all(type(n) is int and n >= 0 for n in [*shape, begin, end]))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise BadCheckpoint(f"{file}: tensor {name} has a malformed header entry")
-    if dtype in _UNREAD:
-        raise Unsupported(f"{file}: tensor {name} is of type {dtype}, which MLX does not read; "
-                          "store it as F32 or BF16")
-    needed = prod(shape) * _ITEM_BYTES[dtype]
-    if end - begin != needed:
-        raise BadCheckpoint(f"{file}: tensor {name} of shape {shape} and type {dtype} takes "
-                            f"{needed} bytes, its offsets span {end - begin}")
-    return TensorHeader(file.name, dtype, tuple(shape), needed), (begin, end)
+        with safe_open(file, framework="numpy") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            found = {name: (part.get_dtype(), tuple(part.get_shape()))
+                     for name, part in parts.items()}
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise BadCheckpoint(f"{file} is truncated or no safetensors file: {reason}") from error
+    for name, (dtype, _) in found.items():
+        if dtype not in _ITEM_BYTES:
+            raise Unsupported(f"{file}: tensor {name} is of type {dtype}, which MLX does not read; "
+                              "store it as F32 or BF16")
+    return {name: TensorHeader(file.name, dtype, shape, prod(shape) * _ITEM_BYTES[dtype])
+            for name, (dtype, shape) in found.items()}
 
 
 def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:

@@ -1,14 +1,17 @@
-"""config.json from GGUF metadata: nothing is assumed that the file does not say, and nothing it says is dropped."""
+"""config.json from GGUF metadata: nothing assumed that the file does not say, nothing dropped."""
+
+from typing import Any
 
 import numpy as np
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.sources.gguf import rope, tokenizer
 from mlxquant.sources.gguf.architectures import ARCHITECTURES, Architecture
-from mlxquant.sources.gguf.reader import GGUFModel
+from mlxquant.sources.gguf.reader import Fields, GGUFModel
 
 # Keys that change nothing, or say what the tensors' shapes say again.
-_HARMLESS = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "use_parallel_residual")
+_HARMLESS = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon",
+             "use_parallel_residual")
 # Entries that depend on whether the file holds a tensor.
 _PRESENT = {"attention_bias": "blk.0.attn_q.bias", "use_qkv_bias": "blk.0.attn_q.bias",
             "use_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias",
@@ -19,22 +22,25 @@ def architecture_of(file: GGUFModel) -> Architecture:
     """Raises ``Unsupported`` for one that is not in the table."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise Unsupported(f"{file.path}: architecture {name!r}; supported: {', '.join(ARCHITECTURES)}")
+        raise Unsupported(f"{file.path}: architecture {name!r}; "
+                          f"supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
-def config_of(file: GGUFModel) -> dict:
+def config_of(file: GGUFModel) -> dict[str, Any]:
     """The configuration of mlx-lm's model, its weights' formats apart.
 
-    Raises ``BadCheckpoint`` for a value that is missing or impossible, ``Unsupported`` for a key that
-    would change what the model computes and has no place.
+    Raises ``BadCheckpoint`` for a value that is missing or impossible, ``Unsupported`` for a key
+    that would change what the model computes and has no place.
     """
     architecture, field = architecture_of(file), Fields(file)
     if "token_embd.weight" not in file.tensors:
         raise BadCheckpoint(f"{file.path} holds no token_embd.weight")
-    heads, width, blocks = field("attention.head_count"), field("embedding_length"), field("block_count")
+    heads, width = field("attention.head_count"), field("embedding_length")
+    blocks = field("block_count")
     if blocks > len(file.tensors):
-        raise BadCheckpoint(f"{file.path} promises {blocks} blocks, it holds {len(file.tensors)} tensors")
+        raise BadCheckpoint(f"{file.path} promises {blocks} blocks, it holds {len(file.tensors)} "
+                            "tensors")
     epsilon = field("attention.layer_norm_rms_epsilon", float, default=None)
     config = {
         "model_type": architecture.model_type,
@@ -44,7 +50,7 @@ def config_of(file: GGUFModel) -> dict:
         "num_attention_heads": heads,
         "num_key_value_heads": field("attention.head_count_kv", default=heads),
         "head_dim": field("attention.key_length", default=width // heads),
-        architecture.epsilon: epsilon if epsilon else field("attention.layer_norm_epsilon", float),
+        architecture.epsilon: epsilon or field("attention.layer_norm_epsilon", float),
         "rope_theta": field("rope.freq_base", (int, float), default=10000.0),
         "max_position_embeddings": field("context_length"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
@@ -61,26 +67,8 @@ def config_of(file: GGUFModel) -> dict:
     return config | tokenizer.stops(file)
 
 
-class Fields:
-    """Reads positive numbers and switches of the file's architecture, and remembers which it was asked for."""
-
-    def __init__(self, file: GGUFModel):
-        self._path, self._metadata = file.path, file.metadata
-        self.prefix, self.asked = file.metadata["general.architecture"], set()
-
-    def __call__(self, key: str, kinds=int, **default):
-        """The value of ``key`` under the architecture's name; raises ``BadCheckpoint`` for an impossible one."""
-        self.asked.add(key)
-        value = self._metadata.get(f"{self.prefix}.{key}", default.get("default"))
-        if (value is None and "default" in default) or (isinstance(value, bool) and kinds != int):
-            return value
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
-            raise BadCheckpoint(f"{self._path}: metadata {self.prefix}.{key} is {value!r}, "
-                                "a positive number is needed")
-        return value
-
-
-def _check_head(file: GGUFModel, field: Fields, architecture: Architecture, config: dict) -> None:
+def _check_head(file: GGUFModel, field: Fields, architecture: Architecture,
+                config: dict[str, Any]) -> None:
     head = config["head_dim"]
     if field("attention.value_length", default=head) != head:
         raise Unsupported(f"{file.path}: keys and values of different widths are not imported")
@@ -92,10 +80,9 @@ def _check_head(file: GGUFModel, field: Fields, architecture: Architecture, conf
 
 
 def _refuse_unknown(file: GGUFModel, field: Fields, architecture: Architecture) -> None:
-    prefix = f"{field.prefix}."
+    known = {*field.asked, *_HARMLESS, *architecture.ignored}
     for key, value in file.metadata.items():
-        name = key.removeprefix(prefix)
-        known = name in field.asked or name in _HARMLESS or name in architecture.ignored
-        if key.startswith(prefix) and not known and (isinstance(value, np.ndarray) or value not in (0, False, None)):
+        strange = key.startswith(field.prefix) and key.removeprefix(field.prefix) not in known
+        if strange and (isinstance(value, np.ndarray) or value not in (0, False, None)):
             raise Unsupported(f"{file.path}: metadata {key} = {value!r} has no place in mlx-lm's "
                               f"{architecture.model_type}")

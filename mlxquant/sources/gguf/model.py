@@ -1,9 +1,10 @@
-"""A GGUF file as an mlx-lm model: every parameter of the model finds its tensor, and every tensor its parameter."""
+"""A GGUF file as an mlx-lm model: a tensor for each parameter, a parameter for each tensor."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import formats
 from mlxquant.sources.gguf import rope, weights
+from mlxquant.sources.gguf.architectures import Architecture
 from mlxquant.sources.gguf.config import architecture_of, config_of
 from mlxquant.sources.gguf.reader import GGUFModel, GGUFTensor
 from mlxquant.sources.gguf.repack import GROUP
@@ -23,26 +25,9 @@ _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """What the import took from one tensor: Σ(ŵ − w)² and Σw². ``repacked`` codes are the file's, 16 ``bits``
-    plain numbers."""
-
-    path: str
-    type: Type
-    bits: int
-    repacked: bool
-    lost: float
-    whole: float
-
-    @property
-    def error(self) -> float:
-        return self.lost / self.whole if self.whole else 0.0
-
-
-@dataclass(frozen=True)
 class Source:
-    """A tensor, how it is stored, how many heads its rows are interleaved in (0: they are not), and what
-    is added to its values."""
+    """A tensor, how it is stored, how many heads its rows are interleaved in (0: they are not),
+    and what is added to its values."""
 
     tensor: GGUFTensor
     plan: weights.Plan
@@ -50,87 +35,108 @@ class Source:
     offset: float = 0.0
 
     def blocks(self) -> np.ndarray:
+        """The raw blocks, rows in the original's order."""
         blocks = self.tensor.read()
-        return _deinterleaved(blocks, self.heads) if self.heads else blocks
+        if not self.heads:
+            return blocks
+        # llama.cpp pairs rows of queries and keys for its rotary embedding; a bias is one row.
+        parts = (2, blocks.shape[1]) if len(blocks) > 1 else (2, 4)
+        rows = blocks.reshape(self.heads, -1, *parts)
+        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(blocks.shape)
 
 
 @dataclass
 class Imported:
-    """A file whose names, shapes and types are all understood; tensors are converted as they are asked for,
-    and what that took gathers in ``rounded``."""
+    """A file whose names, shapes and types are all understood.
 
-    config: dict
+    Tensors are converted as they are asked for. What that took gathers in ``rounded``: by path
+    (Σ(ŵ − w)², Σw²).
+    """
+
+    config: dict[str, Any]
     sources: dict[str, Source]
-    rounded: list[Rounded] = field(default_factory=list)
+    rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of numbers that are not codes."""
+        return getattr(mx, self.config["torch_dtype"])
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
         """Every array by its mlx-lm name, one tensor in memory at a time."""
-        dtype = getattr(mx, self.config["torch_dtype"])
         for name, source in self.sources.items():
             tensor, shape = source.tensor, source.tensor.shape
-            if source.plan.bits is None:
-                values, lost, whole = weights.plain(tensor.name, tensor.type, source.blocks(), dtype, source.offset)
-                self._note(name, source, 16, lost, whole)
-                yield name, values.reshape(shape)
-                continue
-            path, made = name.removesuffix(".weight"), weights.codes(
-                tensor.name, tensor.type, source.blocks(), source.plan)
-            self._note(path, source, made.bits, made.lost, made.whole)
-            for key, array in ((name, made.weight), (f"{path}.scales", made.scales), (f"{path}.biases", made.biases)):
-                yield key, mx.array(array.reshape(*shape[:-1], -1))
-
-    def _note(self, path: str, source: Source, bits: int, lost: float, whole: float) -> None:
-        if lost:
-            self.rounded.append(Rounded(path, source.tensor.type, bits, source.plan.repacked, lost, whole))
+            if source.plan.plain:
+                values, lost, whole = weights.plain(tensor.type, source.blocks(), self.dtype,
+                                                    source.offset)
+                arrays = {name: values.reshape(shape)}
+            else:
+                made = weights.codes(tensor.name, tensor.type, source.blocks(), source.plan)
+                lost, whole, path = made.lost, made.whole, name.removesuffix(".weight")
+                parts = {name: made.weight, f"{path}.scales": made.scales,
+                         f"{path}.biases": made.biases}
+                arrays = {key: mx.array(part.reshape(*shape[:-1], -1))
+                          for key, part in parts.items()}
+            if lost:
+                self.rounded[name] = lost, whole
+            yield from arrays.items()
 
     def stored_bytes(self) -> int:
         """What the arrays will take."""
-        return sum(prod(s.tensor.shape) * ((s.plan.bits + 32 / GROUP) / 8 if s.plan.bits else
-                                           getattr(mx, self.config["torch_dtype"]).size)
+        return sum(prod(s.tensor.shape) * self.dtype.size if s.plan.plain else
+                   int(prod(s.tensor.shape) * (s.plan.bits + 32 / GROUP) / 8)
                    for s in self.sources.values())
 
-    def record(self) -> dict:
-        """For config.json, once all tensors are written: the file's types, and the error of what was rounded,
-        Σ(ŵ − w)² / Σw² against the values that the file stands for."""
+    def record(self) -> dict[str, Any]:
+        """For config.json, once all tensors are written: the file's types, and the error of what
+        was rounded, Σ(ŵ − w)² / Σw² against the values that the file stands for."""
         types = Counter(source.tensor.type.name for source in self.sources.values())
-        whole = sum(r.whole for r in self.rounded)
+        whole = sum(whole for _, whole in self.rounded.values())
         return {"types": dict(types.most_common()), "tensors": len(self.sources),
-                "error": sum(r.lost for r in self.rounded) / whole if whole else 0.0,
-                "rounded": {r.path: {"type": r.type.name, "bits": r.bits, "repacked": r.repacked, "error": r.error}
-                            for r in self.rounded}}
+                "error": sum(lost for lost, _ in self.rounded.values()) / whole if whole else 0.0,
+                "rounded": dict(map(self._rounded, self.rounded))}
+
+    def _rounded(self, name: str) -> tuple[str, dict[str, Any]]:
+        (lost, whole), source = self.rounded[name], self.sources[name]
+        path = name if source.plan.plain else name.removesuffix(".weight")
+        return path, {"type": source.tensor.type.name, "bits": source.plan.bits,
+                      "repacked": source.plan.repacked, "error": lost / whole if whole else 0.0}
 
 
 def read(file: GGUFModel, bits: int | None = None) -> Imported:
-    """Understand a file before anything is written; ``bits`` is the width of what must be rounded anew.
-
-    Raises ``Unsupported`` or ``BadCheckpoint``.
-    """
+    """Understand a file before anything is written; ``bits`` is the width of what must be rounded
+    anew. Raises ``Unsupported`` or ``BadCheckpoint``."""
     architecture, config = architecture_of(file), config_of(file)
     network = _network(file, config)
     modules = dict(network.named_modules())
-    names = get_tensor_name_map(_ARCHITECTURES[file.metadata["general.architecture"]], config["num_hidden_layers"])
+    names = get_tensor_name_map(_ARCHITECTURES[file.metadata["general.architecture"]],
+                                config["num_hidden_layers"])
     sources, used = {}, set(rope.TENSORS)
     for name, array in tree_flatten(network.parameters()):
         # mlx-lm stacks a mixture's experts in one module, which has no name in the table.
-        wanted = names.get_name(name.replace(".switch_mlp.", ".experts."), try_suffixes=(".weight", ".bias"))
+        wanted = names.get_name(name.replace(".switch_mlp.", ".experts."),
+                                try_suffixes=(".weight", ".bias"))
         if wanted not in file.tensors:
             raise BadCheckpoint(f"{file.path} lacks the tensor for {name}")
         tensor = file.tensors[wanted]
         if tensor.shape != array.shape:
-            raise BadCheckpoint(f"{file.path}: {tensor.name} has shape {list(tensor.shape)}, the metadata "
-                                f"implies {list(array.shape)}")
+            raise BadCheckpoint(f"{file.path}: {tensor.name} has shape {list(tensor.shape)}, the "
+                                f"metadata implies {list(array.shape)}")
         path, _, kind = name.rpartition(".")
-        quantisable = kind == "weight" and hasattr(modules[path], "to_quantized") and tensor.shape[-1] % GROUP == 0
-        sources[name] = Source(tensor, weights.plan(tensor.name, tensor.type, quantisable, bits),
-                               _heads(path, config) if architecture.permuted else 0,
-                               -architecture.norm_offset if path.endswith("norm") else 0.0)
+        quantisable = (kind == "weight" and hasattr(modules[path], "to_quantized")
+                       and tensor.shape[-1] % GROUP == 0)
+        sources[name] = Source(
+            tensor, weights.plan(tensor.name, tensor.type, quantisable, bits),
+            _heads(path, architecture, config),
+            -architecture.norm_offset if path.endswith("norm") else 0.0)
         used.add(wanted)
     if strangers := file.tensors.keys() - used:
-        raise Unsupported(f"{file.path}: tensor {min(strangers)} has no place in mlx-lm's {config['model_type']}")
+        raise Unsupported(f"{file.path}: tensor {min(strangers)} has no place in mlx-lm's "
+                          f"{config['model_type']}")
     return Imported(config | {"torch_dtype": _dtype(sources)} | _quantization(sources), sources)
 
 
-def _network(file: GGUFModel, config: dict) -> nn.Module:
+def _network(file: GGUFModel, config: dict[str, Any]) -> nn.Module:
     """mlx-lm's model with parameters that are never computed, for their names and shapes."""
     try:
         build, arguments = formats.model_classes(config)
@@ -140,21 +146,14 @@ def _network(file: GGUFModel, config: dict) -> nn.Module:
         return network
     except Exception as error:  # impossible sizes fail in many ways
         reason = str(error).strip().split("\n")[0]
-        raise BadCheckpoint(f"{file.path}: its metadata make no {config['model_type']}: {reason}") from error
+        raise BadCheckpoint(f"{file.path}: its metadata make no {config['model_type']}: "
+                            f"{reason}") from error
 
 
-def _heads(path: str, config: dict) -> int:
-    if path.endswith(".q_proj"):
-        return config["num_attention_heads"]
-    return config["num_key_value_heads"] if path.endswith(".k_proj") else 0
-
-
-def _deinterleaved(blocks: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's reordering of query and key rows (pairs for its rotary embedding)."""
-    if len(blocks) == 1:  # a bias
-        return np.ascontiguousarray(blocks.reshape(heads, -1, 2, 4).swapaxes(1, 2)).reshape(1, -1)
-    rows = blocks.reshape(heads, -1, 2, blocks.shape[1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(blocks.shape)
+def _heads(path: str, architecture: Architecture, config: dict[str, Any]) -> int:
+    """How many heads the rows of a layer are interleaved in."""
+    counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    return counts.get(path.rpartition(".")[2], 0) if architecture.permuted else 0
 
 
 def _dtype(sources: dict[str, Source]) -> str:
@@ -164,12 +163,14 @@ def _dtype(sources: dict[str, Source]) -> str:
     return "bfloat16" if types <= {Type.F32, Type.BF16} else "float16"
 
 
-def _quantization(sources: dict[str, Source]) -> dict:
+def _quantization(sources: dict[str, Source]) -> dict[str, Any]:
     """mlx-lm's ``quantization`` entry: the commonest width, and each layer that differs."""
-    bits = {name.removesuffix(".weight"): source.plan.bits for name, source in sources.items() if source.plan.bits}
+    bits = {name.removesuffix(".weight"): source.plan.bits
+            for name, source in sources.items() if not source.plan.plain}
     if not bits:
         return {}
     common = Counter(bits.values()).most_common(1)[0][0]
-    entry: dict = {"group_size": GROUP, "bits": common}
-    entry |= {path: {"group_size": GROUP, "bits": width} for path, width in bits.items() if width != common}
+    entry: dict[str, Any] = {"group_size": GROUP, "bits": common}
+    entry |= {path: {"group_size": GROUP, "bits": width}
+              for path, width in bits.items() if width != common}
     return {"quantization": entry, "quantization_config": entry}

@@ -1,5 +1,4 @@
-"""A GGUF reader that trusts nothing: every count, length and offset is held
-against the size of the file before it is used.
+"""A GGUF reader that trusts nothing: counts, lengths and offsets are held against the file's size.
 
 The ``gguf`` package's reader believes array lengths and tensor counts, so a
 lying header can keep it looping; its tables of types are used here. Bytes are
@@ -9,16 +8,17 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 
-_SCALARS = {
+_SCALARS: dict[int, str] = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
     GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
     GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?", GGUFValueType.UINT64: "Q",
@@ -51,7 +51,8 @@ class GGUFTensor:
         """The raw blocks, (rows, row bytes) uint8; raises ``BadCheckpoint`` if the file shrank."""
         data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.begin)
         if data.size < self.bytes:
-            raise BadCheckpoint(f"{self.path} changed while it was read: tensor {self.name} is cut short")
+            raise BadCheckpoint(f"{self.path} changed while it was read: tensor {self.name} is "
+                                "cut short")
         return data.reshape(-1, self.row_bytes)
 
 
@@ -60,13 +61,9 @@ class GGUFModel:
     """Metadata and tensors, by name, of a file or of all parts of a split one."""
 
     path: Path
-    metadata: dict
+    metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    files: list[Path] = field(default_factory=list)
-
-    def state(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of every file: what changes when a file does."""
-        return [(p.name, s.st_size, s.st_mtime_ns) for p in self.files for s in [p.stat()]]
+    files: tuple[Path, ...] = ()
 
 
 def open_model(path: Path) -> GGUFModel:
@@ -76,41 +73,70 @@ def open_model(path: Path) -> GGUFModel:
     """
     files = part_files(path)
     headers = [_Header(file) for file in files]
-    metadata, tensors = headers[0].metadata, {}
+    metadata = headers[0].metadata
+    tensors: dict[str, GGUFTensor] = {}
     for file, header in zip(files, headers):
         count = header.metadata.get("split.count", 1)
         if count != len(files):
-            raise BadCheckpoint(f"{file} says it is one of {count} parts, its name says {len(files)}")
-        for name, tensor in header.tensors.items():
-            if name in tensors:
-                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].path.name} and {file.name}")
-            tensors[name] = tensor
+            raise BadCheckpoint(f"{file} says it is one of {count} parts, "
+                                f"its name says {len(files)}")
+        if twice := tensors.keys() & header.tensors.keys():
+            name = min(twice)
+            raise BadCheckpoint(f"tensor {name} is in both {tensors[name].path.name} and "
+                                f"{file.name}")
+        tensors |= header.tensors
     promised = metadata.get("split.tensors.count", len(tensors))
     if promised != len(tensors):
-        raise BadCheckpoint(f"{path} promises {promised} tensors in {len(files)} parts, they hold {len(tensors)}")
+        raise BadCheckpoint(f"{path} promises {promised} tensors in {len(files)} parts, "
+                            f"they hold {len(tensors)}")
     return GGUFModel(path, metadata, tensors, files)
 
 
-def part_files(path: Path) -> list[Path]:
+def part_files(path: Path) -> tuple[Path, ...]:
     """``path``, or all parts (NAME-00001-of-0000N.gguf) of the split model that it is one of."""
     match = _PART.fullmatch(path.name)
     if not match:
-        return [path]
-    count = int(match[3])
-    files = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}")
-             for number in range(1, count + 1)]
+        return (path,)
+    files = tuple(path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}")
+                  for number in range(1, int(match[3]) + 1))
     if path not in files:
-        raise BadCheckpoint(f"{path}: part {int(match[2])} of {count} cannot be")
+        raise BadCheckpoint(f"{path}: part {int(match[2])} of {len(files)} cannot be")
     for file in files:
         if not file.exists():
-            raise BadCheckpoint(f"{path} is one of {count} parts, {file.name} is missing")
+            raise BadCheckpoint(f"{path} is one of {len(files)} parts, {file.name} is missing")
     return files
 
 
-class _Header:
-    """Metadata (a dict) and tensors (by name) of one file."""
+def state_of(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file: what changes when a file does."""
+    return [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
 
-    def __init__(self, path: Path):
+
+class Fields:
+    """Reads positive numbers and switches under the name of a file's architecture; ``asked`` are
+    the keys that it was asked for."""
+
+    def __init__(self, file: GGUFModel) -> None:
+        self._file, self.asked = file, set[str]()
+        self.prefix = f"{file.metadata['general.architecture']}."
+
+    def __call__(self, key: str, kinds: Any = int, **default: Any) -> Any:
+        """The value of ``key``, or a ``default``; raises ``BadCheckpoint`` if it cannot be."""
+        self.asked.add(key)
+        value: Any = self._file.metadata.get(self.prefix + key, default.get("default"))
+        switch = isinstance(value, bool)
+        if (value is None and "default" in default) or (switch and kinds is not int):
+            return value
+        if switch or not isinstance(value, kinds) or not 0 < value < 2**31:
+            raise BadCheckpoint(f"{self._file.path}: metadata {self.prefix}{key} is {value!r}, "
+                                "a positive number is needed")
+        return value
+
+
+class _Header:
+    """Metadata and tensors, by name, of one file."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as self._file:
             self._size, self._position = path.stat().st_size, 0
@@ -126,7 +152,8 @@ class _Header:
             self.tensors = self._tensors(tensor_count)
 
     def _bad(self, reason: str) -> BadCheckpoint:
-        return BadCheckpoint(f"{self.path} is truncated or corrupt at byte {self._position}: {reason}")
+        return BadCheckpoint(f"{self.path} is truncated or corrupt at byte {self._position}: "
+                             f"{reason}")
 
     def _take(self, length: int) -> bytes:
         if self._position + length > self._size:
@@ -137,7 +164,7 @@ class _Header:
         self._position += length
         return data
 
-    def _scalar(self, code: str):
+    def _scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
 
     def _string(self) -> str:
@@ -146,8 +173,8 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self._bad(f"a string is not UTF-8: {error}") from error
 
-    def _metadata(self, count: int) -> dict:
-        fields = {}
+    def _metadata(self, count: int) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
         for _ in range(count):  # each turn consumes bytes, so a false count runs out of file
             key = self._string()
             if key in fields:
@@ -155,7 +182,7 @@ class _Header:
             fields[key] = self._value(self._scalar("I"))
         return fields
 
-    def _value(self, kind: int, depth: int = 0):
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == GGUFValueType.STRING:
             return self._string()
         if kind in _SCALARS:
@@ -164,9 +191,8 @@ class _Header:
             raise self._bad(f"unknown metadata type {kind}")
         kind, length = self._scalar("I"), self._scalar("Q")
         if kind in _SCALARS:
-            code = _SCALARS[kind]
-            values = self._take(length * struct.calcsize(f"<{code}"))
-            return np.frombuffer(values, f"<{code}")
+            code = f"<{_SCALARS[kind]}"
+            return np.frombuffer(self._take(length * struct.calcsize(code)), code)
         return [self._value(kind, depth + 1) for _ in range(length)]
 
     def _tensors(self, count: int) -> dict[str, GGUFTensor]:
@@ -175,7 +201,7 @@ class _Header:
         if type(alignment) is not int or alignment <= 0 or alignment % 8:
             raise self._bad(f"alignment {alignment} is no positive multiple of 8")
         start = -(-self._position // alignment) * alignment
-        tensors = {}
+        tensors: dict[str, GGUFTensor] = {}
         for name, kind, shape, offset in entries:
             if name in tensors:
                 raise self._bad(f"duplicate tensor {name}")
@@ -194,13 +220,13 @@ class _Header:
         try:
             type_ = GGMLQuantizationType(kind)
         except ValueError as error:
-            raise Unsupported(f"{self.path}: tensor {name} has unknown type number {kind}") from error
-        block, block_bytes = GGML_QUANT_SIZES[type_]
+            raise Unsupported(f"{self.path}: tensor {name} has unknown type number "
+                              f"{kind}") from error
+        tensor, block = GGUFTensor(name, type_, shape, self.path, begin), GGML_QUANT_SIZES[type_][0]
         if shape[-1] % block:
             raise self._bad(f"tensor {name}: rows of {shape[-1]} do not divide into "
                             f"{type_.name} blocks of {block}")
-        size = prod(shape[:-1]) * (shape[-1] // block * block_bytes)
-        if size == 0 or begin + size > self._size:
+        if tensor.bytes == 0 or begin + tensor.bytes > self._size:
             raise self._bad(f"tensor {name} of shape {list(shape)} ({type_.name}) spans bytes "
-                            f"{begin} to {begin + size} of a file of {self._size}")
-        return GGUFTensor(name, type_, shape, self.path, begin)
+                            f"{begin} to {begin + tensor.bytes} of a file of {self._size}")
+        return tensor

@@ -2,8 +2,8 @@
 
 MLX dequantises a code q of a group as scale·q + bias. Scales of Q4_0, Q4_1, Q5_0, Q5_1,
 Q8_0, TQ1_0, TQ2_0 and MXFP4 are halves or powers of two, and so are their biases: exact
-in float16. Q4_K and Q5_K multiply a half by 6 bits, IQ4_XS too, and IQ1_S by 4 bits, which takes 17
-bits of a float32; float16 rounds them by at most 2⁻¹², which is measured and reported.
+in float16. Q4_K and Q5_K multiply a half by 6 bits, IQ4_XS too, and IQ1_S by 4 bits, which takes
+17 bits of a float32; float16 rounds them by at most 2⁻¹², which is measured and reported.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ _CHUNK = 1 << 18  # bytes repacked at once, which a core's cache holds
 
 @dataclass(frozen=True)
 class Groups:
-    """Codes (rows, n) uint8, and scales and biases (rows, n / 32), as exact as float32 holds them."""
+    """Codes (rows, n) uint8; scales and biases (rows, n / 32), as exact as float32 holds them."""
 
     codes: np.ndarray
     scales: np.ndarray
     biases: np.ndarray
-    bits: int
 
 
 @dataclass(frozen=True)
-class Affine:
-    """An MLX affine matrix: codes (rows, n·bits/32) uint32, scales and biases (rows, n/32) float16;
-    ``lost`` and ``whole`` are the sums of squares of what rounding took and of all values."""
+class Packed:
+    """A matrix as MLX stores it: codes (rows, n·bits/32) uint32, scales and biases (rows, n/32)
+    float16; ``lost`` and ``whole`` are the sums of squares of what rounding took and of all
+    values."""
 
     weight: np.ndarray
     scales: np.ndarray
@@ -45,45 +45,49 @@ class Affine:
     whole: float = 0.0
 
 
-def affine(name: str, type_: Type, blocks: np.ndarray) -> Affine:
-    """Repack raw blocks (rows, row bytes), some rows on each core; raises ``Unsupported`` if float16 has no
-    room for a scale."""
+def repacked(name: str, type_: Type, blocks: np.ndarray) -> Packed:
+    """Raw blocks (rows, row bytes) of tensor ``name``, some rows on each core; raises what
+    ``packed`` raises."""
+    layout = LAYOUTS[type_]
     step = max(1, _CHUNK // blocks.shape[1])
     parts = [blocks[start:start + step] for start in range(0, len(blocks), step)]
     with ThreadPoolExecutor() as pool:  # NumPy lets others run
-        return joined(list(pool.map(lambda part: _repack(name, type_, part), parts)))
+        return joined(list(pool.map(lambda p: packed(name, layout.read(p), layout.bits), parts)))
 
 
-def joined(parts: list[Affine]) -> Affine:
-    """Matrices below one another as one."""
-    if len(parts) == 1:
-        return parts[0]
-    weight, scales, biases = (np.concatenate([getattr(part, name) for part in parts])
-                              for name in ("weight", "scales", "biases"))
-    return Affine(weight, scales, biases, parts[0].bits, sum(p.lost for p in parts), sum(p.whole for p in parts))
-
-
-def _repack(name: str, type_: Type, blocks: np.ndarray) -> Affine:
-    groups = LAYOUTS[type_].read(blocks)
+def packed(name: str, groups: Groups, bits: int) -> Packed:
+    """Groups of tensor ``name`` in MLX's form; raises ``Unsupported`` for a scale or bias that
+    float16 does not hold."""
     with np.errstate(over="ignore"):  # looked for below
         scales, biases = groups.scales.astype(np.float16), groups.biases.astype(np.float16)
     if not np.isfinite(scales).all() or not np.isfinite(biases).all():
         raise Unsupported(f"tensor {name} has a scale or offset outside float16")
     lost, whole = _loss(groups, scales, biases)
-    return Affine(pack_words(groups.codes, groups.bits), scales, biases, groups.bits, lost, whole)
+    return Packed(pack_words(groups.codes, bits), scales, biases, bits, lost, whole)
+
+
+def joined(parts: list[Packed]) -> Packed:
+    """Matrices below one another as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Packed(np.concatenate([p.weight for p in parts]),
+                  np.concatenate([p.scales for p in parts]),
+                  np.concatenate([p.biases for p in parts]), parts[0].bits,
+                  sum(p.lost for p in parts), sum(p.whole for p in parts))
 
 
 def _loss(groups: Groups, scales: np.ndarray, biases: np.ndarray) -> tuple[float, float]:
-    """What rounding scales and biases took, exactly: Σ (Δs·q + Δb)² needs only Σq and Σq² of a group."""
+    """What rounding scales and biases took: Σ (Δs·q + Δb)² needs only Σq and Σq² of a group."""
     off_scale, off_bias = groups.scales - scales, groups.biases - biases
     if not off_scale.any() and not off_bias.any():
         return 0.0, 0.0
-    codes = groups.codes.reshape(*groups.scales.shape, GROUP).astype(np.float32)  # exact: sums stay below 2²⁴
-    first, second = codes @ np.ones(GROUP, np.float32), np.einsum("...i,...i->...", codes, codes)
+    codes = groups.codes.reshape(*groups.scales.shape, GROUP).astype(np.float32)
+    first = codes @ np.ones(GROUP, np.float32)  # exact, as sums stay below 2²⁴
+    second = np.einsum("...i,...i->...", codes, codes)
 
     def squares(scale: np.ndarray, bias: np.ndarray) -> float:
-        scale, bias = scale.astype(np.float64), bias.astype(np.float64)
-        return float((scale * scale * second + 2 * scale * bias * first + GROUP * bias * bias).sum())
+        s, b = scale.astype(np.float64), bias.astype(np.float64)
+        return float((s * s * second + 2 * s * b * first + GROUP * b * b).sum())
 
     return squares(off_scale, off_bias), squares(groups.scales, groups.biases)
 
@@ -105,77 +109,65 @@ def _nibbles(data: np.ndarray) -> np.ndarray:
     return np.concatenate([data & 15, data >> 4], axis=-1)
 
 
-def _fifths(data: np.ndarray) -> np.ndarray:
-    """Bit i of four bytes is the fifth bit of element i."""
-    return np.unpackbits(np.ascontiguousarray(data), axis=-1, bitorder="little") << 4
+def _groups(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> Groups:
+    rows = len(codes)
+    return Groups(np.ascontiguousarray(codes.reshape(rows, -1)), scales.reshape(rows, -1),
+                  biases.reshape(rows, -1))
 
 
-def _q4_0(blocks: np.ndarray) -> Groups:
-    d, q = _split(blocks, 2, 16)
-    scales = _halves(d)
-    return _groups(_nibbles(q), scales, -8 * scales, 4)
+def _nibbled(zero: int | None, fifth: bool = False) -> Callable[[np.ndarray], Groups]:
+    """Blocks of 32: a half d; a half m, or else ``zero`` is the code of 0; the ``fifth`` bits, bit
+    i of four bytes being that of element i; the others."""
 
+    def read(blocks: np.ndarray) -> Groups:
+        d, *m, high, low = _split(blocks, 2, *([2] if zero is None else []), 4 * fifth, 16)
+        scales, codes = _halves(d), _nibbles(low)
+        if fifth:
+            bits = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
+            codes = codes | bits << 4
+        return _groups(codes, scales, _halves(m[0]) if zero is None else -zero * scales)
 
-def _q4_1(blocks: np.ndarray) -> Groups:
-    d, m, q = _split(blocks, 2, 2, 16)
-    return _groups(_nibbles(q), _halves(d), _halves(m), 4)
-
-
-def _q5_0(blocks: np.ndarray) -> Groups:
-    d, high, q = _split(blocks, 2, 4, 16)
-    scales = _halves(d)
-    return _groups(_nibbles(q) | _fifths(high), scales, -16 * scales, 5)
-
-
-def _q5_1(blocks: np.ndarray) -> Groups:
-    d, m, high, q = _split(blocks, 2, 2, 4, 16)
-    return _groups(_nibbles(q) | _fifths(high), _halves(d), _halves(m), 5)
+    return read
 
 
 def _q8_0(blocks: np.ndarray) -> Groups:
     d, q = _split(blocks, 2, 32)
     scales = _halves(d)
-    return _groups(q ^ np.uint8(128), scales, -128 * scales, 8)  # two's complement to offset binary
+    return _groups(q ^ np.uint8(128), scales, -128 * scales)  # two's complement to offset binary
 
 
-def _k_scales(d: np.ndarray, lowest: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _k_scales(d: np.ndarray, lowest: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias, (rows, blocks, 8) each, of the eight groups of a K block."""
-    rows, count, _ = packed.shape
-    scale, low = (part.reshape(rows, count, 8).astype(np.float32)
-                  for part in quants.Q4_K.get_scale_min(np.ascontiguousarray(packed).reshape(-1, 12)))
+    rows, count, _ = bits.shape
+    scale, low = (part.reshape(rows, count, 8).astype(np.float32) for part in
+                  quants.Q4_K.get_scale_min(np.ascontiguousarray(bits).reshape(-1, 12)))
     return _halves(d)[..., None] * scale, -(_halves(lowest)[..., None] * low)
 
 
 def _q4_k(blocks: np.ndarray) -> Groups:
-    d, lowest, packed, q = _split(blocks, 2, 2, 12, 128)
+    d, lowest, bits, q = _split(blocks, 2, 2, 12, 128)
     codes = _nibbles(q.reshape(*q.shape[:2], 4, 32))
-    return _groups(codes, *_k_scales(d, lowest, packed), 4)
+    return _groups(codes, *_k_scales(d, lowest, bits))
 
 
 def _q5_k(blocks: np.ndarray) -> Groups:
-    d, lowest, packed, high, q = _split(blocks, 2, 2, 12, 32, 128)
+    d, lowest, bits, high, q = _split(blocks, 2, 2, 12, 32, 128)
     low = _nibbles(q.reshape(*q.shape[:2], 4, 32)).reshape(*q.shape[:2], 8, 32)
     fifth = high[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    return _groups(low | fifth << 4, *_k_scales(d, lowest, packed), 5)
+    return _groups(low | fifth << 4, *_k_scales(d, lowest, bits))
 
 
-def _groups(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> Groups:
-    rows = len(codes)
-    return Groups(np.ascontiguousarray(codes.reshape(rows, -1)), scales.reshape(rows, -1),
-                  biases.reshape(rows, -1), bits)
-
-
-def _on_grid(type_: Type, grid: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], bits: int,
+def _on_grid(type_: Type, grid: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
              ) -> Callable[[np.ndarray], Groups]:
-    """For types whose codes are hard to reach but whose values lie on a known ``grid`` (scales, biases):
-    ``gguf``'s own values say which code each is."""
+    """For types whose codes are hard to reach but whose values lie on a known ``grid`` (scales,
+    biases): the values that ``gguf`` computes say which code each is."""
 
     def read(blocks: np.ndarray) -> Groups:
         scales, biases = grid(blocks)
         values = gguf.dequantize(blocks, type_).reshape(*scales.shape, GROUP)
         safe = np.where(scales == 0, np.float32(1), scales)
         codes = np.rint((values - biases[..., None]) / safe[..., None]).astype(np.uint8)
-        return _groups(codes, scales, biases, bits)
+        return _groups(codes, scales, biases)
 
     return read
 
@@ -214,7 +206,8 @@ def _iq4_xs(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     d, high, low, _ = _split(blocks, 2, 2, 4, 128)
     low = np.stack([low & 15, low >> 4], axis=-1).reshape(*low.shape[:2], 8)
     high = np.ascontiguousarray(high).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    step = (_halves(d)[..., None] * ((low | high << 4).astype(np.float32) - 32)).reshape(len(blocks), -1)
+    step = _halves(d)[..., None] * ((low | high << 4).astype(np.float32) - 32)
+    step = step.reshape(len(blocks), -1)
     return step, -128 * step
 
 
@@ -227,12 +220,15 @@ class Layout:
 
 
 LAYOUTS = {
-    Type.Q4_0: Layout(4, _q4_0), Type.Q4_1: Layout(4, _q4_1), Type.Q5_0: Layout(5, _q5_0),
-    Type.Q5_1: Layout(5, _q5_1), Type.Q8_0: Layout(8, _q8_0), Type.Q4_K: Layout(4, _q4_k),
-    Type.Q5_K: Layout(5, _q5_k), Type.TQ1_0: Layout(2, _on_grid(Type.TQ1_0, _ternary(52, 54), 2)),
-    Type.TQ2_0: Layout(2, _on_grid(Type.TQ2_0, _ternary(64, 66), 2)),
-    Type.MXFP4: Layout(5, _on_grid(Type.MXFP4, _mxfp4, 5)), Type.IQ1_S: Layout(2, _on_grid(Type.IQ1_S, _iq1_s, 2)),
-    # Their 16 levels are uneven, but whole numbers: 8 bits hold them, which only pays where asked for.
-    Type.IQ4_NL: Layout(8, _on_grid(Type.IQ4_NL, _iq4_nl, 8)),
-    Type.IQ4_XS: Layout(8, _on_grid(Type.IQ4_XS, _iq4_xs, 8)),
+    Type.Q4_0: Layout(4, _nibbled(8)), Type.Q4_1: Layout(4, _nibbled(None)),
+    Type.Q5_0: Layout(5, _nibbled(16, fifth=True)),
+    Type.Q5_1: Layout(5, _nibbled(None, fifth=True)),
+    Type.Q8_0: Layout(8, _q8_0), Type.Q4_K: Layout(4, _q4_k), Type.Q5_K: Layout(5, _q5_k),
+    Type.TQ1_0: Layout(2, _on_grid(Type.TQ1_0, _ternary(52, 54))),
+    Type.TQ2_0: Layout(2, _on_grid(Type.TQ2_0, _ternary(64, 66))),
+    Type.MXFP4: Layout(5, _on_grid(Type.MXFP4, _mxfp4)),
+    Type.IQ1_S: Layout(2, _on_grid(Type.IQ1_S, _iq1_s)),
+    # Their 16 levels are uneven, but whole numbers: 8 bits hold them, which pays where asked for.
+    Type.IQ4_NL: Layout(8, _on_grid(Type.IQ4_NL, _iq4_nl)),
+    Type.IQ4_XS: Layout(8, _on_grid(Type.IQ4_XS, _iq4_xs)),
 }

@@ -1,8 +1,8 @@
 r"""How byte-level BPE splits text before merging, by GGUF's ``tokenizer.ggml.pre``.
 
 The expressions are those of the models' own tokenizer.json files, as the comments of llama.cpp's
-``llama-vocab.cpp`` quote them; what that file takes apart in several steps is done in the same steps
-here. A kind that is not listed is refused: a guess would tokenise wrongly without a sign.
+``llama-vocab.cpp`` quote them, in as many steps as that file takes. A kind that is not listed is
+refused: a guess would tokenise wrongly without a sign.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,14 @@ class Splitter:
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in self.expressions]
-        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        octets = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([*splits, octets])
 
 
 _KINDS = {
     Splitter((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")): "default",
-    Splitter((_GPT2,)): "gpt-2 phi-2 mpt olmo jais trillion exaone4 mellum modern-bert a.x-4.0 gigachat",
+    Splitter((_GPT2,)): "gpt-2 phi-2 mpt olmo jais trillion exaone4 mellum modern-bert a.x-4.0 "
+                        "gigachat",
     Splitter((r"\p{N}", _GPT2)): "smollm starcoder refact command-r codeshell exaone minerva-7b",
     Splitter((_LLAMA3,), whole_words=True, begins=True): "llama-bpe llama3 llama-v3 falcon3 lfm2",
     Splitter((_LLAMA3,)): "dbrx smaug-bpe chatglm-bpe glm4",
@@ -54,6 +56,7 @@ _KINDS = {
     Splitter((_TEKKEN,), whole_words=True, begins=True): "tekken",
     Splitter((_GPT4O,)): "gpt-4o llama4",
     Splitter(_DEEPSEEK3): "deepseek-v3 hunyuan-dense",
-    Splitter((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",)): "seed-coder",
+    Splitter((rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+",)): "seed-coder",
 }
 SPLITTERS = {name: splitter for splitter, names in _KINDS.items() for name in names.split()}

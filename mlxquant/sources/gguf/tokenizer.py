@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer from GGUF metadata alone: vocabulary, merges, special tokens, template."""
+"""A Hugging Face tokenizer from GGUF metadata: vocabulary, merges, special tokens, template."""
 
 import json
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -15,6 +15,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 _LONGEST = 1024  # characters of a token; its splits are tried one by one
+_Roles = dict[str, str | None]
 
 
 def files(file: GGUFModel) -> dict[str, str]:
@@ -40,35 +41,40 @@ def files(file: GGUFModel) -> dict[str, str]:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         fields.refuse(str(error).split("\n")[0])
+    context = f"{file.metadata['general.architecture']}.context_length"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.metadata.get(f"{file.metadata['general.architecture']}.context_length"),
+        "model_max_length": file.metadata.get(context),
         **{f"{role}_token": token for role, token in roles.items() if token},
     }
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
-    return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False)}
+    return {"tokenizer.json": text,
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False)}
 
 
-def stops(file: GGUFModel) -> dict:
+def stops(file: GGUFModel) -> dict[str, Any]:
     """``bos_token_id`` and ``eos_token_id`` for config.json: all tokens that end a reply."""
     fields = _Fields(file)
     ends = [n for role in ("eos", "eot", "eom") if (n := fields.number(role)) is not None]
     control = np.flatnonzero(fields.types == _CONTROL)
-    ends = list(dict.fromkeys(ends + [int(n) for n in control if fields.tokens[n] in _TURN_ENDS]))
-    entries = {"bos_token_id": fields.number("bos"), "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    ends += [int(n) for n in control if fields.tokens[n] in _TURN_ENDS]
+    ends = list(dict.fromkeys(ends))
+    entries = {"bos_token_id": fields.number("bos"),
+               "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     return {key: value for key, value in entries.items() if value is not None}
 
 
 class _Fields:
     """The metadata of a tokenizer, checked as they are asked for."""
 
-    def __init__(self, file: GGUFModel):
+    def __init__(self, file: GGUFModel) -> None:
+        prefix = "tokenizer.ggml."
         self.path = file.path
-        self._fields = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()
-                        if key.startswith("tokenizer.ggml.")}
+        self._fields = {key.removeprefix(prefix): value for key, value in file.metadata.items()
+                        if key.startswith(prefix)}
         tokens = self.strings("tokens")
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         self.vocabulary = {token: number for number, token in enumerate(self.tokens)}
@@ -76,9 +82,11 @@ class _Fields:
             self.refuse("a token is there twice")
         if max(map(len, self.tokens)) > _LONGEST:
             self.refuse(f"a token has more than {_LONGEST} characters")
-        self.types = self.numbers("token_type") if "token_type" in self._fields else np.zeros(len(tokens), np.int32)
+        self.types = np.zeros(len(tokens), np.int32)
+        if "token_type" in self._fields:
+            self.types = self.numbers("token_type")
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(key, default)
 
     def refuse(self, reason: str) -> NoReturn:
@@ -86,7 +94,8 @@ class _Fields:
 
     def strings(self, key: str) -> list[str]:
         values = self._fields.get(key)
-        if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
+        if (not isinstance(values, list) or not values
+                or not all(isinstance(v, str) for v in values)):
             self.refuse(f"tokenizer.ggml.{key} is no list of strings")
         return values
 
@@ -101,15 +110,18 @@ class _Fields:
         """The number of a special token."""
         value = self._fields.get(f"{role}_token_id", default)
         if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
-            self.refuse(f"{role}_token_id {value!r} is outside the vocabulary of {len(self.tokens)}")
+            self.refuse(f"{role}_token_id {value!r} is outside the vocabulary of "
+                        f"{len(self.tokens)}")
         return value
 
-    def roles(self, defaults: dict[str, int]) -> dict[str, str | None]:
+    def roles(self, defaults: dict[str, int]) -> _Roles:
+        """The special tokens by what they are for."""
         numbers = {role: self.number(key, defaults.get(role)) for role, key in _ROLES.items()}
-        return {role: None if number is None else self.tokens[number] for role, number in numbers.items()}
+        return {role: None if number is None else self.tokens[number]
+                for role, number in numbers.items()}
 
 
-def _byte_level(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
+def _byte_level(fields: _Fields) -> tuple[Tokenizer, _Roles, bool]:
     """BPE over bytes, as GPT-2's."""
     kind = fields.get("pre")
     if kind is None:
@@ -118,10 +130,14 @@ def _byte_level(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
               file=sys.stderr)
         kind = "default"
     if not isinstance(kind, str) or kind not in SPLITTERS:
-        raise Unsupported(f"{fields.path}: tokenizer splitting rule {kind!r}; supported: {', '.join(SPLITTERS)}")
+        raise Unsupported(f"{fields.path}: tokenizer splitting rule {kind!r}; "
+                          f"supported: {', '.join(SPLITTERS)}")
     splitter = SPLITTERS[kind]
-    merges = [tuple(merge.split(" ")) for merge in fields.strings("merges")] if len(fields.get("merges", ())) else []
-    tokenizer = Tokenizer(models.BPE(fields.vocabulary, merges, ignore_merges=splitter.whole_words))
+    merges: list[Any] = []
+    if len(fields.get("merges", ())):
+        merges = [tuple(merge.split(" ")) for merge in fields.strings("merges")]
+    tokenizer = Tokenizer(models.BPE(fields.vocabulary, merges,
+                                     ignore_merges=splitter.whole_words))
     if splitter.composed:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter.build()
@@ -129,10 +145,10 @@ def _byte_level(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
     return tokenizer, fields.roles({}), splitter.begins
 
 
-def _sentence_piece(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
-    """SentencePiece's BPE: a piece's score ranks the merges that make it; unknown characters fall back to bytes."""
-    scores = fields.numbers("scores")
-    unknown = fields.number("unknown", 0)
+def _sentence_piece(fields: _Fields) -> tuple[Tokenizer, _Roles, bool]:
+    """SentencePiece's BPE: a piece's score ranks the merges that make it; unknown characters fall
+    back to bytes."""
+    scores, roles = fields.numbers("scores"), fields.roles({"bos": 1, "eos": 2, "unk": 0})
     mergeable = {token: n for token, n in fields.vocabulary.items()
                  if fields.types[n] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
     merges = []
@@ -140,18 +156,19 @@ def _sentence_piece(fields: _Fields) -> tuple[Tokenizer, dict, bool]:
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))
         merges += sorted(((a, b) for a, b in splits if a in mergeable and b in mergeable),
                          key=lambda pair: (mergeable[pair[0]], mergeable[pair[1]]))
-    tokenizer = Tokenizer(models.BPE(fields.vocabulary, merges, unk_token=fields.tokens[unknown], fuse_unk=True,
-                                     byte_fallback=bool((fields.types == _BYTE).any())))
+    tokenizer = Tokenizer(models.BPE(
+        fields.vocabulary, merges, unk_token=roles["unk"], fuse_unk=True,
+        byte_fallback=bool((fields.types == _BYTE).any())))
     prefixed = fields.get("add_space_prefix", True)
     begin = [normalizers.Prepend("▁")] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
     end = [decoders.Strip(" ", 1, 0)] if prefixed else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end])
-    return tokenizer, fields.roles({"bos": 1, "eos": 2, "unk": 0}), True
+    return tokenizer, roles, True
 
 
-def _frame(tokenizer: Tokenizer, fields: _Fields, roles: dict[str, str | None], begins: bool) -> None:
+def _frame(tokenizer: Tokenizer, fields: _Fields, roles: _Roles, begins: bool) -> None:
     """Begin and end texts with BOS and EOS where the file, or else its kind, says so."""
     begin = roles["bos"] if fields.get("add_bos_token", begins) else None
     end = roles["eos"] if fields.get("add_eos_token", False) else None

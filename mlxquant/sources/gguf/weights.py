@@ -1,7 +1,7 @@
-"""One tensor of a GGUF file as MLX arrays: repacked, kept as numbers, or decoded and rounded anew."""
+"""A tensor of a GGUF file as MLX arrays: repacked, kept as numbers, or decoded and rounded anew."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import gguf
@@ -12,29 +12,29 @@ from gguf import GGMLQuantizationType as Type
 
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes import rtn
-from mlxquant.codes.affine import pack_words
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.sources.gguf import repack
-from mlxquant.sources.gguf.repack import Affine
+from mlxquant.sources.gguf.repack import Groups, Packed
 
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}
 WIDTHS = (2, 3, 4, 5, 6, 8)
 UNROUNDED = 16  # asks for types without a place in MLX as 16-bit numbers
-# Without their sign, the bits of what is not finite are a number from here on; MLX's own test is slow on a CPU.
-_INFINITE = {mx.float32: (mx.uint32, 0x7F800000, 0x7FFFFFFF), mx.float16: (mx.uint16, 0x7C00, 0x7FFF),
-             mx.bfloat16: (mx.uint16, 0x7F80, 0x7FFF)}
 _UNEVEN = (Type.IQ4_NL, Type.IQ4_XS)  # exact in 8 bits, twice what they take
 _CHUNK = 1 << 22  # values that are decoded at once
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a tensor will be stored: ``bits`` of codes in groups of 32, or None for plain numbers;
+    """How a tensor will be stored: ``bits`` of codes in groups of 32, or 16 of plain numbers;
     ``repacked`` codes are the file's own, others are found anew."""
 
-    bits: int | None
+    bits: int = UNROUNDED
     repacked: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return self.bits == UNROUNDED
 
 
 @cache
@@ -53,32 +53,33 @@ def known() -> list[Type]:
 
 
 def width_for(type_: Type) -> int:
-    """The default width of a type that is rounded anew: the narrowest that has its bits per weight."""
+    """The width of a type that is rounded anew: the narrowest that has its bits per weight."""
     block, block_bytes = GGML_QUANT_SIZES[type_]
-    return next(width for width in WIDTHS if width >= 8 * block_bytes / block or width == WIDTHS[-1])
+    return next((width for width in WIDTHS if width >= 8 * block_bytes / block), WIDTHS[-1])
 
 
 def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> Plan:
-    """Decide how a tensor is stored; ``bits`` is the width asked for where the file's codes cannot stay.
+    """How a tensor is stored; ``bits`` is the width asked for where the file's codes cannot stay.
 
     Raises ``Unsupported`` for a type without a decoder and ``BadValue`` for another width.
     """
     if bits not in (None, UNROUNDED, *WIDTHS):
-        raise BadValue(f"bits is {bits}, allowed are {', '.join(map(str, (*WIDTHS, UNROUNDED)))}")
+        allowed = ", ".join(map(str, (*WIDTHS, UNROUNDED)))
+        raise BadValue(f"bits is {bits}, allowed are {allowed}")
     if not decodable(type_):
         raise Unsupported(f"tensor {name} has type {type_.name}; types that can be imported: "
                           f"{', '.join(t.name for t in known())}")
     if type_ in PLAIN or not quantisable:
-        return Plan(None)
+        return Plan()
     if type_ in repack.LAYOUTS and (type_ not in _UNEVEN or bits == 8):
         return Plan(repack.LAYOUTS[type_].bits, repacked=True)
-    return Plan(None if bits == UNROUNDED else bits or width_for(type_))
+    return Plan(bits or width_for(type_))
 
 
-def plain(name: str, type_: Type, blocks: np.ndarray, dtype: mx.Dtype,
-          offset: float = 0.0) -> tuple[mx.array, float, float]:
-    """Values (rows, n) plus ``offset`` in ``dtype``, and the sums of squares of what rounding took and of all
-    values; raises ``Unsupported`` if one overflows it."""
+def plain(type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0,
+          ) -> tuple[mx.array, float, float]:
+    """Values (rows, n) plus ``offset`` in ``dtype``, and the sums of squares of what rounding took
+    and of all values (0 where nothing was taken)."""
     if type_ in PLAIN:
         values = mx.array(blocks.view(PLAIN[type_]))
         values = values.view(mx.bfloat16) if type_ == Type.BF16 else values
@@ -86,38 +87,35 @@ def plain(name: str, type_: Type, blocks: np.ndarray, dtype: mx.Dtype,
         values = mx.concatenate([mx.array(part) for part in _decoded(type_, blocks)])
     if offset:
         values = values.astype(mx.float32) + offset
-    wide, values = values, values.astype(dtype)
-    word, infinite, mask = _INFINITE[dtype]
-    if (np.asarray(values.view(word)) & mask).max() >= infinite:
-        raise Unsupported(f"tensor {name} has values outside {dtype}")
-    if wide.dtype == dtype:
+    if values.dtype == dtype:
         return values, 0.0, 0.0
-    lost = mx.square(wide.astype(mx.float32) - values.astype(mx.float32)).sum().item()
-    return values, lost, mx.square(wide.astype(mx.float32)).sum().item() if lost else 0.0
+    wide, values = values.astype(mx.float32), values.astype(dtype)
+    lost = float(mx.square(wide - values.astype(mx.float32)).sum().item())
+    return values, lost, float(mx.square(wide).sum().item()) if lost else 0.0
 
 
-def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Affine:
-    """Raw blocks (rows, row bytes) as planned, and what that took from the values."""
+def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Packed:
+    """Raw blocks (rows, row bytes) as planned, and what that took from the values; raises
+    ``Unsupported`` for values outside float16."""
     if plan.repacked:
-        return repack.affine(name, type_, blocks)
+        return repack.repacked(name, type_, blocks)
     spec = Spec(bits=Width.of(plan.bits), group_size=repack.GROUP, method="rtn")
     parts = []
     for values in _decoded(type_, blocks):
         weight = mx.array(values)
         made = rtn.quantise(weight, None, spec)
-        if not mx.isfinite(made.scales).all().item() or not mx.isfinite(made.biases).all().item():
-            raise Unsupported(f"tensor {name} has values outside float16")
-        lost, whole = mx.square(made.dequantise() - weight).sum().item(), mx.square(weight).sum().item()
-        parts.append(Affine(pack_words(np.array(made.codes), plan.bits), np.array(made.scales.astype(mx.float16)),
-                            np.array(made.biases.astype(mx.float16)), plan.bits, lost, whole))
+        groups = Groups(*(np.array(part) for part in (made.codes, made.scales, made.biases)))
+        parts.append(replace(repack.packed(name, groups, plan.bits),
+                             lost=float(mx.square(made.dequantise() - weight).sum().item()),
+                             whole=float(mx.square(weight).sum().item())))
     return repack.joined(parts)
 
 
 def _decoded(type_: Type, blocks: np.ndarray) -> Iterator[np.ndarray]:
     """The values, float32, some rows at a time."""
     block, block_bytes = GGML_QUANT_SIZES[type_]
-    columns = blocks.shape[1] // block_bytes * block
-    rows = max(1, _CHUNK // columns)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is stored
+    rows = max(1, _CHUNK // (blocks.shape[1] // block_bytes * block))
+    # What is not finite is refused where it is stored.
+    with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(blocks), rows):
             yield gguf.dequantize(blocks[start:start + rows], type_)
