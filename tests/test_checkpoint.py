@@ -43,7 +43,7 @@ def folder_with(tmp_path, data: bytes):
     (safetensors({"a": entry(shape=(2.0,))}, bytes(8)), "floating point"),
     (safetensors({"a": entry(dtype="F33")}, bytes(8)), "unknown variant `F33`"),
     (safetensors({"a": {"dtype": "F32"}}, bytes(8)), "missing field `shape`"),
-    (safetensors({"a": entry(), "b": entry()}, bytes(8)), "invalid offset for tensor `b`"),
+    (safetensors({"a": entry(), "b": entry()}, bytes(8)), "invalid offset for tensor"),
     (safetensors({"a": entry(begin=4, end=12)}, bytes(12)), "invalid offset for tensor `a`"),
     (safetensors({"a": entry(shape=(2**40, 2**40), end=2**82)}, bytes(8)), "invalid type"),
 ])
