@@ -8,7 +8,7 @@ from mlxquant.codes import rtn
 from mlxquant.codes.affine import expand, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
-from mlxquant.quantise import gptq
+from mlxquant.quantise import factor, gptq
 
 
 def problem(rows=24, columns=160, tokens=600, seed=0):
@@ -77,15 +77,35 @@ def test_the_sweep_beats_rounding_on_the_data(bits):
     assert output_error(gptq.quantise(mx.array(weight), statistics, spec)) < 0.7 * min(rounded, scaled)
 
 
-def test_the_feedback_diagonalises_the_damped_hessian():
-    """H = (1 + A) D (1 + A)ᵀ with A strictly upper: what makes one column's rounding exact for the loss."""
+@pytest.mark.parametrize("block", [32, 100, 512])
+def test_the_feedback_diagonalises_the_damped_hessian(block, monkeypatch):
+    """H = (1 + A) D (1 + A)ᵀ with A strictly upper: so one column's rounding is exact for the loss."""
+    monkeypatch.setattr(factor, "BLOCK", block)
     _, _, statistics = problem()
-    hessian = np.array(statistics.hessian, np.float64)
-    feedback = gptq.feedback_matrix(gptq.damped(hessian))
+    hessian, damped = np.array(statistics.hessian), gptq.damped(statistics.hessian)
+    feedback = np.array(factor.Factor.of(damped).feedback(), np.float64)
     assert np.array_equal(feedback, np.triu(feedback, 1))
     unit = np.linalg.inv(np.eye(len(hessian)) + feedback)
-    diagonal = unit @ gptq.damped(hessian) @ unit.T
-    assert np.allclose(diagonal, np.diag(diagonal.diagonal()), atol=1e-8 * hessian.max())
+    diagonal = unit @ np.array(damped, np.float64) @ unit.T
+    assert np.allclose(diagonal, np.diag(diagonal.diagonal()), atol=1e-5 * hessian.max())
+
+
+@pytest.mark.parametrize("block", [32, 100, 512])
+def test_a_factor_divides_by_the_hessian_or_lets_the_host_do_it(block, monkeypatch):
+    monkeypatch.setattr(factor, "BLOCK", block)
+    weight, _, statistics = problem()
+    damped = gptq.damped(statistics.hessian)
+    wanted = np.linalg.solve(np.array(damped, np.float64), weight.T).T
+    found = factor.Factor.of(damped)
+    assert np.allclose(found.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
+
+    def coarse(hessian):  # as where a device's products are so rough that H seems indefinite
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(factor, "_by_blocks", coarse)
+    host = factor.Factor.of(damped)
+    assert np.allclose(host.upper, found.upper, atol=1e-4)
+    assert np.allclose(host.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
 
 
 def test_dead_inputs_do_not_break_the_sweep():
@@ -104,7 +124,8 @@ def test_full_correction_reproduces_the_float_outputs():
     noisy = x + 0.3 * np.random.default_rng(1).normal(size=x.shape).astype(np.float32) * x.std(0)
     statistics = Statistics.empty(64)
     statistics.add(mx.array(noisy), mx.array(x))
-    moved = np.array(gptq.correct(mx.array(weight), statistics, 1.0))
+    sweep = gptq.Sweep.of(statistics, act_order=True)
+    moved = np.array(sweep.correct(mx.array(weight), statistics.cross, 1.0))
     wanted = x @ weight.T
     best = np.linalg.lstsq(noisy, wanted, rcond=None)[0].T
 
@@ -112,4 +133,4 @@ def test_full_correction_reproduces_the_float_outputs():
         return np.square(noisy @ w.T - wanted).sum()
 
     assert miss(moved) < miss(weight) and miss(moved) < 1.1 * miss(best)  # damped
-    assert np.allclose(gptq.correct(mx.array(weight), statistics, 0.5), (moved + weight) / 2, atol=1e-4)
+    assert np.allclose(sweep.correct(mx.array(weight), statistics.cross, 0.5), (moved + weight) / 2, atol=1e-4)

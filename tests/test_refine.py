@@ -41,8 +41,9 @@ def test_codes_move_as_one_by_one_trials_would(bits):
 @pytest.mark.parametrize("spec", [Spec(bits=2, group_size=32), Spec(bits=3, group_size=0),
                                   Spec(bits=2, group_size=32, symmetric=True),
                                   Spec(bits="ternary", group_size=32)], ids=lambda s: f"{s.bits}-{s.group_size}")
-def test_scales_are_the_least_squares_solution(spec, monkeypatch):
-    monkeypatch.setattr(refine, "_CHUNK", 100)  # several chunks of rows
+@pytest.mark.parametrize("steps,near", [(40, 1e-3), (refine._STEPS, 0.02)])
+def test_scales_go_to_the_least_squares_solution(spec, steps, near, monkeypatch):
+    monkeypatch.setattr(refine, "_STEPS", steps)
     weight, hessian = problem()
     start = fit(mx.array(weight), spec)
     found = refine.refit(mx.array(weight), start, mx.array(hessian), mx.float32)
@@ -54,7 +55,7 @@ def test_scales_are_the_least_squares_solution(spec, monkeypatch):
         basis = member * level if spec.mirrored else np.concatenate([member * level, member])
         best, *_ = np.linalg.lstsq((basis @ root).T, weight[row] @ root, rcond=None)
         least = np.square((best @ basis - weight[row]) @ root).sum()
-        assert loss(weight, found, hessian)[row] == pytest.approx(least, rel=1e-3)
+        assert loss(weight, found, hessian)[row] == pytest.approx(least, rel=near)
 
 
 @pytest.mark.parametrize("spec", [Spec(bits=2, group_size=32), Spec(bits=1, group_size=32),

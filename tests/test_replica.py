@@ -80,7 +80,7 @@ def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, replicas, group):
     weight, statistics = problem()
-    hessian = gptq.damped(np.array(statistics.hessian, np.float64))
+    hessian = np.array(gptq.damped(statistics.hessian), np.float64)
     rounded = envelope.fit(weight, bits, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
     losses = [loss(weight, rounded, hessian)]
     losses += [loss(weight, replica.quantise(weight, statistics, spec(bits, replicas, group, refine=n)), hessian)
@@ -92,7 +92,7 @@ def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, rep
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_each_step_of_a_round_lowers_the_error(replicas, group):
     weight, statistics = problem()
-    hessian = mx.array(gptq.damped(np.array(statistics.hessian, np.float64)).astype(np.float32))
+    hessian = gptq.damped(statistics.hessian)
     found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
     for step in (replica.move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
                  lambda *a: replica.fit_inputs(*a, mx.float16)):
@@ -105,7 +105,7 @@ def test_each_step_of_a_round_lowers_the_error(replicas, group):
 def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkeypatch):
     monkeypatch.setattr(replica, "_GRADIENT_STEPS", 300)
     weight, statistics = problem(rows=12, columns=32)
-    hessian = gptq.damped(np.array(statistics.hessian, np.float64))
+    hessian = np.array(gptq.damped(statistics.hessian), np.float64)
     found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal())
     ours = replica._descend(weight, found, mx.array(hessian.astype(np.float32)), "replica_in")
     basis = [np.array(replace(found, replica_in=mx.array(unit.reshape(ours.shape).astype(np.float32))).dequantise(),

@@ -26,6 +26,7 @@ from mlxquant.codes.affine import Affine, expand, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.kernels.column_sweep import sweep_columns
+from mlxquant.quantise.factor import Factor
 from mlxquant.quantise.refine import refine
 
 DAMPING = 0.01
@@ -34,27 +35,41 @@ CORRECTION = 0.5
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the inputs alone decide, the same for every width: the damped H (n, n) in float32, the order in which
-    columns are taken, and what an error adds to later ones."""
+    """What the inputs alone decide, the same for every width: the damped H (n, n), the order in which
+    columns are taken, and H's factor in that order."""
 
     hessian: mx.array
     order: mx.array
     back: mx.array
-    feedback: mx.array
+    factor: Factor
 
     @classmethod
     def of(cls, statistics: Statistics, act_order: bool) -> "Sweep":
         """The most active inputs first, or as they come."""
-        hessian = damped(np.array(statistics.hessian, np.float64))
-        order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(len(hessian))
-        feedback = feedback_matrix(hessian[np.ix_(order, order)])
-        return cls(mx.array(hessian.astype(np.float32)), mx.array(order), mx.array(np.argsort(order)),
-                   mx.array(feedback.astype(np.float32)))
+        hessian = damped(statistics.hessian)
+        diagonal = np.array(hessian.diagonal())
+        order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+        taken = mx.array(order)
+        return cls(hessian, taken, mx.array(np.argsort(order)),
+                   Factor.of(hessian[taken][:, taken]))
 
-    def codes(self, weight: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
+    def codes(self, weight: mx.array, scales: mx.array, biases: mx.array,
+              levels: int) -> mx.array:
         """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n)."""
-        return sweep_columns(*(x[:, self.order] for x in (weight, scales, biases)), self.feedback,
-                             levels)[:, self.back]
+        return sweep_columns(*(x[:, self.order] for x in (weight, scales, biases)),
+                             self.factor.feedback(), levels)[:, self.back]
+
+    def correct(self, weight: mx.array, cross: mx.array | None, amount: float) -> mx.array:
+        """``weight`` (m, n) moved by ``amount`` towards reproducing the float model's outputs from the
+        quantised inputs, given ``cross`` E[x̃ xᵀ]: W + amount · W (E[x̃ xᵀ] − H) H⁻¹."""
+        if not amount or cross is None:
+            return weight
+        gap = weight @ (cross - self.hessian) + weight * self.damping()
+        return weight + amount * self.factor.divide(gap[:, self.order])[:, self.back]
+
+    def damping(self) -> mx.array:
+        """What ``damped`` added to the diagonal."""
+        return self.hessian.diagonal().mean() * (DAMPING / (1 + DAMPING))
 
 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dtype = mx.float16, *,
@@ -65,9 +80,8 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     the error of earlier layers; it needs ``statistics.cross``. ``sweep`` is that of
     the statistics, where it is known.
     """
-    if correction:
-        weight = correct(weight, statistics, correction)
-    weight, sweep = weight.astype(mx.float32), sweep or Sweep.of(statistics, spec.act_order)
+    sweep = sweep or Sweep.of(statistics, spec.act_order)
+    weight = sweep.correct(weight.astype(mx.float32), statistics.cross, correction)
     start = fit(weight, spec, statistics.hessian.diagonal(), dtype)
     scales, biases = (expand(x, start.group) for x in (start.scales, start.biases))
     codes = sweep.codes(weight, scales, biases, spec.bits.levels)
@@ -77,25 +91,8 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
     return result
 
 
-def correct(weight: mx.array, statistics: Statistics, amount: float) -> mx.array:
-    """``weight`` moved towards reproducing the float model's outputs from the quantised inputs."""
-    hessian = damped(np.array(statistics.hessian, np.float64))
-    gap = np.array(statistics.cross, np.float64) - np.array(statistics.hessian, np.float64)
-    change = np.linalg.solve(hessian, gap.T).T  # gap · H⁻¹, for H symmetric
-    return weight + amount * (weight.astype(mx.float32) @ mx.array(change.astype(np.float32)))
-
-
-def damped(hessian: np.ndarray) -> np.ndarray:
-    """H with a hundredth of its mean diagonal added, and dead inputs made harmless."""
+def damped(hessian: mx.array) -> mx.array:
+    """H with a hundredth of its mean diagonal added."""
     diagonal = hessian.diagonal()
-    made = hessian.copy()
-    made.flat[::len(made) + 1] += DAMPING * max(diagonal.mean(), 1e-12)  # no n × n identity beside it
-    return made
-
-
-def feedback_matrix(hessian: np.ndarray) -> np.ndarray:
-    """Strictly upper A with A_ij = V_ij / V_jj for a definite H = V Vᵀ, V upper, in float64."""
-    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    upper /= upper.diagonal().copy()  # in place: a copy of a width of 14336 takes 1.6 GB
-    np.fill_diagonal(upper, 0)
-    return upper
+    added = DAMPING * mx.maximum(diagonal.mean(), 1e-12)
+    return mx.where(mx.eye(len(hessian), dtype=mx.bool_), hessian + added, hessian)

@@ -27,9 +27,8 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dty
 
     ``correction`` and ``sweep`` are those of ``gptq.quantise``. Scales are rounded to ``dtype``.
     """
-    if correction:
-        weight = gptq.correct(weight, statistics, correction)
-    weight, sweep = weight.astype(mx.float32), sweep or gptq.Sweep.of(statistics, spec.act_order)
+    sweep = sweep or gptq.Sweep.of(statistics, spec.act_order)
+    weight = sweep.correct(weight.astype(mx.float32), statistics.cross, correction)
     found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
                          statistics.hessian.diagonal()).rounded(dtype)
     found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
@@ -98,9 +97,10 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
     strength = (residual * scaled).sum()
     for _ in range(_GRADIENT_STEPS):
         moved = change(direction)
-        length = strength / mx.maximum((moved * (moved @ hessian)).sum(), 1e-30)
+        felt = moved @ hessian
+        length = strength / mx.maximum((moved * felt).sum(), 1e-30)
         value = value + length * direction
-        residual = residual - length * pull_back(moved @ hessian)
+        residual = residual - length * pull_back(felt)
         scaled = residual / curvature
         following = (residual * scaled).sum()
         direction = scaled + following / mx.maximum(strength, 1e-30) * direction
