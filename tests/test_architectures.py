@@ -9,7 +9,8 @@ from mlxquant import MlxquantError
 # parents, experts in stacks and in lists, recurrent states, matrices by head, shared caches.
 FEW = ("qwen3_moe", "gpt_oss", "gemma3", "gemma4", "cohere", "dbrx", "mamba", "qwen3_next",
        "deepseek_v3", "falcon_h1", "gemma3n", "rwkv7", "phixtral", "iquestloopcoder")
-ROWS = [pytest.param(name, method, marks=() if name in FEW and method != "awq" else pytest.mark.slow)
+ROWS = [pytest.param(name, method,
+                     marks=() if name in FEW and method != "awq" else pytest.mark.slow)
         for name in CONFIGURATIONS if name not in REFUSED for method in METHODS]
 
 

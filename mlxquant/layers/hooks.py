@@ -12,8 +12,8 @@ Through = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, An
 
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], through: Through) -> Iterator[None]:
-    """Within the context a call of one of ``modules`` becomes ``through(module, own, args, kwargs)``,
-    where ``own`` is the module's own call. However the context ends, calls are as before.
+    """Within the context a call of one of ``modules`` becomes ``through(module, own, args,
+    kwargs)``, where ``own`` is the module's own call. However it ends, calls are as before.
 
     Python looks a call up in the class, so the class is exchanged. Wrappers in the module tree
     would not do: networks read attributes of their parts, and some run a copy of their list of

@@ -58,7 +58,7 @@ class Outside:
 def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
     """What of a network, its weights still as stored, goes into the result beside the blocks."""
     blocks = blocks_of(network)
-    dtype, ends = stored_dtype(blocks[0]), {}
+    dtype, ends = stored_dtype(blocks[0]), dict[str, mx.array]()
     if (turn := turn_of(config, job)) is not None:
         ends, config = rotation.rotate_ends(network, config, turn)
     inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
@@ -74,8 +74,9 @@ def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
         paths = [*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]
         for path in dict.fromkeys(paths):
             weight = ends.get(f"{path}.weight")
-            _round(made, path, rotation.expanded_weight(modules[path]) if weight is None else weight,
-                   spec, dtype)
+            if weight is None:
+                weight = rotation.expanded_weight(modules[path])
+            _round(made, path, weight, spec, dtype)
     return made
 
 
@@ -84,7 +85,8 @@ def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dty
     if weight.shape[1] % spec.group_for(weight.shape[1] * 64):
         return
     affine = rtn.quantise(weight, None, spec, dtype)
-    made.tensors |= {f"{path}.weight": affine.packed(), f"{path}.scales": affine.scales.astype(dtype),
+    made.tensors |= {f"{path}.weight": affine.packed(),
+                     f"{path}.scales": affine.scales.astype(dtype),
                      f"{path}.biases": affine.biases.astype(dtype)}
     made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
 

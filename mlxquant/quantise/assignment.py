@@ -39,14 +39,15 @@ from mlxquant.quantise.walk import float_walk, identity, release
 from mlxquant.sources import checkpoint
 
 WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
-REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in
-              ((1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
-              for replicas in choices]
+REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
+    (1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
+    for replicas in choices]
 _SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
 _EXPERTS = 4  # of a mixture's, that are tried
 
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
+Weighed = tuple[list[float], float, list[float]]  # bits of each sibling, of all, damage of each
 
 
 def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> Job:
@@ -197,8 +198,8 @@ class _Trial:
         """The siblings' paths in the network."""
         return [self.block.full(path) for path in self.paths]
 
-    def results(self, ways: list[dict[str, Any]], felt: list[mx.array], seed: int,
-                ) -> Iterator[tuple[list[float], float, list[float]]]:
+    def results(self, ways: list[dict[str, Any]], felt: list[mx.array],
+                seed: int) -> Iterator[Weighed]:
         """Of each way: the bits that each sibling stores by itself, those that they share, and the
         nats that each costs, given how its outputs are ``felt``."""
         modules = linears(self.block.module)
@@ -217,7 +218,7 @@ class _Trial:
                    [sum(column) / len(one) for column in zip(*(damages for *_, damages in one))])
 
     def _weighed(self, weights: list[mx.array], statistics: Statistics, specs: list[Spec],
-                 felt: list[mx.array], seed: int) -> Iterator[tuple[list[float], float, list[float]]]:
+                 felt: list[mx.array], seed: int) -> Iterator[Weighed]:
         ends = list(accumulate(map(len, weights)))[:-1]
         trials = quantise_trials(weights, self.full()[0], specs, statistics, seed)
         for error, hessian, own, common in trials:

@@ -111,8 +111,8 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
 
 def _fold(work: _Work, paths: list[str], factors: mx.array,
           around: Around) -> tuple[mx.array, Around]:
-    """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front of
-    the layers. Returns the factors as that place takes them."""
+    """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front
+    of the layers. Returns the factors as that place takes them."""
     block, model_type = work.block.module, work.context.model_type
     if norm := norm_before(block, paths, model_type):
         getattr(block, norm).weight = getattr(block, norm).weight / factors
@@ -180,7 +180,7 @@ def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
 def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec: Spec,
               settings: Settings) -> dict[str, Codes]:
     """Siblings of one spec as one matrix: rows are independent, the input is shared."""
-    if spec.group_size is Whole.MATRIX and len(weights) > 1:  # one scale per matrix: they must stay apart
+    if spec.group_size is Whole.MATRIX and len(weights) > 1:  # one scale a matrix: not together
         apart = [_quantise({p: w}, statistics, spec, settings) for p, w in weights.items()]
         return {path: made for one in apart for path, made in one.items()}
     rows = [len(weight) for weight in weights.values()]
@@ -242,7 +242,7 @@ def _rotation(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
 
 
 def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
-    """Load a result into ``block``, which then computes, in dense float32, what the checkpoint will."""
+    """Load a result into ``block``, which then computes in float32 what the checkpoint will."""
     formats.install(block, result.layers, result.replicas)
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, object]:

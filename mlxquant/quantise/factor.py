@@ -32,7 +32,7 @@ class Factor:
                        tuple(_inverse(exact[part, part]) for part in _parts(len(exact))))
 
     def feedback(self) -> mx.array:
-        """Strictly upper V_ij / V_jj: what a rounding error of column i adds to column j's target."""
+        """Strictly upper V_ij / V_jj: what an error in column i adds to column j's target."""
         return mx.triu(self.upper / self.upper.diagonal(), 1)
 
     def divide(self, rows: mx.array) -> mx.array:

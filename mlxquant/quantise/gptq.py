@@ -35,8 +35,8 @@ CORRECTION = 0.5
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the inputs alone decide, the same for every width: the damped H (n, n), the order in which
-    columns are taken, and H's factor in that order."""
+    """What the inputs alone decide, the same for every width: the damped H (n, n), the order in
+    which columns are taken, and H's factor in that order."""
 
     hessian: mx.array
     order: mx.array
@@ -56,12 +56,13 @@ class Sweep:
     def codes(self, weight: mx.array, scales: mx.array, biases: mx.array,
               levels: int) -> mx.array:
         """Codes (m, n) float32 of ``weight``, each on the grid of its own scale and bias (m, n)."""
-        return sweep_columns(*(x[:, self.order] for x in (weight, scales, biases)),
-                             self.factor.feedback(), levels)[:, self.back]
+        weight, scales, biases = (x[:, self.order] for x in (weight, scales, biases))
+        return sweep_columns(weight, scales, biases, self.factor.feedback(),
+                             levels)[:, self.back]
 
     def correct(self, weight: mx.array, cross: mx.array | None, amount: float) -> mx.array:
-        """``weight`` (m, n) moved by ``amount`` towards reproducing the float model's outputs from the
-        quantised inputs, given ``cross`` E[x̃ xᵀ]: W + amount · W (E[x̃ xᵀ] − H) H⁻¹."""
+        """``weight`` (m, n) moved by ``amount`` towards reproducing the float model's outputs from
+        the quantised inputs, given ``cross`` E[x̃ xᵀ]: W + amount · W (E[x̃ xᵀ] − H) H⁻¹."""
         if not amount or cross is None:
             return weight
         gap = weight @ (cross - self.hessian) + weight * self.damping()

@@ -117,7 +117,7 @@ class Watch:
         """Take in one run's inputs, and those of the float model in the same run, where given."""
         seen = self.seen
         self._group({path: inputs[path] for path in seen.unseen if path in inputs})
-        for first, paths in seen.groups.items():
+        for first in seen.groups:
             statistics = seen.statistics[first]
             for call, args in enumerate(inputs.get(first, ())):
                 if isinstance(statistics, Routed):

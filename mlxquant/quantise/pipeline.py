@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Run:
 
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
              progress: Progress) -> Made:
-        """Quantise the blocks of a network whose weights are still on disk, and write the result."""
+        """Quantise the blocks of a network whose weights are on disk, and write the result."""
         start, source, job = time.perf_counter(), identity(self.folder), self.job
         mx.reset_peak_memory()
         plans = plan_blocks(network, blocks, job.overrides)
@@ -116,7 +117,8 @@ class Run:
         record = job.record(self.tokens, self.base)
         partial = working_folder(self.output, self._identity(), record)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
-        work = _Work(network, blocks, plans, files, turn_of(config, job), self._context(blocks, config))
+        work = _Work(network, blocks, plans, files, turn_of(config, job),
+                     self._context(blocks, config))
         body, dtype = Body(), work.context.settings.dtype
         with _unchanged(self.folder, source, partial) as check:
             for done, (index, result) in enumerate(self._results(work), 1):
@@ -146,7 +148,7 @@ class Run:
                     body.output_error(), config.get("mlxquant_import"), tuple(notes))
 
     def _identity(self) -> str:
-        """The same for runs that end in the same bytes: what the text is counts, not where it lies."""
+        """The same for runs that end in the same bytes: what the text says, not where it lies."""
         job = replace(self.job, text=Text(), target=None)
         return identity(self.folder, repr(job), self.tokens.digest, __version__)
 
@@ -189,16 +191,15 @@ class _Work:
             yield index, self._result(index, seen)
 
     def on_quantised(self, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
-        """The result of every block, each calibrated on what the quantised blocks before give it, and
-        with a correction beside what the float ones would."""
+        """The result of every block, each calibrated on what the quantised blocks before give it,
+        and with a correction beside what the float ones would."""
         corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
         for visit in visits(self.network, self.blocks, tokens, quantised=True, floats=corrected,
                             turn=self.turn):
             index, block = visit.index, self.blocks[visit.index]
             first, idle = index not in seen, self.files[index].exists()
             watch = Watch(dense_block(block, self.turn) if first else block.module)
-            pairs = zip(visit.quantised, visit.floats or [None] * len(visit.quantised))
-            for task, beside in pairs:
+            for task, beside in zip_longest(visit.quantised, visit.floats):
                 target = None
                 if beside is not None:
                     output, target = watch.run(beside.stand.run)

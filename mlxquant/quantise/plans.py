@@ -120,8 +120,8 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
 
 
 def _for_stack(spec: Spec, heads: bool) -> Spec:
-    """What a stack of matrices takes of a spec: MLX runs affine groups of its own sizes, on inputs as
-    they are; matrices by head are rounded."""
+    """What a stack of matrices takes of a spec: MLX runs affine groups of its own sizes, on inputs
+    as they are; matrices by head are rounded."""
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
     method = "rtn" if heads else "gptq" if spec.method == "replica" else spec.method
     return replace(spec, method=method, group_size=group, rotation=None, symmetric=spec.symmetric)

@@ -61,8 +61,8 @@ def refit(weight: mx.array, start: Affine, hessian: mx.array,
 
 
 def _descend(weight: mx.array, start: Affine, hessian: mx.array) -> mx.array:
-    """Scales and biases (2, m, G), not rounded, by conjugate gradients: every row has a system of its
-    own and a step length of its own; each is scaled by the 2 × 2 blocks of its single groups."""
+    """Scales and biases (2, m, G), not rounded, by conjugate gradients: every row has a system and
+    step lengths of its own; each is scaled by the 2 × 2 blocks of its single groups."""
     codes, groups = start.codes.astype(mx.float32), start.scales.shape[1]
     mirrored, middle = start.spec.mirrored, (start.spec.bits.levels - 1) / 2
 

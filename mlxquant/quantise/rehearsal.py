@@ -69,9 +69,9 @@ def _described(block: Block, plan: Plan, inputs: dict[str, mx.array], job: Job) 
     modules = dict(leaf_modules(block.module))
     siblings: dict[tuple[int, Spec], list[str]] = {}
     for path, spec in plan.specs.items():
-        given = inputs.get(block.full(path))
+        given = inputs.get(block.full(path), path)  # a layer that is not called stands alone
         if spec.method == "replica" and type(modules[path]) not in STACKS:
-            siblings.setdefault((id(given) if given is not None else hash(path), spec), []).append(path)
+            siblings.setdefault((id(given), spec), []).append(path)
         elif job.spec.rotation != "online" and job.activation is None:
             describe(path, spec, inputs_of(modules[path]), Around(), modules[path], result)
     for (_, spec), paths in siblings.items():

@@ -228,11 +228,12 @@ def _drop_old(folder: Path) -> None:
 
 
 def _write(file: Path, seen: Observation) -> None:
-    arrays, counts = {}, {}
+    arrays, counts = dict[str, mx.array](), dict[str, int]()
     for first, s in seen.statistics.items():
-        arrays |= {f"{first}:hessian": s.hessian, f"{first}:mean_magnitude": s.mean_magnitude,
-                   f"{first}:largest": s.largest}
-        counts[first] = s.count
+        if isinstance(s, Statistics):
+            arrays |= {f"{first}:hessian": s.hessian, f"{first}:largest": s.largest,
+                       f"{first}:mean_magnitude": s.mean_magnitude}
+            counts[first] = s.count
     save_arrays(file, arrays, {"groups": json.dumps(seen.groups), "counts": json.dumps(counts),
                                "unseen": json.dumps(seen.unseen)})
 
