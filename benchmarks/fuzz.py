@@ -1,12 +1,12 @@
 """Feed mutated files to both parsers: they may end in an error of ours, in nothing else.
 
-    python benchmarks/fuzz.py [--count 100000] [--seconds 600]
+    python benchmarks/fuzz.py [--count 100000] [--seconds 600] [--bodies 10000]
 
 No other exception, no hang, no memory beyond what the file's size explains. GGUF files go through
 headers, configuration, names, shapes and tokenizer, safetensors folders through headers, index and
 configuration. A case is its number: it makes the mutations, so that a failure can be run again.
 Cases run in processes with a limit on memory, each case under a timer; a process that dies names
-the case it was at.
+the case it was at. Then mutated request bodies go to the server (``fuzz_bodies.py``).
 """
 
 import argparse
@@ -24,6 +24,7 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import fuzz_bodies
 import gguf
 import numpy as np
 from record import parser, save
@@ -229,6 +230,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--count", type=int, default=100_000)
     options.add_argument("--seconds", type=float, default=600)
+    options.add_argument("--bodies", type=int, default=10_000)
     options.add_argument("--first", type=int, default=0)
     options.add_argument("--chunk", type=int, nargs=2, help=argparse.SUPPRESS)
     a = options.parse_args()
@@ -252,12 +254,15 @@ def main() -> None:
         done = last - a.first
         print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s",
               file=sys.stderr, flush=True)
-    for failure in failures[:5]:
+    seconds = time.perf_counter() - start
+    server = fuzz_bodies.run(a.first, a.bodies, mutated)
+    wrong = failures + server["failures"]
+    for failure in wrong[:5]:
         print(failure["error"], file=sys.stderr)
-    print(save("fuzz", files=done, seconds=time.perf_counter() - start,
+    print(save("fuzz", files=done, seconds=seconds,
                outcomes=dict(sorted(outcomes.items())), most_bytes_taken=most[0],
-               by_a_file_of=most[1], failures=failures))
-    sys.exit(1 if failures else 0)
+               by_a_file_of=most[1], failures=failures, server=server))
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def make_app(model: LanguageModel, options: Options, engine: Engine) -> ASGIApp:
                 Route("/v1/completions", text, methods=["POST"]),
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/chat/completions", chat, methods=["POST"])],
-        exception_handlers={HTTPException: _refused, MlxquantError: _wrong})
+        exception_handlers={HTTPException: _refused, MlxquantError: _wrong,
+                            Exception: _failed})
     app = CORSMiddleware(app, allow_origins=options.origins, allow_methods=["*"],
                          allow_headers=["*"])
     return Boundary(app, options)
@@ -249,3 +250,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _wrong(request: Request, error: Exception) -> Response:
     return _error(400, str(error))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of ours; its traceback is on stderr."""
+    return _error(500, f"the server failed over this request: {type(error).__name__}")

@@ -59,7 +59,9 @@ def _text_only(value: Any) -> Any:
     return value
 
 
-def _tokens(value: dict[str, float]) -> dict[int, float]:
+def _tokens(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
     if not all(re.fullmatch("[0-9]{1,9}", key) for key in value):
         raise ValueError("must give a number for each token id")
     return {int(key): bias for key, bias in value.items()}
