@@ -1,7 +1,10 @@
-"""A few hundred of the mutated files of ``benchmarks/fuzz.py``, and proof that it would notice what it looks for."""
+"""A few hundred of the mutated inputs of ``benchmarks/fuzz.py``, and proof that it would notice
+what it looks for."""
 
 import signal
+import socket
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
+import fuzz_bodies
 
 
 @pytest.fixture
@@ -22,7 +26,8 @@ def fuzzer(tmp_path):
 
 def test_mutated_files_cause_nothing_but_our_errors(fuzzer):
     outcomes = {fuzzer.run(number) for number in range(600)}
-    assert {"gguf BadCheckpoint", "gguf accepted", "safetensors BadCheckpoint", "safetensors accepted"} <= outcomes
+    assert {"gguf BadCheckpoint", "gguf accepted",
+            "safetensors BadCheckpoint", "safetensors accepted"} <= outcomes
 
 
 def test_seeds_are_whole(fuzzer, monkeypatch):
@@ -41,3 +46,36 @@ def test_what_it_looks_for_is_noticed(fuzzer, monkeypatch):
     for parse, error in wrong:
         with pytest.raises(error):
             fuzzer._watched("test", parse, 100)
+
+
+def test_mutated_bodies_leave_the_server_sound():
+    made = fuzz_bodies.run(0, 300, fuzz.mutated)
+    assert made["failures"] == [] and sum(made["outcomes"].values()) == 300
+    assert made["outcomes"]["200"] > 50 and made["outcomes"]["400"] > 100
+
+
+def test_bodies_that_are_not_spoilt_are_answered(monkeypatch):
+    monkeypatch.setattr(fuzz_bodies, "spoil", lambda *_: None)
+    made = fuzz_bodies.run(1, 20, lambda data, *_: data)
+    assert made["outcomes"] == {"200": 20} and made["failures"] == []
+
+
+@pytest.mark.parametrize("answer, noticed", [
+    (b"HTTP/1.1 500 E\r\nContent-Length: 2\r\n\r\n{}", "500"), (b"", "RemoteDisconnected"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\ndata: ", "a stream that did not end"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "no choices"),
+    (b'HTTP/1.1 400 No\r\nContent-Length: 15\r\n\r\n{"error":"\\n\\n"}', "more than one line")])
+def test_what_a_server_must_not_say_is_noticed(answer, noticed):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def once():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 20)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=once)
+        thread.start()
+        server = fuzz_bodies.Server(listener.getsockname(), lambda data, *_: data)
+        server.run(1)
+        thread.join()
+    assert noticed in server.failures[0]["error"] and not server.outcomes
