@@ -11,11 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -84,7 +83,6 @@ class Server:
 
     def __init__(self, address: tuple[str, int], by_bytes):
         self._address, self._by_bytes = address, by_bytes
-        self._own = threading.local()
         self.outcomes: Counter = Counter()
         self.failures: list[dict] = []
 
@@ -99,34 +97,31 @@ class Server:
                 outcome = self._ask(path, data)
             self.outcomes[outcome] += 1
         except Exception as error:
-            self._own.connection = None
             self.failures.append({"case": number, "error": f"{type(error).__name__}: {error}"})
 
     def health(self) -> int:
-        connection = http.client.HTTPConnection(*self._address, timeout=SECONDS)
-        connection.request("GET", "/health")
-        return connection.getresponse().status
+        return self._send("GET", "/health")[0]
 
     def _ask(self, path: str, data: bytes) -> str:
-        connection = getattr(self._own, "connection", None)
-        if connection is None:
-            connection = self._own.connection = http.client.HTTPConnection(
-                *self._address, timeout=SECONDS)
-        connection.request("POST", path, data)
-        answer = connection.getresponse()
-        said = answer.read().decode()
-        if answer.status == 400:
+        status, said = self._send("POST", path, data)
+        if status == 400:
             reason = json.loads(said)["error"]
             if "\n" in reason:
                 raise ValueError(f"more than one line: {reason}")
-        elif answer.status != 200:
-            raise ValueError(f"{answer.status}: {said}")
+        elif status != 200:
+            raise ValueError(f"{status}: {said}")
         elif said.startswith(("data:", ":")):
             if not said.endswith("data: [DONE]\n\n"):
                 raise ValueError(f"a stream that did not end: {said[-200:]}")
         elif "choices" not in json.loads(said):
             raise ValueError(f"no choices: {said}")
-        return str(answer.status)
+        return str(status)
+
+    def _send(self, method: str, path: str, data: bytes | None = None) -> tuple[int, str]:
+        with closing(http.client.HTTPConnection(*self._address, timeout=SECONDS)) as connection:
+            connection.request(method, path, data)
+            with connection.getresponse() as answer:
+                return answer.status, answer.read().decode()
 
     def _leave(self, path: str, data: bytes) -> None:
         with socket.create_connection(self._address, timeout=SECONDS) as connection:

@@ -11,7 +11,6 @@ import time
 import urllib.request
 from contextlib import contextmanager
 
-import openai
 import pytest
 
 from mlxquant.server import Options
@@ -56,6 +55,7 @@ def client(address):
 
 
 def client_of(address):
+    openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
     return openai.OpenAI(base_url=f"{address.removesuffix('/v1')}/v1", api_key="none",
                          timeout=DEADLINE, max_retries=0)
 

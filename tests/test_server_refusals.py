@@ -5,9 +5,6 @@ import socket
 import urllib.error
 
 import pytest
-
-pytest.importorskip("openai", reason="OpenAI's client is not installed")
-
 import served
 from served import CHAT, post, raw, refusal, running
 from test_reply import TOOLS
