@@ -13,6 +13,7 @@ from mlxquant.server import BODY_LIMIT
 
 address, heard = served.address, served.heard  # fixtures
 
+
 @pytest.mark.parametrize("body, message", [
     ({"messages": "x"}, "messages must be a list"), ({}, "messages is missing"),
     ({"messages": []}, "messages must have at least 1"),
