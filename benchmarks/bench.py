@@ -24,7 +24,7 @@ import mlxquant
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
 from mlxquant.layers.dense import to_dense
-from mlxquant.layers.packed import pack
+from mlxquant.layers.pack import pack
 from mlxquant.machine import chips
 from mlxquant.machine.system import device
 from mlxquant.model.loading import LanguageModel, load

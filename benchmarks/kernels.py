@@ -37,6 +37,7 @@ from mlxquant.kernels import (
     replicated_tensor_cores,
 )
 from mlxquant.kernels.check import Case
+from mlxquant.kernels.matrix import Matrix
 from mlxquant.kernels.prepare_input import Layout
 from mlxquant.runtime.probe import read_ceiling
 
@@ -102,22 +103,23 @@ class Replicated:
     """Distinct random matrices of one shape, their scales, and an input."""
 
     def __init__(self, case: Case, cold: float = COLD):
-        self.case, self.levels = case, case.bits.levels
-        self.x, _, _, self.scales = replace(case, rows=8).draw()
+        self.case = case
+        self.x, small = replace(case, rows=8).draw()
         width = case.bits.code_bits
         words = case.inputs * width // 32
         self.count = max(8, round(cold / (case.rows * words * 4)))
-        self.codes = [mx.random.randint(0, 2**31 - 1, (case.rows, words // width, width))
-                      .astype(mx.uint32) for _ in range(self.count)]
-        self.replica_out = mx.random.normal((case.rows, case.replicas)).astype(case.dtype)
-        self.replica_out /= case.inputs
-        mx.eval(self.codes, self.replica_out)
+        codes = [mx.random.randint(0, 2**31 - 1, (case.rows, words // width, width))
+                 .astype(mx.uint32) for _ in range(self.count)]
+        out = mx.random.normal((case.rows, case.replicas)).astype(case.dtype) / case.inputs
+        mx.eval(codes, out)
+        self.scales = small.scales
+        self.matrices = [Matrix(words, out, self.scales) for words in codes]
 
     def kernels(self, names: list[str]) -> list[ModuleType]:
         """Those of ``names`` that serve this case on this machine."""
         case, tensor_cores = self.case, replicated_tensor_cores
         return [KERNELS[name] for name in names if KERNELS[name] is not tensor_cores
-                or tensor_cores.fits(self.scales, case.tokens, case.dtype)]
+                or tensor_cores.fits(self.matrices[0], case.tokens, case.dtype)]
 
     def times(self, kernel: ModuleType) -> dict[str, Any]:
         """Microseconds of one kernel, alone and in a chain with the preparation of its input."""
@@ -126,8 +128,8 @@ class Replicated:
         mx.eval(prepared)
 
         def product(i: int, prepared: mx.array) -> mx.array:
-            return kernel.multiply(prepared, self.codes[i % self.count], self.replica_out,
-                                   self.scales, self.levels, case.tokens, case.dtype)
+            return kernel.multiply(prepared, self.matrices[i % self.count], case.tokens,
+                                   case.dtype)
 
         def whole(i: int, x: mx.array) -> mx.array:
             return product(i, prepare_input.prepare(x, self.scales, layout))
@@ -142,16 +144,14 @@ class Replicated:
     def times_expanded(self) -> dict[str, Any]:
         """The way of a prompt: the codes expanded to a matrix, then one product."""
         def whole(i: int, x: mx.array) -> mx.array:
-            weight = expand_codes.expand(self.codes[i % self.count], self.replica_out, self.scales,
-                                         self.levels, self.case.dtype)
-            return prepare_input.rotated(x, self.scales).astype(x.dtype) @ weight.T
+            weight = expand_codes.expand(self.matrices[i % self.count], self.case.dtype)
+            return self.scales.rotated(x).astype(x.dtype) @ weight.T
 
         return dict(kernel="expand_codes, product", bytes=self.bytes(),
                     free_us=1e6 * seconds_per_step(free(whole, self.x), self.count))
 
     def bytes(self) -> int:
-        return replicated_matvec.bytes_moved(self.codes[0], self.replica_out, self.scales,
-                                             self.case.tokens, self.case.dtype)
+        return self.matrices[0].bytes_moved(self.case.tokens, self.case.dtype)
 
 
 def stock(bits: int, rows: int, inputs: int, tokens: int, cold: float = COLD) -> dict[str, Any]:
@@ -175,22 +175,20 @@ def stock(bits: int, rows: int, inputs: int, tokens: int, cold: float = COLD) ->
 
 def error(case: Case, kernel: ModuleType) -> float:
     """Relative error of a whole layer, one token, against a product in float64."""
-    x, codes, replica_out, scales = case.draw(1)
-    levels, inputs = case.bits.levels, case.inputs
+    x, drawn = case.draw(1)
+    scales, inputs = drawn.scales, case.inputs
     prepared = prepare_input.prepare(x, scales, layout_of(kernel, case))
-    found = kernel.multiply(prepared, codes, replica_out, scales, levels, 1, case.dtype)
-    matrix = np.array(code_order.unpack(codes, inputs), np.float64) - (levels - 1) / 2
-    matrix *= 2 if levels == 2 else 1
-    a = np.array(prepare_input.envelope(scales), np.float64)
-    if case.group:
-        a *= np.array(scales.column_scale, np.float64)[:, None]
+    found = kernel.multiply(prepared, drawn, 1, case.dtype)
+    codes = np.array(code_order.unpack(drawn.codes, inputs), np.float64)
+    matrix = case.bits.lowest + case.bits.distance * codes
+    a = np.array(scales.envelope(), np.float64)
     h = np.ones((1, 1))
     for _ in range(6):
         h = np.block([[h, h], [h, -h]])
     signs = np.array(hadamard.unpack_signs(scales.signs, inputs), np.float64)
     x64 = np.array(x.astype(mx.float32), np.float64)
     z = ((x64 * signs).reshape(-1, 64) @ h / 8).reshape(-1)
-    b = np.array(replica_out.astype(mx.float32), np.float64)
+    b = np.array(drawn.replica_out.astype(mx.float32), np.float64)
     expected = sum(matrix @ (a[:, k] * z) * b[:, k] for k in range(case.replicas))
     difference = np.array(found.astype(mx.float32), np.float64)[0] - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))

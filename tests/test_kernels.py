@@ -27,6 +27,7 @@ from mlxquant.kernels import (
 )
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.first_step import Gate, Norm
+from mlxquant.kernels.matrix import Matrix
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 KERNELS = [prepare_input, replicated_matvec, expand_codes]
@@ -38,6 +39,10 @@ SUBSET = [Case(Width.of(bits), *rest) for bits, *rest in [
     (2, 4, 0, 1024, 4, 1024, 1, F32), (2, 1, 0, 0, 2, 1, 1, F32), (4, 4, 0, 1, 2, 33, 8, F16)]]
 EVERYTHING = [Case(*case) for case in itertools.product(
     REPLICA_WIDTHS, (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (0, 64), (9,), (64, 1088), (1, 3, 8), (F32, F16, BF16))]
+MIXTURES = [Case(Width.of(bits), *rest) for bits, *rest in [
+    (2, 4, 0, 64, 13, 192, 1, F32, 4), (2, 8, 16, 64, 10, 192, 2, F16, 3),
+    ("ternary", 3, 8, 32, 5, 96, 3, BF16, 7), (3, 4, 0, 0, 7, 99, 1, F32, 2),
+    (1, 16, 64, 256, 6, 256, 2, F32, 5), (4, 2, 0, 64, 3, 320, 8, F16, 4)]]
 CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
 ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
 
@@ -86,7 +91,8 @@ def test_prepared_inputs_are_the_reference(emulation, case, prepare):
 def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype):
     """In float64, rounded to the type that a block's own operations give."""
     case = Case(Width.TWO, 3, 0, 32, 2, 608, 3, F32)
-    x, _, _, scales = case.draw()
+    x, matrix = case.draw()
+    scales = matrix.scales
     x, other, weight = x.astype(dtype), case.draw(1)[0].astype(dtype), case.draw(2)[0][0].astype(weight_dtype)
     layout, exact = replicated_matvec.layout(0), [np.array(a.astype(F32), np.float64) for a in (x, other, weight)]
     normed = exact[0] / np.sqrt((exact[0] ** 2).mean(1, keepdims=True) + 0.5) * exact[2]
@@ -100,23 +106,45 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
             assert backend.relative_error(found, reference) <= allowed
 
 
+def exact_product(case: Case, matrix: Matrix, rotated: np.ndarray) -> np.ndarray:
+    """y of one matrix in float64 from its definition, replica by replica."""
+    scales, codes = matrix.scales, matrix.codes.reshape(case.rows, *matrix.codes.shape[-2:])
+    levels = case.bits.lowest + case.bits.distance * np.arange(case.bits.levels)
+    dense = levels[np.array(code_order.unpack(codes, case.inputs))]
+    count = case.inputs // (case.group or 1) * case.replicas
+    a = np.array(scales.replica_in, np.float64)[:count].reshape(-1, case.replicas)
+    a = np.repeat(a, case.group or 1, axis=0)
+    if case.group:
+        a = a * np.array(scales.column_scale, np.float64)[:case.inputs, None]
+    b = np.array(matrix.replica_out.astype(F32), np.float64).reshape(case.rows, -1)
+    return sum(np.atleast_2d(rotated * a[:, k]) @ dense.T * b[:, k] for k in range(case.replicas))
+
+
+def near(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
+    difference = np.linalg.norm(np.array(found.astype(F32), np.float64) - expected)
+    assert difference <= ALLOWED[dtype] * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
-    x, codes, replica_out, scales = case.draw()
-    levels = case.bits.levels
-    prepared = prepare_input.reference(x, scales, replicated_matvec.layout(case.group))
-    y = replicated_matvec.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
-    grid = np.arange(levels) * (2 if levels == 2 else 1) - (1 if levels == 2 else (levels - 1) / 2)
-    matrix = grid[np.array(code_order.unpack(codes, case.inputs))]
-    a = np.repeat(np.array(scales.replica_in, np.float64)[:case.inputs // (case.group or 1) * case.replicas]
-                  .reshape(-1, case.replicas), case.group or 1, axis=0)
-    a = a * np.array(scales.column_scale, np.float64)[:case.inputs, None] if case.group else a
-    rotated = np.array(prepare_input.rotated(x, scales), np.float64)
-    b = np.array(replica_out.astype(F32), np.float64)
-    expected = sum((rotated * a[:, k]) @ matrix.T * b[:, k] for k in range(case.replicas))
-    found = np.array(y.astype(F32), np.float64)
-    assert np.linalg.norm(found - expected) <= ALLOWED[case.dtype] * np.linalg.norm(expected)
+    x, matrix = case.draw()
+    prepared = prepare_input.reference(x, matrix.scales, replicated_matvec.layout(case.group))
+    y = replicated_matvec.multiply(prepared, matrix, case.tokens, case.dtype)
+    near(y, exact_product(case, matrix, np.array(matrix.scales.rotated(x), np.float64)), case.dtype)
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=str)
+def test_each_pair_goes_through_its_own_expert(emulation, case):
+    assert check._experts(case) <= ALLOWED[case.dtype]
+    x, stack = case.draw()
+    layout, chosen = replicated_matvec.layout(case.group), case.chosen()
+    prepared = prepare_input.prepare(x, stack.scales, layout, experts=chosen)
+    y = replicated_matvec.multiply(prepared, stack, len(chosen), case.dtype, chosen)
+    rotated = np.array(stack.scales.rotated(x), np.float64)
+    expected = [exact_product(case, stack.part(slice(expert, expert + 1)), rotated[pair // 3])
+                for pair, expert in enumerate(chosen.tolist())]
+    near(y, np.concatenate(expected), case.dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -131,7 +159,7 @@ def test_expanded_codes_are_the_reference(emulation, case):
     (prepare_input, "if (column < n) {", "if (column < padded) {", OutOfBounds),
     (prepare_input, "if (column >= padded) continue;", "", OutOfBounds),
     (prepare_input, "at < n ? ", "at < n + 512 ? ", OutOfBounds),
-    (prepare_input, "(2 * token + 1) * n", "(2 * token + 2) * n", OutOfBounds),
+    (prepare_input, "(2 * row + 1) * n", "(2 * row + 2) * n", OutOfBounds),
     (expand_codes, "if (whole) weight", "weight", Unsettled),  # the neighbour row's first element
 ], ids=["chunk", "row", "unwritten", "input", "output", "square", "up", "odd"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wrong, complaint):
@@ -142,6 +170,22 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
     with pytest.raises(complaint):
         for run in runs:
             run(Case(Width.THREE, 4, 0, 0, 13, 99, 1, F16))  # prepared for tensor cores too: 128 inputs in a block
+
+
+@pytest.mark.parametrize("module, correct, wrong", [
+    (replicated_matvec, "static_cast<size_t>(expert)", "static_cast<size_t>(expert + 1)"),
+    (replicated_matvec, "(expert * groups", "((expert + 1) * groups"),
+    (replicated_matvec, "= expert * rows", "= (expert + 1) * rows"),
+    (prepare_input, "column_scale[expert * n", "column_scale[(expert + 1) * n"),
+    (prepare_input, "token / sizes[4]", "token"),
+    (expand_codes, "static_cast<size_t>(expert)", "static_cast<size_t>(expert + 1)"),
+    (expand_codes, "int j = expert * n", "int j = (expert + 1) * n"),
+], ids=["codes", "sums", "out", "column", "row", "expanded codes", "expanded scales"])
+def test_an_expert_beyond_the_last_is_seen(emulation, monkeypatch, module, correct, wrong):
+    assert correct in module._BODY
+    monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
+    with pytest.raises(OutOfBounds):
+        check._experts(Case(Width.TWO, 8, 16, 64, 10, 192, 2, F16, experts=3))
 
 
 def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsys, tmp_path):
@@ -163,7 +207,7 @@ def test_a_layer_that_asks_again_reads_no_file(monkeypatch, tmp_path):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path))
     monkeypatch.setattr(backend, "_answers", {})
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    monkeypatch.setattr(check, "_worst", lambda kernel: 0.5)
+    monkeypatch.setattr(check._Check, "worst", lambda self: 0.5)
     reads, read = [], backend._read
     monkeypatch.setattr(backend, "_read", lambda path: reads.append(path) or read(path))
     assert check.trusted("expand_codes")
@@ -172,12 +216,12 @@ def test_a_layer_that_asks_again_reads_no_file(monkeypatch, tmp_path):
 
 
 def test_no_kernel_is_trusted_without_a_gpu():
-    assert not any(check.trusted(name) for name in check._CHECKS) or backend.has_gpu()
+    assert not any(check.trusted(name) for name in check.CHECKS) or backend.has_gpu()
 
 
 def test_the_table_of_all_kernels_shows_what_agrees_and_what_does_not(emulation, monkeypatch):
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    monkeypatch.setattr(check, "comparisons", lambda: [
+    monkeypatch.setattr(check, "pending", lambda: [
         ("replicated_matvec", "small", 1e-5, lambda: check._matvec(SUBSET[5])),
         ("worse", "small", 1e-5, lambda: 0.5), ("broken", "small", 1e-5, lambda: 1 / 0)])
     result = CliRunner().invoke(app, ["check", "--json"])

@@ -15,7 +15,8 @@ from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
 from mlxquant.layers import outline, repeated, traffic
 from mlxquant.layers.blocks import held_bytes
-from mlxquant.layers.packed import NormDoneByReader, PackedGroup, PackedLinear, PackedMLP, pack
+from mlxquant.layers.pack import pack
+from mlxquant.layers.packed import NormInReader, PackedGroup, PackedLinear, PackedMLP
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.layers.traffic import leaf_modules
@@ -99,7 +100,7 @@ def test_one_token_costs_each_group_two_dispatches(monkeypatch):
 
     monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
     count("prepare", (prepare_input, lambda x, scales, layout, first: x))
-    count("multiply", (replicated_matvec, lambda x, codes, *a: mx.zeros((len(x), len(codes)))))
+    count("multiply", (replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows))))
     _, packed = packed_and_stored(bits=2, replicas=4)
     x = mx.zeros((1, 1, 64))
     readers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
@@ -140,7 +141,7 @@ def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
 def test_a_whole_packed_model_is_the_stored_one(on_kernels, form):
     stored, packed = network_of(form), pack(network_of(form))
     kinds = [type(module) for module in packed.modules()]
-    assert kinds.count(NormDoneByReader) == (0 if form == "granite" else 4)
+    assert kinds.count(NormInReader) == (0 if form == "granite" else 4)
     assert kinds.count(PackedMLP) == (0 if form in OTHERS else 2)
     assert backend.relative_error(one_by_one(packed), one_by_one(stored)) < 1e-5
 
@@ -168,7 +169,7 @@ def test_a_part_of_a_model_over_machines_adds_up_before_the_residual():
     """Layers whose results are added over machines keep their own way: here, of one machine."""
     packed = pack(distributed.shard(network_of(), "tiny", mx.distributed.init()))
     kinds = {type(module) for module in packed.modules()}
-    assert distributed.AddedReplicated in kinds and NormDoneByReader in kinds and PackedMLP not in kinds
+    assert distributed.AddedReplicated in kinds and NormInReader in kinds and PackedMLP not in kinds
     assert backend.relative_error(one_by_one(packed), one_by_one(network_of())) < 1e-5
 
 
@@ -177,7 +178,7 @@ def test_a_fused_norm_counts_once_and_stays_by_its_path():
     weights = {path: module.weight for path, module in fused.named_modules() if isinstance(module, nn.RMSNorm)}
     apart.model_type = "unknown"
     pack(fused), pack(apart)
-    assert not any(isinstance(module, (NormDoneByReader, PackedMLP)) for module in apart.modules())
+    assert not any(isinstance(module, (NormInReader, PackedMLP)) for module in apart.modules())
     held = dict(tree_flatten(fused.parameters()))
     assert all(held[f"{path}.weight"] is weight for path, weight in weights.items())
     for count in (held_bytes, traffic.body_bits_per_weight, traffic.parameters,
@@ -202,7 +203,7 @@ def test_one_token_costs_each_block_eight_dispatches_beside_attention(monkeypatc
 
     monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
     count("prepare", prepare_input, lambda x, scales, layout, first: x)
-    count("multiply", replicated_matvec, lambda x, codes, *a: mx.zeros((len(x), len(codes))))
+    count("multiply", replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows)))
     count("rms_norm", mx.fast)
     for module in (llama, first_step):
         count("swiglu", module)

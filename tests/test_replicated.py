@@ -67,7 +67,7 @@ def dense64(layer, codes):
 def test_codes_survive_packing(bits, columns):
     assert [bits.lowest + bits.distance * c for c in range(bits.levels)] == LEVELS[bits]
     codes = np.random.default_rng(columns).integers(0, len(LEVELS[bits]), (3, columns))
-    packed, empty = pack_codes(mx.array(codes), bits), empty_codes(3, columns, bits)
+    packed, empty = pack_codes(mx.array(codes), bits), empty_codes((3, columns), bits)
     assert (packed.shape, packed.dtype) == (empty.shape, empty.dtype)
     np.testing.assert_array_equal(np.array(unpack_codes(packed, bits, columns)), codes)
 

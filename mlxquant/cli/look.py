@@ -195,11 +195,11 @@ def _lanes(as_json: bool) -> None:
 @app.command(epilog="Example: mlxquant check")
 def check(as_json: option.AsJson = False) -> None:
     """Hold every GPU kernel against its reference on this machine."""
-    from mlxquant.kernels.check import comparisons, outcomes
+    from mlxquant.kernels.check import comparisons, pending
 
-    total, found = len(comparisons()), []
+    total, found = len(pending()), []
     with progress("kernels") as advance:
-        for outcome in outcomes():
+        for outcome in comparisons():
             found.append(outcome)
             advance(len(found), total, outcome.error or 0.0)
     if as_json:

@@ -1,8 +1,9 @@
-"""One kernel body for Metal and CUDA, built on first use and believed only after it agreed with its reference.
+"""One kernel body for Metal and CUDA, built on first use and believed only after it agreed with its
+reference.
 
-Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the preludes
-below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION`` and ``UNROLL``. Buffers have at
-least 8 elements: Metal puts smaller ones into another address space.
+Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
+preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION`` and
+``UNROLL``. Buffers have at least 8 elements: Metal puts smaller ones into another address space.
 """
 
 import functools
@@ -36,7 +37,9 @@ using uint = unsigned int;
     (uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, \\
            blockIdx.z * blockDim.z + threadIdx.z})
 template <class To> inline __device__ To as_type(uint x) { return __uint_as_float(x); }
-template <class T> inline __device__ T simd_shuffle_xor(T x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+template <class T> inline __device__ T simd_shuffle_xor(T x, int mask) {
+    return __shfl_xor_sync(~0u, x, mask);
+}
 inline __device__ float simd_sum(float x) {
     for (int mask = 16; mask; mask >>= 1) x += __shfl_xor_sync(~0u, x, mask);
     return x;
@@ -55,12 +58,21 @@ def is_cuda() -> bool:
     return has_gpu() and not mx.metal.is_available()
 
 
-def build(name: str, inputs: list[str], outputs: list[str], body: str, header: str = ""):
-    """MLX's kernel object for ``body``; ``header`` holds functions that it calls."""
+def build(name: str, inputs: list[str], outputs: list[str], body: str, header: str = "", *,
+          mixture: bool = False) -> Callable[..., list[mx.array]]:
+    """MLX's kernel object for ``body``; ``header`` holds functions that it calls. ``EXPERT(i)`` in
+    the body is the number of a mixture's expert, read from a further input ``experts`` at i, or 0
+    where the kernel is for no mixture."""
+    if mixture:
+        name, inputs = f"{name}_experts", [*inputs, "experts"]
+    header = f"#define EXPERT(i) {'int(experts[i])' if mixture else '0'}\n{header}"
+    made: Callable[..., list[mx.array]]
     if mx.metal.is_available():
-        return mx.fast.metal_kernel(f"mlxquant_{name}", inputs, outputs, body, _METAL + header,
+        made = mx.fast.metal_kernel(f"mlxquant_{name}", inputs, outputs, body, _METAL + header,
                                     compile_options={"math_mode": "fast"})
-    return mx.fast.cuda_kernel(f"mlxquant_{name}", inputs, outputs, body, _CUDA + header)
+    else:
+        made = mx.fast.cuda_kernel(f"mlxquant_{name}", inputs, outputs, body, _CUDA + header)
+    return made
 
 
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
@@ -99,15 +111,16 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
-def _read(path) -> dict:
+def _read(path: Path) -> dict[str, bool]:
     try:
-        return json.loads(path.read_text())
+        known: dict[str, bool] = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return known
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:
     """‖found − expected‖ / ‖expected‖ in float32; infinite where something is not a number."""
     difference = (found - expected).astype(mx.float32).square().sum().sqrt()
-    error = (difference / expected.astype(mx.float32).square().sum().sqrt()).item()
+    error = float((difference / expected.astype(mx.float32).square().sum().sqrt()).item())
     return error if error == error else float("inf")

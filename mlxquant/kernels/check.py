@@ -1,14 +1,16 @@
-"""Each kernel against its reference, on this machine: at first use, and all of them for ``mlxquant check``."""
+"""Each kernel against its reference, on this machine: at first use, and all of them for
+``mlxquant check``."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 
 from mlxquant.codes import hadamard
-from mlxquant.codes.spec import REPLICA_WIDTHS
+from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.kernels import (
     backend,
@@ -21,15 +23,18 @@ from mlxquant.kernels import (
     replicated_tensor_cores,
 )
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.kernels.prepare_input import Scales
+from mlxquant.kernels.matrix import Matrix, Scales
+from mlxquant.kernels.prepare_input import Layout
 
 HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
 _ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}
+_ALL, _SIXTEEN_BITS = (mx.float32, mx.float16, mx.bfloat16), (mx.float16, mx.bfloat16)
+MIXTURE = "replicated_experts"  # all kernels of a mixture's experts, in the order of a token
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One comparison; ``error`` is null where the kernel did not run, and ``complaint`` says why."""
+class Comparison:
+    """One kernel and case; ``error`` is null where it did not run, and ``complaint`` says why."""
 
     kernel: str
     case: str
@@ -44,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """A random replicated matrix and an input for it."""
+    """A random replicated matrix, or so many ``experts``, and an input for it."""
 
     bits: Width
     replicas: int
@@ -54,30 +59,41 @@ class Case:
     inputs: int
     tokens: int
     dtype: mx.Dtype
+    experts: int = 0
 
     def __str__(self) -> str:
         shape = f"{self.bits} bit K{self.replicas} " + f"G{self.group} " * bool(self.group)
-        return f"{shape}{self.rows}×{self.inputs}, {self.tokens} tokens, {str(self.dtype).split('.')[-1]}"
+        size = f"{self.experts}×" * bool(self.experts) + f"{self.rows}×{self.inputs}"
+        return f"{shape}{size}, {self.tokens} tokens, {str(self.dtype).split('.')[-1]}"
 
-    def draw(self, seed: int = 0) -> tuple[mx.array, mx.array, mx.array, Scales]:
-        """x (tokens, n), codes in the kernels' order, B (m, K), and what siblings share."""
+    def draw(self, seed: int = 0) -> tuple[mx.array, Matrix]:
+        """x (tokens, n), and a matrix for it."""
         random = np.random.default_rng(seed)
 
         def normal(*shape: int) -> mx.array:
             return mx.array(random.normal(size=shape).astype(np.float32))
 
-        shape = self.rows, self.inputs
-        codes = mx.array(random.integers(0, self.bits.levels, shape).astype(np.uint8))
+        stack = (self.experts,) * bool(self.experts)
+        rows = self.rows * (self.experts or 1)
+        codes = mx.array(random.integers(0, self.bits.levels, (rows, self.inputs), np.uint8))
         scales = Scales.of(
-            self.inputs, self.replicas, self.group, self.rotation,
-            normal(self.inputs // (self.group or 1), self.replicas), normal(self.inputs) if self.group else None,
+            self.inputs, ReplicaShape(self.bits, self.replicas, self.group, self.rotation),
+            normal(*stack, self.inputs // (self.group or 1), self.replicas),
+            normal(*stack, self.inputs) if self.group else None,
             hadamard.pack_signs(hadamard.random_signs(self.inputs, seed)) if self.rotation else None)
         words = code_order.pack(codes, self.bits.code_bits)
-        kept = self.dtype if self.dtype != mx.float32 else mx.float16
-        return normal(self.tokens, self.inputs).astype(self.dtype), words, normal(self.rows, self.replicas).astype(kept), scales
+        out = normal(*stack, self.rows, self.replicas)
+        matrix = Matrix(words.reshape(*stack, self.rows, *words.shape[1:]),
+                        out if self.dtype == mx.float32 else out.astype(self.dtype), scales)
+        return normal(self.tokens, self.inputs).astype(self.dtype), matrix
+
+    def chosen(self, of_each: int = 3) -> mx.array:
+        """The experts that each token in turn goes to, (tokens · ``of_each``,)."""
+        size = self.tokens * of_each
+        return mx.array(np.random.default_rng(1).integers(0, self.experts, size).astype(np.uint32))
 
 
-def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Case]:
+def _cases(dtypes: tuple[mx.Dtype, ...] = _ALL) -> Iterator[Case]:
     """Every width and dtype, plain and grouped, sizes that fill nothing up, several tokens."""
     for dtype in dtypes:
         for bits in REPLICA_WIDTHS:
@@ -87,19 +103,27 @@ def _cases(dtypes: tuple = (mx.float32, mx.float16, mx.bfloat16)) -> Iterator[Ca
         yield Case(Width.TWO, 16, 64, 256, 33, 2304, 4, dtype)
 
 
+def _mixtures(dtypes: tuple[mx.Dtype, ...] = _ALL) -> Iterator[Case]:
+    """The same of experts."""
+    for dtype in dtypes:
+        for bits in REPLICA_WIDTHS:
+            yield Case(bits, 4, 0, 64, 19, 320, 1, dtype, experts=5)
+            yield Case(bits, 8, 16, 64, 24, 192, 3, dtype, experts=4)
+
+
 def _prepare(case: Case) -> float:
-    x, _, _, scales = case.draw()
-    return _preparation(case, x, scales, AS_IS)
+    x, matrix = case.draw()
+    return _preparation(case, x, matrix.scales, AS_IS)
 
 
 def _prepare_normed(case: Case) -> float:
-    x, _, _, scales = case.draw()
-    return _preparation(case, 3 * x, scales, Norm(mx.abs(case.draw(1)[0][0]), 0.1))  # an eps that shows
+    x, matrix = case.draw()  # an eps that shows
+    return _preparation(case, 3 * x, matrix.scales, Norm(mx.abs(case.draw(1)[0][0]), 0.1))
 
 
 def _prepare_gated(case: Case) -> float:
-    gate, _, _, scales = case.draw()
-    return _preparation(case, mx.concatenate([gate, case.draw(1)[0]], axis=1), scales, Gate())
+    gate, matrix = case.draw()
+    return _preparation(case, mx.concatenate([gate, case.draw(1)[0]], axis=1), matrix.scales, Gate())
 
 
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
@@ -107,7 +131,8 @@ def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
     return max(backend.relative_error(prepare_input.prepare(x, scales, layout, first),
-                                      prepare_input.reference(x, scales, layout, first)) for layout in layouts)
+                                      prepare_input.reference(x, scales, layout, first))
+               for layout in layouts)
 
 
 def _matvec(case: Case) -> float:
@@ -119,65 +144,83 @@ def _tensor_cores(case: Case) -> float:
                     replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
 
 
-def _product(case: Case, kernel, layout: prepare_input.Layout) -> float:
+def _product(case: Case, kernel: ModuleType, layout: Layout) -> float:
     """Of the matrix kernel alone: its input is prepared by the reference."""
-    x, codes, replica_out, scales = case.draw()
-    levels = case.bits.levels
-    prepared = prepare_input.reference(x, scales, layout)
-    y = kernel.multiply(prepared, codes, replica_out, scales, levels, case.tokens, case.dtype)
+    x, matrix = case.draw()
+    prepared = prepare_input.reference(x, matrix.scales, layout)
+    y = kernel.multiply(prepared, matrix, case.tokens, case.dtype)
     with mx.stream(mx.cpu):  # a GPU's own products may round float32 to 10 bits
-        return backend.relative_error(y, replicated_matvec.reference(
-            prepare_input.rotated(x, scales), codes, replica_out, scales, levels, mx.float32))
+        return backend.relative_error(y, matrix.product(matrix.scales.rotated(x), mx.float32))
 
 
 def _expand(case: Case) -> float:
-    _, codes, replica_out, scales = case.draw()
-    levels = case.bits.levels
-    found = expand_codes.expand(codes, replica_out, scales, levels, case.dtype)
+    _, matrix = case.draw()
+    found = expand_codes.expand(matrix, case.dtype)
     with mx.stream(mx.cpu):
-        return backend.relative_error(found, replicated_matvec.reference(
-            mx.eye(case.inputs), codes, replica_out, scales, levels, mx.float32).T)
+        return backend.relative_error(found, matrix.dense())
 
 
-_CHECKS: dict[str, tuple[Callable[[Case], float], tuple]] = {
-    AsIs.kernel: (_prepare, (mx.float32, mx.float16, mx.bfloat16)),
-    Norm.kernel: (_prepare_normed, (mx.float32, mx.float16, mx.bfloat16)),
-    Gate.kernel: (_prepare_gated, (mx.float32, mx.float16, mx.bfloat16)),
-    "replicated_matvec": (_matvec, (mx.float32, mx.float16, mx.bfloat16)),
-    "replicated_tensor_cores": (_tensor_cores, (mx.float16, mx.bfloat16)),
-    "expand_codes": (_expand, (mx.float32, mx.float16, mx.bfloat16)),
-}
+def _experts(case: Case) -> float:
+    """The preparation, of a gate too, the product and the expansion."""
+    x, matrix = case.draw()
+    layout, chosen = replicated_matvec.layout(case.group), case.chosen()
+    prepared = prepare_input.reference(x, matrix.scales, layout, AS_IS, chosen)
+    y = replicated_matvec.multiply(prepared, matrix, len(chosen), case.dtype, chosen)
+    gated = mx.concatenate([x, case.draw(1)[0]], axis=1)
+    with mx.stream(mx.cpu):
+        expected = matrix.product(matrix.scales.rotated(x), mx.float32, chosen)
+    return max(_expand(case), backend.relative_error(y, expected), *(
+        backend.relative_error(prepare_input.prepare(given, matrix.scales, layout, first, chosen),
+                               prepare_input.reference(given, matrix.scales, layout, first, chosen))
+        for given, first in ((x, AS_IS), (gated, Gate()))))
 
 
-def comparisons() -> list[tuple[str, str, float, Callable[[], float]]]:
-    """(kernel, case, allowed error, how to find the error) of all that this machine can compare; none without a GPU."""
+@dataclass(frozen=True)
+class _Check:
+    """How a kernel's error in a case is found, and the cases it serves."""
+
+    error_of: Callable[[Case], float]
+    cases: Callable[[tuple[mx.Dtype, ...]], Iterator[Case]] = _cases
+    dtypes: tuple[mx.Dtype, ...] = _ALL
+
+    def worst(self) -> float:
+        """The largest error in a few cases, in units of what is allowed."""
+        return max(self.error_of(case) / _ALLOWED[case.dtype]
+                   for case in self.cases(self.dtypes[:2])
+                   if case.bits is Width.TWO and case.replicas in (4, 8))
+
+
+CHECKS = {AsIs.kernel: _Check(_prepare), Norm.kernel: _Check(_prepare_normed),
+          Gate.kernel: _Check(_prepare_gated), "replicated_matvec": _Check(_matvec),
+          "replicated_tensor_cores": _Check(_tensor_cores, dtypes=_SIXTEEN_BITS),
+          "expand_codes": _Check(_expand), MIXTURE: _Check(_experts, _mixtures)}
+
+
+def pending() -> list[tuple[str, str, float, Callable[[], float]]]:
+    """(kernel, case, allowed error, how to find the error) of all that this machine can compare;
+    none without a GPU."""
     if not backend.has_gpu():
         return []
     made = [("column_sweep", "70×64, 4 levels", column_sweep.TIES, column_sweep.disagreement),
             ("read_ceiling", "192 kB", 0.0, read_ceiling.disagreement)]
-    for kernel, (error_of, dtypes) in _CHECKS.items():
+    for kernel, check in CHECKS.items():
         if kernel != "replicated_tensor_cores" or backend.is_cuda():
-            made += [(kernel, str(case), _ALLOWED[case.dtype], partial(error_of, case)) for case in _cases(dtypes)]
+            made += [(kernel, str(case), _ALLOWED[case.dtype], partial(check.error_of, case))
+                     for case in check.cases(check.dtypes)]
     return made
 
 
-def outcomes() -> Iterator[Outcome]:
-    """What ``comparisons`` give, one by one."""
-    for kernel, case, allowed, find_error in comparisons():
+def comparisons() -> Iterator[Comparison]:
+    """What is ``pending``, one by one."""
+    for kernel, case, allowed, find_error in pending():
         try:
-            yield Outcome(kernel, case, find_error(), allowed)
+            yield Comparison(kernel, case, find_error(), allowed)
         except Exception as failure:  # a compiler's complaints have no common type
-            yield Outcome(kernel, case, None, allowed, str(failure).strip().split("\n")[0])
+            complaint = str(failure).strip().split("\n")[0]
+            yield Comparison(kernel, case, None, allowed, complaint)
 
 
 def trusted(kernel: str) -> bool:
-    """Whether ``kernel`` may be used here: on a GPU on which it agreed with its reference, tried once per chip
-    and MLX version on two of the cases above."""
-    return backend.has_gpu() and backend.trusted(kernel, partial(_worst, kernel), 1.0)
-
-
-def _worst(kernel: str) -> float:
-    """The largest error, in units of what is allowed."""
-    error_of, dtypes = _CHECKS[kernel]
-    cases = [case for case in _cases(dtypes[:2]) if case.bits is Width.TWO and case.replicas in (4, 8)]
-    return max(error_of(case) / _ALLOWED[case.dtype] for case in cases)
+    """Whether ``kernel`` may be used here: on a GPU on which it agreed with its reference, tried
+    once per chip and MLX version on a few of the cases above."""
+    return backend.has_gpu() and backend.trusted(kernel, CHECKS[kernel].worst, 1.0)

@@ -39,6 +39,10 @@ template <int BITS>
 FUNCTION int pair_shift(int pair) {
     return BITS == 3 ? (pair == 15 ? 0 : 3 * (pair % 5)) : BITS * (pair % (16 / BITS));
 }
+template <int BITS, int LEVELS>
+FUNCTION float2 decode_pair_floats(const THREAD uint* words, int pair) {
+    return decode_floats<BITS, LEVELS>(pair_word<BITS>(words, pair), pair_shift<BITS>(pair));
+}
 """
 
 

@@ -2,63 +2,71 @@
 
     W_ij = C_ij Σ_k b_ik a_jk        (what takes R x)
 
-A thread has one pair of inputs in several rows, so that lanes write neighbours and A stays in registers. It reads
-the codes, A and B and writes 2 bytes a weight, which is most of its time.
+A thread has one pair of inputs in several rows, so that lanes write neighbours and A stays in
+registers. It reads the codes, A and B and writes 2 bytes a weight, which is most of its time.
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.prepare_input import Scales, sizes
+from mlxquant.kernels.matrix import Matrix, sizes
 
 _BODY = """
     const int rows = sizes[0], chunks = sizes[1], n = sizes[2];
     const int pair = thread_position_in_grid.x, row0 = thread_position_in_grid.y * ROWS;
+    const int expert = thread_position_in_grid.z;
     const int chunk = pair / 16, p = pair % 16, column = 2 * pair;
     if (column >= n || row0 >= rows) return;
     const bool whole = column + 1 < n;
+    const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
     float a[2][K];
     UNROLL for (int k = 0; k < K; ++k) {
         UNROLL for (int i = 0; i < 2; ++i) {
-            const int j = whole ? column + i : column;
-            a[i][k] = replica_in[j / (GROUP ? GROUP : 1) * K + k] * (GROUP ? column_scale[j] : 1.0f);
+            const int j = expert * n + (whole ? column + i : column);
+            const float c = GROUP ? column_scale[j] : 1.0f;
+            a[i][k] = replica_in[j / (GROUP ? GROUP : 1) * K + k] * c;
         }
     }
     for (int row = row0; row < min(row0 + ROWS, rows); ++row) {
-        const int at = (row * chunks + chunk) * BITS;
+        const int at = (row * chunks + chunk) * BITS, out = expert * rows + row;
         uint words[4];
-        UNROLL for (int i = 0; i < BITS; ++i) words[i] = codes[at + i];
-        const float2 level = decode_floats<BITS, LEVELS>(pair_word<BITS>(words, p), pair_shift<BITS>(p));
+        UNROLL for (int i = 0; i < BITS; ++i) words[i] = own[at + i];
+        const float2 level = decode_pair_floats<BITS, LEVELS>(words, p);
         float first = 0.0f, second = 0.0f;
         UNROLL for (int k = 0; k < K; ++k) {
-            const float b = static_cast<float>(replica_out[row * K + k]);
+            const float b = static_cast<float>(replica_out[out * K + k]);
             first += b * a[0][k];
             second += b * a[1][k];
         }
         const float unit = LEVELS == 2 ? 2.0f : 1.0f;
-        const auto to = static_cast<size_t>(row) * n + column;
+        const auto to = static_cast<size_t>(out) * n + column;
         weight[to] = static_cast<T>(unit * level.x * first);
         if (whole) weight[to + 1] = static_cast<T>(unit * level.y * second);
     }
 """
+_INPUTS = ["codes", "replica_out", "replica_in", "column_scale", "sizes"]
 _ROWS, _THREADS = 8, 128
 
 
-def expand(codes: mx.array, replica_out: mx.array, scales: Scales, levels: int, dtype: mx.Dtype) -> mx.array:
-    """W (m, n) in ``dtype`` of ``codes`` (m, chunks, b) in kernels' order and B (m, K)."""
-    rows, chunks, bits = codes.shape
-    pairs = -(-scales.inputs // 2)
-    return _kernel()(
-        inputs=[codes, replica_out, scales.replica_in, scales.column_scale, sizes(rows, chunks, scales.inputs)],
-        template=[("T", dtype), ("BITS", bits), ("LEVELS", levels), ("K", scales.replicas), ("GROUP", scales.group),
-                  ("ROWS", _ROWS)],
-        grid=(-(-pairs // _THREADS) * _THREADS, -(-rows // _ROWS), 1), threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(rows, scales.inputs)], output_dtypes=[dtype])[0]
+def expand(matrix: Matrix, dtype: mx.Dtype) -> mx.array:
+    """``matrix.dense()`` in ``dtype``: (m, n), or (E, m, n) of experts."""
+    scales, rows = matrix.scales, matrix.rows
+    spec, inputs, stack = scales.spec, scales.inputs, scales.experts or 1
+    pairs = -(-inputs // 2)
+    made: mx.array = _kernel()(
+        inputs=[matrix.codes, matrix.replica_out, scales.replica_in, scales.column_scale,
+                sizes(rows, matrix.chunks, inputs)],
+        template=[("T", dtype), ("BITS", matrix.code_bits), ("LEVELS", spec.bits.levels),
+                  ("K", spec.replicas), ("GROUP", spec.replica_group), ("ROWS", _ROWS)],
+        grid=(-(-pairs // _THREADS) * _THREADS, -(-rows // _ROWS), stack),
+        threadgroup=(_THREADS, 1, 1), output_shapes=[(*matrix.replica_out.shape[:-1], inputs)],
+        output_dtypes=[dtype])[0]
+    return made
 
 
 @functools.cache
-def _kernel():
-    return backend.build("expand_codes", ["codes", "replica_out", "replica_in", "column_scale", "sizes"], ["weight"],
-                         _BODY, code_order.DECODE)
+def _kernel() -> Callable[..., list[mx.array]]:
+    return backend.build("expand_codes", _INPUTS, ["weight"], _BODY, code_order.DECODE)

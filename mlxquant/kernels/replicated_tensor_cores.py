@@ -1,30 +1,35 @@
-"""Replicated codes times up to eight tokens on NVIDIA's tensor cores: the arithmetic of K replicas at the price of one.
+"""Replicated codes times up to eight tokens on NVIDIA's tensor cores: the arithmetic of K replicas at
+the price of one.
 
     P[i, u] = Σ_j C_ij X_uj,  u = (t, k)        y[t, i] = Σ_k b_ik P[i, (t, k)]
 
-The same product as ``replicated_matvec.py``. An ``mma.m16n8k16`` takes 16 rows of decoded codes and 8 vectors u, so
-eight uses of a code cost what one does. The order of the summed-over inputs is free: a lane decodes runs of
-neighbouring inputs of the rows g and g + 8 straight into its part of the operand, two codes by one mask:
-(word >> s) & 0x00030003 | 0x64006400 is 1024 + code in both halves of a float16 pair; one multiply-add takes
-1024 away and makes it 2·code − top, exactly. As the mantissa has room (10 bits, bfloat16 7), codes are masked where they
-lie, from bit 1 up (at bit 0 the constant would not fit), and the multiply-add also divides by their power of
-two: one shift serves several pairs. Sums are float32.
+The same product as ``replicated_matvec.py``. An ``mma.m16n8k16`` takes 16 rows of decoded codes and
+8 vectors u, so eight uses of a code cost what one does. The order of the summed-over inputs is
+free: a lane decodes runs of neighbouring inputs of the rows g and g + 8 straight into its part of
+the operand, two codes by one mask: (word >> s) & 0x00030003 | 0x64006400 is 1024 + code in both
+halves of a float16 pair; one multiply-add takes 1024 away and makes it 2·code − top, exactly. As
+the mantissa has room (10 bits, bfloat16 7), codes are masked where they lie, from bit 1 up (at bit
+0 the constant would not fit), and the multiply-add also divides by their power of two: one shift
+serves several pairs. Sums are float32.
 
-Warps of a block share its 16 rows and take blocks of inputs in turn, with a ring of asynchronous copies under way in
-each; their sums, times B, meet in shared memory.
-Based on the operand layouts of PTX's ``mma``; the idea of decoding into them is Marlin's (arXiv 2408.11743).
+Warps of a block share its 16 rows and take blocks of inputs in turn, with a ring of asynchronous
+copies under way in each; their sums, times B, meet in shared memory. Based on the operand layouts
+of PTX's ``mma``; the idea of decoding into them is Marlin's (arXiv 2408.11743).
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.prepare_input import Layout, Scales, sizes
+from mlxquant.kernels.matrix import Matrix, sizes
+from mlxquant.kernels.prepare_input import Layout
 
 
 def _pair(scalar: str, pair: str, both: str, operand: str, power: str, mantissa: int) -> str:
-    """What the kernel needs to know of a 16-bit type: its pairs, a power of two that codes fit into, its product."""
+    """What the kernel needs to know of a 16-bit type: its pairs, a power of two that codes fit into,
+    its product."""
     return f"""
 template <> struct Pair<{scalar}> {{
     using type = {pair};
@@ -32,8 +37,9 @@ template <> struct Pair<{scalar}> {{
     static constexpr int mantissa = {mantissa};
     static __device__ type both(float x) {{ return {both}(x); }}
     static __device__ void multiply(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {{
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, "
-            "{{%0,%1,%2,%3}};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32 "
+            "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }}
 }};
@@ -51,13 +57,16 @@ inline __device__ uint decode_pair(const uint* words, int p) {
     const uint word = pair_word<BITS>(words, p);
     const int shift = pair_shift<BITS>(p), room = P::mantissa / BITS * BITS;
     const int at = shift % room ? shift % room : 1, mask = ((1 << BITS) - 1) << at;
-    uint coded = ((at > shift ? word << (at - shift) : word >> (shift - at)) & (mask | mask << 16)) | P::power;
+    const uint moved = at > shift ? word << (at - shift) : word >> (shift - at);
+    uint coded = (moved & (mask | mask << 16)) | P::power;
     const float scale = 2.0f / (1 << at), offset = (1 << P::mantissa) * scale + (LEVELS - 1);
-    const auto level = __hfma2(reinterpret_cast<typename P::type&>(coded), P::both(scale), P::both(-offset));
+    const auto level = __hfma2(reinterpret_cast<typename P::type&>(coded), P::both(scale),
+                               P::both(-offset));
     return reinterpret_cast<const uint&>(level);
 }
-// Copies the codes of a run into shared memory without waiting: what is loaded into registers, the compiler moves
-// down to its first use, and waits there for memory. A lane reads back only what it copied itself.
+// Copies the codes of a run into shared memory without waiting: what is loaded into registers, the
+// compiler moves down to its first use, and waits there for memory. A lane reads back only what it
+// copied itself.
 template <int WORDS> inline __device__ void copy_run(uint* to, const uint* from) {
     const uint at = static_cast<uint>(__cvta_generic_to_shared(to));
     if constexpr (WORDS == 4) {
@@ -119,7 +128,8 @@ _BODY = """
         uint words[2][4];
         UNROLL for (int row = 0; row < 2; ++row) {
             const uint4 run = *reinterpret_cast<const uint4*>(ring[warp][stage][row][lane]);
-            words[row][0] = run.x, words[row][1] = run.y, words[row][2] = run.z, words[row][3] = run.w;
+            words[row][0] = run.x, words[row][1] = run.y;
+            words[row][2] = run.z, words[row][3] = run.w;
         }
         copy(stage, block + AHEAD * WARPS);
         use(words, block);
@@ -130,7 +140,8 @@ _BODY = """
             const int u = tile * 8 + quad * 2 + i % 2;
             if (u < vectors) {
                 const float b = static_cast<float>(replica_out[(i < 2 ? low : high) * K + u % K]);
-                const float sum = CHAINS == 2 ? sums[0][tile][i] + sums[1][tile][i] : sums[0][tile][i];
+                float sum = sums[0][tile][i];
+                if (CHAINS == 2) sum += sums[CHAINS - 1][tile][i];
                 shared[warp][i < 2 ? g : g + 8][u] = b * sum;
             }
         }
@@ -141,10 +152,12 @@ _BODY = """
         float y = 0.0f;
         for (int w = 0; w < WARPS; ++w)
             for (int k = 0; k < K; ++k) y += shared[w][row][token * K + k];
-        if (row0 + row < rows) out[(long long)token * rows + row0 + row] = static_cast<T>(LEVELS == 2 ? y : 0.5f * y);
+        if (row0 + row < rows)
+            out[(long long)token * rows + row0 + row] = static_cast<T>(LEVELS == 2 ? y : 0.5f * y);
     }
 """
 MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
+_INPUTS = ["prepared", "codes", "replica_out", "sizes"]
 _ROWS = 16
 _MANY_ROWS = 8192
 
@@ -154,32 +167,36 @@ def layout(bits: int, dtype: mx.Dtype) -> Layout:
     return Layout(lanes=4, run=code_order.RUN[bits], piece=8, dtype=dtype, expand=True)
 
 
-def fits(scales: Scales, tokens: int, dtype: mx.Dtype) -> bool:
-    """Whether this kernel serves a call: on CUDA, in 16 bits, for few enough tokens."""
-    return dtype != mx.float32 and tokens * scales.replicas <= MOST_USES and backend.is_cuda()
+def fits(matrix: Matrix, tokens: int, dtype: mx.Dtype) -> bool:
+    """Whether this kernel serves a call: on CUDA, in 16 bits, for few enough tokens, and for one
+    matrix."""
+    return (dtype != mx.float32 and tokens * matrix.scales.spec.replicas <= MOST_USES
+            and matrix.scales.experts is None and backend.is_cuda())
 
 
-def multiply(prepared: mx.array, codes: mx.array, replica_out: mx.array, scales: Scales, levels: int, tokens: int,
-             dtype: mx.Dtype) -> mx.array:
+def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype) -> mx.array:
     """y (tokens, m) in ``dtype``, float16 or bfloat16; as ``replicated_matvec.multiply``."""
-    rows, chunks, bits = codes.shape
-    runs = chunks * code_order.CHUNK // code_order.RUN[bits]
+    spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
+    run = code_order.RUN[bits]
+    runs = matrix.chunks * code_order.CHUNK // run
     warps, ahead = launch_shape(rows, runs)
-    return _kernel()(
-        inputs=[prepared, codes, replica_out, sizes(rows, runs)],
-        template=[("T", dtype), ("BITS", bits), ("LEVELS", levels), ("K", scales.replicas), ("RUN", code_order.RUN[bits]),
-                  ("TOKENS", tokens), ("WARPS", warps), ("AHEAD", ahead)],
+    y: mx.array = _kernel()(
+        inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs)],
+        template=[("T", dtype), ("BITS", bits), ("LEVELS", spec.bits.levels),
+                  ("K", spec.replicas), ("RUN", run), ("TOKENS", tokens), ("WARPS", warps),
+                  ("AHEAD", ahead)],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
+    return y
 
 
 def launch_shape(rows: int, runs: int) -> tuple[int, int]:
-    """(warps that share 16 rows, blocks of inputs that each has under way): of seven tried on an H100 the fastest in a
-    chain (``benchmarks/LOG.md``); few rows leave the chip room for more under way."""
+    """(warps that share 16 rows, blocks of inputs that each has under way): of seven tried on an
+    H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more
+    under way."""
     return min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
 
 
 @functools.cache
-def _kernel():
-    return backend.build("replicated_tensor_cores", ["prepared", "codes", "replica_out", "sizes"], ["out"], _BODY,
-                         _HEADER)
+def _kernel() -> Callable[..., list[mx.array]]:
+    return backend.build("replicated_tensor_cores", _INPUTS, ["out"], _BODY, _HEADER)

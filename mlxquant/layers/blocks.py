@@ -49,6 +49,14 @@ def find_blocks(network: nn.Module) -> list[Block]:
             if size >= _LEAST_SHARE * max(sizes) for block in blocks]
 
 
+def blocks_or_itself(network: nn.Module) -> list[Block]:
+    """The network's blocks; where it has none, the network as one."""
+    try:
+        return find_blocks(network)
+    except Unsupported:
+        return [Block("", network)]
+
+
 def _lists(path: str, module: nn.Module) -> Iterator[list[Block]]:
     """The lists of modules below ``module`` that are inside no other such list."""
     for name, child in module.children().items():

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 
 
@@ -45,7 +46,7 @@ def expand_replicated(network: nn.Module) -> nn.Module:
         if isinstance(module, ReplicaInput):
             above, _, name = path.rpartition(".")
             del modules[above][name]
-    return _expand(network, ReplicatedLinear)
+    return _expand(network, Replicated)
 
 
 def _fold_transforms(network: nn.Module) -> nn.Module:
@@ -60,15 +61,29 @@ def _fold_transforms(network: nn.Module) -> nn.Module:
     return network
 
 
-def _expand(network: nn.Module, kind: type[GroupedLinear] | type[ReplicatedLinear]) -> nn.Module:
+def _expand(network: nn.Module, kind: type[GroupedLinear] | type[Replicated]) -> nn.Module:
     made = []
     for path, module in network.named_modules():
         if isinstance(module, kind):
-            rows, columns = module.shape
-            linear = nn.Linear(columns, rows, bias="bias" in module)
-            linear.weight = module.dense()
+            linear = _dense_linear(module)
             if "bias" in module:
                 linear.bias = module.bias
             made.append((path, linear))
     network.update_modules(tree_unflatten(made))
     return network
+
+
+def _dense_linear(module: GroupedLinear | Replicated) -> nn.Module:
+    """The layer of mlx-lm that computes the same from dense weights, but for the bias."""
+    *experts, rows, columns = module.shape
+    if not isinstance(module, ReplicatedSwitchLinear):
+        linear = nn.Linear(columns, rows, bias=False)
+        linear.weight = module.dense()
+        return linear
+    linear = SwitchLinear(1, 1, 1, bias=False)
+    weights = []
+    for expert in range(*experts):  # one at a time: what that takes in between would add up
+        weights.append(module.dense(mx.array([expert])))
+        mx.eval(weights[-1])
+    linear.weight = mx.concatenate(weights)
+    return linear

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes
 
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
@@ -98,7 +99,7 @@ def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
         for linear in entry["linears"]:
             below = f"{above}.{linear}" if above else linear
             linears[linear] = found.pop(below, None)  # so that no other entry takes it too
-            if not isinstance(linears[linear], nn.Linear):
+            if not isinstance(linears[linear], (nn.Linear, SwitchLinear)):
                 raise BadCheckpoint(f"config.json describes {below}, which is no linear layer of the model")
         shape = {key: value for key, value in entry.items() if key != "linears"}
         try:

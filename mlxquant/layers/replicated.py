@@ -1,4 +1,4 @@
-"""A linear layer whose codes are read once and used K times under different scales.
+"""Linear layers whose codes are read once and used K times under different scales.
 
     y = Σ_k b_k ∘ (C (a_k ∘ R x)) = W x  with  W = (C ∘ (B Aᵀ)) R
 
@@ -10,10 +10,12 @@ replicas can share each group's partial sums.
 
 Siblings (q, k, v; gate, up) read the same input and share what belongs to it,
 R and A: the ``ReplicaInput``, a module of its own beside them (``self_attn.qkv``).
+
+The experts of a mixture are a stack: each has C, B and A of its own, with the
+number E of experts in front of their shapes, and R is one for all.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +25,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes import hadamard
 from mlxquant.codes.packing import empty_codes, unpack_codes
 from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers.memo import Elsewhere, Kept, MadeOnce
 
 
 class ReplicaInput(nn.Module):
@@ -30,21 +33,24 @@ class ReplicaInput(nn.Module):
 
     ``replica_in`` (n, K) is A itself or, grouped, (n / G, K) with ``column_scale`` (n,):
     A[j, k] = column_scale[j] · replica_in[j // G, k]. ``rotation_signs``, ⌈n / 8⌉ bytes,
-    are there where the shape has a rotation. Raises ``BadValue`` where the shape does
-    not divide ``inputs``; ``path`` names the layer in its message.
+    are there where the shape has a rotation. ``experts`` is None, or the number E of experts
+    of which the siblings are stacks. Raises ``BadValue`` where the shape does not divide
+    ``inputs``; ``path`` names the layer in its message.
     """
 
-    def __init__(self, inputs: int, spec: ReplicaShape, path: str = "the layer"):
+    def __init__(self, inputs: int, spec: ReplicaShape, path: str = "the layer",
+                 experts: int | None = None):
         super().__init__()
         spec.check(inputs, path)
-        self.inputs, self.spec = inputs, spec
-        self.replica_in = mx.zeros((inputs // (spec.replica_group or 1), spec.replicas))
+        self.inputs, self.spec, self.experts = inputs, spec, experts
+        stack = () if experts is None else (experts,)
+        self.replica_in = mx.zeros((*stack, inputs // (spec.replica_group or 1), spec.replicas))
         if spec.replica_group:
-            self.column_scale = mx.zeros(inputs)
+            self.column_scale = mx.zeros((*stack, inputs))
         if spec.rotation_block:
             self.rotation_signs = hadamard.pack_signs(mx.ones(inputs))
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
-        self._signs, self._rotated = _Kept(), MadeOnce()
+        self._signs, self._rotated = Kept(), MadeOnce()
 
     @property
     def stored_bytes(self) -> int:
@@ -52,178 +58,208 @@ class ReplicaInput(nn.Module):
         return sum(array.nbytes for array in self.parameters().values())
 
     def operations(self) -> int:
-        """Additions per token: those of the rotation, n·log₂(block)."""
-        return self.spec.rotation_additions(self.inputs)
+        """Additions per token: those of the rotation, n·log₂(block); for each expert again."""
+        return self.spec.rotation_additions(self.inputs) * (self.experts or 1)
 
-    def envelope(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """A (n, K), computed in ``dtype``."""
-        scales = mx.repeat(self.replica_in.astype(dtype), self.inputs // len(self.replica_in), axis=0)
-        return scales * self.column_scale.astype(dtype)[:, None] if "column_scale" in self else scales
+    def envelope(self, dtype: mx.Dtype = mx.float32, experts: mx.array | None = None) -> mx.array:
+        """A (n, K), computed in ``dtype``; of a stack (E, n, K), or those of ``experts`` alone."""
+        def some(array: mx.array) -> mx.array:
+            return (array if experts is None else array[experts]).astype(dtype)
 
-    def rotate(self, x: mx.array, reader: nn.Module | None = None) -> mx.array:
+        group = self.spec.replica_group or 1
+        scales = mx.repeat(some(self.replica_in), group, axis=-2)
+        return scales * some(self.column_scale)[..., None] if "column_scale" in self else scales
+
+    def rotate(self, x: mx.array, sibling: int | None = None) -> mx.array:
         """R x of ``x`` (…, n), in its dtype; ``x`` itself where there is no rotation.
 
-        ``reader`` is the sibling that asks: it gets what was made for another one that
-        was handed the very same array. Only an array changed in place between two
+        ``sibling`` is the number of the one that asks: it gets what was made for another one
+        that was handed the very same array. Only an array changed in place between two
         siblings goes unnoticed.
         """
         if "rotation_signs" not in self:
             return x
-        if reader is None:
+        if sibling is None:
             return self._rotate(x)
-        return self._rotated.get(x, reader, self._rotate)
+        rotated: mx.array = self._rotated.get((x,), sibling, self._rotate)
+        return rotated
 
     def unrotate_weight(self, weight: mx.array) -> mx.array:
-        """W R of ``weight`` (m, n), in its dtype: what takes x where W takes R x."""
+        """W R of ``weight`` (…, n), in its dtype: what takes x where W takes R x."""
         if "rotation_signs" not in self:
             return weight
-        return hadamard.unrotate_weight(weight, self._unpacked(weight.dtype), self.spec.rotation_block)
+        return hadamard.unrotate_weight(weight, self._unpacked(weight.dtype),
+                                        self.spec.rotation_block)
 
     def _rotate(self, x: mx.array) -> mx.array:
         return hadamard.rotate(x, self._unpacked(x.dtype), self.spec.rotation_block)
 
     def _unpacked(self, dtype: mx.Dtype) -> mx.array:
-        return self._signs.get(self.rotation_signs, dtype,
-                               lambda bits: hadamard.unpack_signs(bits, self.inputs, dtype))
+        return self._signs.get(self.rotation_signs, lambda bits: hadamard.unpack_signs(
+            bits, self.inputs, dtype), dtype)
 
 
-class ReplicatedLinear(nn.Module):
-    """y = W x + bias with W = (C ∘ (B Aᵀ)) R, for an input of which ``shared`` holds A and R.
+class Replicated(nn.Module):
+    """A matrix of replicated codes, or a stack of experts', for the input ``shared``.
 
     ``codes`` (m, ⌈n·bits / 32⌉) uint32 or, ternary, (m, ⌈n / 5⌉) uint8 (see
     ``codes/packing.py``) do not train; ``replica_out`` (m, K) is B; ``bias`` (m,).
+    Of a stack all have the number of experts in front. ``sibling`` is its number among those
+    that share the input.
     """
 
-    def __init__(self, outputs: int, shared: ReplicaInput, bias: bool = False):
+    def __init__(self, outputs: int, shared: ReplicaInput, bias: bool = False, sibling: int = 0):
         super().__init__()
-        # Past Module, which would make it a child: its parameters are those of the group alone.
-        object.__setattr__(self, "_input", shared)
-        self.codes = empty_codes(outputs, shared.inputs, shared.spec.bits)
-        self.replica_out = mx.zeros((outputs, shared.spec.replicas))
+        rows = (outputs,) if shared.experts is None else (shared.experts, outputs)
+        self._input, self.sibling = Elsewhere(shared), sibling
+        self.codes = empty_codes((*rows, shared.inputs), shared.spec.bits)
+        self.replica_out = mx.zeros((*rows, shared.spec.replicas))
         if bias:
-            self.bias = mx.zeros(outputs)
+            self.bias = mx.zeros(rows)
         self.freeze(recurse=False, keys="codes")
-        self._levels: _Kept | None = None
+        self._levels: Kept | None = None
 
     @property
     def input(self) -> ReplicaInput:
         """What this layer shares with its siblings."""
-        return self._input
+        return self._input.module
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.codes), self._input.inputs
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), or (E, m, n)."""
+        return *self.replica_out.shape[:-1], self.input.inputs
 
     @property
     def weight_count(self) -> int:
-        return len(self.codes) * self._input.inputs
+        return int(self.replica_out.size // self.input.spec.replicas * self.input.inputs)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of its codes and scales, as held; what it shares and its bias apart."""
-        return self.codes.nbytes + self.replica_out.nbytes
+        return int(self.codes.nbytes + self.replica_out.nbytes)
 
     def operations(self) -> int:
-        """Multiply-adds per token: K per weight, grouped 1 + K / G."""
-        return self._input.spec.multiply_adds(self.weight_count)
+        """Multiply-adds per token: K per weight, grouped 1 + K / G; of a stack those of all."""
+        return self.input.spec.multiply_adds(self.weight_count)
 
     def keep_levels(self) -> int:
         """Unpack the codes once and for all, as training wants; returns the bytes that takes.
 
         They are held as int8, one byte per weight, until ``codes`` is replaced.
         """
-        self._levels = _Kept()
-        mx.eval(self._doubled_levels())
+        self._levels = Kept()
+        mx.eval(self._doubled_levels(None))
         return self.weight_count
 
-    def scaled_levels(self, dtype: mx.Dtype) -> mx.array:
-        """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: what takes R x."""
-        scales = self.replica_out.astype(dtype) @ self._input.envelope(dtype).T
-        return self._doubled_levels().astype(dtype) * 0.5 * scales
+    def scaled_levels(self, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
+        """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: what takes R x. Of a stack (E, m, n), or
+        those of ``experts`` alone."""
+        out = self.replica_out if experts is None else self.replica_out[experts]
+        scales = out.astype(dtype) @ self.input.envelope(dtype, experts).swapaxes(-1, -2)
+        return self._doubled_levels(experts).astype(dtype) * 0.5 * scales
 
-    def dense(self) -> mx.array:
-        """W (m, n) in float32, rotation included: what takes x."""
-        return self._input.unrotate_weight(self.scaled_levels(mx.float32))
+    def dense(self, experts: mx.array | None = None) -> mx.array:
+        """W (m, n) in float32, rotation included: what takes x. Of a stack (E, m, n), or those of
+        ``experts`` alone."""
+        return self.input.unrotate_weight(self.scaled_levels(mx.float32, experts))
+
+    def _doubled_levels(self, experts: mx.array | None) -> mx.array:
+        """2 C as int8, exact where levels are halves."""
+        if self._levels is not None:
+            levels = self._levels.get(self.codes, self._unpack)
+            return levels if experts is None else levels[experts]
+        return self._unpack(self.codes if experts is None else self.codes[experts])
+
+    def _unpack(self, codes: mx.array) -> mx.array:
+        bits = self.input.spec.bits
+        codes = unpack_codes(codes, bits, self.input.inputs).astype(mx.int8)
+        # On a CPU 60 times a look-up's speed.
+        return codes * round(2 * bits.distance) + round(2 * bits.lowest)
+
+
+class ReplicatedLinear(Replicated):
+    """y = W x + bias with W = (C ∘ (B Aᵀ)) R, in the place of an ``nn.Linear``."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """y (…, m) of ``x`` (…, n), in its dtype. One product with W: for many tokens that is
         cheaper than K, and for one it is the reference that a kernel must agree with."""
-        y = self._input.rotate(x, self) @ self.scaled_levels(x.dtype).T
+        y = self.input.rotate(x, self.sibling) @ self.scaled_levels(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
-    def _doubled_levels(self) -> mx.array:
-        """2 C as int8, exact where levels are halves."""
-        if self._levels is None:
-            return self._unpack(self.codes)
-        return self._levels.get(self.codes, None, self._unpack)
 
-    def _unpack(self, codes: mx.array) -> mx.array:
-        bits = self._input.spec.bits
-        codes = unpack_codes(codes, bits, self._input.inputs).astype(mx.int8)
-        return codes * round(2 * bits.distance) + round(2 * bits.lowest)  # on a CPU 60 times a look-up's speed
+class ReplicatedSwitchLinear(Replicated):
+    """y = W_e x + bias_e for the experts e that are chosen, in the place of mlx-lm's
+    ``SwitchLinear``, whose call and attributes it has."""
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.codes.shape[0])
+
+    @property
+    def output_dims(self) -> int:
+        return int(self.codes.shape[1])
+
+    @property
+    def input_dims(self) -> int:
+        return self.input.inputs
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """y (…, l, m) of ``x`` (…, l, n), in its dtype, with the matrices that ``indices`` (…)
+        name; what stands before l and n in x's shape broadcasts against them.
+
+        It is computed in float32, since MLX gathers no bfloat16 matrices on a CPU. Few tokens
+        expand the chosen matrices, many all of them, once.
+        """
+        z = self.input.rotate(x, self.sibling).astype(mx.float32)
+        if indices.size <= self.num_experts:
+            chosen = self.scaled_levels(mx.float32, indices.reshape(-1))
+            y = z @ chosen.reshape(*indices.shape, *chosen.shape[1:]).swapaxes(-1, -2)
+        else:
+            y = mx.gather_mm(z, self.scaled_levels(mx.float32).swapaxes(-1, -2),
+                             rhs_indices=indices, sorted_indices=sorted_indices)
+        if "bias" in self:
+            y = y + mx.expand_dims(self.bias[indices], -2)
+        return y.astype(x.dtype)
 
 
-def bits_per_weight(linears: Iterable[ReplicatedLinear]) -> float:
+def stacked(experts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
+    """The tensors of replicated experts, given each expert's as those of a layer by itself: stacks
+    of them, but for the signs of the rotation, which must be the same for all."""
+    return {name: array if name.endswith("rotation_signs") else
+            mx.stack([tensors[name] for tensors in experts])
+            for name, array in experts[0].items()}
+
+
+def bits_per_weight(linears: Iterable[Replicated]) -> float:
     """Stored bits per weight of ``linears``, what they share counted once; biases apart."""
     linears = list(linears)
     inputs = {id(linear.input): linear.input for linear in linears}
-    stored = sum(module.stored_bytes for module in [*linears, *inputs.values()])
+    stored = sum(linear.stored_bytes for linear in linears)
+    stored += sum(shared.stored_bytes for shared in inputs.values())
     return 8 * stored / sum(linear.weight_count for linear in linears)
 
 
-def install_group(parent: nn.Module, name: str, linears: dict[str, nn.Linear],
+def install_group(parent: nn.Module, name: str, linears: dict[str, nn.Module],
                   spec: ReplicaShape) -> ReplicaInput:
-    """Put empty replicated layers in the place of ``linears``, and their input as ``name`` beside them.
+    """Put empty replicated layers in the place of ``linears``, and their input as ``name`` beside
+    them.
 
-    ``linears`` are layers by their path below ``parent`` that read the same input. Raises
-    ``BadValue`` where the name is taken or the layers do not fit together or the shape.
+    ``linears`` are layers by their path below ``parent`` that read the same input, all of them
+    ``nn.Linear`` or all ``SwitchLinear``. Raises ``BadValue`` where the name is taken or the
+    layers do not fit together or the shape.
     """
     if hasattr(parent, name):
-        raise BadValue(f"{name} is taken in {type(parent).__name__}; allowed is a name it does not have")
-    widths = {path: linear.weight.shape[1] for path, linear in linears.items()}
-    if len(set(widths.values())) != 1:
+        raise BadValue(f"{name} is taken in {type(parent).__name__}; allowed is a name it does "
+                       "not have")
+    shapes = {path: linear.weight.shape for path, linear in linears.items()}
+    if len({(*shape[:-2], shape[-1]) for shape in shapes.values()}) != 1:
+        widths = {path: shape[-1] if len(shape) == 2 else shape for path, shape in shapes.items()}
         raise BadValue(f"the layers of {name} have {widths} inputs; allowed is one width for all")
-    inputs = next(iter(widths.values()))
-    shared = ReplicaInput(inputs, spec, ", ".join(linears))
-    made = [(path, ReplicatedLinear(len(linear.weight), shared, "bias" in linear))
-            for path, linear in linears.items()]
+    *experts, _, inputs = next(iter(shapes.values()))
+    shared = ReplicaInput(inputs, spec, ", ".join(linears), *experts)
+    kind = ReplicatedSwitchLinear if experts else ReplicatedLinear
+    made = [(path, kind(linear.weight.shape[-2], shared, "bias" in linear, number))
+            for number, (path, linear) in enumerate(linears.items())]
     parent.update_modules(tree_unflatten(made))
     setattr(parent, name, shared)
     return shared
-
-
-class _Kept:
-    """What was made of one array, until another is asked about.
-
-    A plain object, because MLX counts every array of a module as its state.
-    """
-
-    def __init__(self):
-        self._entry = (None, None, None)
-
-    def get(self, source: mx.array, variant, make: Callable[[mx.array], mx.array]) -> mx.array:
-        kept, as_variant, made = self._entry
-        if kept is not source or as_variant != variant:
-            made = make(source)
-            self._entry = (source, variant, made)
-        return made
-
-
-class MadeOnce:
-    """What siblings share of the last x, such as R x, for as long as x lives and for each reader once.
-
-    A weak reference, so that no activation or tracer outlives its call. A reader that
-    asks again for the same array gets it made anew: it may have changed in place.
-    """
-
-    def __init__(self):
-        self._forget()
-
-    def get(self, x: mx.array, reader: nn.Module, make: Callable[[mx.array], mx.array]) -> mx.array:
-        if self._x is None or self._x() is not x or id(reader) in self._readers:
-            self._x, self._made, self._readers = weakref.ref(x, self._forget), make(x), set()
-        self._readers.add(id(reader))
-        return self._made
-
-    def _forget(self, _=None) -> None:
-        self._x, self._made, self._readers = None, None, set()

@@ -11,17 +11,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxquant.base.errors import Unsupported
-from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.blocks import blocks_or_itself
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.packed import PackedGroup
+from mlxquant.layers.packed import PackedCodes
+from mlxquant.layers.packed_experts import PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
-from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 
-_OURS = (GroupedLinear, PackedGroup, ReplicatedLinear)
+_OURS = (GroupedLinear, PackedCodes, Replicated)
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-_EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+_EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedSwitchLinear)
 # How configurations and routers call the number of experts that a token is sent to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k", "top_k_experts", "moe_topk",
            "moe_top_k", "moe_k")
@@ -46,7 +46,7 @@ class Part:
 
     def operations(self) -> float:
         """Multiply-adds for one token in one pass."""
-        if isinstance(self.module, (PackedGroup, ReplicatedLinear, ReplicaInput)):
+        if isinstance(self.module, (PackedCodes, Replicated, ReplicaInput)):
             return self.module.operations() * self.share()
         looked_up = isinstance(self.module, _EMBEDDINGS) and self.pool > 1
         return 0 if looked_up else weight_count(self.module) * self.share()
@@ -120,7 +120,7 @@ def active_parameters(network: nn.Module) -> int:
 def body_bits_per_weight(network: nn.Module) -> float:
     """Stored bits per weight of the blocks' matrices, with scales and all that goes with them;
     biases, embedding and head apart."""
-    body = [module for block in _blocks(network) for module in block.module.modules()]
+    body = [module for block in blocks_or_itself(network) for module in block.module.modules()]
     matrices = [m for m in body if weight_count(m) and ("weight" not in m or m.weight.ndim >= 2)]
     stored = [array.nbytes for module in matrices for name, array in own_arrays(module).items()
               if name != "bias" and not ("weight" in module and array.ndim == 1)]
@@ -156,7 +156,7 @@ def head_of(network: nn.Module) -> nn.Module | None:
     """What turns hidden states into logits: the module outside the blocks that holds a matrix of
     as many rows as an embedding has, or, where there is none, the first embedding itself. In a
     prompt only the last token goes through it."""
-    inside = tuple(f"{block.path}." for block in _blocks(network))
+    inside = tuple(f"{block.path}." for block in blocks_or_itself(network))
     outside = [module for path, module in [*leaf_modules(network), ("", network)]
                if not f"{path}.".startswith(inside)]
     embeddings = [module for module in outside if isinstance(module, _EMBEDDINGS)]
@@ -182,14 +182,6 @@ def kv_bytes(cache: list[Any]) -> int:
     return round(total)
 
 
-def _blocks(network: nn.Module) -> list[Block]:
-    """The network's blocks; where it has none, itself."""
-    try:
-        return find_blocks(network)
-    except Unsupported:
-        return [Block("", network)]
-
-
 def _is_quantised(module: nn.Module) -> bool:
     """Whether ``weight`` holds packed codes of MLX's own."""
     return "scales" in module and "weight" in module and hasattr(module, "bits")
@@ -200,12 +192,14 @@ def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int
     above, inside, _ = path.rpartition(".experts.")
     if inside and isinstance(experts := modules[above].get("experts"), list):
         return len(experts)
+    if isinstance(module, (PackedCodes, ReplicaInput)):
+        return module.experts or 1
     if not isinstance(module, _EXPERTS):
         return 1
     # Beside ordinary matrices it is one matrix in groups, of which every token uses all.
     beside = modules[path.rpartition(".")[0]].children().values()
     mixed = any(weight_count(m) for m in beside if isinstance(m, nn.Module)
-                and not isinstance(m, _EXPERTS))
+                and not isinstance(m, (*_EXPERTS, PackedCodes)))
     return 1 if mixed else int(module.num_experts)
 
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.memo import Kept
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16
@@ -100,7 +101,7 @@ class TransformedLinear(nn.Module):
         self.inputs = _inputs(linear)
         self.rotation_block = rotation_block
         self.activation = None
-        self._signs = _Signs()
+        self._signs = Kept()
         if input_scale is not None:
             self.input_scale = _checked("input_scale", input_scale, self.inputs)
         if (rotation_signs is None) != (rotation_block is None):
@@ -147,8 +148,7 @@ class TransformedLinear(nn.Module):
         if "input_scale" in self:
             x = x * self.input_scale.astype(x.dtype)
         if "rotation_signs" in self:
-            signs = self._signs.unpacked(self.rotation_signs, self.inputs, x.dtype)
-            x = rotate(x, signs, self.rotation_block)
+            x = rotate(x, self._unpacked(x.dtype), self.rotation_block)
         if self.activation is not None:
             codes, step = round_activation(x, self.activation, self.get("activation_scale"))
             x = (codes * step).astype(x.dtype)
@@ -158,12 +158,15 @@ class TransformedLinear(nn.Module):
         """W R diag(input_scale) of ``weight`` (m, n), in its dtype: what takes x where W takes the
         transformed input, rounding apart."""
         if "rotation_signs" in self:
-            signs = self._signs.unpacked(self.rotation_signs, self.inputs, weight.dtype)
-            weight = unrotate_weight(weight, signs, self.rotation_block)
+            weight = unrotate_weight(weight, self._unpacked(weight.dtype), self.rotation_block)
         return weight * self.input_scale.astype(weight.dtype) if "input_scale" in self else weight
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(self.transform(x))
+
+    def _unpacked(self, dtype: mx.Dtype) -> mx.array:
+        return self._signs.get(self.rotation_signs, lambda bits: unpack_signs(
+            bits, self.inputs, dtype), dtype)
 
     def _set_activation(self, activation: ActivationSpec) -> None:
         self.activation = replace(activation, scale=None)  # the parameter holds it
@@ -171,21 +174,6 @@ class TransformedLinear(nn.Module):
             if activation.scale is None:
                 raise BadValue("a static activation needs its scale, a positive number")
             self.activation_scale = mx.array([float(activation.scale)])
-
-
-class _Signs:
-    """The unpacked signs of a layer, kept until its packed ones are replaced.
-
-    A plain object, because MLX counts every array of a module as its state.
-    """
-
-    def __init__(self):
-        self._packed = self._signs = None
-
-    def unpacked(self, packed: mx.array, n: int, dtype: mx.Dtype) -> mx.array:
-        if self._packed is not packed or self._signs.dtype != dtype:
-            self._packed, self._signs = packed, unpack_signs(packed, n, dtype)
-        return self._signs
 
 
 def _inputs(linear: nn.Module) -> int:

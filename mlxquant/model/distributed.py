@@ -19,10 +19,10 @@ from mlxquant.codes import hadamard
 from mlxquant.codes.packing import pack_codes, unpack_codes
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import RepeatedBlock
-from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 
-_WHOLE = (GroupedLinear, TransformedLinear, RepeatedBlock)
+_WHOLE = (GroupedLinear, ReplicatedSwitchLinear, TransformedLinear, RepeatedBlock)
 
 
 def shard(network: nn.Module, name: str, group: Any) -> nn.Module:

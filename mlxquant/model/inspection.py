@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlxquant.codes.spec import Whole
 from mlxquant.layers import traffic
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.replicated import ReplicatedLinear
+from mlxquant.layers.replicated import Replicated
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
@@ -54,7 +54,7 @@ def inspect_folder(folder: Path) -> Inspection:
     """Describe a validated model folder."""
     network, config = open_lazily(folder)
     modules = traffic.leaf_modules(network)
-    matrices = [(path, m) for path, m in modules if isinstance(m, (GroupedLinear, ReplicatedLinear))
+    matrices = [(path, m) for path, m in modules if isinstance(m, (GroupedLinear, Replicated))
                 or ("weight" in m and m.weight.ndim >= 2)]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
     layers = [_layer(path, module, transformed) for path, module in matrices]
@@ -78,7 +78,7 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
         group = module.group_size
         width = group.name.lower() if isinstance(group, Whole) else f"g{group}"
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
-    if isinstance(module, ReplicatedLinear):
+    if isinstance(module, Replicated):
         bits = module.input.spec.bits.value
         return Layer(path, _replicated(module), bits, list(module.shape), size)
     shape = list(module.weight.shape)
@@ -90,7 +90,7 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)
 
 
-def _replicated(module: ReplicatedLinear) -> str:
+def _replicated(module: Replicated) -> str:
     spec = module.input.spec
     parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
              "rotated" * bool(spec.rotation_block)]

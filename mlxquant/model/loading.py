@@ -23,7 +23,7 @@ from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsuppo
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.layers import traffic
 from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
-from mlxquant.layers.packed import pack
+from mlxquant.layers.pack import pack
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
 from mlxquant.model import distributed, stored
 from mlxquant.sources.names import resolve

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.kernels import gpu_clock
-from mlxquant.layers.packed import pack
+from mlxquant.layers.pack import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.machine.replica_limits import ReplicaLimits, search
 from mlxquant.machine.system import device

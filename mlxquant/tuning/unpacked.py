@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxquant.codes import affine
 from mlxquant.codes.packing import pack_codes, unpack_codes
 from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.memo import Elsewhere
 from mlxquant.layers.replicated import ReplicatedLinear
 
 
@@ -53,8 +54,7 @@ class MovingReplica(MovableCodes):
         bits = layer.input.spec.bits
         codes = unpack_codes(layer.codes, bits, layer.shape[1])
         super().__init__(codes, bits.levels - 1, moving=True)
-        # Past Module, which would count the input's parameters, the siblings' own, as these.
-        object.__setattr__(self, "_input", layer.input)
+        self._input, self._sibling = Elsewhere(layer.input), layer.sibling
         self._bits = bits
         self.replica_out = layer.replica_out
         if "bias" in layer:
@@ -65,8 +65,8 @@ class MovingReplica(MovableCodes):
 
     def __call__(self, x: mx.array) -> mx.array:
         levels = (self._bits.lowest + self._bits.distance * self.levels()).astype(x.dtype)
-        scales = self.replica_out.astype(x.dtype) @ self._input.envelope(x.dtype).T
-        y = self._input.rotate(x, self) @ (levels * scales).T
+        scales = self.replica_out.astype(x.dtype) @ self._input.module.envelope(x.dtype).T
+        y = self._input.module.rotate(x, self._sibling) @ (levels * scales).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
