@@ -26,7 +26,7 @@ def test_a_conversation_comes_back_with_its_keys_and_values(spoken, tiny, tmp_pa
     files = saved.save(spoken, tmp_path / "talk")
     assert [file.name for file in files] == ["talk.json", "talk.safetensors"]
     other = Conversation(tiny)
-    saved.load(tmp_path / "talk.json", tiny).into(other)
+    saved.load(tmp_path / "talk.json", other)
     assert (other.messages, other.system) == (spoken.messages, spoken.system)
     assert other.sampling == spoken.sampling
     assert other.cache.tokens == spoken.cache.tokens
@@ -52,8 +52,9 @@ def test_only_the_same_model_gets_the_keys_and_values(spoken, tmp_path, seed, co
     """Of the same shape, in files of the same names and sizes, whatever folder they are in."""
     saved.save(spoken, tmp_path / "talk")
     write_folder(tmp_path / "other", random_network(config, seed), config)
-    found = saved.load(tmp_path / "talk", mlxquant.load(str(tmp_path / "other")))
-    assert (found.cache is not None) is fits and found.messages == spoken.messages
+    found = Conversation(mlxquant.load(str(tmp_path / "other")))
+    assert saved.load(tmp_path / "talk", found) == spoken.model.name
+    assert bool(found.cache.tokens) is fits and found.messages == spoken.messages
 
 
 def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, tmp_path):
@@ -80,14 +81,14 @@ def test_what_is_no_saved_conversation_is_refused(spoken, tiny, tmp_path, change
     path, _ = saved.save(spoken, tmp_path / "talk")
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(BadCheckpoint, match=message):
-        saved.load(path, tiny)
+        saved.load(path, Conversation(tiny))
 
 
 def test_a_damaged_cache_is_refused(spoken, tiny, tmp_path):
     _, cache = saved.save(spoken, tmp_path / "talk")
     cache.write_bytes(cache.read_bytes()[:100])
     with pytest.raises(BadCheckpoint, match="is no prompt cache"):
-        saved.load(tmp_path / "talk", tiny)
+        saved.load(tmp_path / "talk", Conversation(tiny))
     (tmp_path / "plain.safetensors").unlink(missing_ok=True)
     mx.save_safetensors(str(tmp_path / "plain.safetensors"), {"a": mx.zeros(3)})
     with pytest.raises(BadCheckpoint, match="is no prompt cache"):
@@ -96,12 +97,12 @@ def test_a_damaged_cache_is_refused(spoken, tiny, tmp_path):
 
 def test_a_missing_file_and_a_bad_value_are_one_line(tiny, spoken, tmp_path):
     with pytest.raises(MlxquantError, match="cannot read .*talk.json: No such file"):
-        saved.load(tmp_path / "talk", tiny)
+        saved.load(tmp_path / "talk", Conversation(tiny))
     path, _ = saved.save(spoken, tmp_path / "talk")
     value = json.loads(path.read_text())
     path.write_text(json.dumps(value | {"sampling": value["sampling"] | {"top_p": 7}}))
     with pytest.raises(BadValue, match="top_p is 7"):
-        saved.load(path, tiny)
+        saved.load(path, Conversation(tiny))
 
 
 def test_commands_save_and_load(tiny_folder, tmp_path, capsys):

@@ -151,10 +151,9 @@ def _save(session: Session, argument: str) -> None:
 
 def _load(session: Session, argument: str) -> None:
     talk = session.conversation
-    found = saved.load(_path("/load", argument), talk.model)
-    found.into(talk)
-    kept = f"{len(talk.cache.tokens)} tokens need no processing" if found.cache else (
-        f"its keys and values are not there or not of this model ({found.model}): "
+    model = saved.load(_path("/load", argument), talk)
+    kept = f"{len(talk.cache.tokens)} tokens need no processing" if talk.cache.tokens else (
+        f"its keys and values are not there or not of this model ({model}): "
         "computed again when needed")
     session.say(f"({len(talk.messages) // 2} turns; {kept})")
 

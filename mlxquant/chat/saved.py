@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,6 @@ from mlxquant.runtime.sampling import Sampling
 
 FORMAT = 1
 _KEYS = {"format", "model", "weights", "system", "sampling", "max_tokens", "messages", "forgotten"}
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a file holds; ``cache`` is None where none fits the model."""
-
-    model: str
-    system: str | None
-    sampling: Sampling
-    max_tokens: int
-    messages: list[dict[str, Any]]
-    forgotten: int
-    cache: PromptCache | None
-
-    def into(self, conversation: Conversation) -> None:
-        """Continue here."""
-        conversation.system, conversation.sampling = self.system, self.sampling
-        conversation.max_tokens, conversation.messages = self.max_tokens, self.messages
-        conversation.forgotten, conversation.thoughts = self.forgotten, ""
-        conversation.cache = self.cache or PromptCache()
 
 
 def save(conversation: Conversation, path: Path) -> list[Path]:
@@ -63,13 +43,30 @@ def save(conversation: Conversation, path: Path) -> list[Path]:
     return [path]
 
 
-def load(path: Path, model: LanguageModel) -> Saved:
-    """Read a conversation to go on with ``model``.
+def load(path: Path, conversation: Conversation) -> str:
+    """Go on with a saved conversation; returns the name of the model that it was held with.
 
-    Keys and values are taken only if they are there and were computed with the same
-    weights. Raises ``MlxquantError``, ``BadCheckpoint`` or ``BadValue``.
+    Keys and values are taken only if they are there and were computed by the same model.
+    Raises ``MlxquantError``, ``BadCheckpoint`` or ``BadValue``, and then changes nothing.
     """
     path = _with_ending(path)
+    value = _read(path)
+    try:
+        sampling = Sampling(**value["sampling"])
+    except TypeError as error:
+        raise BadCheckpoint(
+            f"{path}: sampling has other settings than this version: {error}") from error
+    beside = path.with_suffix(".safetensors")
+    fits = beside.is_file() and value["weights"] == _fingerprint(conversation.model)
+    conversation.cache = PromptCache.load(beside) if fits else PromptCache()
+    conversation.sampling, conversation.thoughts = sampling, ""
+    for name in ("system", "max_tokens", "messages", "forgotten"):
+        setattr(conversation, name, value[name])
+    return str(value["model"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of the JSON file, of the right form."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,6 +75,8 @@ def load(path: Path, model: LanguageModel) -> Saved:
         raise BadCheckpoint(f"{path} is no saved conversation: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.keys() != _KEYS:
         raise BadCheckpoint(f"{path} is no saved conversation of format {FORMAT}")
+    if not isinstance(value["model"], str) or not isinstance(value["system"], str | None):
+        raise BadCheckpoint(f"{path}: model and system must be text")
     if not _are_messages(value["messages"]):
         raise BadCheckpoint(
             f"{path}: messages must be pairs of user and assistant with their content")
@@ -85,18 +84,7 @@ def load(path: Path, model: LanguageModel) -> Saved:
             and value["forgotten"] in range(0, len(value["messages"]) + 1, 2)):
         raise BadCheckpoint(
             f"{path}: max_tokens and forgotten must be whole numbers that fit the messages")
-    if not isinstance(value["model"], str) or not isinstance(value["system"], str | None):
-        raise BadCheckpoint(f"{path}: model and system must be text")
-    try:
-        sampling = Sampling(**value["sampling"])
-    except TypeError as error:
-        raise BadCheckpoint(
-            f"{path}: sampling has other settings than this version: {error}") from error
-    beside = path.with_suffix(".safetensors")
-    fits = beside.is_file() and value["weights"] == _fingerprint(model)
-    return Saved(value["model"], value["system"], sampling, value["max_tokens"],
-                 value["messages"], value["forgotten"],
-                 PromptCache.load(beside) if fits else None)
+    return value
 
 
 def _with_ending(path: Path) -> Path:

@@ -8,7 +8,6 @@ line carries little more than the text.
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from rich.console import Console
 
@@ -17,16 +16,6 @@ from mlxquant.chat import markdown
 from mlxquant.runtime.reply import Part
 
 _PAUSE_S = 0.05  # between two drawings of a growing end
-
-
-class Screen(Protocol):
-    """Shows one reply after another."""
-
-    def begin(self) -> None: ...
-
-    def feed(self, parts: tuple[Part, ...]) -> None: ...
-
-    def end(self) -> None: ...
 
 
 class PlainScreen:

@@ -5,7 +5,6 @@ Replies go to stdout, all else to stderr.
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -16,7 +15,7 @@ from rich.console import Console
 from mlxquant.base.text import clean
 from mlxquant.chat import status
 from mlxquant.chat.conversation import Conversation
-from mlxquant.chat.screen import LiveScreen, PlainScreen, Screen
+from mlxquant.chat.screen import LiveScreen, PlainScreen
 from mlxquant.model import loading
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt_cache import PromptCache
@@ -111,7 +110,7 @@ class Session:
             self._bits = status.bits_per_weight(talk.model)
         talk.last_report = None
 
-    def _make_screen(self) -> Screen:
+    def _make_screen(self) -> PlainScreen | LiveScreen:
         console = Console(highlight=False, emoji=False)
         if not console.is_terminal or console.is_dumb_terminal:
             return PlainScreen(lambda: self.thoughts == "shown", self.say)
@@ -136,9 +135,6 @@ def _speed(tokens: int, seconds: float) -> str:
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Note Ctrl-C and give a function that says whether it came, so that it can be obeyed
     between two tokens; the third press within one token interrupts that too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
     count = 0
 
     def note(number: int, frame: Any) -> None:

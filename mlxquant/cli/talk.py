@@ -11,7 +11,6 @@ from mlxquant.cli.common import app, load_model, print_json, remark
 
 if TYPE_CHECKING:
     from mlxquant.model.loading import LanguageModel
-    from mlxquant.runtime.prompt import Prompt
 
 
 @app.command(epilog="Example: mlxquant chat smollm2-135m --system 'Answer briefly.'")
@@ -68,10 +67,9 @@ def generate(
     text = require_unicode(sys.stdin.read(), "standard input") if prompt is None else prompt
     loaded = load_model(model, revision, memory, trust_remote_code)
     guesser = _load_draft(draft, memory, trust_remote_code)
-    request: Prompt = text
-    if not raw and loaded.tokenizer.has_chat_template:
-        told = [{"role": "system", "content": system}] if system else []
-        request = [*told, {"role": "user", "content": text}]
+    told = [{"role": "system", "content": system}] if system else []
+    chat = not raw and loaded.tokenizer.has_chat_template
+    request = [*told, {"role": "user", "content": text}] if chat else text
     shown = clean if sys.stdout.isatty() else str
     chunks = []
     for chunk in stream_generate(
