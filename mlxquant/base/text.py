@@ -4,8 +4,10 @@ import re
 
 from mlxquant.base.errors import MlxquantError
 
-# Control characters but new line and tab (C0, DEL, C1), and those that reorder text.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Control characters but new line and tab (C0, DEL, C1), those that reorder text, and two more
+# that end a line for some.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f"
+                     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:

@@ -34,7 +34,7 @@ def read(session: Session, reader: terminal.Read) -> str:
 def handle(session: Session, text: str) -> None:
     """Answer one message or obey one command; what goes wrong is said in one line.
 
-    Of an answer only what may be a bug is raised; of a command nothing is.
+    Raises what may be a bug while answering, and ``BrokenPipeError`` where nobody reads.
     """
     is_command = text.startswith("/") and "\n" not in text
     try:

@@ -21,7 +21,7 @@ Advance = Callable[..., None]  # (done, total, value | None, title of the part)
 
 PANELS = {
     "Talk with a model": ("chat", "generate", "serve"),
-    "Make a smaller one": ("quantize", "tune", "import"),
+    "Make a model": ("quantize", "tune", "import"),
     "Measure speed and quality": ("bench", "evaluate", "compare", "probe"),
     "Look at models and machines": ("plan", "inspect", "chips", "check"),
 }

@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from mlxquant.base.errors import BadValue
+from mlxquant.base.text import clean
 from mlxquant.cli import options as option
 from mlxquant.cli.common import app, print_json, print_table, progress, remark
 
@@ -104,7 +105,7 @@ def inspect(model: option.Model, revision: option.Revision = None,
     print_table(["layer", "format", "bits", "shape", "MB"], [
         [layer.path, layer.format, str(layer.bits), "×".join(map(str, layer.shape)),
          f"{layer.bytes / 1e6:.2f}"] for layer in result.layers], left=(0, 1))
-    print(f"{result.architecture}, {result.parameters / 1e6:.1f} M parameters · "
+    print(f"{clean(result.architecture)}, {result.parameters / 1e6:.1f} M parameters · "
           f"{result.bits_per_weight:.2f} bits per weight of the body · "
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "
@@ -180,8 +181,8 @@ def _lanes(as_json: bool) -> None:
         return
 
     def free(most: int, groups: dict[str, int | None]) -> str:
-        return "; ".join([str(most), ", ".join(f"{k} in {g}s" for k, g in groups.items()
-                                               if g and int(k) >= 4)]).removesuffix("; ")
+        shared = ", ".join(f"{k} in {g}s" for k, g in groups.items() if g and int(k) >= 4)
+        return f"{most}; {shared}" if shared else str(most)
 
     print_table(["predicted", *(f"{bits} bit" for bits in widths)],
                 [[label, *(free(*limits) for limits in row.values())]
