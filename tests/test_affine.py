@@ -29,7 +29,7 @@ def test_packing_is_a_little_endian_bit_stream(bits, rows, columns, seed):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_packed_codes_are_what_mlx_dequantises(bits):
     weight = mx.random.normal((6, 128), key=mx.random.key(bits))
-    q = rtn.quantise(weight, None, Spec(bits=bits, group_size=32))
+    q = rtn.quantise(weight, Spec(bits=bits, group_size=32))
     stock = mx.dequantize(q.packed(), q.scales, q.biases, group_size=32, bits=bits)
     assert mx.array_equal(stock, q.dequantise())
 
@@ -69,7 +69,7 @@ def min_max_error(w: np.ndarray, spec: Spec) -> float:
 def test_rounding_keeps_zero_and_the_largest_weight(bits, group):
     weight = np.random.default_rng(2).standard_t(4, (8, 96)).astype(np.float32)
     weight[:, ::7] = 0
-    q = rtn.quantise(mx.array(weight), None, Spec(bits=bits, group_size=group, method="rtn"), mx.float32)
+    q = rtn.quantise(mx.array(weight), Spec(bits=bits, group_size=group, method="rtn"), mx.float32)
     ours = np.array(q.dequantise())
     assert np.abs(ours[:, ::7]).max() < 1e-5
     parts, kept = (x.reshape(8, -1, group or 96) for x in (weight, ours))
@@ -82,7 +82,7 @@ def test_rounding_keeps_zero_and_the_largest_weight(bits, group):
 
 def test_one_bit_finds_the_two_means_and_never_the_extremes():
     weight = np.array([[-1.1, -0.9, 1.0, 1.2] * 8], np.float32)
-    q = rtn.quantise(mx.array(weight), None, Spec(bits=1, group_size=32), mx.float32)
+    q = rtn.quantise(mx.array(weight), Spec(bits=1, group_size=32), mx.float32)
     assert np.allclose(np.unique(np.array(q.dequantise())), [-1.0, 1.1], atol=1e-3)
 
 
@@ -101,7 +101,7 @@ def test_importance_moves_the_levels_to_the_columns_that_matter():
 def test_a_constant_and_a_zero_row_are_exact():
     weight = mx.concatenate([mx.zeros((1, 64)), mx.full((1, 64), 0.5)])
     for bits in Width:
-        q = rtn.quantise(weight, None, Spec(bits=bits))
+        q = rtn.quantise(weight, Spec(bits=bits))
         assert mx.allclose(q.dequantise(), weight, atol=1e-3), bits
 
 

@@ -11,6 +11,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise import awq, smoothquant
+from mlxquant.quantise.settings import Settings
 
 N = 128
 W8 = Spec(bits=8, group_size=0, symmetric=True, method="smoothquant")
@@ -48,7 +49,7 @@ def sample_error(x, weights, approximations):
 def awq_error(x, weights, spec, s):
     """Output error of quantising each W · s as ``awq.quantise`` does."""
     scaled = statistics_of(x / np.array(s))
-    made = [awq.quantise(mx.array(w) * s, scaled, spec).dequantise() / s for w in weights]
+    made = [awq.quantise(mx.array(w) * s, scaled, spec, Settings()).dequantise() / s for w in weights]
     return sample_error(x, weights, made)
 
 
@@ -62,7 +63,7 @@ def awq_grid(x, weights, spec):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_awq_lowers_the_output_error_where_channels_stand_out(bits):
     x, weights, spec = inputs(), matrices(520, 24), Spec(bits=bits, method="awq")
-    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec)
+    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec, Settings())
     errors, ours = awq_grid(x, weights, spec), awq_error(x, weights, spec, s)
     assert ours < 0.9 * errors[0]
     assert ours < 1.02 * min(errors)  # though it looked at some of the 520 rows only
@@ -71,7 +72,7 @@ def test_awq_lowers_the_output_error_where_channels_stand_out(bits):
 @pytest.mark.parametrize("size,bits", [(10, 2), (10, 3), (300, 2)])
 def test_awq_finds_the_best_of_its_grid_where_it_sees_all_rows(size, bits):
     x, weights, spec = inputs(size=size, seed=1), matrices(24, seed=5), Spec(bits=bits)
-    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec)
+    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec, Settings())
     assert awq_error(x, weights, spec, s) < 1.001 * min(awq_grid(x, weights, spec))
 
 
@@ -81,7 +82,7 @@ def test_awq_finds_the_best_of_its_grid_where_it_sees_all_rows(size, bits):
 @pytest.mark.parametrize("outliers", [0, 3])
 def test_awq_never_raises_the_output_error(spec, outliers):
     x, weights = inputs(outliers, seed=5), matrices(16, 8, seed=6)
-    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec)
+    s = awq.balance([mx.array(w) for w in weights], statistics_of(x), spec, Settings())
     assert awq_error(x, weights, spec, s) <= awq_error(x, weights, spec, mx.ones(N)) * (1 + 1e-4)
 
 
@@ -93,7 +94,7 @@ def on_levels(rows):
 
 
 def test_awq_keeps_one_where_nothing_helps():
-    s = awq.balance([mx.array(on_levels(8))], statistics_of(inputs()), Spec(bits=4))
+    s = awq.balance([mx.array(on_levels(8))], statistics_of(inputs()), Spec(bits=4), Settings())
     np.testing.assert_array_equal(np.array(s), np.ones(N, np.float32))
 
 
@@ -101,15 +102,15 @@ def test_awq_is_not_misled_by_the_rows_it_searched_on():
     weight, statistics = on_levels(512), statistics_of(inputs())
     weight[::2] = matrices(256)[0]
     assert len(awq.some_rows([mx.array(weight)])[0]) == 256
-    alone = awq.balance([mx.array(weight[::2])], statistics, Spec(bits=4))
+    alone = awq.balance([mx.array(weight[::2])], statistics, Spec(bits=4), Settings())
     assert np.ptp(np.array(alone)) > 0
-    s = awq.balance([mx.array(weight)], statistics, Spec(bits=4))
+    s = awq.balance([mx.array(weight)], statistics, Spec(bits=4), Settings())
     np.testing.assert_array_equal(np.array(s), np.ones(N, np.float32))
 
 
 def test_awq_factors_are_a_power_of_the_mean_magnitude():
     x = inputs()
-    found = awq.balance([mx.array(matrices(32)[0])], statistics_of(x), Spec(bits=3))
+    found = awq.balance([mx.array(matrices(32)[0])], statistics_of(x), Spec(bits=3), Settings())
     s = np.array(found, np.float64)
     assert s.max() * s.min() == pytest.approx(1, rel=1e-4)
     magnitude = np.log(np.abs(x.astype(np.float64)).mean(0))
@@ -127,7 +128,7 @@ def test_expected_error_equals_the_mean_over_samples():
 def test_awq_quantise_weights_the_error_by_the_inputs():
     x, (weight,), spec = inputs(size=100.0), matrices(16), Spec(bits=2)
     blind = fit(mx.array(weight), spec).dequantise()
-    seeing = awq.quantise(mx.array(weight), statistics_of(x), spec).dequantise()
+    seeing = awq.quantise(mx.array(weight), statistics_of(x), spec, Settings()).dequantise()
     assert sample_error(x, [weight], [seeing]) < sample_error(x, [weight], [blind])
 
 
@@ -136,7 +137,7 @@ def test_awq_quantise_weights_the_error_by_the_inputs():
 def test_smoothquant_formula_on_the_papers_example():
     x = np.array([[1, -16, 2, 6], [-2, 8, -1, -9]], np.float32)  # figure 5 of the paper
     weight = np.array([[2, 1, -2], [1, -1, -1], [2, -1, -2], [-1, -1, 1]], np.float32).T
-    s = np.array(smoothquant.balance([mx.array(weight)], statistics_of(x), W8))
+    s = np.array(smoothquant.factors([mx.array(weight)], statistics_of(x), 0.5))
     np.testing.assert_allclose(s, [1, 4, 1, 3], rtol=1e-6)
     np.testing.assert_allclose(x / s, [[1, -4, 2, 2], [-2, 2, -1, -3]], rtol=1e-6)
     np.testing.assert_allclose((weight * s).T, [[2, 1, -2], [4, -4, -4], [2, -1, -2], [-3, -3, 3]],
@@ -149,14 +150,14 @@ def test_smoothquant_formula_on_the_papers_example():
 def test_smoothquant_alpha_by_hand(alpha, expected):
     x = np.array([[4, -2, 1], [-1, 1, -4]], np.float32)  # maxima 4, 2, 4
     siblings = [mx.array([[-4.0, 0.25, 1]]), mx.array([[1.0, -0.5, 8], [0, 0.5, 2]])]  # 4, ½, 8
-    s = smoothquant.balance(siblings, statistics_of(x), W8, alpha)
+    s = smoothquant.factors(siblings, statistics_of(x), alpha)
     np.testing.assert_allclose(np.array(s), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_smoothquant_refuses_other_alphas(alpha):
     with pytest.raises(BadValue, match="0 to 1"):
-        smoothquant.balance([mx.ones((1, 2))], statistics_of(np.ones((1, 2))), W8, alpha)
+        smoothquant.factors([mx.ones((1, 2))], statistics_of(np.ones((1, 2))), alpha)
 
 
 def w8a8_error(x, weights, s, activation):
@@ -164,7 +165,7 @@ def w8a8_error(x, weights, s, activation):
     total = norm = 0.0
     for weight in weights:
         inner = nn.Linear(N, len(weight), bias=False)
-        inner.weight = smoothquant.quantise(mx.array(weight) * s, None, W8).dequantise()
+        inner.weight = smoothquant.quantise(mx.array(weight) * s, None, W8, Settings()).dequantise()
         ours = np.array(TransformedLinear(inner, 1 / s, activation=activation)(mx.array(x)))
         exact = x.astype(np.float64) @ weight.astype(np.float64).T
         total, norm = total + np.square(ours - exact).sum(), norm + np.square(exact).sum()
@@ -177,13 +178,13 @@ def test_smoothquant_lowers_the_w8a8_error_with_outliers(granularity):
     given, statistics = [mx.array(w) for w in weights], statistics_of(x)
     activation = ActivationSpec(8, granularity)
     none = w8a8_error(x, weights, mx.ones(N), activation)
-    half = w8a8_error(x, weights, smoothquant.balance(given, statistics, W8), activation)
+    half = w8a8_error(x, weights, smoothquant.factors(given, statistics, 0.5), activation)
     alpha, s = smoothquant.search_alpha(given, statistics, W8, activation)
     assert half < 0.5 * none
     assert alpha in smoothquant.CANDIDATES
     np.testing.assert_array_equal(
-        np.array(s), np.array(smoothquant.balance(given, statistics, W8, alpha)))
-    tried = [w8a8_error(x, weights, smoothquant.balance(given, statistics, W8, a), activation)
+        np.array(s), np.array(smoothquant.factors(given, statistics, alpha)))
+    tried = [w8a8_error(x, weights, smoothquant.factors(given, statistics, a), activation)
              for a in smoothquant.CANDIDATES]
     assert w8a8_error(x, weights, s, activation) < 1.15 * min(tried)
 
@@ -205,7 +206,7 @@ def test_search_follows_its_documented_estimate(spec, activation):
     estimates = {}
     for alpha in smoothquant.CANDIDATES:
         s = np.abs(x).max(0) ** alpha / np.abs(w).max(0) ** (1 - alpha)
-        made = smoothquant.quantise(mx.array((w * s).astype(np.float32)), None, spec).dequantise()
+        made = smoothquant.quantise(mx.array((w * s).astype(np.float32)), None, spec, Settings()).dequantise()
         peak = (expected_peak_square(np.sqrt(np.square(x / s).mean(0)))
                 if activation.granularity == "token" else np.square(x / s).max())
         noise = 0 if activation.bits == 16 else np.square(w * s).sum() * peak / 31 ** 2 / 12
@@ -224,14 +225,21 @@ def test_expected_peak_of_a_token(spread):
     assert ours == pytest.approx(expected_peak_square(deviation / s), rel=0.03)
 
 
-def test_search_needs_a_candidate():
-    with pytest.raises(BadValue, match="at least one"):
-        smoothquant.search_alpha([mx.ones((1, 2))], statistics_of(np.ones((1, 2))), W8,
-                                 ActivationSpec(), ())
+@pytest.mark.parametrize("alpha", [None, 0.5, 0])
+def test_smoothquant_balances_as_its_settings_say(alpha):
+    given, statistics = [mx.array(w) for w in matrices(12, 8)], statistics_of(inputs())
+    s = smoothquant.balance(given, statistics, W8, Settings(activation=ActivationSpec(), alpha=alpha))
+    if alpha == 0:
+        assert s is None
+    else:
+        alpha = alpha or smoothquant.search_alpha(given, statistics, W8, ActivationSpec())[0]
+        assert mx.array_equal(s, smoothquant.factors(given, statistics, alpha))
+    assert smoothquant.balance(given, statistics, W8, Settings(alpha=alpha)) is None
 
 
 def test_smoothquant_weights_are_symmetric_per_channel():
-    affine = smoothquant.quantise(mx.array(matrices(12)[0]), None, Spec(bits=8, group_size=0))
+    affine = smoothquant.quantise(mx.array(matrices(12)[0]), None, Spec(bits=8, group_size=0),
+                                  Settings())
     assert affine.spec.symmetric and affine.scales.shape == (12, 1)
     np.testing.assert_allclose(np.array(affine.biases), np.array(affine.scales) * -127.5, rtol=2e-3)
 
@@ -239,8 +247,8 @@ def test_smoothquant_weights_are_symmetric_per_channel():
 # --- both
 
 def both(weights, statistics):
-    return {"awq": awq.balance(weights, statistics, Spec(bits=3, group_size=0)),
-            "smoothquant": smoothquant.balance(weights, statistics, W8)}
+    return {"awq": awq.balance(weights, statistics, Spec(bits=3, group_size=0), Settings()),
+            "smoothquant": smoothquant.factors(weights, statistics, 0.5)}
 
 
 def test_scaling_alone_changes_nothing():

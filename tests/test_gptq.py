@@ -9,6 +9,8 @@ from mlxquant.codes.affine import expand, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import factor, gptq
+from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.sweep import Sweep, damped
 
 
 def problem(rows=24, columns=160, tokens=600, seed=0):
@@ -40,7 +42,7 @@ def textbook(weight, hessian, scales, biases, levels, order):
 def test_codes_equal_the_textbook(bits, act_order):
     weight, _, statistics = problem()
     spec = Spec(bits=bits, group_size=32, act_order=act_order, refine=0)
-    q = gptq.quantise(mx.array(weight), statistics, spec, mx.float32)
+    q = gptq.quantise(mx.array(weight), statistics, spec, Settings(mx.float32))
     hessian = np.array(statistics.hessian, np.float64)
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else range(weight.shape[1])
     scales, biases = (np.array(expand(x, 32), np.float64) for x in (q.scales, q.biases))
@@ -72,9 +74,9 @@ def test_the_sweep_beats_rounding_on_the_data(bits):
     def output_error(q):
         return np.square((np.array(q.dequantise()) - weight) @ x.T).sum()
 
-    rounded = output_error(rtn.quantise(mx.array(weight), statistics, spec))
+    rounded = output_error(rtn.quantise(mx.array(weight), spec))
     scaled = output_error(fit(mx.array(weight), spec, statistics.hessian.diagonal()))
-    assert output_error(gptq.quantise(mx.array(weight), statistics, spec)) < 0.7 * min(rounded, scaled)
+    assert output_error(gptq.quantise(mx.array(weight), statistics, spec, Settings())) < 0.7 * min(rounded, scaled)
 
 
 @pytest.mark.parametrize("block", [32, 100, 512])
@@ -82,11 +84,11 @@ def test_the_feedback_diagonalises_the_damped_hessian(block, monkeypatch):
     """H = (1 + A) D (1 + A)ᵀ with A strictly upper: so one column's rounding is exact for the loss."""
     monkeypatch.setattr(factor, "BLOCK", block)
     _, _, statistics = problem()
-    hessian, damped = np.array(statistics.hessian), gptq.damped(statistics.hessian)
-    feedback = np.array(factor.Factor.of(damped).feedback(), np.float64)
+    hessian, definite = np.array(statistics.hessian), damped(statistics.hessian)
+    feedback = np.array(factor.Factor.of(definite).feedback(), np.float64)
     assert np.array_equal(feedback, np.triu(feedback, 1))
     unit = np.linalg.inv(np.eye(len(hessian)) + feedback)
-    diagonal = unit @ np.array(damped, np.float64) @ unit.T
+    diagonal = unit @ np.array(definite, np.float64) @ unit.T
     assert np.allclose(diagonal, np.diag(diagonal.diagonal()), atol=1e-5 * hessian.max())
 
 
@@ -94,16 +96,16 @@ def test_the_feedback_diagonalises_the_damped_hessian(block, monkeypatch):
 def test_a_factor_divides_by_the_hessian_or_lets_the_host_do_it(block, monkeypatch):
     monkeypatch.setattr(factor, "BLOCK", block)
     weight, _, statistics = problem()
-    damped = gptq.damped(statistics.hessian)
-    wanted = np.linalg.solve(np.array(damped, np.float64), weight.T).T
-    found = factor.Factor.of(damped)
+    definite = damped(statistics.hessian)
+    wanted = np.linalg.solve(np.array(definite, np.float64), weight.T).T
+    found = factor.Factor.of(definite)
     assert np.allclose(found.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
 
     def coarse(hessian):  # as where a device's products are so rough that H seems indefinite
         raise np.linalg.LinAlgError
 
     monkeypatch.setattr(factor, "_by_blocks", coarse)
-    host = factor.Factor.of(damped)
+    host = factor.Factor.of(definite)
     assert np.allclose(host.upper, found.upper, atol=1e-4)
     assert np.allclose(host.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
 
@@ -112,11 +114,11 @@ def test_dead_inputs_do_not_break_the_sweep():
     weight, _, statistics = problem()
     alive = mx.array(np.arange(160) >= 40, mx.float32)
     statistics.hessian = statistics.hessian * alive * alive[:, None]
-    q = gptq.quantise(mx.array(weight), statistics, Spec(bits=4, group_size=32))
+    q = gptq.quantise(mx.array(weight), statistics, Spec(bits=4, group_size=32), Settings())
     assert np.isfinite(np.array(q.dequantise())).all()
     statistics.hessian = mx.zeros((160, 160))
     assert np.isfinite(np.array(gptq.quantise(
-        mx.array(weight), statistics, Spec(bits=4, group_size=32)).dequantise())).all()
+        mx.array(weight), statistics, Spec(bits=4, group_size=32), Settings()).dequantise())).all()
 
 
 def test_full_correction_reproduces_the_float_outputs():
@@ -124,7 +126,7 @@ def test_full_correction_reproduces_the_float_outputs():
     noisy = x + 0.3 * np.random.default_rng(1).normal(size=x.shape).astype(np.float32) * x.std(0)
     statistics = Statistics.empty(64)
     statistics.add(mx.array(noisy), mx.array(x))
-    sweep = gptq.Sweep.of(statistics, act_order=True)
+    sweep = Sweep.of(statistics, act_order=True)
     moved = np.array(sweep.correct(mx.array(weight), statistics.cross, 1.0))
     wanted = x @ weight.T
     best = np.linalg.lstsq(noisy, wanted, rcond=None)[0].T

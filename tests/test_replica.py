@@ -10,7 +10,10 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape, Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.codes.width import Width
-from mlxquant.quantise import envelope, gptq, replica
+from mlxquant.quantise import envelope, replica
+from mlxquant.quantise.refine import move_codes
+from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.sweep import damped
 
 SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]
 
@@ -80,10 +83,10 @@ def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, replicas, group):
     weight, statistics = problem()
-    hessian = np.array(gptq.damped(statistics.hessian), np.float64)
+    hessian = np.array(damped(statistics.hessian), np.float64)
     rounded = envelope.fit(weight, bits, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
     losses = [loss(weight, rounded, hessian)]
-    losses += [loss(weight, replica.quantise(weight, statistics, spec(bits, replicas, group, refine=n)), hessian)
+    losses += [loss(weight, replica.quantise(weight, statistics, spec(bits, replicas, group, refine=n), Settings()), hessian)
                for n in range(4)]
     assert losses[1] < losses[0]
     assert all(after <= before * (1 + 1e-5) for before, after in zip(losses[1:], losses[2:]))
@@ -92,9 +95,9 @@ def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, rep
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_each_step_of_a_round_lowers_the_error(replicas, group):
     weight, statistics = problem()
-    hessian = gptq.damped(statistics.hessian)
+    hessian = damped(statistics.hessian)
     found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
-    for step in (replica.move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
+    for step in (move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
                  lambda *a: replica.fit_inputs(*a, mx.float16)):
         before = loss(weight, found, hessian)
         found = step(weight, found, hessian)
@@ -105,7 +108,7 @@ def test_each_step_of_a_round_lowers_the_error(replicas, group):
 def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkeypatch):
     monkeypatch.setattr(replica, "_GRADIENT_STEPS", 300)
     weight, statistics = problem(rows=12, columns=32)
-    hessian = np.array(gptq.damped(statistics.hessian), np.float64)
+    hessian = np.array(damped(statistics.hessian), np.float64)
     found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal())
     ours = replica._descend(weight, found, mx.array(hessian.astype(np.float32)), "replica_in")
     basis = [np.array(replace(found, replica_in=mx.array(unit.reshape(ours.shape).astype(np.float32))).dequantise(),
@@ -122,8 +125,8 @@ def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkey
 def test_more_replicas_and_more_bits_fit_better():
     weight, statistics = problem(rows=48)
     hessian = statistics.hessian
-    by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k)), hessian) for k in (1, 4, 16)]
-    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2)), hessian) for b in REPLICA_WIDTHS]
+    by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k), Settings()), hessian) for k in (1, 4, 16)]
+    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2), Settings()), hessian) for b in REPLICA_WIDTHS]
     assert by_replicas == sorted(by_replicas, reverse=True) and by_bits == sorted(by_bits, reverse=True)
 
 
@@ -133,13 +136,13 @@ def test_dead_rows_and_inputs_give_finite_scales():
     statistics.hessian = statistics.hessian * alive * alive[:, None]
     weight = weight * (mx.arange(24) != 3)[:, None]
     for replicas, group in SHAPES:
-        found = replica.quantise(weight, statistics, spec(2, replicas, group))
+        found = replica.quantise(weight, statistics, spec(2, replicas, group), Settings())
         assert np.isfinite(np.array(found.dequantise())).all()
 
 
 def test_stacked_siblings_split_into_their_rows():
     weight, statistics = problem()
-    found = replica.quantise(weight, statistics, spec())
+    found = replica.quantise(weight, statistics, spec(), Settings())
     parts = found.split([10, 14])
     assert [part.codes.shape for part in parts] == [(10, 64), (14, 64)]
     assert mx.array_equal(mx.concatenate([part.dequantise() for part in parts]), found.dequantise())

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.codes.spec import Spec, Whole
+from mlxquant.codes.width import Width
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(15))
 _ROUNDS = 8
@@ -31,13 +32,22 @@ class Affine:
     spec: Spec
 
     @property
+    def bits(self) -> Width:
+        """The width of a code."""
+        return self.spec.bits
+
+    @property
     def group(self) -> int:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dequantise(self) -> mx.array:
         """The matrix that the codes stand for, (m, n) float32."""
-        return expand(self.scales, self.group) * self.codes.astype(mx.float32) + expand(
-            self.biases, self.group)
+        scales, biases = self.grid()
+        return scales * self.codes.astype(mx.float32) + biases
+
+    def grid(self) -> tuple[mx.array, mx.array]:
+        """(scale, bias), each (m, n): code q of an entry stands for scale·q + bias."""
+        return expand(self.scales, self.group), expand(self.biases, self.group)
 
     def rows(self, part: slice) -> "Affine":
         """Some of the rows."""

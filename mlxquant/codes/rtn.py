@@ -12,14 +12,12 @@ import mlx.core as mx
 
 from mlxquant.codes.affine import Affine, expand, fit, nearest
 from mlxquant.codes.spec import Spec, Whole
-from mlxquant.codes.statistics import Statistics
 
 _CHUNK = 1 << 24  # weights that are rounded at once
 
 
-def quantise(weight: mx.array, statistics: Statistics | None, spec: Spec,
-             dtype: mx.Dtype = mx.float16) -> Affine:
-    """Quantise ``weight`` (m, n); the statistics are not used."""
+def quantise(weight: mx.array, spec: Spec, dtype: mx.Dtype = mx.float16) -> Affine:
+    """Quantise ``weight`` (m, n); raises ``BadValue`` if the groups do not divide n."""
     if spec.symmetric or spec.bits.levels < 4 or spec.group_size is Whole.MATRIX:
         return fit(weight, spec, None, dtype)
     rows, columns = weight.shape

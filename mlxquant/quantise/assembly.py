@@ -84,7 +84,7 @@ def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dty
     """Store ``weight`` (m, n) as ``spec`` says, unless its groups do not divide n."""
     if weight.shape[1] % spec.group_for(weight.shape[1] * 64):
         return
-    affine = rtn.quantise(weight, None, spec, dtype)
+    affine = rtn.quantise(weight, spec, dtype)
     made.tensors |= {f"{path}.weight": affine.packed(),
                      f"{path}.scales": affine.scales.astype(dtype),
                      f"{path}.biases": affine.biases.astype(dtype)}

@@ -11,18 +11,19 @@ import mlx.core as mx
 from mlxquant.codes.affine import Affine, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise.settings import Settings
 
 STEPS = 20
 _ROWS = 256
 
 
 def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
-            dtype: mx.Dtype = mx.float16) -> mx.array:
+            settings: Settings) -> mx.array:
     """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input.
 
     To be used as weight → weight · s (columns), input → input / s;
     sqrt(max s · min s) = 1. α goes from 0 to 1 in 20 steps, each rounded as
-    ``quantise`` does, scales in ``dtype``, but for speed on some of the rows only.
+    ``quantise`` does, but for speed on some of the rows only.
     The best is taken if it also beats s = 1 on all rows: the output error is never
     above that of no scaling. Raises ``BadValue`` if the groups do not divide n.
     """
@@ -32,7 +33,7 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
 
     def error(s: mx.array, matrices: list[mx.array]) -> float:
         importance = statistics.hessian.diagonal() / mx.square(s)
-        return sum(output_error(fit(w * s, spec, importance, dtype).dequantise() / s - w,
+        return sum(output_error(fit(w * s, spec, importance, settings.dtype).dequantise() / s - w,
                                 statistics.hessian) for w in matrices)
 
     # Rounded min–max, which is quicker still, the best α is about twice as large: it
@@ -43,13 +44,13 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
 
 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec,
-             dtype: mx.Dtype = mx.float16) -> Affine:
+             settings: Settings) -> Affine:
     """Quantise ``weight`` (m, n): ranges clipped per group for the least error weighted by E[x²].
 
     Both are those after ``balance``: the weight times s, the statistics of x / s.
     Raises ``BadValue`` if the groups do not divide n.
     """
-    return fit(weight, spec, statistics.hessian.diagonal(), dtype)
+    return fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
 
 
 def output_error(error: mx.array, hessian: mx.array) -> float:

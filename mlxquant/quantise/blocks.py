@@ -17,11 +17,12 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.graph import linear_before, norm_before, shared_factors
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise import awq, gptq
+from mlxquant.quantise import awq
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.methods import METHODS, Codes, Settings
+from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, Plan
+from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.storing import (
     Around,
     BlockResult,
@@ -29,6 +30,7 @@ from mlxquant.quantise.storing import (
     store_replicas,
     store_stack,
 )
+from mlxquant.quantise.sweep import Sweep
 
 _MEASURED = 2e10  # rows · columns²: above it, measuring would take longer than rounding
 
@@ -150,7 +152,7 @@ def _round_stack(work: _Work, path: str, spec: Spec) -> None:
     """Round a stack of matrices (…, m, n) that no statistics are known of."""
     module, dtype = dict(leaf_modules(work.block.module))[path], work.context.settings.dtype
     spec = replace(spec, method="rtn")
-    parts = [rtn.quantise(weight, None, spec, dtype) for weight in module.weight]
+    parts = [rtn.quantise(weight, spec, dtype) for weight in module.weight]
     store_stack(path, module, parts, dtype, work.result)
     work.result.errors[path] = sum(_relative_error(weight, part, None) for weight, part
                                    in zip(module.weight, parts)) / len(parts)
@@ -202,7 +204,7 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
         weight, turned = hadamard.rotate_weight(weight, signs, size), len(signs)
         statistics = _rotated(statistics, signs, size)
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
-    sweep = gptq.Sweep.of(statistics, spec.act_order) if sweeping else None
+    sweep = Sweep.of(statistics, spec.act_order) if sweeping else None
     for trial in specs:
         made = METHODS[trial.method].quantise(weight, statistics, trial, Settings(sweep=sweep))
         shared = made.shared_bits()

@@ -18,12 +18,14 @@ from mlxquant.codes.width import Width
 ROUNDS = 8
 _START = {Width.ONE: 1.0, Width.TERNARY: 1.3, Width.TWO: 1.2, Width.THREE: 0.6, Width.FOUR: 0.33}
 _RIDGE = 1e-5
+SCALES = ("replica_out", "replica_in", "column_scale")
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """Codes (m, n) float32 as indices of levels, ``replica_out`` B (m, K), and A as ``replica_in`` (n, K)
-    or, with ``column_scale`` (n,), (n / G, K); scales in float32, rounded as they will be stored."""
+    """Codes (m, n) uint8 as indices of levels, ``replica_out`` B (m, K), and A as ``replica_in``
+    (n, K) or, with a factor for each input as ``column_scale`` (n,), (n / G, K); scales in float32,
+    as they will be stored once ``rounded``."""
 
     codes: mx.array
     replica_out: mx.array
@@ -31,9 +33,22 @@ class Replicas:
     column_scale: mx.array | None
     bits: Width
 
+    @property
+    def group(self) -> int:
+        """Inputs that share a row of A: G, or 1."""
+        return self.codes.shape[1] // len(self.replica_in)
+
+    def per_group(self, by_input: mx.array) -> mx.array:
+        """Sums over the inputs that share a row of A: (n, k) → (n / G, k)."""
+        return by_input.reshape(-1, self.group, by_input.shape[1]).sum(1)
+
+    def without_factors(self) -> "Replicas":
+        """The same with the factor of every input 1."""
+        return replace(self, column_scale=None)
+
     def inputs(self) -> mx.array:
         """A (n, K)."""
-        a = mx.repeat(self.replica_in, self.codes.shape[1] // len(self.replica_in), axis=0)
+        a = mx.repeat(self.replica_in, self.group, axis=0)
         return a if self.column_scale is None else a * self.column_scale[:, None]
 
     def scales(self) -> mx.array:
@@ -42,7 +57,7 @@ class Replicas:
 
     def levels(self) -> mx.array:
         """C, (m, n) float32."""
-        return self.bits.lowest + self.bits.distance * self.codes
+        return self.bits.lowest + self.bits.distance * self.codes.astype(mx.float32)
 
     def dequantise(self) -> mx.array:
         """C ∘ (B Aᵀ), (m, n) float32: what takes the rotated input."""
@@ -55,19 +70,19 @@ class Replicas:
 
     def stored_bits(self) -> int:
         """Bits of packed codes, and of scales in 16."""
-        return 8 * pack_codes(self.codes.astype(mx.uint8), self.bits).nbytes + 16 * self.replica_out.size + self.shared_bits()
+        return (8 * pack_codes(self.codes, self.bits).nbytes + 16 * self.replica_out.size
+                + self.shared_bits())
 
     def shared_bits(self) -> int:
         """Those of the scales on the inputs' side, which siblings share."""
-        return 16 * (self.replica_in.size + (0 if self.column_scale is None else self.column_scale.size))
+        factors = 0 if self.column_scale is None else self.column_scale.size
+        return 16 * (self.replica_in.size + factors)
 
     def rounded(self, dtype: mx.Dtype) -> "Replicas":
         """The scales as ``dtype`` holds them."""
-        def cast(x):
-            return None if x is None else x.astype(dtype).astype(mx.float32)
-
-        return replace(self, replica_out=cast(self.replica_out), replica_in=cast(self.replica_in),
-                       column_scale=cast(self.column_scale))
+        scales = {name: value.astype(dtype).astype(mx.float32) for name in SCALES
+                  if (value := getattr(self, name)) is not None}
+        return replace(self, **scales)
 
     def rows(self, part: slice) -> "Replicas":
         """Some of the rows."""
@@ -83,15 +98,15 @@ def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx
         rounds: int = ROUNDS, seed: int = 0) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).
 
-    ``group`` 0 gives every input its own row of A. No round raises the error.
+    ``group`` inputs share a row of A and have a factor each; 0 gives every input its own row. No
+    round raises the error.
     """
     importance = mx.maximum(importance / importance.mean(), 1e-6)
     out, inside = _start(weight, replicas, importance, seed)
-    column_scale = None
-    if group:  # a row of A for each group, and one factor an input
-        column_scale = mx.ones(weight.shape[1])
+    if group:
         inside = inside.reshape(-1, group, replicas).mean(1)
-    found = Replicas(mx.zeros(weight.shape), _START[bits] * out, inside, column_scale, bits)
+    found = Replicas(mx.zeros(weight.shape, mx.uint8), _START[bits] * out, inside,
+                     mx.ones(weight.shape[1]) if group else None, bits)
     for _ in range(rounds):
         found = nearest_codes(weight, found)
         # Only what the columns of A span matters to B, and the other way round: orthonormal
@@ -106,8 +121,8 @@ def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx
 
 def nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
     """``found`` with the level nearest to every weight."""
-    scale, bias = found.grid()
-    return replace(found, codes=nearest(weight, scale, bias, found.bits.levels))
+    codes = nearest(weight, *found.grid(), found.bits.levels)
+    return replace(found, codes=codes.astype(mx.uint8))
 
 
 def solve(matrix: mx.array, target: mx.array) -> mx.array:
@@ -128,7 +143,8 @@ def solve(matrix: mx.array, target: mx.array) -> mx.array:
     return system[..., -1]
 
 
-def _start(weight: mx.array, replicas: int, importance: mx.array, seed: int) -> tuple[mx.array, mx.array]:
+def _start(weight: mx.array, replicas: int, importance: mx.array,
+           seed: int) -> tuple[mx.array, mx.array]:
     """B (m, K), A (n, K) of the weighted rank-K approximation of |W|."""
     root = mx.sqrt(importance)
     size = mx.abs(weight) * root
@@ -173,16 +189,13 @@ def _fit_inputs(weight: mx.array, found: Replicas) -> Replicas:
     count = out.shape[1]
     matrix = (levels * levels).T @ _outer(out)
     target = (levels * weight).T @ out
-    if found.column_scale is None:
-        return replace(found, replica_in=solve(matrix.reshape(-1, count, count), target))
-    groups = len(found.replica_in)
-    factor = found.column_scale[:, None]
-
-    def grouped(x: mx.array) -> mx.array:
-        return x.reshape(groups, -1, x.shape[-1]).sum(1)
-
-    matrix, target = grouped(matrix * factor * factor), grouped(target * factor)
+    if found.column_scale is not None:
+        factor = found.column_scale[:, None]
+        matrix = found.per_group(matrix * factor * factor)
+        target = found.per_group(target * factor)
     found = replace(found, replica_in=solve(matrix.reshape(-1, count, count), target))
-    without = out @ mx.repeat(found.replica_in, weight.shape[1] // groups, axis=0).T * levels
-    factor = (without * weight).sum(0) / mx.maximum((without * without).sum(0), 1e-20)
+    if found.column_scale is None:
+        return found
+    plain = found.without_factors().dequantise()
+    factor = (plain * weight).sum(0) / mx.maximum((plain * plain).sum(0), 1e-20)
     return replace(found, column_scale=factor)

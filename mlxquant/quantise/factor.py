@@ -76,8 +76,10 @@ def _by_blocks(hessian: mx.array) -> Factor:
         corner = np.array(rest[above:, above:], np.float64)
         exact = np.linalg.cholesky(corner[::-1, ::-1])[::-1, ::-1]
         inverses.append(_inverse(exact))
-        column = rest[:above, above:] @ inverses[-1].T
-        rest = rest[:above, :above] - column @ column.T
+        column = mx.zeros((above, size))
+        if above:  # MLX 0.32.4 writes freed memory at an empty product
+            column = rest[:above, above:] @ inverses[-1].T
+            rest = rest[:above, :above] - column @ column.T
         below = mx.zeros((len(hessian) - part.stop, size))
         columns.append(mx.concatenate([column, mx.array(exact.astype(np.float32)), below]))
         mx.eval(rest, columns[-1])

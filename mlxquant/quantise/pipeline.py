@@ -39,12 +39,12 @@ from mlxquant.quantise.blocks import Context, quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.gptq import CORRECTION
 from mlxquant.quantise.job import Job, Made, Progress, Text, silent
-from mlxquant.quantise.methods import Settings
 from mlxquant.quantise.observe import Observation, Watch
 from mlxquant.quantise.partial import read_result, write_result
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.self_written import self_written
+from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import dense_block, float_walk, identity, release, visits
 from mlxquant.sources import checkpoint

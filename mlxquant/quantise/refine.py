@@ -8,6 +8,8 @@ go towards the best ones of all rows at once, in products that a GPU is made for
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -18,32 +20,33 @@ from mlxquant.quantise.envelope import Replicas
 
 _STEPS = 6  # of conjugate gradients: more gain nothing that rounding the scales would keep
 _RIDGE = 1e-6
+_Codes = TypeVar("_Codes", Affine, Replicas)
 
 
 def refine(weight: mx.array, start: Affine, hessian: mx.array, rounds: int,
            dtype: mx.Dtype = mx.float16) -> Affine:
-    """``start`` after ``rounds`` of both steps; ``weight`` (m, n), ``hessian`` (n, n) float32, damped.
+    """``start`` after ``rounds`` of both steps, for ``weight`` (m, n) and a damped ``hessian``
+    (n, n), both float32.
 
-    Scales and biases stay rounded to ``dtype``. A matrix of one group (per
-    tensor) has no rows to fit: its codes move, its scale stays.
+    Scales and biases stay rounded to ``dtype``. Where one group holds the whole matrix there are
+    no rows to fit: its codes move, its scale stays.
     """
-    result = start
     for _ in range(rounds):
-        result = refit(weight, move_codes(weight, result, hessian), hessian, dtype)
-    return result
+        start = refit(weight, move_codes(weight, start, hessian), hessian, dtype)
+    return start
 
 
 def row_errors(weight: mx.array, made: Affine | Replicas, hessian: mx.array) -> mx.array:
-    """eᵢ H eᵢᵀ of every row (m,)."""
+    """eᵢ H eᵢᵀ of every row, (m,)."""
     error = made.dequantise() - weight
     return ((error @ hessian) * error).sum(1)
 
 
-def move_codes(weight: mx.array, start: Affine, hessian: mx.array) -> Affine:
-    """Every code once to the level that is best with all others as they are."""
-    scales, biases = expand(start.scales, start.group), expand(start.biases, start.group)
-    codes = move_columns(weight, start.codes.astype(mx.float32), scales, biases, hessian, start.spec.bits.levels)
-    return Affine(codes.astype(mx.uint8), start.scales, start.biases, start.spec)
+def move_codes(weight: mx.array, start: _Codes, hessian: mx.array) -> _Codes:
+    """Every code moved once to the level that is best with all others as they are."""
+    codes = move_columns(weight, start.codes.astype(mx.float32), *start.grid(), hessian,
+                         start.bits.levels)
+    return replace(start, codes=codes.astype(mx.uint8))
 
 
 def refit(weight: mx.array, start: Affine, hessian: mx.array,
@@ -54,10 +57,10 @@ def refit(weight: mx.array, start: Affine, hessian: mx.array,
         return start
     scales, biases = (x.astype(dtype).astype(mx.float32)
                       for x in _descend(weight, start, hessian))
-    moved = Affine(start.codes, scales, biases, start.spec)
+    moved = replace(start, scales=scales, biases=biases)
     better = (row_errors(weight, moved, hessian) < row_errors(weight, start, hessian))[:, None]
-    return Affine(start.codes, mx.where(better, scales, start.scales),
-                  mx.where(better, biases, start.biases), start.spec)
+    return replace(start, scales=mx.where(better, scales, start.scales),
+                   biases=mx.where(better, biases, start.biases))
 
 
 def _descend(weight: mx.array, start: Affine, hessian: mx.array) -> mx.array:

@@ -1,10 +1,10 @@
 """Replicated layers for a layer's inputs: fit the scalings, sweep the codes, then improve both.
 
-The scalings come from ``envelope.py``. With them fixed, the codes are found by
-GPTQ's sweep, every weight on its own grid. Rounds then move codes and fit B and
-A to them under the whole H = E[x xᵀ], which the first fit saw the diagonal of:
-a row of B solves K equations; A, which all rows share, takes conjugate
-gradient steps. Each step lowers E‖(Ŵ − W) x‖², rounding included, or is not taken.
+The scalings come from ``envelope.py``. With them fixed, the codes are found by GPTQ's sweep, every
+weight on its own grid. Rounds then move codes and fit B and A to them under the whole
+H = E[x xᵀ], of which the first fit saw the diagonal: a row of B solves K equations; A, which all
+rows share, takes conjugate gradient steps. Each step lowers E‖(Ŵ − W) x‖², rounding included, or
+is not taken.
 """
 
 from dataclasses import replace
@@ -13,50 +13,41 @@ import mlx.core as mx
 
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
-from mlxquant.kernels.column_sweep import move_columns
-from mlxquant.quantise import envelope, gptq
+from mlxquant.quantise import envelope
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.refine import row_errors
+from mlxquant.quantise.refine import move_codes, row_errors
+from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.sweep import Sweep
 
 _GRADIENT_STEPS = 8
 
 
-def quantise(weight: mx.array, statistics: Statistics, spec: Spec, dtype: mx.Dtype = mx.float16, *,
-             correction: float = 0.0, sweep: gptq.Sweep | None = None) -> Replicas:
-    """Codes and scalings of stacked siblings ``weight`` (m, n), rotated already where ``spec`` rotates.
-
-    ``correction`` and ``sweep`` are those of ``gptq.quantise``. Scales are rounded to ``dtype``.
-    """
-    sweep = sweep or gptq.Sweep.of(statistics, spec.act_order)
-    weight = sweep.correct(weight.astype(mx.float32), statistics.cross, correction)
+def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
+    """Codes and scalings of stacked siblings ``weight`` (m, n), already rotated where ``spec``
+    rotates, for inputs with these statistics (see ``gptq.quantise``)."""
+    sweep = settings.sweep or Sweep.of(statistics, spec.act_order)
+    weight = sweep.correct(weight.astype(mx.float32), statistics.cross, settings.correction)
     found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
-                         statistics.hessian.diagonal()).rounded(dtype)
+                         statistics.hessian.diagonal()).rounded(settings.dtype)
     found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
     for _ in range(spec.refine):
         found = move_codes(weight, found, sweep.hessian)
-        found = fit_outputs(weight, found, sweep.hessian, dtype)
-        found = fit_inputs(weight, found, sweep.hessian, dtype)
+        found = fit_outputs(weight, found, sweep.hessian, settings.dtype)
+        found = fit_inputs(weight, found, sweep.hessian, settings.dtype)
     mx.eval(found.codes, found.replica_out, found.replica_in)
     return found
 
 
-def move_codes(weight: mx.array, found: Replicas, hessian: mx.array) -> Replicas:
-    """Every code once to the level that is best with all others as they are."""
-    scales, biases = found.grid()
-    return replace(found, codes=move_columns(weight, found.codes, scales, biases, hessian,
-                                             found.bits.levels))
-
-
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:
-    """B for fixed codes and A, under all of H; a row that rounding makes worse is kept."""
+    """B for fixed codes and A, under all of H; a row that rounding makes worse keeps its own."""
     levels, inside = found.levels(), found.inputs()
     scaled = [levels * inside[:, k] for k in range(inside.shape[1])]
     seen = [part @ hessian for part in scaled]
     matrix = mx.stack([mx.stack([(a * b).sum(1) for b in scaled], axis=1) for a in seen], axis=1)
     target = mx.stack([(part * weight).sum(1) for part in seen], axis=1)
     moved = replace(found, replica_out=envelope.solve(matrix, target)).rounded(dtype)
-    better = row_errors(weight, moved, hessian) < row_errors(weight, found, hessian)
-    return replace(found, replica_out=mx.where(better[:, None], moved.replica_out, found.replica_out))
+    better = (row_errors(weight, moved, hessian) < row_errors(weight, found, hessian))[:, None]
+    return replace(found, replica_out=mx.where(better, moved.replica_out, found.replica_out))
 
 
 def fit_inputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:
@@ -74,20 +65,16 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
 
     Scaled by the curvature that each entry has by itself with inputs uncorrelated.
     """
-    levels, out, group = found.levels(), found.replica_out, found.codes.shape[1] // len(found.replica_in)
+    levels, out = found.levels(), found.replica_out
 
     def pull_back(gradient: mx.array) -> mx.array:
         """From the derivative by Ŵ (m, n) to that by the scales."""
         by_input = (gradient * levels).T @ out  # by A (n, K)
         if name == "column_scale":
-            return (by_input * mx.repeat(found.replica_in, group, axis=0)).sum(1)
+            return (by_input * found.without_factors().inputs()).sum(1)
         if found.column_scale is not None:
             by_input = by_input * found.column_scale[:, None]
-        return by_input.reshape(-1, group, out.shape[1]).sum(1)
-
-    def change(step: mx.array) -> mx.array:
-        """What ``step`` in the scales does to Ŵ."""
-        return replace(found, **{name: step}).dequantise()
+        return found.per_group(by_input)
 
     error = found.dequantise() - weight
     curvature = _curvature(found, hessian, name)
@@ -96,11 +83,11 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
     direction = scaled = residual / curvature
     strength = (residual * scaled).sum()
     for _ in range(_GRADIENT_STEPS):
-        moved = change(direction)
-        felt = moved @ hessian
-        length = strength / mx.maximum((moved * felt).sum(), 1e-30)
+        moved = replace(found, **{name: direction}).dequantise()  # what the step does to Ŵ
+        slope = moved @ hessian
+        length = strength / mx.maximum((moved * slope).sum(), 1e-30)
         value = value + length * direction
-        residual = residual - length * pull_back(felt)
+        residual = residual - length * pull_back(slope)
         scaled = residual / curvature
         following = (residual * scaled).sum()
         direction = scaled + following / mx.maximum(strength, 1e-30) * direction
@@ -111,12 +98,12 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
 
 def _curvature(found: Replicas, hessian: mx.array, name: str) -> mx.array:
     """Second derivative by each entry of the scales, had H only its diagonal."""
-    levels, group = found.levels(), found.codes.shape[1] // len(found.replica_in)
+    levels = found.levels()
     energy = levels * levels * hessian.diagonal()
     if name == "column_scale":
-        outer = found.replica_out @ mx.repeat(found.replica_in, group, axis=0).T
+        outer = found.without_factors().scales()
         return mx.maximum((energy * outer * outer).sum(0), 1e-20)
     by_input = energy.T @ mx.square(found.replica_out)
     if found.column_scale is not None:
         by_input = by_input * mx.square(found.column_scale)[:, None]
-    return mx.maximum(by_input.reshape(-1, group, by_input.shape[1]).sum(1), 1e-20)
+    return mx.maximum(found.per_group(by_input), 1e-20)

@@ -21,18 +21,27 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.awq import above_zero, output_error, some_rows
+from mlxquant.quantise.settings import Settings
 
 CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
-            alpha: float = 0.5) -> mx.array:
-    """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input.
+            settings: Settings) -> mx.array | None:
+    """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input, to be used as
+    weight → weight · s (columns), input → input / s; None where nothing is to be moved.
 
-    To be used as weight → weight · s (columns), input → input / s. The formula asks
-    nothing of ``spec``, which stands here because ``awq.balance`` needs it. Raises
-    ``BadValue`` unless ``alpha`` is between 0 and 1.
+    Raises ``BadValue`` unless the α of ``settings``, where given, is between 0 and 1.
     """
+    if settings.alpha == 0 or settings.activation is None:
+        return None
+    if settings.alpha is None:
+        return search_alpha(weights, statistics, spec, settings.activation)[1]
+    return factors(weights, statistics, settings.alpha)
+
+
+def factors(weights: list[mx.array], statistics: Statistics, alpha: float) -> mx.array:
+    """Equation 4 for siblings, W being all their rows. Raises as ``balance``."""
     if not 0 <= alpha <= 1:
         raise BadValue(f"alpha is {alpha!r}, allowed is a number from 0 to 1")
     columns = mx.stack([mx.abs(weight.astype(mx.float32)).max(0) for weight in weights]).max(0)
@@ -40,9 +49,8 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
 
 
 def search_alpha(weights: list[mx.array], statistics: Statistics, spec: Spec,
-                 activation: ActivationSpec,
-                 candidates: tuple[float, ...] = CANDIDATES) -> tuple[float, mx.array]:
-    """The α of the least estimated output error, and its factors s (n,).
+                 activation: ActivationSpec) -> tuple[float, mx.array]:
+    """The α of ``CANDIDATES`` with the least estimated output error, and its factors s (n,).
 
     The estimate adds two errors as if they were independent:
 
@@ -52,11 +60,7 @@ def search_alpha(weights: list[mx.array], statistics: Statistics, spec: Spec,
       max|x / s| / (2^(bits−1) − 1). Per tensor the maximum is that of calibration; per token
       its mean square is expected, as if channels were independent and Gaussian. The maximum
       of calibration would be several times too large there, and α with it.
-
-    Raises ``BadValue`` for an α outside 0 to 1, or none.
     """
-    if not candidates:
-        raise BadValue("candidates are empty; give at least one alpha from 0 to 1")
     some = some_rows([weight.astype(mx.float32) for weight in weights])
 
     def estimate(s: mx.array) -> float:
@@ -64,22 +68,23 @@ def search_alpha(weights: list[mx.array], statistics: Statistics, spec: Spec,
         noise /= 12 * activation.largest ** 2
         total = 0.0
         for w in some:
-            error = quantise(w * s, None, spec).dequantise() / s - w
+            error = quantise(w * s, statistics, spec, Settings()).dequantise() / s - w
             total += output_error(error, statistics.hessian) + noise * mx.square(w * s).sum().item()
         return total
 
-    tried = [(alpha, balance(weights, statistics, spec, alpha)) for alpha in candidates]
+    tried = [(alpha, factors(weights, statistics, alpha)) for alpha in CANDIDATES]
     return min(tried, key=lambda pair: estimate(pair[1]))
 
 
-def quantise(weight: mx.array, statistics: Statistics | None, spec: Spec,
-             dtype: mx.Dtype = mx.float16) -> Affine:
-    """Quantise ``weight`` (m, n), already times s, to symmetric levels whatever ``spec`` says.
+def quantise(weight: mx.array, statistics: Statistics, spec: Spec,
+             settings: Settings) -> Affine:
+    """Quantise ``weight`` (m, n), already times s, to symmetric levels whatever ``spec`` says; the
+    statistics play no part.
 
     The paper's one scale per output channel is ``group_size`` 0. Raises
     ``BadValue`` if the groups do not divide n.
     """
-    return rtn.quantise(weight, statistics, replace(spec, symmetric=True), dtype)
+    return rtn.quantise(weight, replace(spec, symmetric=True), settings.dtype)
 
 
 def _peak_square(statistics: Statistics, s: mx.array, activation: ActivationSpec) -> float:

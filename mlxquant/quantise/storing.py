@@ -116,7 +116,7 @@ def store_replicas(made: dict[str, Replicas], block: nn.Module, spec: Spec, arou
     if around.rotation_signs is not None:
         result.tensors[f"{group}.rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
     for path, replicas in made.items():
-        result.tensors |= {f"{path}.codes": pack_codes(replicas.codes.astype(mx.uint8), spec.bits),
+        result.tensors |= {f"{path}.codes": pack_codes(replicas.codes, spec.bits),
                            f"{path}.replica_out": replicas.replica_out.astype(dtype)}
         if "bias" in modules[path]:
             result.tensors[f"{path}.bias"] = modules[path].bias.astype(dtype)

@@ -103,7 +103,7 @@ def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Packed:
     parts = []
     for values in _decoded(type_, blocks):
         weight = mx.array(values)
-        made = rtn.quantise(weight, None, spec)
+        made = rtn.quantise(weight, spec)
         groups = Groups(*(np.array(part) for part in (made.codes, made.scales, made.biases)))
         parts.append(replace(repack.packed(name, groups, plan.bits),
                              lost=float(mx.square(made.dequantise() - weight).sum().item()),
