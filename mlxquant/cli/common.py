@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import TIMEOUT_MAX, Timer
 from typing import TYPE_CHECKING, Any
@@ -115,10 +115,9 @@ def print_json(value: Any) -> None:
     print(text, end="")
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]],
-                left: Sequence[int] = (0,)) -> None:
+def print_table(rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:
     """Columns wide enough for everything, the ``left`` ones flush left: no figure is cut short."""
-    rows = [[clean(cell) for cell in row] for row in [head, *rows]]
+    rows = [[clean(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [cell.ljust(width) if i in left else cell.rjust(width)

@@ -52,7 +52,7 @@ def plan(
             best[key] = row
     head = ["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s",
             "perplexity", "source"]
-    print_table(head, [_plan_line(row) for row in best.values()], left=(0, 8))
+    print_table([head, *map(_plan_line, best.values())], left=(0, 8))
     for line in result.remarks:
         remark(f"Assumed: {line}")
     print(f"\nRecommended: {_recommendation(result)}")
@@ -102,9 +102,9 @@ def inspect(model: option.Model, revision: option.Revision = None,
     if as_json:
         print_json(result.as_dict())
         return
-    print_table(["layer", "format", "bits", "shape", "MB"], [
+    print_table([["layer", "format", "bits", "shape", "MB"], *(
         [layer.path, layer.format, str(layer.bits), "×".join(map(str, layer.shape)),
-         f"{layer.bytes / 1e6:.2f}"] for layer in result.layers], left=(0, 1))
+         f"{layer.bytes / 1e6:.2f}"] for layer in result.layers)], left=(0, 1))
     print(f"{clean(result.architecture)}, {result.parameters / 1e6:.1f} M parameters · "
           f"{result.bits_per_weight:.2f} bits per weight of the body · "
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
@@ -145,10 +145,10 @@ def _chips(as_json: bool) -> None:
           f"{f'{stated:g} GB/s stated' if stated else 'unknown: measured ceiling only'}\n")
     figures = {"GB/s": "headline_gb_per_s", "FP32 TFLOP/s": "fp32_tflops",
                "clock GHz": "clock_ghz", "memory GB": "max_memory_gb", "cache MB": "slc_mb"}
-    print_table(["chip", *figures], [
+    print_table([["chip", *figures], *(
         [chip.label, *("?" if (value := getattr(chip, key)) is None
                        else f"{value:.4g} {chip.sources[key]}" for key in figures.values())]
-        for chip in known.every()])
+        for chip in known.every())])
     print("\n" + "; ".join(f"{mark}: {meaning}" for mark, meaning in MARKS.items()))
 
 
@@ -184,9 +184,9 @@ def _lanes(as_json: bool) -> None:
         shared = ", ".join(f"{k} in {g}s" for k, g in groups.items() if g and int(k) >= 4)
         return f"{most}; {shared}" if shared else str(most)
 
-    print_table(["predicted", *(f"{bits} bit" for bits in widths)],
-                [[label, *(free(*limits) for limits in row.values())]
-                 for label, row in found.items()])
+    print_table([["predicted", *(f"{bits} bit" for bits in widths)],
+                 *([label, *(free(*limits) for limits in row.values())]
+                   for label, row in found.items())])
     remark("A prediction: replicas that cost at most 5 % more than one, and groups with which "
            "4, 8 and 16 do.")
     for line in (*lanes.ASSUMPTIONS, lanes.check_line()):
@@ -208,10 +208,10 @@ def check(as_json: option.AsJson = False) -> None:
     elif not total:
         print("no GPU here: layers run as plain operations, which are the kernels' reference")
     else:
-        print_table(["kernel", "case", "error", "allowed", ""], [
+        print_table([["kernel", "case", "error", "allowed", ""], *(
             [outcome.kernel, outcome.case,
              "" if outcome.error is None else f"{outcome.error:.1e}", f"{outcome.allowed:.0e}",
              "agrees" if outcome.passed else outcome.complaint or "DISAGREES"]
-            for outcome in found], left=(0, 1, 4))
+            for outcome in found)], left=(0, 1, 4))
     if not all(outcome.passed for outcome in found):
         raise typer.Exit(1)

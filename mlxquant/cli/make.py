@@ -210,10 +210,10 @@ def import_gguf(
                     "gb_per_s": speed, **record})
         return
     if rounded := record["rounded"]:
-        print_table(["layer", "type", "stored as", "error"], [
+        print_table([["layer", "type", "stored as", "error"], *(
             [path, r["type"], "same codes, scales in float16" if r["repacked"]
              else f"{r['bits']} bits, groups of 32", f"{r['error']:.1e}"]
-            for path, r in rounded.items() if r["bits"] != 16], left=(0, 1, 2))  # 16: norms
+            for path, r in rounded.items() if r["bits"] != 16)], left=(0, 1, 2))  # 16: norms
     others = f", the others within a relative error of {record['error']:.1e}" if rounded else ""
     print(f"{output}: {record['tensors'] - len(rounded)} of {record['tensors']} tensors exact"
           f"{others}; {outcome.bytes / 1e9:.2f} GB in {outcome.seconds:.1f} s, {speed:.2f} GB/s")

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.cli import options as option
-from mlxquant.cli.common import app, load_model, print_json, progress, remark
+from mlxquant.cli.common import app, load_model, print_json, print_table, progress, remark
 
 
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
@@ -117,8 +117,6 @@ def evaluate(
     trust_remote_code: option.Trust = False, as_json: option.AsJson = False,
 ) -> None:
     """Perplexity over the first windows of a text, and the distance from a reference model."""
-    from rich.console import Console
-
     from mlxquant.report import by_layer, divergence, perplexity
 
     if not text.is_file():
@@ -144,7 +142,7 @@ def evaluate(
     if as_json:
         print_json([asdict(layer) for layer in result] if layerwise else asdict(result))
     elif layerwise:
-        Console().print(by_layer.table(result))
+        print_table(by_layer.table(result))
     else:
         bos = ", each window behind BOS" if result.bos else ""
         print(f"perplexity {result.perplexity:.2f} over {result.windows} windows of "
@@ -169,8 +167,6 @@ def compare(
     seed: option.ByteSeed = 0, as_json: option.AsJson = False,
 ) -> None:
     """The methods side by side on one model: quality, size, time and memory."""
-    from rich.console import Console
-
     from mlxquant.codes.spec import Spec
     from mlxquant.codes.width import Width
     from mlxquant.quantise.job import Job, Text
@@ -192,7 +188,7 @@ def compare(
     if as_json:
         print_json(comparison.as_dicts(rows))
     else:
-        Console().print(comparison.table(rows))
+        print_table(comparison.table(rows))
 
 
 @app.command(epilog="Example: mlxquant probe --json")

@@ -14,7 +14,6 @@ values, near the number of channels where a single one carries everything (Elhag
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,9 +24,6 @@ from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import LanguageModel
 from mlxquant.report.divergence import paired_windows
 from mlxquant.report.perplexity import Progress
-
-if TYPE_CHECKING:  # slow to import, and seldom needed
-    from rich.table import Table
 
 _CHANNELS = 3  # the largest ones, reported for each block
 _PLOTS = (".png", ".svg")
@@ -137,21 +133,16 @@ def check_plot(path: str | Path) -> None:
         raise MlxquantError(f"no such folder: {path.parent}")
 
 
-def table(layers: list[LayerError]) -> "Table":
-    """The layers as a rich table, with the largest channel alone, so that it fits 80 columns."""
-    from rich.table import Table
-
-    def largest(channels: list[Channel]) -> str:
+def table(layers: list[LayerError]) -> list[list[str]]:
+    """The layers as text for a table of at most 80 columns, its head first."""
+    def largest(channels: list[Channel]) -> str:  # of three: all would not fit
         return f"{channels[0].index}: {channels[0].max_abs:.3g}"
 
-    result = Table("block", "error", "by position", "kurtosis", "reference", "largest",
-                   "reference", box=None)
-    for layer in layers:
-        result.add_row(str(layer.layer), f"{100 * layer.relative_error:.2f} %",
-                       f"{100 * layer.position_error:.2f} %", f"{layer.kurtosis:.4g}",
-                       f"{layer.reference_kurtosis:.4g}", largest(layer.largest_channels),
-                       largest(layer.reference_largest_channels))
-    return result
+    return [["block", "error", "by position", "kurtosis", "reference", "largest", "reference"], *(
+        [str(layer.layer), f"{100 * layer.relative_error:.2f} %",
+         f"{100 * layer.position_error:.2f} %", f"{layer.kurtosis:.4g}",
+         f"{layer.reference_kurtosis:.4g}", largest(layer.largest_channels),
+         largest(layer.reference_largest_channels)] for layer in layers)]
 
 
 class _Sums:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,9 +20,6 @@ from mlxquant.quantise.job import Job, Made, Target
 from mlxquant.quantise.pipeline import quantize
 from mlxquant.report.by_layer import check_plot
 from mlxquant.report.divergence import Divergence, divergence
-
-if TYPE_CHECKING:  # slow to import, and seldom needed
-    from rich.table import Table
 
 _REPLICAS = dict(method="replica", rotation="online")
 _EIGHT = dict(method="smoothquant", group_size=Whole.ROW, activation=ActivationSpec())
@@ -150,21 +147,17 @@ def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | 
         peak_memory_gb=made.peak_memory / 1e9 if made else None)
 
 
-def table(rows: list[Row]) -> "Table":
-    """The rows as a rich table."""
-    from rich.table import Table
-
+def table(rows: list[Row]) -> list[list[str]]:
+    """The rows as text for a table, its head first."""
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    view = Table("method", "bits", "group", "bits/weight", "MB", "perplexity", "KL", "top-1", "s",
-                 "peak GB", box=None)
-    for r in rows:
-        view.add_row(r.method, str(r.bits), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
-                     f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}", f"{r.kl_mean:.4f}",
-                     f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"),
-                     shown(r.peak_memory_gb, ".2f"))
-    return view
+    return [["method", "bits", "group", "bits/weight", "MB", "perplexity", "KL", "top-1", "s",
+             "peak GB"], *(
+        [r.method, str(r.bits), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
+         f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}", f"{r.kl_mean:.4f}",
+         f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"), shown(r.peak_memory_gb, ".2f")]
+        for r in rows)]
 
 
 def plot(rows: list[Row], path: Path) -> None:
