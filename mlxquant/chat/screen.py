@@ -43,9 +43,8 @@ class PlainScreen:
         print(flush=True)
 
     def _tell(self) -> None:
-        if self._thoughts.strip():
-            thoughts = self._thoughts
-            self._say(thoughts.strip() if self._show_thoughts() else folded(thoughts))
+        if thoughts := self._thoughts.strip():
+            self._say(thoughts if self._show_thoughts() else folded(thoughts))
             self._after_thoughts = True
         self._thoughts = ""
 
@@ -88,7 +87,7 @@ class LiveScreen:
             self._finish(block)
         lines = self._spaced(markdown.render(self._console, self._answer))
         if self._thoughts:
-            lines = self._thinking()
+            lines = self._thinking("…")
         self._tail.draw(lines + markdown.plain(self._console, self._status(), "dim"))
         self._drawn = time.monotonic()
 
@@ -100,16 +99,15 @@ class LiveScreen:
     def _spaced(self, lines: list[str]) -> list[str]:
         return ["", *lines] if lines and self._blocks else lines
 
-    def _thinking(self) -> list[str]:
-        text = self._thoughts.strip() if self._show_thoughts() else f"{folded(self._thoughts)}…"
+    def _thinking(self, more: str) -> list[str]:
+        thoughts = self._thoughts.strip()
+        text = thoughts if self._show_thoughts() else folded(thoughts) + more
         return markdown.plain(self._console, text, "dim italic")
 
     def _fold(self) -> None:
         """Reasoning is over: leave one line of it, or all where asked for."""
         if self._thoughts.strip():
-            text = self._thoughts.strip() if self._show_thoughts() else (
-                f"{folded(self._thoughts)} (/show thoughts)")
-            self._tail.finish(markdown.plain(self._console, text, "dim italic"))
+            self._tail.finish(self._thinking(" (/show thoughts)"))
             self._blocks += 1
         self._thoughts = ""
 

@@ -179,10 +179,14 @@ def compare(
         check_plot(plot)
     job = Job(Spec(group_size=group_size), seed=seed,
               text=Text(tuple(data or ()), samples, sequence_length))
-    rows = list(comparison.compare(
-        model, comparison.Evaluation(text, context, windows),
-        methods=[name.strip() for name in methods.split(",")],
-        bits=[Width.of(width) for width in bits or ("4", "3", "2")], job=job, progress=remark))
+    names = [name.strip() for name in methods.split(",")]
+    widths = [Width.of(width) for width in bits or ("4", "3", "2")]
+    rows: list[comparison.Row] = []
+    with progress("models compared:") as advance:
+        for row in comparison.compare(model, comparison.Evaluation(text, context, windows),
+                                      methods=names, bits=widths, job=job, progress=remark):
+            rows.append(row)
+            advance(len(rows), 1 + len(names) * len(widths), None)
     if plot is not None:
         comparison.plot(rows, plot)
     if as_json:
