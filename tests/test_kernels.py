@@ -1,11 +1,12 @@
 """Kernels of replicated layers: their Metal source executed on the CPU, against references.
 
-By default every width, float type, K and G appears, but not every combination: MLXQUANT_ALL_KERNELS=1 runs those too.
+Every width, K, G and float type appears; the slow tests have every combination of these, each with
+a rotation, a number of columns and of tokens drawn for it.
 """
 
 import itertools
 import json
-import os
+import random
 
 import mlx.core as mx
 import numpy as np
@@ -37,14 +38,21 @@ SUBSET = [Case(Width.of(bits), *rest) for bits, *rest in [
     ("ternary", 4, 0, 32, 8, 96, 1, BF16), ("ternary", 5, 8, 8, 5, 40, 4, F32), (3, 4, 0, 64, 7, 320, 2, F16),
     (3, 3, 32, 2, 9, 98 - 2, 1, F32), (4, 1, 0, 128, 5, 1152, 5, F32), (4, 8, 64, 64, 17, 128, 1, BF16),
     (2, 4, 0, 1024, 4, 1024, 1, F32), (2, 1, 0, 0, 2, 1, 1, F32), (4, 4, 0, 1, 2, 33, 8, F16)]]
-EVERYTHING = [Case(*case) for case in itertools.product(
-    REPLICA_WIDTHS, (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (0, 64), (9,), (64, 1088), (1, 3, 8), (F32, F16, BF16))]
+_DRAW = random.Random(0)
+EVERYTHING = [
+    Case(bits, replicas, group, rotation, 9, inputs, tokens, dtype)
+    for replicas, group, dtype in itertools.product(
+        (1, 2, 3, 4, 8, 16), (0, 8, 16, 32, 64), (F32, F16, BF16))
+    for rotation, inputs, tokens in [
+        (_DRAW.choice((0, 64)), _DRAW.choice((64, 1088)), _DRAW.choice((1, 3, 8)))]
+    for bits in REPLICA_WIDTHS]
 MIXTURES = [Case(Width.of(bits), *rest) for bits, *rest in [
     (2, 4, 0, 64, 13, 192, 1, F32, 4), (2, 8, 16, 64, 10, 192, 2, F16, 3),
     ("ternary", 3, 8, 32, 5, 96, 3, BF16, 7), (3, 4, 0, 0, 7, 99, 1, F32, 2),
     (1, 16, 64, 256, 6, 256, 2, F32, 5), (4, 2, 0, 64, 3, 320, 8, F16, 4)]]
-CASES = EVERYTHING if os.environ.get("MLXQUANT_ALL_KERNELS") else SUBSET
+CASES = SUBSET + [pytest.param(case, marks=pytest.mark.slow) for case in EVERYTHING]
 ALLOWED = {F32: 1e-5, F16: 2e-3, BF16: 8e-3}
+
 
 @pytest.fixture
 def emulation(emulate, monkeypatch):

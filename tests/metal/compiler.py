@@ -31,7 +31,8 @@ _VECTOR_CAST = re.compile(rf"(?<!sizeof)\(\s*{_VECTOR}\s*\)\s*[\w(]")
 # zig's own target for the machine would differ from one CPU to the next, and so would roundings.
 _CPU = ["-mcpu=x86_64_v3"] if platform.machine() == "x86_64" else []
 # Never without -c or -nostdlib++: zig would first build its C++ library, for more than a minute.
-_COMPILE = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti",
+_COMPILE = ["-std=c++17", "-O0", "-g0", "-fPIC", "-ffp-contract=off",
+            "-fno-exceptions", "-fno-rtti",
             "-Xclang", "-ffloat16-excess-precision=none",
             "-Xclang", "-fbfloat16-excess-precision=none",
             "-I", str(_INCLUDE), "-include", "mlx_preamble.h", *_CPU]

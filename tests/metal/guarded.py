@@ -40,7 +40,8 @@ class Handler(ctypes.Structure):
 
 
 class Guarded:
-    """``size`` bytes that touch a forbidden page at their start or, but for alignment, their end."""
+    """``size`` bytes that touch a forbidden page at their start or, but for alignment, at their
+    end."""
 
     def __init__(self, name: str, size: int, content: bytes | None, poison: int, at_end: bool,
                  alignment: int):
@@ -73,7 +74,8 @@ def report(arrays: list[Guarded], running) -> Handler:
     @_Handle
     def handle(number, info, _):
         address = ctypes.c_void_p.from_address(info + _ADDRESS_IN_SIGINFO).value or 0
-        where = next((a.describe(address) for a in arrays if address in a.reach), f"at {address:#x}")
+        where = next((a.describe(address) for a in arrays if address in a.reach),
+                     f"at {address:#x}")
         trapped = number == signal.SIGILL or number == signal.SIGTRAP
         what = "undefined behaviour" if trapped else f"access {where}"
         os.write(2, f"thread {tuple(running)} of the grid: {what}\n".encode())

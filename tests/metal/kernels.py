@@ -21,7 +21,8 @@ class OutOfBounds(Exception):
 
 
 class Undefined(Exception):
-    """A thread did what C++ leaves undefined: a local array's bounds, a shift, a misaligned vector."""
+    """A thread did what C++ leaves undefined: an index beyond a local array, a shift too far, a
+    misaligned vector."""
 
 
 class Unsettled(Exception):
@@ -67,24 +68,27 @@ class Emulation:
         self.mlx_metal_kernel = mx.fast.metal_kernel  # before it is replaced
 
     def install(self, monkeypatch, module) -> None:
-        """Have ``module`` build its kernel, by its cached function ``_kernel``, as on a Mac, and here."""
+        """Have ``module`` build its kernel here, by its cached ``_kernel``, as on a Mac."""
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(mx.fast, "metal_kernel", self.metal_kernel)
         monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)
 
-    def metal_kernel(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True,
-                     atomic_outputs=False, compile_options=None) -> "EmulatedKernel":
+    def metal_kernel(self, name, input_names, output_names, source, header="",
+                     ensure_row_contiguous=True, atomic_outputs=False,
+                     compile_options=None) -> "EmulatedKernel":
         if not ensure_row_contiguous or atomic_outputs:
             raise NotEmulated("strided inputs and atomic outputs")
-        mlx_kernel = self.mlx_metal_kernel(name=name, input_names=input_names, output_names=output_names,
-                                           source=source, header=header, compile_options=compile_options)
+        mlx_kernel = self.mlx_metal_kernel(
+            name=name, input_names=input_names, output_names=output_names, source=source,
+            header=header, compile_options=compile_options)
         return EmulatedKernel(self, mlx_kernel, input_names, output_names)
 
 
 class EmulatedKernel:
     """Called like MLX's kernels; returns arrays that are computed already."""
 
-    def __init__(self, emulation: Emulation, mlx_kernel, input_names: list[str], output_names: list[str]):
+    def __init__(self, emulation: Emulation, mlx_kernel, input_names: list[str],
+                 output_names: list[str]):
         self.emulation, self.mlx_kernel = emulation, mlx_kernel
         self.input_names, self.output_names = input_names, output_names
 
@@ -93,8 +97,9 @@ class EmulatedKernel:
         if init_value is not None:
             raise NotEmulated("outputs with an initial value")
         inputs = [mx.array(x) for x in inputs]
-        made = source.generate(self.mlx_kernel, inputs, output_shapes=output_shapes, grid=grid,
-                               output_dtypes=output_dtypes, threadgroup=threadgroup, template=template)
+        made = source.generate(
+            self.mlx_kernel, inputs, output_shapes=output_shapes, output_dtypes=output_dtypes,
+            grid=grid, threadgroup=threadgroup, template=template)
         outputs = list(zip(self.output_names, output_shapes, output_dtypes, strict=True))
         arrays = [{"name": name, "size": len(content), "content": content.hex()}
                   for name, content in zip(self.input_names, map(_bytes, inputs), strict=True)]
@@ -105,8 +110,9 @@ class EmulatedKernel:
             raise NotEmulated(f"buffers {passed}: shapes and strides are not passed")
         job = {"library": str(self.emulation.compiler.build(made)), "arrays": arrays, "grid": grid,
                "threadgroup": threadgroup, "alignment": self.emulation.alignment}
+        contents = self.emulation.runner.run(job, self.output_names)
         return [mx.array(np.frombuffer(content, np.uint8)).view(dtype).reshape(shape)
-                for content, (_, shape, dtype) in zip(self.emulation.runner.run(job, self.output_names), outputs)]
+                for content, (_, shape, dtype) in zip(contents, outputs)]
 
 
 def _bytes(array: mx.array) -> bytes:

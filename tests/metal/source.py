@@ -1,8 +1,8 @@
 """The Metal source of one kernel call, as MLX generates it, and what its signature says.
 
-MLX prints that source when a kernel is called with ``verbose``, before it looks for a GPU; where there
-is none, only a trace gets that far, and ``mx.export_function`` traces without evaluating. MLX prints
-from C++, so file descriptor 1 itself is diverted.
+MLX prints that source when a kernel is called with ``verbose``, before it looks for a GPU; where
+there is none, only a trace gets that far, and ``mx.export_function`` traces without evaluating.
+MLX prints from C++, so file descriptor 1 itself is diverted.
 """
 
 import ctypes
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 # What needs threads to meet. Of these, include/fibers.h has the simdgroup functions of EMULATED.
-MEETINGS = re.compile(r"\b(threadgroup|atomic\w*|simd_\w+|quad_\w+|\w+_barrier|simdgroup_(?!index_in_)\w+)\b")
+MEETINGS = re.compile(r"\b(threadgroup|atomic\w*|simd_\w+|quad_\w+|\w+_barrier|"
+                      r"simdgroup_(?!index_in_)\w+)\b")
 EMULATED = {"simd_sum", "simd_shuffle_xor"}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _PRINTED = re.compile(r"Generated source code for `[^`]*`:\n```\n(.*)\n```", re.DOTALL)
@@ -51,9 +52,11 @@ class Source:
     @classmethod
     def parse(cls, text: str) -> "Source":
         signature, instance = _SIGNATURE.search(text), _INSTANCE.search(text)
-        found = [_PARAMETER.match(line) for line in signature[2].split("\n")] if signature else [None]
+        lines = signature[2].split("\n") if signature else [""]
+        found = [_PARAMETER.match(line) for line in lines]
         if None in found:
-            raise NotEmulated(f"MLX {mx.__version__} writes signatures otherwise than expected: {text}")
+            raise NotEmulated(f"MLX {mx.__version__} writes signatures otherwise than expected: "
+                              f"{text}")
         return cls(text, instance[1] if instance else signature[1], tuple(
             Parameter(*match.group("type", "mode", "name", "attribute")) for match in found))
 
@@ -61,7 +64,8 @@ class Source:
         """The simdgroup functions it calls; raises ``NotEmulated`` for other ways to meet."""
         used = {match[0] for match in MEETINGS.finditer(_COMMENT.sub(" ", self.text))}
         if unknown := sorted(used - EMULATED):
-            raise NotEmulated(f"simdgroups are run one after the other, which cannot emulate {', '.join(unknown)}")
+            raise NotEmulated("simdgroups are run one after the other, which cannot emulate "
+                              f"{', '.join(unknown)}")
         return used
 
 

@@ -1,15 +1,17 @@
-// Runs a kernel's threads, one simdgroup after the other, its lanes one after the other. A threadgroup that the
-// grid cuts short is short, as in Metal's dispatchThreads, which MLX uses. `backwards` runs simdgroups and lanes in
-// the opposite order: what depends on the order was a race.
+// Runs a kernel's threads, one simdgroup after the other, its lanes one after the other. A
+// threadgroup that the grid cuts short is short, as in Metal's dispatchThreads, which MLX uses.
+// `backwards` runs simdgroups and lanes in the opposite order: what depends on order was a race.
 //
-// With SIMDGROUPS_MEET every lane is a fiber of its own: a simdgroup function hands over its operand, lets the other
-// lanes come to the same call, and goes on when all have. A lane that ended, or came to another function, is a trap:
-// Metal leaves that undefined. Barriers and threadgroup memory are refused before (MEETINGS in source.py).
+// With SIMDGROUPS_MEET every lane is a fiber of its own: a simdgroup function hands over its
+// operand, lets the other lanes come to the same call, and goes on when all have. A lane that
+// ended, or came to another function, is a trap: Metal leaves that undefined. Barriers and
+// threadgroup memory are refused before (MEETINGS in source.py).
 #pragma once
 
 struct Thread {  // members have the names and types of Metal's attributes
     uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
-    uint3 threads_per_grid, threadgroups_per_grid, threads_per_threadgroup, dispatch_threads_per_threadgroup;
+    uint3 threads_per_grid, threadgroups_per_grid, threads_per_threadgroup;
+    uint3 dispatch_threads_per_threadgroup;
     uint thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup;
     uint threads_per_simdgroup, simdgroups_per_threadgroup;
 };
@@ -29,7 +31,8 @@ inline uint3 unravel(uint index, uint3 extent) {
 #ifdef SIMDGROUPS_MEET
 template <class Kernel>
 void run_lanes(Thread* threads, uint count, bool backwards, Kernel kernel) {
-    fibers::run(count, backwards, [&](uint lane) { kernel(threads[lane]); }, [&](uint lane) { announce(threads[lane]); });
+    fibers::run(count, backwards, [&](uint lane) { kernel(threads[lane]); },
+                [&](uint lane) { announce(threads[lane]); });
 }
 #else
 template <class Kernel>
@@ -49,7 +52,8 @@ void dispatch(const uint* grid_size, const uint* group_size, bool backwards, Ker
     const uint3 groups = (grid + group - 1u) / group;
     const uint group_count = groups.x * groups.y * groups.z;
     for (uint g = 0; g < group_count; ++g) {
-        const uint3 group_at = unravel(backwards ? group_count - 1 - g : g, groups), start = group_at * group;
+        const uint3 group_at = unravel(backwards ? group_count - 1 - g : g, groups);
+        const uint3 start = group_at * group;
         const uint3 inside = __builtin_elementwise_min(group, grid - start);
         const uint threads = inside.x * inside.y * inside.z, simdgroups = (threads + 31) / 32;
         for (uint s = 0; s < simdgroups; ++s) {

@@ -88,7 +88,8 @@ namespace metal {
 
 template <class T>
 T simd_shuffle_xor(T x, unsigned short mask) {
-    return fibers::exchange("simd_shuffle_xor", x, [=](auto of) { return of(fibers::current ^ mask); });
+    return fibers::exchange("simd_shuffle_xor", x,
+                            [=](auto of) { return of(fibers::current ^ mask); });
 }
 
 template <class T>
