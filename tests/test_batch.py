@@ -32,12 +32,14 @@ def test_progress_options_and_seeds(tiny):
     first = mlxquant.batch_generate(tiny, PROMPTS, max_tokens=9, sampling=sampling,
                                     progress=lambda done, total: told.append((done, total)))
     assert told == [(i, 4) for i in range(1, 5)]
-    assert first.texts == mlxquant.batch_generate(tiny, PROMPTS, max_tokens=9, sampling=sampling).texts
+    again = mlxquant.batch_generate(tiny, PROMPTS, max_tokens=9, sampling=sampling)
+    assert first.texts == again.texts
 
 
 @pytest.mark.parametrize("prompts,options,error,message", [
     ([], {}, BadValue, "no prompt"), (["x"], dict(max_tokens=0), BadValue, "max_tokens is 0"),
-    (["x"], dict(batch_size=0), BadValue, "batch_size is 0"), ([[5] * 600], {}, TooLarge, "holds 512")])
+    (["x"], dict(batch_size=0), BadValue, "batch_size is 0"),
+    ([[5] * 600], {}, TooLarge, "holds 512")])
 def test_what_is_refused(tiny, prompts, options, error, message):
     with pytest.raises(error, match=message):
         mlxquant.batch_generate(tiny, prompts, **options)

@@ -12,7 +12,10 @@ from mlxquant import MlxquantError
 from mlxquant.machine import chips
 from mlxquant.report import bench, bench_output
 
-KEYS = ["model", "test", "tps_mean", "tps_stdev", "ttft_ms", "bytes_per_token", "gb_per_s", "headline_gb_per_s", "probe_gb_per_s", "percent_of_headline", "percent_of_probe", "fixed_ms_per_token", "peak_memory_gb", "chip", "gpu_cores", "mlx", "mlx_lm", "device", "repetitions", "machine", "power"]
+KEYS = ["model", "test", "tps_mean", "tps_stdev", "ttft_ms", "bytes_per_token", "gb_per_s",
+        "headline_gb_per_s", "probe_gb_per_s", "percent_of_headline", "percent_of_probe",
+        "fixed_ms_per_token", "peak_memory_gb", "chip", "gpu_cores", "mlx", "mlx_lm", "device",
+        "repetitions", "machine", "power"]
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +23,15 @@ def records(tiny_folder):
     from mlxquant.runtime import probe
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "read_ceiling", lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", "0"))
-        return mlxquant.bench([str(tiny_folder)], prompt=16, generated=6, depths=(0, 40), batches=(1, 3),
-                              repetitions=2)
+        patch.setattr(probe, "read_ceiling",
+                      lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", "0"))
+        return mlxquant.bench([str(tiny_folder)], prompt=16, generated=6, depths=(0, 40),
+                              batches=(1, 3), repetitions=2)
 
 
 def test_every_test_is_measured(records):
-    assert [r.test for r in records] == ["pp16", "tg6", "pp16 @ d40", "tg6 @ d40", "pp16 b3", "tg6 b3",
-                                         "pp16 @ d40 b3", "tg6 @ d40 b3"]
+    assert [r.test for r in records] == ["pp16", "tg6", "pp16 @ d40", "tg6 @ d40", "pp16 b3",
+                                         "tg6 b3", "pp16 @ d40 b3", "tg6 @ d40 b3"]
     for record in records:
         assert set(KEYS) <= set(record.as_dict())
         assert record.tps_mean > 0 and record.tps_stdev >= 0 and record.repetitions == 2
@@ -38,7 +42,8 @@ def test_every_test_is_measured(records):
 
 def test_the_first_token_belongs_to_the_prompt(records):
     prompt, reply, _, deep = records[:4]
-    assert prompt.ttft_ms == pytest.approx(16e3 / prompt.tps_mean, rel=0.5) and reply.ttft_ms is None
+    assert prompt.ttft_ms == pytest.approx(16e3 / prompt.tps_mean, rel=0.5)
+    assert reply.ttft_ms is None
     assert deep.ttft_ms > 0
 
 
@@ -67,7 +72,8 @@ def test_all_sequences_of_a_batch_are_run(tiny):
 
 @pytest.mark.parametrize("values, says", [
     (dict(prompt=0, generated=0), "at least one test"), (dict(repetitions=0), "one repetition"),
-    (dict(depths=(-1,)), "depth is -1"), (dict(batches=(0,)), "batch is 0"), (dict(prompt=-1), "tokens is -1")])
+    (dict(depths=(-1,)), "depth is -1"), (dict(batches=(0,)), "batch is 0"),
+    (dict(prompt=-1), "tokens is -1")])
 def test_what_makes_no_sense_is_refused(tiny_folder, values, says):
     with pytest.raises(MlxquantError, match=says):
         mlxquant.bench([str(tiny_folder)], **values)
@@ -76,12 +82,14 @@ def test_what_makes_no_sense_is_refused(tiny_folder, values, says):
 def synthetic(model="a", depth=0, gigabytes=1.0, fixed=2.0, rate=100.0, **changes):
     ms = fixed + 1e3 * gigabytes / rate
     values = dict(
-        model=model, test=f"tg128 @ d{depth}" if depth else "tg128", depth=depth, batch=1, tps_mean=1e3 / ms,
-        tps_stdev=1.5, ttft_ms=None, bytes_per_token=1e9 * gigabytes, operations_per_byte=2.0, gb_per_s=1e3 / ms * gigabytes,
-        headline_gb_per_s=200.0, probe_gb_per_s=160.0, percent_of_headline=50.0, percent_of_probe=62.5,
+        model=model, test=f"tg128 @ d{depth}" if depth else "tg128", depth=depth, batch=1,
+        tps_mean=1e3 / ms, tps_stdev=1.5, ttft_ms=None, bytes_per_token=1e9 * gigabytes,
+        operations_per_byte=2.0, gb_per_s=1e3 / ms * gigabytes, headline_gb_per_s=200.0,
+        probe_gb_per_s=160.0, percent_of_headline=50.0, percent_of_probe=62.5,
         fixed_ms_per_token=None, marginal_gb_per_s=None, fit_residual_ms=None, fit_over=None,
-        parameters=2_000_000_000, weight_gb=gigabytes, peak_memory_gb=gigabytes + 0.5, chip="Apple M1 Pro", gpu_cores=16, mlx="0.32.4",
-        mlx_lm="0.32.2", device="gpu", repetitions=5, machine={"chip": "Apple M1 Pro", "cores": 10},
+        parameters=2_000_000_000, weight_gb=gigabytes, peak_memory_gb=gigabytes + 0.5,
+        chip="Apple M1 Pro", gpu_cores=16, mlx="0.32.4", mlx_lm="0.32.2", device="gpu",
+        repetitions=5, machine={"chip": "Apple M1 Pro", "cores": 10},
         power={"source": "mains", "low_power_mode": False})
     return bench.Record(**values | changes)
 
@@ -91,7 +99,8 @@ def test_the_split_over_models():
     prompt = replace(records[0], test="pp512")
     fitted = bench.with_fit([*records, prompt])
     assert [r.fit_over for r in fitted] == ["models"] * 3 + [None]
-    assert fitted[0].fixed_ms_per_token == pytest.approx(2) and fitted[0].marginal_gb_per_s == pytest.approx(100)
+    assert fitted[0].fixed_ms_per_token == pytest.approx(2)
+    assert fitted[0].marginal_gb_per_s == pytest.approx(100)
     assert all(abs(r.fit_residual_ms) < 1e-9 for r in fitted[:3])
 
 
@@ -102,25 +111,34 @@ def test_the_split_over_depths_and_where_there_is_none():
 
 
 MARKDOWN = """\
-| model | weights GB | params | device | test | tokens/s | MB/token | GB/s | of headline | of measured | fixed ms/token | margin GB/s | peak GB |
+| model | weights GB | params | device | test | tokens/s | MB/token | GB/s | of headline \
+| of measured | fixed ms/token | margin GB/s | peak GB |
 | --- | --: | --: | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |
-| a | 1.000 | 2.00 B | gpu | tg128 | 83.33 ± 1.50 | 1,000.0 | 83.3 | 50 % | 62 % | 2.00 | 100 | 1.50 |
-| b | 2.000 | 2.00 B | gpu | tg128 | 45.45 ± 1.50 | 2,000.0 | 90.9 | 50 % | 62 % | 2.00 | 100 | 2.50 |
-| c | 4.000 | 2.00 B | gpu | tg128 | 23.81 ± 1.50 | 4,000.0 | 95.2 | 50 % | 62 % | 2.00 | 100 | 4.50 |
+| a | 1.000 | 2.00 B | gpu | tg128 | 83.33 ± 1.50 | 1,000.0 | 83.3 | 50 % | 62 % \
+| 2.00 | 100 | 1.50 |
+| b | 2.000 | 2.00 B | gpu | tg128 | 45.45 ± 1.50 | 2,000.0 | 90.9 | 50 % | 62 % \
+| 2.00 | 100 | 2.50 |
+| c | 4.000 | 2.00 B | gpu | tg128 | 23.81 ± 1.50 | 4,000.0 | 95.2 | 50 % | 62 % \
+| 2.00 | 100 | 4.50 |
 
-Apple M1 Pro (gpu, 16 GPU cores), MLX 0.32.4, mlx-lm 0.32.2; 160.0 GB/s measured, 200 GB/s stated; 5 repetitions
-Over models: 2.00 ± 0.00 ms fixed per token + bytes at 100.0 ± 0.0 GB/s (3 points, largest residual 0.000 ms)"""
+Apple M1 Pro (gpu, 16 GPU cores), MLX 0.32.4, mlx-lm 0.32.2; 160.0 GB/s measured, \
+200 GB/s stated; 5 repetitions
+Over models: 2.00 ± 0.00 ms fixed per token + bytes at 100.0 ± 0.0 GB/s \
+(3 points, largest residual 0.000 ms)"""
 
 
 def test_formats():
-    records = bench.with_fit([synthetic(name, gigabytes=size) for name, size in (("a", 1), ("b", 2), ("c", 4))])
+    records = bench.with_fit([synthetic(name, gigabytes=size)
+                              for name, size in (("a", 1), ("b", 2), ("c", 4))])
     assert bench_output.markdown(records) == MARKDOWN
     dictionaries = [r.as_dict() for r in records]
     assert json.loads(bench_output.as_json(records)) == dictionaries
-    assert [json.loads(line) for line in bench_output.json_lines(records).splitlines()] == dictionaries
+    assert ([json.loads(line) for line in bench_output.json_lines(records).splitlines()]
+            == dictionaries)
     rows = list(csv.DictReader(bench_output.comma_separated(records).splitlines()))
     assert [row["model"] for row in rows] == ["a", "b", "c"] and rows[0]["machine_cores"] == "10"
-    assert rows[0]["ttft_ms"] == "" and float(rows[2]["bytes_per_token"]) == 4e9 and rows[0]["power_source"] == "mains"
+    assert rows[0]["ttft_ms"] == "" and float(rows[2]["bytes_per_token"]) == 4e9
+    assert rows[0]["power_source"] == "mains"
     assert [form([]) for form in bench_output.FORMATS.values()] == ["", "[]", "", ""]
 
 
@@ -143,7 +161,8 @@ def test_interrupted_keeps_what_was_measured(tiny_folder, tmp_path, monkeypatch,
 
     monkeypatch.setattr(bench, "_Runner", Interrupting)
     with pytest.raises(KeyboardInterrupt):
-        measure.bench([str(tiny_folder)], prompt=8, generated=4, repetitions=1, depth=None, batch=None, form="json",
-                      output=tmp_path / "out.json", plot=None, chip=None, memory=None)
+        measure.bench([str(tiny_folder)], prompt=8, generated=4, repetitions=1, depth=None,
+                      batch=None, form="json", output=tmp_path / "out.json", plot=None, chip=None,
+                      memory=None)
     assert [r["test"] for r in json.loads((tmp_path / "out.json").read_text())] == ["pp8"]
     assert "| pp8 |" in capsys.readouterr().out

@@ -39,17 +39,20 @@ def least_damage(options, budget):
 
 
 def budgets(options, count):
-    low, high = (sum(pick(o.bits for o in ways) for ways in options.values()) for pick in (min, max))
+    low, high = (sum(pick(o.bits for o in ways) for ways in options.values())
+                 for pick in (min, max))
     return np.linspace(low, high, count)
 
 
 def test_near_the_best_of_all_allocations_and_never_over_budget():
-    """Above the optimum by less than one layer can save at most; on average by under 1 % of all savings."""
+    """Above the optimum by less than one layer can save at most; on average by under 1 % of all
+    savings."""
     gaps = []
     for seed in range(40):
         options = random_options(seed)
         floors = [min(ways, key=lambda o: (o.bits, o.damage)).damage for ways in options.values()]
-        saved = [floor - min(o.damage for o in ways) for floor, ways in zip(floors, options.values())]
+        saved = [floor - min(o.damage for o in ways)
+                 for floor, ways in zip(floors, options.values())]
         for budget in budgets(options, 7):
             bits, damage = totals(choose(options, budget))
             gap = damage - least_damage(options, budget)
@@ -75,15 +78,16 @@ def test_layers_taken_together_stand_for_all_that_they_take_apart(seed):
     for ways in together:
         budget = sum(option.bits for option in ways)
         assert tuple(choose(options, budget).values()) == ways
-    first, *rest = options
-    joined = {first: options[first], "rest": [Option(ways, *totals(dict(enumerate(ways))))
-                                              for ways in at_every_price([options[name] for name in rest])]}
+    first, *rest = options.values()
+    joined = {"first": first, "rest": [Option(ways, *totals(dict(enumerate(ways))))
+                                       for ways in at_every_price(rest)]}
     for budget in map(float, bits):
         assert totals(choose(joined, budget)) == pytest.approx(totals(choose(options, budget)))
 
 
 def test_the_remainder_takes_an_option_off_the_hull():
-    options = {"a": [Option("small", 10, 10.0), Option("middle", 15, 9.0), Option("large", 20, 0.0)]}
+    options = {"a": [Option("small", 10, 10.0), Option("middle", 15, 9.0),
+                     Option("large", 20, 0.0)]}
     assert choose(options, 19)["a"].choice == "middle"
     assert choose(options, 20)["a"].choice == "large"
 
@@ -96,10 +100,12 @@ def test_a_step_too_large_does_not_hold_up_the_smaller_ones():
 
 def test_a_large_budget_takes_the_least_damage_and_no_bit_more():
     options = random_options(1)
-    options["layer0"] += [Option("best", 50, -1.0), Option("as good", 60, -1.0), Option("worse", 70, 5.0)]
+    options["layer0"] += [Option("best", 50, -1.0), Option("as good", 60, -1.0),
+                          Option("worse", 70, 5.0)]
     chosen = choose(options, 1e12)
     assert chosen["layer0"].choice == "best"
-    assert all(chosen[layer].damage == min(o.damage for o in ways) for layer, ways in options.items())
+    assert all(chosen[layer].damage == min(o.damage for o in ways)
+               for layer, ways in options.items())
 
 
 def test_too_small_a_budget_names_the_least_possible():
@@ -123,7 +129,8 @@ def test_no_layers_take_no_bits():
 
 
 @pytest.mark.parametrize("ways,message", [
-    ([], "a has no options"), ([Option(2, 1, float("nan"))], "option 2 of a has 1 bits and damage nan"),
+    ([], "a has no options"),
+    ([Option(2, 1, float("nan"))], "option 2 of a has 1 bits and damage nan"),
     ([Option(2, float("inf"), 1)], "option 2 of a has inf bits"),
 ])
 def test_unusable_options_are_refused(ways, message):

@@ -19,7 +19,8 @@ KEYS = {"method", "bits", "group_size", "rotated", "replicas", "replica_group", 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)))
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)
+    path.write_text(" ".join(words))
     return path
 
 
@@ -46,22 +47,26 @@ def test_an_unknown_method_is_refused_before_any_work():
 
 
 def test_the_verbs(tiny_folder, text, tmp_path):
-    made = run("quantize", tiny_folder, "-o", tmp_path / "out", "--bits", 3, "--group-size", 32, "--data", text,
-               "--samples", 4, "--sequence-length", 64, "--override", "*.down_proj:bits=8", "--json")
+    made = run("quantize", tiny_folder, "-o", tmp_path / "out", "--bits", 3, "--group-size", 32,
+               "--data", text, "--samples", 4, "--sequence-length", 64, "--override",
+               "*.down_proj:bits=8", "--json")
     assert made.returncode == 0, made.stderr
     value = json.loads(made.stdout)
     assert 4 < value["bits_per_weight"] < 9 and value["file_bytes"] > 0 and value["seconds"] > 0
-    table = run("compare", tiny_folder, "--text", text, "--data", text, "--methods", "rtn", "--bits", 4,
-                "--samples", 2, "--sequence-length", 64, "--context", 64, "--windows", 2, "--json")
+    table = run("compare", tiny_folder, "--text", text, "--data", text, "--methods", "rtn",
+                "--bits", 4, "--samples", 2, "--sequence-length", 64, "--context", 64, "--windows",
+                2, "--json")
     assert [row["method"] for row in json.loads(table.stdout)] == ["original", "rtn"]
 
 
 @pytest.mark.parametrize("options,message", [
-    (("--bits", "7"), "bits is '7'|bits is 7"), (("--override", "nosuch*:bits=8"), "no layer matches"),
+    (("--bits", "7"), "bits is '7'|bits is 7"),
+    (("--override", "nosuch*:bits=8"), "no layer matches"),
     (("--rotate", "--rotate-fused"), "give one"), (("--method", "magic"), "allowed are rtn"),
     (("--method", "smoothquant"), "--activation-bits 8"),
 ])
-def test_impossible_requests_exit_with_2_and_one_line(tiny_folder, text, tmp_path, options, message):
+def test_impossible_requests_exit_with_2_and_one_line(tiny_folder, text, tmp_path, options,
+                                                      message):
     result = run("quantize", tiny_folder, "-o", tmp_path / "out", "--data", text, *options)
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert re.search(message, result.stderr) and "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Conversations of a model with itself: in its template from the first token, the same for the same seed."""
+"""Conversations of a model with itself: in its template, the same for the same seed."""
 
 import dataclasses
 
@@ -14,14 +14,16 @@ from mlxquant.quantise import conversations
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    """A random model that says something else at each token, which one with tied embeddings does not."""
+    """A random model that says something else at each token; one with tied embeddings does not."""
     config = CONFIG | {"tie_word_embeddings": False}
-    return mlxquant.load(str(write_folder(tmp_path_factory.mktemp("models") / "talker", random_network(config), config)))
+    return mlxquant.load(str(write_folder(tmp_path_factory.mktemp("models") / "talker",
+                                          random_network(config), config)))
 
 
 def test_rows_are_conversations_in_the_models_template(talker):
     told = []
-    rows = conversations.converse(talker, 3, 300, seed=1, batch=4, progress=lambda *done: told.append(done))
+    rows = conversations.converse(talker, 3, 300, seed=1, batch=4,
+                                  progress=lambda *done: told.append(done))
     assert rows.shape == (3, 300) and rows.dtype == np.int64 and told[-1] == (3, 3)
     for row in rows:
         text = talker.tokenizer.decode(row.tolist())
@@ -43,7 +45,8 @@ def test_what_has_no_room_to_talk_is_refused(tiny):
 
     with pytest.raises(Unsupported, match="no chat template"):
         conversations.converse(dataclasses.replace(tiny, tokenizer=Mute()), 1, 10)
-    with pytest.raises(BadValue, match="a window of 6 tokens holds no conversation, .* begins with 6"):
+    with pytest.raises(BadValue,
+                       match="a window of 6 tokens holds no conversation, .* begins with 6"):
         conversations.converse(tiny, 1, 6)
     with pytest.raises(Unsupported, match="puts nothing before"):
         conversations.converse(dataclasses.replace(tiny, tokenizer=Bare()), 1, 100)
@@ -58,4 +61,5 @@ def test_turns_end_where_a_speaker_does_or_has_said_enough():
         for row, token in zip((terse, wordy), np.array(turns.choose(mx.array(logits)))):
             row.append(int(token))
     assert terse[:12] == [said, 10, 11, said, 20, 21, 22, said, 10, 11, said, 20]
-    assert wordy[:400] == [said] * 64 + [10, 11] + [said] * 256 + [20, 21, 22] + [said] * 64 + [10, 11] + [said] * 9
+    assert wordy[:400] == [*[said] * 64, 10, 11, *[said] * 256, 20, 21, 22, *[said] * 64, 10, 11,
+                           *[said] * 9]

@@ -33,7 +33,8 @@ def test_residuals_are_in_the_order_of_the_points():
 
 
 @pytest.mark.parametrize("sizes, times", [
-    ([1e9], [1]), ([1e9, 2e9], [1, 2]), ([1e9, 1e9, 1e9], [1, 1, 1]), ([1e9, 1.005e9, 1.01e9], [1, 2, 3]),
+    ([1e9], [1]), ([1e9, 2e9], [1, 2]), ([1e9, 1e9, 1e9], [1, 1, 1]),
+    ([1e9, 1.005e9, 1.01e9], [1, 2, 3]),
     ([1e9, 2e9, 3e9], [3, 2, 1]), ([1e9, 2e9, 3e9], [80, 110, 85]),
     ([1e9, 2e9, 3e9], [1, 11, 21])])
 def test_what_cannot_be_fitted_is_none(sizes, times):

@@ -67,12 +67,14 @@ def test_each_filter_alone_can_force_the_likeliest_token(tiny, narrow):
 
 def test_repetition_penalty_changes_a_repeating_reply(tiny):
     plain = mlxquant.generate(tiny, [5, 6], max_tokens=30)
-    penalised = mlxquant.generate(tiny, [5, 6], max_tokens=30, sampling=Sampling(repetition_penalty=50.0))
+    penalised = mlxquant.generate(tiny, [5, 6], max_tokens=30,
+                                  sampling=Sampling(repetition_penalty=50.0))
     assert plain.text != penalised.text
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(temperature=-1), dict(top_p=1.5), dict(top_k=-1), dict(min_p=2), dict(repetition_penalty=0)])
+    dict(temperature=-1), dict(top_p=1.5), dict(top_k=-1), dict(min_p=2),
+    dict(repetition_penalty=0)])
 def test_sampling_ranges(wrong):
     with pytest.raises(BadValue, match=f"{next(iter(wrong))} is .*allowed are"):
         Sampling(**wrong)
@@ -94,7 +96,8 @@ def test_an_unfinished_stop_string_is_text_after_all(tiny):
 def test_a_second_turn_processes_only_what_is_new(tiny):
     cache, conversation = PromptCache(), list(CHAT)
     first = mlxquant.generate(tiny, conversation, max_tokens=10, cache=cache)
-    conversation += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "more"}]
+    conversation += [{"role": "assistant", "content": first.text},
+                     {"role": "user", "content": "more"}]
     second = mlxquant.generate(tiny, conversation, max_tokens=10, cache=cache)
     assert second.report.cached_tokens >= first.report.prompt_tokens
     assert second.text == mlxquant.generate(tiny, conversation, max_tokens=10).text

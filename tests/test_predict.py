@@ -27,7 +27,8 @@ def test_what_fits_and_what_is_not_known():
     assert unknown.fits is None and "largest memory not known" in unknown.line()
 
 
-@pytest.mark.parametrize("chip", [chips.find("H100"), chips.Chip("Apple M9", 10), chips.Chip("AMD EPYC")])
+@pytest.mark.parametrize("chip", [chips.find("H100"), chips.Chip("Apple M9", 10),
+                                  chips.Chip("AMD EPYC")])
 def test_chips_that_no_measurement_covers_are_refused(chip):
     with pytest.raises(MlxquantError, match="no published measurements"):
         predict.predict(chip, bytes_per_token=1e9, total_bytes=1e9, layers=1)
@@ -38,8 +39,8 @@ def test_learning_finds_the_numbers_that_rows_were_made_from():
     for engine, layer_ms in (("llama.cpp", 0.2), ("mlx-lm", 0.05)):
         for layers, size in ((32, 4.0), (40, 9.0), (80, 30.0)):
             ms = layers * layer_ms + 1.1 * size / 200 * 1e3
-            rows.append(dict(chip="Apple M1 Pro", gpu_cores=14, engine=engine, layers=layers, gb_per_token=size,
-                             tokens_per_s=1e3 / ms, bits=4))
+            rows.append(dict(chip="Apple M1 Pro", gpu_cores=14, engine=engine, layers=layers,
+                             gb_per_token=size, tokens_per_s=1e3 / ms, bits=4))
     learnt = predict.learn(rows)
     assert learnt.ms_per_layer == pytest.approx({"llama.cpp": 0.2, "mlx-lm": 0.05})
     assert learnt.bytes_factor == pytest.approx(1.1)
@@ -52,7 +53,8 @@ def test_the_back_test_leaves_the_chip_out(monkeypatch):
     wrong = [r | {"tokens_per_s": r["tokens_per_s"] * (10 if r["chip"] == "Apple M1 Pro" else 1)}
              for r in table["decode"]]
     monkeypatch.setattr(lanes, "published", lambda: table | {"decode": wrong})
-    after = {(r["chip"], r["gpu_cores"], r["format"]): r["predicted"] for r in predict.backtest.__wrapped__()}
+    after = {(r["chip"], r["gpu_cores"], r["format"]): r["predicted"]
+             for r in predict.backtest.__wrapped__()}
     for key, value in before.items():
         assert (after[key] == value) == (key[0] == "Apple M1 Pro")
 
@@ -62,7 +64,8 @@ def test_the_errors_of_the_back_test():
     assert set(summary) == {"base", "Pro", "Max", "Ultra", "llama.cpp", "mlx-lm", "all"}
     assert summary["all"]["runs"] == len(rows) == len(lanes.published()["decode"])
     assert summary["all"]["median_error"] < 0.05 and abs(summary["all"]["worst_error"]) < 0.3
-    inside = [abs(r["error"]) <= predict.error_band(chips.of(r["chip"], r["gpu_cores"])) for r in rows]
+    inside = [abs(r["error"]) <= predict.error_band(chips.of(r["chip"], r["gpu_cores"]))
+              for r in rows]
     assert 0.85 < statistics.mean(inside) < 0.95
 
 
@@ -75,10 +78,12 @@ def test_every_published_row_says_where_it_is_from():
 
 
 def test_lane_operations_by_hand():
-    """An M4 Pro has 20 · 128 · 1.578e9 lane-operations a second; a stock 2-bit weight waits for 5 of them."""
+    """An M4 Pro has 20 · 128 · 1.578e9 lane-operations a second; a stock 2-bit weight waits for 5
+    of them."""
     chip = chips.find("M4 Pro")
     assert chip.lane_operations_per_s == pytest.approx(4.03968e12)
-    assert lanes.stock(2).on(chip) == 5 and lanes.stock(2).on(M1_PRO) == pytest.approx(5 + 1 + 0.45 + 0.25)
+    assert lanes.stock(2).on(chip) == 5
+    assert lanes.stock(2).on(M1_PRO) == pytest.approx(5 + 1 + 0.45 + 0.25)
     assert lanes.seconds(chip, 1e9, 1, lanes.stock(2)) == pytest.approx(5e9 / 4.03968e12)
     assert lanes.seconds(chip, 1, 273e9, lanes.stock(2)) == pytest.approx(1 / 0.92)
     assert lanes.replicated(2, 8, 16).on(chip) == pytest.approx(1 + 1.45 + 0.5)
@@ -102,6 +107,6 @@ def test_more_arithmetic_frees_more_replicas():
 
 def test_low_bits_can_be_bound_by_arithmetic():
     weights = 6.6e9
-    found = predict.predict(M1_PRO, bytes_per_token=2.1e9, total_bytes=2.1e9, layers=32, weights=weights,
-                            cost=lanes.stock(2))
+    found = predict.predict(M1_PRO, bytes_per_token=2.1e9, total_bytes=2.1e9, layers=32,
+                            weights=weights, cost=lanes.stock(2))
     assert found.bound_by == "arithmetic" and found.tps < 1e9 * 200 / 2.1e9

@@ -27,7 +27,8 @@ def test_probe_measures_once_and_is_cached(small, capsys):
     assert probe.read_ceiling(refresh=True).kernel
 
 
-@pytest.mark.parametrize("content", ['{"gb_per_s"', '{"gb_per_s": 5, "spread": 0}', "[]", '{"ceiling": {}}'])
+@pytest.mark.parametrize("content", ['{"gb_per_s"', '{"gb_per_s": 5, "spread": 0}', "[]",
+                                     '{"ceiling": {}}'])
 def test_probe_survives_a_broken_or_older_cache(small, content):
     probe.read_ceiling()
     file = next((small / "probe").glob("*.json"))
@@ -56,7 +57,8 @@ def test_the_file_is_read_once(small, monkeypatch):
 
 def test_the_ceiling_is_the_best_reader(small):
     found = probe.measured()
-    assert found.ceiling.gb_per_s == max(found.readers.values()) == found.readers[found.ceiling.kernel]
+    fastest = max(found.readers.values())
+    assert found.ceiling.gb_per_s == fastest == found.readers[found.ceiling.kernel]
     assert {"mlx reduction", "mlx product"} <= set(found.readers)
 
 
@@ -102,10 +104,11 @@ def test_limits_of_a_gpu_and_the_way_through_the_cache(small, on_a_gpu):
     on_a_gpu(lambda bits: 1e6)
     limits = probe.measured(replicas=True).replicas
     assert limits.reason is None and set(limits.largest_replicas) == {"1", "ternary", "2", "3", "4"}
-    assert (limits.group_for(2, 1), limits.group_for(2, 16), limits.group_for(8, 2)) == (0, 16, None)
+    groups = [limits.group_for(2, 1), limits.group_for(2, 16), limits.group_for(8, 2)]
+    assert groups == [0, 16, None]
     assert probe.replica_limits() == limits
-    assert [limits.free(*shape) for shape in ((2, 16, 16), (2, 16, 8), (2, 16, 0), (2, 1, 0), (8, 2, 0))] == [
-        True, False, False, True, None]
+    shapes = [(2, 16, 16), (2, 16, 8), (2, 16, 0), (2, 1, 0), (8, 2, 0)]
+    assert [limits.free(*shape) for shape in shapes] == [True, False, False, True, None]
 
 
 def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
@@ -115,7 +118,8 @@ def test_layers_without_a_kernel_give_no_limits(on_a_gpu):
     assert "3 (10 GB/s) bits: there it is not reading" in limits.reason
 
 
-@pytest.mark.parametrize("shape", [ReplicaShape(2, 4), ReplicaShape("ternary", 2), ReplicaShape(4, 8, 16)])
+@pytest.mark.parametrize("shape", [ReplicaShape(2, 4), ReplicaShape("ternary", 2),
+                                   ReplicaShape(4, 8, 16)])
 def test_layers_are_timed_through_their_call(monkeypatch, shape):
     monkeypatch.setattr(replica_probe, "_LEAST_BYTES", 0)
     monkeypatch.setattr(replica_probe, "_CALLS", 8)
@@ -127,7 +131,8 @@ def test_layers_are_timed_through_their_call(monkeypatch, shape):
 
 
 def test_a_steps_time_is_that_of_a_step(monkeypatch):
-    """Off CUDA a difference of two runs: of steps that do nothing next to nothing, of slow ones their time."""
+    """Off CUDA a difference of two runs: of steps that do nothing next to nothing, of slow ones
+    their time."""
     monkeypatch.setattr(gpu_clock.time, "perf_counter", lambda: clock[0])
     clock, counts = [0.0], []
 
@@ -151,7 +156,8 @@ class Advance:
         self.clock[0] += self.seconds
 
 
-@pytest.mark.parametrize("queueing, refused", [([3.0] + [0.01] * 3, False), ([0.01, 3.0, 0.01, 3.0], True)])
+@pytest.mark.parametrize("queueing, refused",
+                         [([3.0] + [0.01] * 3, False), ([0.01, 3.0, 0.01, 3.0], True)])
 def test_a_clock_read_before_all_was_queued_counts_for_nothing(monkeypatch, queueing, refused):
     """Only the pass that does not count, which compiles, may take longer than the GPU waits."""
     clock, queueing = [0.0], list(queueing)
@@ -159,7 +165,8 @@ def test_a_clock_read_before_all_was_queued_counts_for_nothing(monkeypatch, queu
     monkeypatch.setattr(gpu_clock.backend, "is_cuda", lambda: True)
     monkeypatch.setattr(gpu_clock, "_stamp", lambda *_: (next(stamps), None))
     monkeypatch.setattr(gpu_clock.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(gpu_clock.mx, "async_eval", lambda *_: clock.__setitem__(0, clock[0] + queueing.pop(0)))
+    monkeypatch.setattr(gpu_clock.mx, "async_eval",
+                        lambda *_: clock.__setitem__(0, clock[0] + queueing.pop(0)))
     if refused:
         with pytest.raises(RuntimeError, match="queueing took 3.000 s"):
             gpu_clock.seconds_per_step(lambda *_: [], 4, repeats=3)

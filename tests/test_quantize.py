@@ -23,7 +23,8 @@ TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4000)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
+                                            4000)
     path.write_text(" ".join(words))
     return str(path)
 
@@ -37,10 +38,12 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("options", [
-    dict(method="rtn", bits=4), dict(method="gptq", bits=3), dict(method="gptq", bits=1, group_size=32),
-    dict(method="gptq", bits="ternary"), dict(method="awq", bits=4), dict(method="gptq", bits=8, rotation="fused"),
+    dict(method="rtn", bits=4), dict(method="gptq", bits=3),
+    dict(method="gptq", bits=1, group_size=32), dict(method="gptq", bits="ternary"),
+    dict(method="awq", bits=4), dict(method="gptq", bits=8, rotation="fused"),
     dict(method="awq", bits=6, rotation="fused"), dict(method="gptq", bits=4, act_order=True),
-    dict(method="gptq", bits=4, propagation="corrected"), dict(method="gptq", bits=4, embedding_bits=8),
+    dict(method="gptq", bits=4, propagation="corrected"),
+    dict(method="gptq", bits=4, embedding_bits=8),
 ])
 def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, text, options):
     quantise(tiny_folder, tmp_path / "out", text, **options)
@@ -57,10 +60,13 @@ def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, t
     dict(method="rtn", bits=8, group_size=-1, symmetric=True),
     dict(method="awq", bits=6, rotation="online", group_size=16),
     dict(method="smoothquant", bits=8, group_size=0, activation=ActivationSpec()),
-    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="tensor")),
-    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5, activation=ActivationSpec(granularity="static", scale=1.0)),
+    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5,
+         activation=ActivationSpec(granularity="tensor")),
+    dict(method="smoothquant", bits=8, group_size=0, alpha=0.5,
+         activation=ActivationSpec(granularity="static", scale=1.0)),
 ])
-def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny_folder, tiny, text, options):
+def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny_folder, tiny, text,
+                                                                  options):
     quantise(tiny_folder, tmp_path / "out", text, **options)
     ours = mlxquant.load(str(tmp_path / "out"))
     assert distance(ours.network(TOKENS), tiny.network(TOKENS)) < 5e-2
@@ -70,8 +76,9 @@ def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny
 
 
 @pytest.mark.parametrize("options", [
-    dict(bits=4), dict(bits=3, replicas=4, replica_group=16, rotation="online"), dict(bits=2, replicas=1),
-    dict(bits="ternary", propagation="corrected"), dict(bits=1, replicas=16, refine=1),
+    dict(bits=4), dict(bits=3, replicas=4, replica_group=16, rotation="online"),
+    dict(bits=2, replicas=1), dict(bits="ternary", propagation="corrected"),
+    dict(bits=1, replicas=16, refine=1),
 ])
 def test_replicas_load_here_and_run_as_they_were_fitted(tmp_path, tiny_folder, tiny, text, options):
     quantise(tiny_folder, tmp_path / "out", text, method="replica", **options)
@@ -101,12 +108,14 @@ def test_tokenizer_files_come_along(tmp_path, tiny_folder, text):
     (source / "code.py").write_text("raise SystemExit")
     quantise(source, tmp_path / "out", text, method="rtn")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\x00\xff not text"
-    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "code.py").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "code.py").exists()
 
 
 def test_overrides_reach_the_checkpoint(tmp_path, tiny_folder, text):
     quantise(tiny_folder, tmp_path / "out", text, bits=2, rules=(("*.down_proj", {"bits": 8}),))
-    bits = {layer.path.split(".")[-1]: layer.bits for layer in inspect(str(tmp_path / "out")).layers}
+    bits = {layer.path.split(".")[-1]: layer.bits
+            for layer in inspect(str(tmp_path / "out")).layers}
     assert bits["down_proj"] == 8 and bits["up_proj"] == 2
     stock_load(str(tmp_path / "out"))
 
@@ -125,7 +134,8 @@ def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, pr
     with pytest.raises(MlxquantError, match="unfinished work of another job"):
         quantise(tiny_folder, tmp_path / "killed", text, bits=4)
     resumed = []
-    quantise(tiny_folder, tmp_path / "killed", text, progress=lambda *s: resumed.append(s), **options)
+    quantise(tiny_folder, tmp_path / "killed", text, progress=lambda *s: resumed.append(s),
+             **options)
     assert not (tmp_path / "killed.partial").exists()
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
@@ -149,12 +159,14 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(pipeline, "self_written", None)
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="rtn", rotation="online", bits=4))
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out",
+                      job(method="rtn", rotation="online", bits=4))
     record = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant_record"]
     assert record["calibration"]["source"] == "none needed"
 
 
-def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotation(tmp_path, tiny_folder, text):
+def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotation(
+        tmp_path, tiny_folder, text):
     folder = shutil.copytree(tiny_folder, tmp_path / "gemma")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "mixtral"}
     with pytest.raises(Unsupported, match="llama, qwen2, qwen3, mistral, not mixtral"):
@@ -163,21 +175,26 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
 
 @pytest.mark.parametrize("options,message", [
     (dict(bits=7), "allowed are 1, ternary"),
-    (dict(method="smoothquant"), "give --activation-bits 8"), (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
-    (dict(method="replica", replicas=17), "replicas is 17"), (dict(method="replica", activation=ActivationSpec()), "leave"),
+    (dict(method="smoothquant"), "give --activation-bits 8"),
+    (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
+    (dict(method="replica", replicas=17), "replicas is 17"),
+    (dict(method="replica", activation=ActivationSpec()), "leave"),
     (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
 ])
-def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options, message):
+def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options,
+                                                         message):
     with pytest.raises(BadValue, match=message):
         quantise(tiny_folder, tmp_path / "out", text, **options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("target,size", [
-    (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5), (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
+    (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5),
+    (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
 ])
 def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, size):
-    quantise(tiny_folder, tmp_path / "out", text, target=target, rules=(("*.0.mlp.down_proj", {"bits": 6}),))
+    quantise(tiny_folder, tmp_path / "out", text, target=target,
+             rules=(("*.0.mlp.down_proj", {"bits": 6}),))
     result = inspect(str(tmp_path / "out"))
     assert 0.9 < size(result) <= 1
     bits = {layer.path: layer.bits for layer in result.layers if "layers" in layer.path}
@@ -185,20 +202,26 @@ def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, 
     stock_load(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("options", [dict(method="replica", rotation="online"), dict(method="gptq", rotation="online")])
-def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, options, monkeypatch):
+@pytest.mark.parametrize("options", [dict(method="replica", rotation="online"),
+                                     dict(method="gptq", rotation="online")])
+def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, options,
+                                                   monkeypatch):
     """Siblings that are stored alike share their input's scales, others do not: both occur here."""
     taken = []
-    monkeypatch.setattr(assignment, "choose", lambda *given: taken.append(choose(*given)) or taken[-1])
-    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=4.3), refine=0, **options)
+    monkeypatch.setattr(assignment, "choose",
+                        lambda *given: taken.append(choose(*given)) or taken[-1])
+    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=4.3), refine=0,
+             **options)
     result, (chosen,) = inspect(str(tmp_path / "out")), taken
     weights = 2 * (64 * (128 + 2 * 64) + 128 * 64 + 3 * 64 * 128)
-    assert result.bits_per_weight == pytest.approx(sum(option.bits for option in chosen.values()) / weights, rel=1e-12)
+    assert (result.bits_per_weight
+            == pytest.approx(sum(option.bits for option in chosen.values()) / weights, rel=1e-12))
     if options["method"] == "replica":
         kinds = {len(set(option.choice)) for paths, option in chosen.items() if "," in paths}
         assert 1 in kinds and len(kinds) > 1
         assert mlxquant.generate(mlxquant.load(str(tmp_path / "out")), "the cat", max_tokens=2).text
-        quantise(tiny_folder, tmp_path / "alike", text, target=Target(4.3, alike=True), refine=0, **options)
+        quantise(tiny_folder, tmp_path / "alike", text, target=Target(4.3, alike=True), refine=0,
+                 **options)
         assert all(len(set(option.choice)) == 1 for option in taken[1].values())
         assert inspect(str(tmp_path / "alike")).bits_per_weight <= 4.3
 
@@ -212,12 +235,14 @@ def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
         Target(bits_per_weight=3, gigabytes=1)
 
 
-def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text, monkeypatch):
+def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text,
+                                                                   monkeypatch):
     monkeypatch.setattr(walk, "_KEPT_BYTES", (0, 1e9))
     quantise(tiny_folder, tmp_path / "a", text, bits=2, propagation="float")
     monkeypatch.setattr(walk, "visits", None)  # would be called if the walk ran again
     quantise(tiny_folder, tmp_path / "b", text, bits=2, propagation="float")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert ((tmp_path / "a" / "model.safetensors").read_bytes()
+            == (tmp_path / "b" / "model.safetensors").read_bytes())
 
 
 def test_an_existing_output_is_kept(tmp_path, tiny_folder, text):

@@ -18,7 +18,8 @@ def test_every_word_counts_once():
     data, previous = buffers(3, 8)
     result = np.array(read_ceiling.reference(data, previous, 8))
     total = np.bitwise_xor.reduce(np.array(data))
-    assert np.bitwise_xor.reduce(result) == total  # 8 words of previous, an even number of times each
+    # 8 words of previous count too, an even number of times each
+    assert np.bitwise_xor.reduce(result) == total
     data[5] = data[5] ^ 1
     assert (np.array(read_ceiling.reference(data, previous, 8)) != result).sum() == 1
 
@@ -40,7 +41,8 @@ def test_the_package_would_trust_it(emulation):
 
 
 @pytest.mark.parametrize("correct, wrong", [
-    ("held[j].w", "held[j].z"), ("(i + j) * WIDTH", "(i + j) * WIDTH / 2"), ("previous[at % 8]", "0")])
+    ("held[j].w", "held[j].z"), ("(i + j) * WIDTH", "(i + j) * WIDTH / 2"),
+    ("previous[at % 8]", "0")])
 def test_a_kernel_that_leaves_something_out_is_not_trusted(emulation, monkeypatch, correct, wrong):
     assert correct in read_ceiling._BODY
     monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace(correct, wrong))
@@ -48,6 +50,7 @@ def test_a_kernel_that_leaves_something_out_is_not_trusted(emulation, monkeypatc
 
 
 def test_a_read_past_the_end_is_seen(emulation, monkeypatch):
-    monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace("(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
+    monkeypatch.setattr(read_ceiling, "_BODY",
+                        read_ceiling._BODY.replace("(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
     with pytest.raises(OutOfBounds, match="`data`"):
         read_ceiling.read(*buffers(3, 8), 8)

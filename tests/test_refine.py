@@ -40,7 +40,8 @@ def test_codes_move_as_one_by_one_trials_would(bits):
 
 @pytest.mark.parametrize("spec", [Spec(bits=2, group_size=32), Spec(bits=3, group_size=0),
                                   Spec(bits=2, group_size=32, symmetric=True),
-                                  Spec(bits="ternary", group_size=32)], ids=lambda s: f"{s.bits}-{s.group_size}")
+                                  Spec(bits="ternary", group_size=32)],
+                         ids=lambda s: f"{s.bits}-{s.group_size}")
 @pytest.mark.parametrize("steps,near", [(40, 1e-3), (refine._STEPS, 0.02)])
 def test_scales_go_to_the_least_squares_solution(spec, steps, near, monkeypatch):
     monkeypatch.setattr(refine, "_STEPS", steps)
@@ -59,7 +60,8 @@ def test_scales_go_to_the_least_squares_solution(spec, steps, near, monkeypatch)
 
 
 @pytest.mark.parametrize("spec", [Spec(bits=2, group_size=32), Spec(bits=1, group_size=32),
-                                  Spec(bits=2, group_size=-1), Spec(bits=4, group_size=32, symmetric=True)],
+                                  Spec(bits=2, group_size=-1),
+                                  Spec(bits=4, group_size=32, symmetric=True)],
                          ids=lambda s: f"{s.bits}-{s.group_size}")
 def test_no_round_raises_the_loss_of_a_row(spec):
     weight, hessian = problem(seed=3)

@@ -1,6 +1,7 @@
 """Repeated blocks: nothing changes at gate 0, caches of every pass, composition, format, tuning."""
 
 import json
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -39,7 +40,8 @@ RANGES = {"first block": ["0:1x2"], "blocks": ["0:1x3", "1:2x3", "3:4x2"], "span
 
 
 def network_with(ranges, gates=0.0, config=DEEP):
-    """Random blocks that repeat; a gate of pass p is ``gates`` · p. Weights are those of no repeats."""
+    """Random blocks that repeat; a gate of pass p is ``gates`` · p. Weights are those of no
+    repeats."""
     network = random_network(config)
     repeats = [parse_repeat(text) for text in ranges]
     repeated.install(network, repeats)
@@ -52,7 +54,7 @@ def step_by_step(network, prefill=5):
     """Logits through the cache: some tokens at once, two more, then one by one; and the cache."""
     cache = make_prompt_cache(network)
     ends = [0, prefill, prefill + 2, *range(prefill + 3, TOKENS.shape[1] + 1)]
-    logits = [network(TOKENS[:, a:b], cache=cache) for a, b in zip(ends, ends[1:])]
+    logits = [network(TOKENS[:, a:b], cache=cache) for a, b in pairwise(ends)]
     return mx.concatenate(logits, axis=1), cache
 
 
@@ -118,7 +120,8 @@ def test_a_cache_survives_saving_and_a_foreign_one_is_refused(tmp_path):
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
     restored = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert mx.abs(network(TOKENS[:, -3:], cache=restored) - network(TOKENS)[:, -3:]).max() < 1e-4
-    with pytest.raises(BadValue, match="given a KVCache for one pass; allowed are caches made for this"):
+    with pytest.raises(BadValue,
+                       match="given a KVCache for one pass; allowed are caches made for this"):
         network(TOKENS, cache=[KVCache() for _ in network.layers])
 
 
@@ -127,13 +130,16 @@ def places(tmp_path_factory):
     """A source model with something to say, a text, and it quantised with repeats."""
     folder = tmp_path_factory.mktemp("repeated")
     network = random_network(DEEP)
-    network.lm_head.weight = 30 * network.lm_head.weight  # random layers alone predict nothing in particular
+    # random layers alone predict nothing in particular
+    network.lm_head.weight = 30 * network.lm_head.weight
     write_folder(folder / "source", network, DEEP)
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 4000)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
+                                            4000)
     (folder / "text.txt").write_text(" ".join(words))
     repeats = (*parse_repeat("0:2x2").one_by_one(), parse_repeat("2:4x3"))
     for name, given in (("plain", ()), ("repeated", repeats)):
-        mlxquant.quantize(str(folder / "source"), folder / name, job(method="rtn", bits=2, group_size=32, repeats=given))
+        mlxquant.quantize(str(folder / "source"), folder / name,
+                          job(method="rtn", bits=2, group_size=32, repeats=given))
     return folder
 
 
@@ -144,10 +150,12 @@ def tensors(folder):
 def test_the_checkpoint_holds_weights_once_and_gates_of_zero(places):
     config = json.loads((places / "repeated" / "config.json").read_text())
     assert (config["model_type"], config["base_model_type"]) == ("mlxquant", "llama")
-    assert config["mlxquant"]["repeats"] == [{"first": 0, "last": 0, "passes": 2}, {"first": 1, "last": 1, "passes": 2},
+    assert config["mlxquant"]["repeats"] == [{"first": 0, "last": 0, "passes": 2},
+                                             {"first": 1, "last": 1, "passes": 2},
                                              {"first": 2, "last": 3, "passes": 3}]
     plain, ours = tensors(places / "plain"), tensors(places / "repeated")
-    gates = {f"model.layers.{last}.repeat_gates": passes - 1 for last, passes in ((0, 2), (1, 2), (3, 3))}
+    gates = {f"model.layers.{last}.repeat_gates": passes - 1
+             for last, passes in ((0, 2), (1, 2), (3, 3))}
     assert ours.keys() - plain.keys() == gates.keys()
     assert all(mx.array_equal(array, ours[path]) for path, array in plain.items())
     for path, count in gates.items():
@@ -163,7 +171,8 @@ def test_a_loaded_model_reads_the_weights_of_its_repeats_again(places):
     assert mx.array_equal(ours.network(TOKENS), plain.network(TOKENS))
     first, second, third, fourth = map(held_bytes, ours.network.layers)
     gates = 4 * (1 + 1 + 2)
-    assert ours.weight_bytes_per_token == plain.weight_bytes_per_token + gates + first + second + 2 * (third + fourth)
+    assert (ours.weight_bytes_per_token
+            == plain.weight_bytes_per_token + gates + first + second + 2 * (third + fourth))
     assert traffic.dense_bytes(ours.network) == traffic.dense_bytes(plain.network) + gates
     bodies = [mlxquant.inspect(str(places / name)) for name in ("plain", "repeated")]
     assert bodies[1].bytes_per_token > 1.5 * bodies[0].bytes_per_token
@@ -176,21 +185,25 @@ def test_a_conversation_goes_on_from_its_cache(places, kv_bits):
     text, options = "the cat sat on a mat", {"max_tokens": 8, "kv_bits": kv_bits}
     expected = mlxquant.generate(plain, text, **options)
     assert mlxquant.generate(ours, text, **options).text == expected.text  # gates of zero
-    ours.network.layers[1].repeat_gates, ours.network.layers[3].repeat_gates = mx.array([0.8]), mx.array([0.8, -0.6])
+    ours.network.layers[1].repeat_gates = mx.array([0.8])
+    ours.network.layers[3].repeat_gates = mx.array([0.8, -0.6])
     cache = mlxquant.PromptCache()
     reply = mlxquant.generate(ours, text, cache=cache, **options)
-    assert reply.text != expected.text and reply.report.bytes_per_token > expected.report.bytes_per_token
+    assert reply.text != expected.text
+    assert reply.report.bytes_per_token > expected.report.bytes_per_token
     for more in (" and ran", " on a mat"):  # the second shares only the start: the cache is trimmed
         prompt = cache.tokens[:26] + ours.tokenizer.encode(more)
         longer = mlxquant.generate(ours, prompt, cache=cache, **options)
         assert longer.report.cached_tokens >= 26
         assert longer.text == mlxquant.generate(ours, prompt, **options).text
-    assert {isinstance(c, QuantizedKVCache) for layer in cache.layers for c in layer.caches} == {kv_bits is not None}
+    kinds = {type(c) for layer in cache.layers for c in layer.caches}
+    assert kinds == {KVCache if kv_bits is None else QuantizedKVCache}
 
 
 def test_greedy_tokens_are_those_of_the_uncached_logits(places):
     ours = mlxquant.load(str(places / "repeated"))
-    ours.network.layers[0].repeat_gates, ours.network.layers[3].repeat_gates = mx.array([0.8]), mx.array([0.8, -0.6])
+    ours.network.layers[0].repeat_gates = mx.array([0.8])
+    ours.network.layers[3].repeat_gates = mx.array([0.8, -0.6])
     tokens, cache = ours.tokenizer.encode("the cat sat"), mlxquant.PromptCache()
     mlxquant.generate(ours, tokens, max_tokens=6, cache=cache)
     held = cache.tokens
@@ -203,11 +216,13 @@ def test_prompts_in_one_batch_are_answered_as_one_by_one(places):
     ours = mlxquant.load(str(places / "repeated"))
     ours.network.layers[3].repeat_gates = mx.array([0.3, -0.2])
     prompts = [ours.tokenizer.encode(text) for text in ("the cat sat", "a mat and the cat ran on")]
-    batch = batch_generate(ours.network, ours.tokenizer, prompts, max_tokens=6, return_prompt_caches=True)
+    batch = batch_generate(ours.network, ours.tokenizer, prompts, max_tokens=6,
+                           return_prompt_caches=True)
     assert batch.texts == [mlxquant.generate(ours, prompt, max_tokens=6).text for prompt in prompts]
     for cache, prompt in zip(batch.caches, prompts):
         trim_prompt_cache(cache, cache[0].offset - len(prompt))
-        again, whole = ours.network(mx.array([[77]]), cache=cache), ours.network(mx.array([[*prompt, 77]]))
+        again = ours.network(mx.array([[77]]), cache=cache)
+        whole = ours.network(mx.array([[*prompt, 77]]))
         assert mx.abs(again - whole[:, -1:]).max() < 1e-3
 
 
@@ -226,7 +241,8 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
     repeated.install(teacher, repeats)
     teacher.layers[2].repeat_gates = mx.array([0.3])
     write_folder(tmp_path / "teacher", teacher, config_with(DEEP, {}, {}, repeats))
-    mlxquant.quantize(str(places / "source"), tmp_path / "student", job(method="rtn", bits=8, repeats=repeats))
+    mlxquant.quantize(str(places / "source"), tmp_path / "student",
+                      job(method="rtn", bits=8, repeats=repeats))
 
     student = Trainable(open_lazily(tmp_path / "student")[0], mx.float32)
     start = student.start()
@@ -252,21 +268,25 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
 @pytest.mark.parametrize("ranges,message", [
     (["8"], "'8' is no range of blocks; allowed is FIRST:ENDxPASSES"),
     (["9:3x2"], "blocks 9:3 are none; allowed are FIRST:END"), (["2:2x2"], "blocks 2:2 are none"),
-    (["-1:2x2"], "no range of blocks"), (["0:2x"], "no range of blocks"), (["0:2x2.5"], "no range of blocks"),
+    (["-1:2x2"], "no range of blocks"), (["0:2x"], "no range of blocks"),
+    (["0:2x2.5"], "no range of blocks"),
     (["0:99x2"], "the model has 4; allowed are ranges within 0:4"),
     (["0:2x1"], "run 1 times; allowed are 2 to 8"), (["0:2x9"], "run 9 times; allowed are 2 to 8"),
-    (["2:4x2", "0:3x2"], "blocks 0:3 and 2:4 overlap; allowed are ranges without a block in common"),
+    (["2:4x2", "0:3x2"],
+     "blocks 0:3 and 2:4 overlap; allowed are ranges without a block in common"),
     (["1:2x2", "1:2x3"], "overlap"),
 ])
 def test_bad_ranges_are_refused_before_any_work(places, tmp_path, ranges, message):
     with pytest.raises(BadValue, match=message):
-        mlxquant.quantize(str(places / "source"), tmp_path / "out", job(method="rtn", repeats=tuple(map(parse_repeat, ranges))))
+        mlxquant.quantize(str(places / "source"), tmp_path / "out",
+                          job(method="rtn", repeats=tuple(map(parse_repeat, ranges))))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("entry,message", [
     ({"first": 0, "last": 1}, "a list with first, last, passes each"), ("0:2x2", "a list with"),
-    ({"first": 0, "last": 9, "passes": 2}, "the model has 4"), ({"first": 0, "last": True, "passes": 2}, "whole number"),
+    ({"first": 0, "last": 9, "passes": 2}, "the model has 4"),
+    ({"first": 0, "last": True, "passes": 2}, "whole number"),
     ({"first": 0, "last": 1, "passes": 99}, "2 to 8 passes"),
 ])
 def test_a_config_that_does_not_fit_is_a_bad_checkpoint(tmp_path, entry, message):
@@ -290,9 +310,11 @@ def test_architectures_that_do_not_fit_are_refused(monkeypatch):
 
 
 def test_the_command_line_takes_both_kinds_more_than_once(places, tmp_path):
-    command = ["quantize", str(places / "source"), "-o", str(tmp_path / "out"), "--method", "rtn", "--json"]
-    result = CliRunner().invoke(app, [*command, "--repeat-blocks", "0:1x2", "--repeat-blocks", "1:2x3",
-                                      "--repeat-span", "2:4x2"])
+    command = ["quantize", str(places / "source"), "-o", str(tmp_path / "out"), "--method", "rtn",
+               "--json"]
+    result = CliRunner().invoke(app, [*command, "--repeat-blocks", "0:1x2", "--repeat-blocks",
+                                      "1:2x3", "--repeat-span", "2:4x2"])
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [tuple(entry.values()) for entry in config["mlxquant"]["repeats"]] == [(0, 0, 2), (1, 1, 3), (2, 3, 2)]
+    assert ([tuple(entry.values()) for entry in config["mlxquant"]["repeats"]]
+            == [(0, 0, 2), (1, 1, 3), (2, 3, 2)])

@@ -10,13 +10,15 @@ from mlxquant.base.errors import Unsupported
 from mlxquant.runtime.reply import Part, Splitter
 
 TOOLS = [{"type": "function", "function": {
-    "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+    "name": "weather", "parameters": {"type": "object",
+                                      "properties": {"city": {"type": "string"}}}}}]
 CHAT = [{"role": "user", "content": "Is it raining in Oslo?"}]
 
 
 def split(tokenizer, text, size):
     splitter = Splitter(tokenizer)
-    parts = [p for start in range(0, len(text), size) for p in splitter.feed(text[start:start + size])]
+    parts = [p for start in range(0, len(text), size)
+             for p in splitter.feed(text[start:start + size])]
     parts += splitter.finish()
     joined = []
     for part in parts:
@@ -28,7 +30,8 @@ def split(tokenizer, text, size):
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_pieces_of_any_size_give_the_same_parts(tiny, size):
-    assert split(tiny.tokenizer, "<think>a < b</think>So <b>", size) == [("thought", "a < b"), ("answer", "So <b>")]
+    found = split(tiny.tokenizer, "<think>a < b</think>So <b>", size)
+    assert found == [("thought", "a < b"), ("answer", "So <b>")]
     assert split(tiny.tokenizer, "no reasoning <thi", size) == [("answer", "no reasoning <thi")]
     assert split(tiny.tokenizer, "<think>cut", size) == [("thought", "cut")]
 
@@ -43,7 +46,8 @@ def caller(tiny_folder):
 
         tokenizer._tool_parser = json_tools.parse_tool_call
         tokenizer._tool_call_start, tokenizer._tool_call_end = "<tool_call>", "</tool_call>"
-        tokenizer._tokenizer.chat_template = ("{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
+        tokenizer._tokenizer.chat_template = (
+            "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
                                               + tokenizer._tokenizer.chat_template)
         return model
 
@@ -55,13 +59,16 @@ def test_tool_calls_are_found_and_parsed(caller):
     again = json.dumps({"name": "weather", "arguments": {"city": "Bergen"}})
     model = caller(f"Let me look.<tool_call>{call}</tool_call><tool_call>{again}</tool_call>")
     reply = mlxquant.generate(model, CHAT, tools=TOOLS, max_tokens=200)
-    assert reply.answer == "Let me look." and reply.finish_reason == "stop" and "<tool_call>" in reply.text
+    assert reply.answer == "Let me look."
+    assert reply.finish_reason == "stop" and "<tool_call>" in reply.text
     assert [call["arguments"]["city"] for call in reply.tool_calls] == ["Oslo", "Bergen"]
-    assert reply.report.prompt_tokens > len(json.dumps(TOOLS))  # the template has told the model of them
+    # the template has told the model of them
+    assert reply.report.prompt_tokens > len(json.dumps(TOOLS))
 
 
 def test_a_call_that_was_cut_off_is_none(caller):
-    reply = mlxquant.generate(caller('<tool_call>{"name": "weat'), CHAT, tools=TOOLS, max_tokens=200)
+    reply = mlxquant.generate(caller('<tool_call>{"name": "weat'), CHAT, tools=TOOLS,
+                              max_tokens=200)
     assert reply.tool_calls == () and reply.answer == ""
 
 
@@ -86,5 +93,6 @@ def test_the_stop_string_that_ended_a_reply_is_named(tiny_folder):
 
 def test_progress_over_the_prompt_is_told(tiny):
     told = []
-    mlxquant.generate(tiny, list(range(3, 40)), max_tokens=2, progress=lambda *step: told.append(step))
+    mlxquant.generate(tiny, list(range(3, 40)), max_tokens=2,
+                      progress=lambda *step: told.append(step))
     assert told[0] == (0, 37) and told[-1] == (37, 37)

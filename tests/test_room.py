@@ -21,7 +21,8 @@ def test_the_estimate_is_near_what_is_written(tiny_folder, tmp_path, monkeypatch
     monkeypatch.setattr(room, "require_space", lambda output, needed, purpose: asked.append(needed))
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy. " * 20)
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method=method, bits=bits, text=str(text), samples=2, length=16))
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out",
+                      job(method=method, bits=bits, text=str(text), samples=2, length=16))
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     ends = 4 * 64 * (384 + 1)
     assert 2 * written - ends == pytest.approx(asked[0], rel=0.2)
@@ -29,7 +30,8 @@ def test_the_estimate_is_near_what_is_written(tiny_folder, tmp_path, monkeypatch
 
 def test_too_little_disk_or_memory_is_said_before_the_start(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "memory_limit", lambda: 1000)
-    with pytest.raises(TooLarge, match="the largest block with its statistics needs 0.00 GB of memory"):
+    with pytest.raises(TooLarge,
+                       match="the largest block with its statistics needs 0.00 GB of memory"):
         mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="rtn"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(TooLarge, match="quantising into out needs 0.00 GB on the disk"):

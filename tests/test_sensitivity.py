@@ -1,4 +1,4 @@
-"""The importance of outputs against finite differences, and predicted against measured divergence."""
+"""The importance of outputs against finite differences; predicted and measured divergence."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,10 +27,10 @@ def layers_of(network):
 def network():
     """A Llama whose blocks and attention matter, unsure of the next token (about 3.6 nats).
 
-    A tied head would predict a random model's own input for certain, and its Fisher information be 0.
+    A tied head would predict a random model's own input for certain: Fisher information 0.
     """
     network = random_network(CONFIG | {"tie_word_embeddings": False})
-    for path, linear in linears(network).items():
+    for linear in linears(network).values():
         linear.weight = 2 * linear.weight
     network.lm_head.weight = 0.3 * mx.random.normal((384, 64), key=mx.random.key(1))
     mx.eval(network.parameters())
@@ -70,11 +70,13 @@ def exact_importance(network, linear, sequence, step=0.01):
     return squares.mean(0)
 
 
-@pytest.mark.parametrize("path", ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn.v_proj",
+                                  "model.layers.1.mlp.down_proj"])
 def test_importance_is_the_fisher_information_of_the_outputs(network, path):
     sequence = random_tokens(1, (1, 3))[0]
     exact = exact_importance(network, linears(network)[path], sequence)
-    sampled = np.array(output_importance(network, layers_of(network), [mx.repeat(sequence, 1000, axis=0)] * 4)[path])
+    sampled = np.array(output_importance(network, layers_of(network),
+                                         [mx.repeat(sequence, 1000, axis=0)] * 4)[path])
     assert sampled == pytest.approx(exact, rel=0.15)  # 4000 draws of heavy-tailed squares
     assert sampled.sum() == pytest.approx(exact.sum(), rel=0.03)
 
@@ -91,13 +93,15 @@ def test_importance_is_the_square_of_an_explicit_gradient(network, monkeypatch):
 
     gradient = mx.grad(log_likelihood)(mx.zeros(128))
     gate.pop("bias")
-    importance = output_importance(network, layers_of(network), [token])["model.layers.1.mlp.gate_proj"]
+    importance = output_importance(network, layers_of(network),
+                                   [token])["model.layers.1.mlp.gate_proj"]
     assert importance.dtype == mx.float32 and mx.abs(gradient).max() > 1e-3
     assert np.allclose(importance, mx.square(gradient), rtol=1e-4, atol=1e-9)
 
 
 def test_the_prediction_agrees_with_the_measured_divergence(network):
-    """Single layers within a factor of 2, as positions do not err independently; all within 10 %."""
+    """Single layers within a factor of 2, as positions do not err independently; all within
+    10 %."""
     tokens = random_tokens(4, (8, 32))
     importance = output_importance(network, layers_of(network), tokens)
     watch = Watch(network)
@@ -122,7 +126,8 @@ def test_the_prediction_agrees_with_the_measured_divergence(network):
 
 def test_the_divergence_is_the_sum_over_rows():
     random = np.random.default_rng(0)
-    error, factor, importance = random.normal(size=(5, 8)), random.normal(size=(8, 8)), random.random(5)
+    error, factor = random.normal(size=(5, 8)), random.normal(size=(8, 8))
+    importance = random.random(5)
     hessian = factor @ factor.T
     expected = 0.5 * sum(f * e @ hessian @ e for f, e in zip(importance, error))
     arrays = (mx.array(x.astype(np.float32)) for x in (error, hessian, importance))
@@ -131,12 +136,14 @@ def test_the_divergence_is_the_sum_over_rows():
 
 def test_every_layer_of_the_blocks_is_covered_and_the_seed_decides(network):
     tokens = random_tokens(2, (2, 8))
-    first, again, other = (output_importance(network, layers_of(network), tokens, seed) for seed in (3, 3, 4))
+    first, again, other = (output_importance(network, layers_of(network), tokens, seed)
+                           for seed in (3, 3, 4))
     assert sorted(first) == sorted(NAMES)  # no lm_head
     modules = dict(network.named_modules())
     for path in NAMES:
         assert first[path].shape == (len(modules[path].weight),)
-        assert mx.array_equal(first[path], again[path]) and not mx.array_equal(first[path], other[path])
+        assert mx.array_equal(first[path], again[path])
+        assert not mx.array_equal(first[path], other[path])
 
 
 def test_layers_are_restored_also_when_the_model_raises(network):

@@ -22,7 +22,8 @@ def draft(tmp_path_factory):
 @pytest.mark.parametrize("prompt", [REPEATING, [5, 6, 7], "Once upon a time"])
 @pytest.mark.parametrize("how", ["lookup", "other model", "itself"])
 def test_greedy_text_is_unchanged(tiny, draft, prompt, how):
-    options = {"lookup": dict(lookup=5), "other model": dict(draft=draft), "itself": dict(draft=tiny)}[how]
+    options = {"lookup": dict(lookup=5), "other model": dict(draft=draft),
+               "itself": dict(draft=tiny)}[how]
     plain = mlxquant.generate(tiny, prompt, max_tokens=40)
     guessed = mlxquant.generate(tiny, prompt, max_tokens=40, **options)
     assert (guessed.text, guessed.finish_reason) == (plain.text, plain.finish_reason)
@@ -70,7 +71,8 @@ def test_the_cache_stays_right(tiny, draft, options, taken):
     following = REPEATING + [40, 41]
     again = mlxquant.generate(tiny, following, max_tokens=12, cache=cache, **options)
     assert again.report.cached_tokens > 0
-    assert again.text == mlxquant.generate(tiny, following, max_tokens=12, kv_bits=options.get("kv_bits")).text
+    alone = mlxquant.generate(tiny, following, max_tokens=12, kv_bits=options.get("kv_bits"))
+    assert again.text == alone.text
 
 
 def test_a_cache_made_without_a_draft_serves_one(tiny, draft):
@@ -84,7 +86,8 @@ def test_a_cache_made_without_a_draft_serves_one(tiny, draft):
 def test_penalties_see_the_same_text(tiny):
     penalised = Sampling(repetition_penalty=1.3)
     plain = mlxquant.generate(tiny, REPEATING, max_tokens=30, sampling=penalised)
-    assert mlxquant.generate(tiny, REPEATING, max_tokens=30, sampling=penalised, lookup=5).text == plain.text
+    ours = mlxquant.generate(tiny, REPEATING, max_tokens=30, sampling=penalised, lookup=5)
+    assert ours.text == plain.text
 
 
 def test_stop_strings_and_seeds_work(tiny):
@@ -92,7 +95,8 @@ def test_stop_strings_and_seeds_work(tiny):
     cut = mlxquant.generate(tiny, REPEATING, max_tokens=40, lookup=5, stop=[whole[10:13]])
     assert cut.text == whole[:whole.index(whole[10:13])] and cut.stopped_by == whole[10:13]
     hot = dict(max_tokens=20, lookup=5, sampling=Sampling(temperature=2.0, seed=4))
-    assert mlxquant.generate(tiny, REPEATING, **hot).text == mlxquant.generate(tiny, REPEATING, **hot).text
+    first, second = (mlxquant.generate(tiny, REPEATING, **hot).text for _ in range(2))
+    assert first == second
 
 
 def test_occurrences():
@@ -120,7 +124,8 @@ def test_what_excludes_each_other(tiny, tmp_path):
         mlxquant.generate(tiny, "x", draft=tiny, kv_bits=8)
     config = CONFIG | {"vocab_size": 400}
     other = mlxquant.load(str(write_folder(tmp_path / "other", random_network(config), config)))
-    with pytest.raises(BadValue, match="has 400 tokens and .* 384; a draft needs the same vocabulary"):
+    with pytest.raises(BadValue,
+                       match="has 400 tokens and .* 384; a draft needs the same vocabulary"):
         mlxquant.generate(tiny, "x", draft=other)
 
 
