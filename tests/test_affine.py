@@ -15,7 +15,8 @@ from mlxquant.codes.width import Width
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([1, 2, 3, 4, 5, 6, 8]), st.integers(1, 5), st.integers(1, 130), st.integers(0, 2**31))
+@given(st.sampled_from([1, 2, 3, 4, 5, 6, 8]), st.integers(1, 5), st.integers(1, 130),
+       st.integers(0, 2**31))
 def test_packing_is_a_little_endian_bit_stream(bits, rows, columns, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, columns), np.uint8)
     packed = np.array(affine.pack(mx.array(codes), bits))
@@ -74,7 +75,8 @@ def test_rounding_keeps_zero_and_the_largest_weight(bits, group):
     assert np.abs(ours[:, ::7]).max() < 1e-5
     parts, kept = (x.reshape(8, -1, group or 96) for x in (weight, ours))
     edge = np.abs(parts).argmax(-1, keepdims=True)
-    assert np.allclose(np.take_along_axis(kept, edge, -1), np.take_along_axis(parts, edge, -1), atol=1e-5)
+    assert np.allclose(np.take_along_axis(kept, edge, -1), np.take_along_axis(parts, edge, -1),
+                       atol=1e-5)
     if group == 32:
         stock = mx.dequantize(*mx.quantize(mx.array(weight), group, bits), group, bits)
         assert np.abs(ours - weight).mean() <= 1.001 * np.abs(np.array(stock) - weight).mean()
@@ -107,7 +109,8 @@ def test_a_constant_and_a_zero_row_are_exact():
 
 @pytest.mark.parametrize("wrong,allowed", [
     (dict(bits=7), "1, ternary, 2, 3, 4, 5, 6, 8"), (dict(bits="two"), "1, ternary"),
-    (dict(method="magic"), "rtn, gptq, awq, smoothquant"), (dict(rotation="sideways"), "online, fused"),
+    (dict(method="magic"), "rtn, gptq, awq, smoothquant"),
+    (dict(rotation="sideways"), "online, fused"),
     (dict(group_size=-2), "0 \\(per channel\\) and -1"), (dict(bits=True), "1, ternary"),
 ])
 def test_impossible_specs_say_what_is_allowed(wrong, allowed):
@@ -116,12 +119,14 @@ def test_impossible_specs_say_what_is_allowed(wrong, allowed):
 
 
 def test_a_group_that_does_not_divide_names_those_that_do():
-    with pytest.raises(BadValue, match="group_size 128 does not divide the 576 inputs of a.b; .*64, 96, 192"):
+    with pytest.raises(BadValue,
+                       match="group_size 128 does not divide the 576 inputs of a.b; .*64, 96, 192"):
         Spec(group_size=128).group_for(576, "a.b")
 
 
 def test_overrides_apply_by_glob_first_match_first():
-    rules = (parse_override("*.down_proj:bits=4,group_size=32"), parse_override("model.layers.0.*:bits=8"))
+    rules = (parse_override("*.down_proj:bits=4,group_size=32"),
+             parse_override("model.layers.0.*:bits=8"))
     chosen = Overrides(Spec(bits=2), rules)
     assert chosen.spec_for("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
     assert chosen.spec_for("model.layers.0.mlp.up_proj").bits is Width.EIGHT

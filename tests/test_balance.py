@@ -49,7 +49,8 @@ def sample_error(x, weights, approximations):
 def awq_error(x, weights, spec, s):
     """Output error of quantising each W · s as ``awq.quantise`` does."""
     scaled = statistics_of(x / np.array(s))
-    made = [awq.quantise(mx.array(w) * s, scaled, spec, Settings()).dequantise() / s for w in weights]
+    made = [awq.quantise(mx.array(w) * s, scaled, spec, Settings()).dequantise() / s
+            for w in weights]
     return sample_error(x, weights, made)
 
 
@@ -206,7 +207,8 @@ def test_search_follows_its_documented_estimate(spec, activation):
     estimates = {}
     for alpha in smoothquant.CANDIDATES:
         s = np.abs(x).max(0) ** alpha / np.abs(w).max(0) ** (1 - alpha)
-        made = smoothquant.quantise(mx.array((w * s).astype(np.float32)), None, spec, Settings()).dequantise()
+        made = smoothquant.quantise(mx.array((w * s).astype(np.float32)), None, spec,
+                                    Settings()).dequantise()
         peak = (expected_peak_square(np.sqrt(np.square(x / s).mean(0)))
                 if activation.granularity == "token" else np.square(x / s).max())
         noise = 0 if activation.bits == 16 else np.square(w * s).sum() * peak / 31 ** 2 / 12
@@ -228,7 +230,8 @@ def test_expected_peak_of_a_token(spread):
 @pytest.mark.parametrize("alpha", [None, 0.5, 0])
 def test_smoothquant_balances_as_its_settings_say(alpha):
     given, statistics = [mx.array(w) for w in matrices(12, 8)], statistics_of(inputs())
-    s = smoothquant.balance(given, statistics, W8, Settings(activation=ActivationSpec(), alpha=alpha))
+    s = smoothquant.balance(given, statistics, W8,
+                            Settings(activation=ActivationSpec(), alpha=alpha))
     if alpha == 0:
         assert s is None
     else:

@@ -27,7 +27,8 @@ def problem(rows=24, columns=160, tokens=600, seed=0):
 def textbook(weight, hessian, scales, biases, levels, order):
     """Optimal brain quantization, one column at a time, eliminating it from the inverse Hessian."""
     w, done = weight.astype(np.float64).copy(), np.zeros_like(weight, dtype=np.float64)
-    inverse = np.linalg.inv(hessian + 0.01 * np.trace(hessian) / len(hessian) * np.eye(len(hessian)))
+    inverse = np.linalg.inv(
+        hessian + 0.01 * np.trace(hessian) / len(hessian) * np.eye(len(hessian)))
     for j in order:
         code = np.clip(np.round((w[:, j] - biases[:, j]) / scales[:, j]), 0, levels - 1)
         done[:, j] = code
@@ -76,12 +77,13 @@ def test_the_sweep_beats_rounding_on_the_data(bits):
 
     rounded = output_error(rtn.quantise(mx.array(weight), spec))
     scaled = output_error(fit(mx.array(weight), spec, statistics.hessian.diagonal()))
-    assert output_error(gptq.quantise(mx.array(weight), statistics, spec, Settings())) < 0.7 * min(rounded, scaled)
+    assert (output_error(gptq.quantise(mx.array(weight), statistics, spec, Settings()))
+            < 0.7 * min(rounded, scaled))
 
 
 @pytest.mark.parametrize("block", [32, 100, 512])
 def test_the_feedback_diagonalises_the_damped_hessian(block, monkeypatch):
-    """H = (1 + A) D (1 + A)ᵀ with A strictly upper: so one column's rounding is exact for the loss."""
+    """H = (1 + A) D (1 + A)ᵀ with A strictly upper: rounding one column is exact for the loss."""
     monkeypatch.setattr(factor, "BLOCK", block)
     _, _, statistics = problem()
     hessian, definite = np.array(statistics.hessian), damped(statistics.hessian)
@@ -99,7 +101,8 @@ def test_a_factor_divides_by_the_hessian_or_lets_the_host_do_it(block, monkeypat
     definite = damped(statistics.hessian)
     wanted = np.linalg.solve(np.array(definite, np.float64), weight.T).T
     found = factor.Factor.of(definite)
-    assert np.allclose(found.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
+    assert np.allclose(found.divide(mx.array(weight)), wanted, rtol=1e-3,
+                       atol=1e-3 * abs(wanted).max())
 
     def coarse(hessian):  # as where a device's products are so rough that H seems indefinite
         raise np.linalg.LinAlgError
@@ -107,7 +110,8 @@ def test_a_factor_divides_by_the_hessian_or_lets_the_host_do_it(block, monkeypat
     monkeypatch.setattr(factor, "_by_blocks", coarse)
     host = factor.Factor.of(definite)
     assert np.allclose(host.upper, found.upper, atol=1e-4)
-    assert np.allclose(host.divide(mx.array(weight)), wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())
+    assert np.allclose(host.divide(mx.array(weight)), wanted, rtol=1e-3,
+                       atol=1e-3 * abs(wanted).max())
 
 
 def test_dead_inputs_do_not_break_the_sweep():
@@ -135,4 +139,5 @@ def test_full_correction_reproduces_the_float_outputs():
         return np.square(noisy @ w.T - wanted).sum()
 
     assert miss(moved) < miss(weight) and miss(moved) < 1.1 * miss(best)  # damped
-    assert np.allclose(sweep.correct(mx.array(weight), statistics.cross, 0.5), (moved + weight) / 2, atol=1e-4)
+    assert np.allclose(sweep.correct(mx.array(weight), statistics.cross, 0.5), (moved + weight) / 2,
+                       atol=1e-4)

@@ -1,6 +1,7 @@
 """Fitting replicated layers: every step against float64, and no round that makes things worse."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,8 @@ SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]
 
 def problem(rows=24, columns=64, seed=0):
     random = np.random.default_rng(seed)
-    x = random.normal(size=(400, columns)) @ (random.normal(size=(columns, columns)) + 2 * np.eye(columns))
+    x = random.normal(size=(400, columns)) @ (random.normal(size=(columns, columns))
+                                              + 2 * np.eye(columns))
     statistics = Statistics.empty(columns)
     statistics.add(mx.array(x.astype(np.float32)))
     weight = random.normal(size=(rows, columns)) * np.exp(0.5 * random.normal(size=(rows, 1)))
@@ -46,7 +48,8 @@ def test_small_systems_are_solved(size):
     random = np.random.default_rng(size)
     root = random.normal(size=(50, size, size + 3))
     matrix, target = root @ root.transpose(0, 2, 1), random.normal(size=(50, size))
-    found = np.array(envelope.solve(mx.array(matrix.astype(np.float32)), mx.array(target.astype(np.float32))))
+    found = np.array(envelope.solve(mx.array(matrix.astype(np.float32)),
+                                    mx.array(target.astype(np.float32))))
     ridge = 1e-5 * np.einsum("rkk->r", matrix)[:, None, None] / size * np.eye(size)
     exact = np.linalg.solve(matrix + ridge, target[..., None])[..., 0]
     assert np.linalg.norm(found - exact) < 2e-3 * np.linalg.norm(exact)
@@ -57,9 +60,10 @@ def test_small_systems_are_solved(size):
 def test_no_round_of_the_fit_raises_the_error(bits, replicas, group):
     weight, statistics = problem()
     importance = statistics.hessian.diagonal()
-    losses = [diagonal_loss(weight, envelope.fit(weight, bits, replicas, group, importance, rounds=rounds), importance)
-              for rounds in range(6)]
-    assert all(after <= before * (1 + 1e-4) for before, after in zip(losses, losses[1:]))
+    fits = [envelope.fit(weight, bits, replicas, group, importance, rounds=rounds)
+            for rounds in range(6)]
+    losses = [diagonal_loss(weight, fit, importance) for fit in fits]
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(losses))
     assert losses[-1] <= losses[0] * (1 + 1e-6)
 
 
@@ -84,19 +88,23 @@ def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
 def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, replicas, group):
     weight, statistics = problem()
     hessian = np.array(damped(statistics.hessian), np.float64)
-    rounded = envelope.fit(weight, bits, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
+    rounded = envelope.fit(weight, bits, replicas, group,
+                           statistics.hessian.diagonal()).rounded(mx.float16)
     losses = [loss(weight, rounded, hessian)]
-    losses += [loss(weight, replica.quantise(weight, statistics, spec(bits, replicas, group, refine=n), Settings()), hessian)
+    losses += [loss(weight, replica.quantise(weight, statistics,
+                                             spec(bits, replicas, group, refine=n), Settings()),
+                    hessian)
                for n in range(4)]
     assert losses[1] < losses[0]
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses[1:], losses[2:]))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses[1:]))
 
 
 @pytest.mark.parametrize("replicas,group", SHAPES)
 def test_each_step_of_a_round_lowers_the_error(replicas, group):
     weight, statistics = problem()
     hessian = damped(statistics.hessian)
-    found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal()).rounded(mx.float16)
+    found = envelope.fit(weight, Width.TWO, replicas, group,
+                         statistics.hessian.diagonal()).rounded(mx.float16)
     for step in (move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
                  lambda *a: replica.fit_inputs(*a, mx.float16)):
         before = loss(weight, found, hessian)
@@ -111,23 +119,32 @@ def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkey
     hessian = np.array(damped(statistics.hessian), np.float64)
     found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal())
     ours = replica._descend(weight, found, mx.array(hessian.astype(np.float32)), "replica_in")
-    basis = [np.array(replace(found, replica_in=mx.array(unit.reshape(ours.shape).astype(np.float32))).dequantise(),
-                      np.float64).ravel() for unit in np.eye(ours.size)]
     root = np.linalg.cholesky(hessian)
-    basis = np.stack([(b.reshape(weight.shape) @ root).ravel() for b in basis], axis=1)
+
+    def seen(unit):
+        """What a step of one scale changes in the outputs."""
+        scales = mx.array(unit.reshape(ours.shape).astype(np.float32))
+        made = replace(found, replica_in=scales).dequantise()
+        return (np.array(made, np.float64) @ root).ravel()
+
+    basis = np.stack([seen(unit) for unit in np.eye(ours.size)], axis=1)
     wanted = (np.array(weight, np.float64) @ root).ravel()
     best, *_ = np.linalg.lstsq(basis, wanted, rcond=None)
     least = np.square(basis @ best - wanted).sum()
     start = loss(weight, found, hessian)
-    assert loss(weight, replace(found, replica_in=ours), hessian) - least < 0.02 * (start - least) + 1e-3 * least
+    ended = loss(weight, replace(found, replica_in=ours), hessian)
+    assert ended - least < 0.02 * (start - least) + 1e-3 * least
 
 
 def test_more_replicas_and_more_bits_fit_better():
     weight, statistics = problem(rows=48)
     hessian = statistics.hessian
-    by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k), Settings()), hessian) for k in (1, 4, 16)]
-    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2), Settings()), hessian) for b in REPLICA_WIDTHS]
-    assert by_replicas == sorted(by_replicas, reverse=True) and by_bits == sorted(by_bits, reverse=True)
+    by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k), Settings()),
+                        hessian) for k in (1, 4, 16)]
+    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2), Settings()), hessian)
+               for b in REPLICA_WIDTHS]
+    assert by_replicas == sorted(by_replicas, reverse=True)
+    assert by_bits == sorted(by_bits, reverse=True)
 
 
 def test_dead_rows_and_inputs_give_finite_scales():
@@ -149,7 +166,8 @@ def test_stacked_siblings_split_into_their_rows():
 
 
 @pytest.mark.parametrize("options,message", [
-    (dict(bits=5), "bits is 5"), (dict(replicas=0), "replicas is 0"), (dict(group=12), "replica_group is 12")])
+    (dict(bits=5), "bits is 5"), (dict(replicas=0), "replicas is 0"),
+    (dict(group=12), "replica_group is 12")])
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(BadValue, match=message):
         spec(**options)

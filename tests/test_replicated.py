@@ -36,8 +36,9 @@ def fill(layer, seed=0):
     codes = np.random.default_rng(seed).integers(0, len(LEVELS[shared.spec.bits]), layer.shape)
     layer.codes = pack_codes(mx.array(codes), shared.spec.bits)
     for module in (layer, shared):
-        module.update({name: mx.array(draw(*array.shape, seed=seed + len(name)) / array.shape[-1] ** 0.5)
-                       for name, array in module.trainable_parameters().items()})
+        module.update({
+            name: mx.array(draw(*array.shape, seed=seed + len(name)) / array.shape[-1] ** 0.5)
+            for name, array in module.trainable_parameters().items()})
     if "rotation_signs" in shared:
         shared.rotation_signs = hadamard.pack_signs(hadamard.random_signs(shared.inputs, seed))
     return codes
@@ -53,7 +54,8 @@ def dense64(layer, codes):
     shared, spec = layer.input, layer.input.spec
     b, a = np.array(layer.replica_out, np.float64), np.array(shared.replica_in, np.float64)
     if spec.replica_group:
-        a = np.stack([c * a[j // spec.replica_group] for j, c in enumerate(shared.column_scale.tolist())])
+        a = np.stack([c * a[j // spec.replica_group]
+                      for j, c in enumerate(shared.column_scale.tolist())])
     levels = np.array(LEVELS[spec.bits])[codes]
     weight = sum(np.diag(b[:, k]) @ levels @ np.diag(a[:, k]) for k in range(spec.replicas))
     if not spec.rotation_block:
@@ -73,10 +75,12 @@ def test_codes_survive_packing(bits, columns):
 
 
 def test_order_of_codes_in_words_and_bytes():
-    assert pack_codes(mx.array([[2, 0, 1, 0, 2, 1]]), Width.TERNARY).tolist() == [[2 + 9 + 2 * 81, 1]]
+    assert pack_codes(mx.array([[2, 0, 1, 0, 2, 1]]),
+                      Width.TERNARY).tolist() == [[2 + 9 + 2 * 81, 1]]
     codes = [(5 * j + 1) % 8 for j in range(12)]  # the eleventh crosses into the second word
     stream = sum(code << 3 * j for j, code in enumerate(codes))
-    assert pack_codes(mx.array([codes]), Width.THREE).tolist() == [[stream & 0xFFFFFFFF, stream >> 32]]
+    assert pack_codes(mx.array([codes]),
+                      Width.THREE).tolist() == [[stream & 0xFFFFFFFF, stream >> 32]]
 
 
 @pytest.mark.parametrize("bits", REPLICA_WIDTHS)
@@ -124,7 +128,8 @@ def test_kept_levels_follow_the_codes():
 def siblings(**shape):
     parent = nn.Module()
     parent.q, parent.k, parent.v = nn.Linear(64, 6), nn.Linear(64, 4), nn.Linear(64, 5, bias=False)
-    shared = install_group(parent, "qkv", {name: parent[name] for name in "qkv"}, ReplicaShape(**shape))
+    shared = install_group(parent, "qkv", {name: parent[name] for name in "qkv"},
+                           ReplicaShape(**shape))
     for seed, name in enumerate("qkv"):
         fill(parent[name], seed)
     return parent, shared
@@ -178,7 +183,8 @@ def test_gradients_equal_finite_differences(bits, group):
 
     value, gradients = nn.value_and_grad(network, loss)()
     assert {name for name, _ in tree_flatten(gradients)} == {
-        "layer.replica_out", "layer.bias", "shared.replica_in", *["shared.column_scale"] * bool(group)}
+        "layer.replica_out", "layer.bias", "shared.replica_in",
+        *["shared.column_scale"] * bool(group)}
     for path, gradient in tree_flatten(gradients):
         module, name = network[path.split(".")[0]], path.split(".")[1]
         start, step = module[name], mx.array(draw(*gradient.shape, seed=2))
@@ -236,7 +242,8 @@ def test_a_saved_network_has_the_same_logits_bit_for_bit_and_stock_mlx_lm_refuse
     again, _ = mlx_lm.utils.load_model(folder, get_model_classes=formats.model_classes)
     np.testing.assert_array_equal(np.array(again(TOKENS)), np.array(network(TOKENS)))
     names = tree_flatten(again.parameters(), destination={}).keys()
-    assert {"model.layers.0.self_attn.qkv.replica_in", "model.layers.1.self_attn.q_proj.codes"} <= names
+    assert {"model.layers.0.self_attn.qkv.replica_in",
+            "model.layers.1.self_attn.q_proj.codes"} <= names
     kept = mlxquant.load(str(folder), dense=False).network
     assert isinstance(kept.layers[0].mlp.down_proj, ReplicatedLinear)
     with pytest.raises(ValueError, match="^Model type mlxquant not supported.$"):
@@ -256,7 +263,8 @@ def test_dense_networks_are_plain_ones(saved):
 def test_inspection_counts_what_the_file_holds(saved):
     network, folder = saved
     look = inspect_folder(folder)
-    body = [m for layer in network.layers for m in layer.modules() if isinstance(m, ReplicatedLinear)]
+    body = [m for layer in network.layers for m in layer.modules()
+            if isinstance(m, ReplicatedLinear)]
     assert look.bits_per_weight == pytest.approx(bits_per_weight(body))
     assert {(layer.format, layer.bits) for layer in look.layers if "layers" in layer.path} == {
         ("replicas K4 G16 rotated", "ternary")}
@@ -268,14 +276,17 @@ def test_inspection_counts_what_the_file_holds(saved):
 
 def test_a_block_takes_paths_of_its_own():
     block = random_network().layers[0]
-    formats.install(block, {}, {path: {**SHAPE, "linears": names} for path, names in GROUPED.items()})
+    formats.install(block, {},
+                    {path: {**SHAPE, "linears": names} for path, names in GROUPED.items()})
     assert block.self_attn.q_proj.input is block.self_attn.qkv is block.self_attn.v_proj.input
     assert block.mlp.down_proj.input is block.mlp.down
 
 
 @pytest.mark.parametrize("changes,allowed", [
-    ({"bits": 5}, "1, ternary, 2, 3, 4"), ({"bits": True}, "1, ternary"), ({"bits": 2.0}, "1, ternary"),
-    ({"replicas": 0}, "1, 2"), ({"replicas": 17}, "15, 16"), ({"replica_group": 24}, "0, 8, 16, 32, 64"),
+    ({"bits": 5}, "1, ternary, 2, 3, 4"), ({"bits": True}, "1, ternary"),
+    ({"bits": 2.0}, "1, ternary"),
+    ({"replicas": 0}, "1, 2"), ({"replicas": 17}, "15, 16"),
+    ({"replica_group": 24}, "0, 8, 16, 32, 64"),
     ({"rotation_block": 3}, "0, 1, 2, 4"), ({"rotation_block": None}, "0, 1, 2, 4")])
 def test_impossible_shapes_say_what_is_allowed(changes, allowed):
     with pytest.raises(BadValue, match=f"{next(iter(changes))} is .*allowed are .*{allowed}"):
@@ -283,8 +294,10 @@ def test_impossible_shapes_say_what_is_allowed(changes, allowed):
 
 
 @pytest.mark.parametrize("name,widths,shape,message", [
-    ("x", [96], {"replica_group": 64}, "group 64 does not divide the 96 inputs of 0; .* 0, 8, 16, 32$"),
-    ("x", [96], {"rotation_block": 64}, "rotation_block 64 does not .* of 0; allowed are 0, 1, .*, 32$"),
+    ("x", [96], {"replica_group": 64},
+     "group 64 does not divide the 96 inputs of 0; .* 0, 8, 16, 32$"),
+    ("x", [96], {"rotation_block": 64},
+     "rotation_block 64 does not .* of 0; allowed are 0, 1, .*, 32$"),
     ("x", [8, 16], {}, "'0': 8, '1': 16"), ("qkv", [8], {}, "qkv is taken")])
 def test_layers_that_do_not_fit_are_refused(name, widths, shape, message):
     linears = {str(i): nn.Linear(width, 4) for i, width in enumerate(widths)}
@@ -296,8 +309,10 @@ def test_layers_that_do_not_fit_are_refused(name, widths, shape, message):
     ({"self_attn.qkv": {"bits": 2}}, "replicas of self_attn.qkv as .*needed are bits, linears"),
     ({"self_attn.qkv": {**SHAPE, "linears": []}}, "needed are bits"),
     ({"self_attn.qkv": {**SHAPE, "linears": ["x_proj"]}}, "self_attn.x_proj, which is no linear"),
-    ({f"self_attn.{name}": {**SHAPE, "linears": ["q_proj"]} for name in "ab"}, "self_attn.q_proj, which"),
-    ({"self_attn.a": {**SHAPE, "bits": 7, "linears": ["q_proj"]}}, "self_attn.a: bits is 7, allowed are"),
+    ({f"self_attn.{name}": {**SHAPE, "linears": ["q_proj"]} for name in "ab"},
+     "self_attn.q_proj, which"),
+    ({"self_attn.a": {**SHAPE, "bits": 7, "linears": ["q_proj"]}},
+     "self_attn.a: bits is 7, allowed are"),
     ({"self_attn.o_proj": {**SHAPE, "linears": ["q_proj"]}}, "o_proj is taken")])
 def test_configurations_that_do_not_fit_are_refused(replicas, message):
     with pytest.raises(BadCheckpoint, match=message):
