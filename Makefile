@@ -9,13 +9,13 @@ demo: install
 	$(BIN)/mlxquant generate smollm2-135m --max-tokens 160 \
 	    --prompt "What is gravity? Answer in three sentences."
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 25
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: install
 	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(PYTEST)
+	$(PYTEST) --durations 25
 
 lint: install
 	$(BIN)/ruff check .
