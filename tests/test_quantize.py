@@ -16,6 +16,7 @@ from mlxquant.model.inspection import inspect
 from mlxquant.quantise import assignment, awq, pipeline, walk
 from mlxquant.quantise.budget import choose
 from mlxquant.quantise.job import PROPAGATIONS, Target, silent
+from mlxquant.quantise.methods import METHODS, Method
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 
@@ -272,8 +273,8 @@ def test_the_fused_rotation_of_an_untied_model_with_biases(tmp_path, text):
 
 
 def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(awq, "balance", lambda weights, *_: mx.exp(
-        mx.random.normal((weights[0].shape[1],), key=mx.random.key(0))))
+    monkeypatch.setitem(METHODS, "awq", Method(awq.quantise, lambda weights, *_: mx.exp(
+        mx.random.normal((weights[0].shape[1],), key=mx.random.key(0)))))
     config = CONFIG | {"attention_bias": True, "mlp_bias": True}
     network = random_network(config)
     for layer in network.layers:

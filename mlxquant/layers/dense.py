@@ -33,6 +33,18 @@ def to_dense(network: nn.Module) -> nn.Module:
     return network
 
 
+def expanded_weight(module: nn.Module) -> mx.array:
+    """The weight of a linear layer or an embedding of MLX, quantised in any mode or not: dense
+    float32."""
+    if not hasattr(module, "bits"):
+        return module.weight.astype(mx.float32)
+    scales, biases = module.scales, module.biases
+    if biases is not None:  # affine: expanded as float32, not as what the scales are stored in
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(module.weight, scales, biases, module.group_size, module.bits,
+                         module.mode, dtype=mx.float32)
+
+
 def expand_grouped(network: nn.Module) -> nn.Module:
     """Replace every grouped layer by a dense one in the type of its scales, in place."""
     return _expand(network, GroupedLinear)

@@ -13,6 +13,7 @@ from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.dense import expanded_weight
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import stored_entry
@@ -75,7 +76,7 @@ def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
         for path in dict.fromkeys(paths):
             weight = ends.get(f"{path}.weight")
             if weight is None:
-                weight = rotation.expanded_weight(modules[path])
+                weight = expanded_weight(modules[path])
             _round(made, path, weight, spec, dtype)
     return made
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxquant.base.errors import BadValue
 from mlxquant.codes import hadamard, rtn
 from mlxquant.codes.affine import Affine
 from mlxquant.codes.spec import Spec, Whole
@@ -56,7 +57,8 @@ class _Work:
 
 
 def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context) -> BlockResult:
-    """Quantise the layers of a block that is dense in float32, as its plan says."""
+    """Quantise the layers of a block that is dense in float32, as its plan says. Raises
+    ``BadValue`` for a weight so large that its scale would be infinite."""
     work = _Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
@@ -77,7 +79,16 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
         else array
         for path, array in tree_flatten(block.module.parameters())
         if not path.startswith(inside) and path not in plan.kept} | work.result.tensors
+    _require_finite(work)
     return work.result
+
+
+def _require_finite(work: _Work) -> None:
+    for path, array in work.result.tensors.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            held = str(array.dtype).removeprefix("mlx.core.")
+            raise BadValue(f"{work.block.full(path)} would exceed what {held} holds: give the "
+                           "layer more bits, or start from a model in bfloat16")
 
 
 def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:

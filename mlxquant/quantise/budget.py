@@ -1,28 +1,29 @@
 """Spread a budget of bits over layers so that the summed damage is least.
 
-Lagrangian relaxation, after Shoham & Gersho 1988, "Efficient bit allocation for
-an arbitrary set of quantizers" (https://doi.org/10.1109/29.90373): for a price
-per bit every layer takes the option with the least damage + price · bits, which
-lies on the lower convex hull of its options. Lowering the price walks the hulls
-step by step, the most damage saved per bit first. Where the walk meets a step
-that no longer fits, the damage exceeds the least possible by less than that
-step saves; what is left of the budget is filled with smaller steps.
+Lagrangian relaxation, after Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of
+quantizers" (https://doi.org/10.1109/29.90373): for a price per bit every layer takes the option
+with the least damage + price · bits, which lies on the lower convex hull of its options. Lowering
+the price walks the hulls step by step, the most damage saved per bit first. Where the walk meets a
+step that no longer fits, the damage exceeds the least possible by less than that step saves; what
+is left of the budget is filled with smaller steps.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 from mlxquant.base.errors import BadValue
+
+_Layer = TypeVar("_Layer", str, int)
 
 
 @dataclass(frozen=True)
 class Option:
     """One way to store a layer, or a set of siblings.
 
-    ``choice`` is the caller's name for it (hashable: a width, a ``Spec``),
-    ``bits`` what it stores in all, codes and scales, and ``damage`` what it
-    costs in any unit that adds up over layers, such as nats per token.
+    ``choice`` is the caller's name for it, ``bits`` what it stores in all, codes and scales, and
+    ``damage`` what it costs in any unit that adds up over layers, such as nats per token.
     """
 
     choice: Any
@@ -31,33 +32,38 @@ class Option:
 
 
 def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
-    """The option of every layer with the least summed damage whose summed bits are at most ``budget``.
+    """The option of every layer, by its name, with the least summed damage whose summed bits are at
+    most ``budget``.
 
-    Exact where the walk along the hulls spends the budget to the bit or reaches
-    every layer's least damage; otherwise near it, as the module says. Ties go to
-    the layer listed first, so equal calls give equal answers. Raises
-    ``BadValue`` for a layer without options, an option whose bits or damage are
-    not finite, and a budget below the least bits possible, which it names.
+    Exact where the walk along the hulls spends the budget to the bit or reaches every layer's least
+    damage; otherwise near it, as the module says. Ties go to the layer listed first. Raises
+    ``BadValue`` for a layer without options, an option whose bits or damage are not finite, and a
+    budget below the least bits possible, which it names.
     """
     _check(options)
     frontiers = {layer: _frontier(ways) for layer, ways in options.items()}
     chosen = {layer: ways[0] for layer, ways in frontiers.items()}
     least = sum(option.bits for option in chosen.values())
     if not least <= budget:  # also refuses nan
-        raise BadValue(f"the budget is {budget:.15g} bits, the smallest options of the {len(options)} layers "
-                       f"take {least:.15g}; allowed is that or more")
+        raise BadValue(f"the budget is {budget:.15g} bits, the smallest options of the "
+                       f"{len(options)} layers take {least:.15g}; allowed is that or more")
     left = budget - least
     for layer, old, new in _walk(frontiers):
         if new.bits - old.bits > left:
             break
         left -= new.bits - old.bits
         chosen[layer] = new
-    return _fill(chosen, frontiers, left)
+    while fitting := [(layer, option) for layer, ways in frontiers.items() for option in ways
+                      if 0 < option.bits - chosen[layer].bits <= left]:  # off the hulls too
+        layer, option = max(fitting, key=lambda step: _rate(chosen[step[0]], step[1]))
+        left -= option.bits - chosen[layer].bits
+        chosen[layer] = option
+    return chosen
 
 
 def at_every_price(layers: list[list[Option]]) -> list[tuple[Option, ...]]:
-    """The options that ``choose`` has several layers take together, at one price per bit after the other, from the
-    smallest."""
+    """What ``choose`` gives several layers together, each by its options, at one price per bit
+    after the other: from the smallest options to those of the least damage."""
     frontiers = dict(enumerate(map(_frontier, layers)))
     chosen = [ways[0] for ways in frontiers.values()]
     found = [tuple(chosen)]
@@ -67,20 +73,8 @@ def at_every_price(layers: list[list[Option]]) -> list[tuple[Option, ...]]:
     return found
 
 
-def _fill(chosen: dict[str, Option], frontiers: dict[str, list[Option]], left: float) -> dict[str, Option]:
-    """Take further steps while one fits, the most damage saved per bit first, off the hulls too."""
-    while True:
-        fitting = [(layer, option) for layer, ways in frontiers.items() for option in ways
-                   if 0 < option.bits - chosen[layer].bits <= left]
-        if not fitting:
-            return chosen
-        layer, option = max(fitting, key=lambda step: _rate(chosen[step[0]], step[1]))
-        left -= option.bits - chosen[layer].bits
-        chosen[layer] = option
-
-
 def _frontier(ways: list[Option]) -> list[Option]:
-    """The options that no other beats in both bits and damage, by rising bits and falling damage."""
+    """The options that no other beats in both bits and damage, by rising bits."""
     kept: list[Option] = []
     for option in sorted(ways, key=lambda option: (option.bits, option.damage)):
         if not kept or option.damage < kept[-1].damage:
@@ -98,10 +92,10 @@ def _hull(frontier: list[Option]) -> list[Option]:
     return kept
 
 
-def _walk(frontiers: dict[Any, list[Option]]) -> list[tuple[Any, Option, Option]]:
-    """The steps along the hulls of all layers, as (layer, old, new), the most damage saved per bit first."""
-    hulls = {layer: _hull(ways) for layer, ways in frontiers.items()}
-    steps = [(layer, old, new) for layer, hull in hulls.items() for old, new in zip(hull, hull[1:])]
+def _walk(frontiers: dict[_Layer, list[Option]]) -> list[tuple[_Layer, Option, Option]]:
+    """The steps along the hulls of all layers, as (layer, old, new), the most damage saved per bit
+    first."""
+    steps = [(layer, *step) for layer, ways in frontiers.items() for step in pairwise(_hull(ways))]
     return sorted(steps, key=lambda step: -_rate(*step[1:]))  # stable: ties keep their order
 
 
@@ -116,5 +110,5 @@ def _check(options: dict[str, list[Option]]) -> None:
             raise BadValue(f"{layer} has no options, at least one is needed")
         for option in ways:
             if not (math.isfinite(option.bits) and math.isfinite(option.damage)):
-                raise BadValue(f"option {option.choice} of {layer} has {option.bits} bits and damage "
-                               f"{option.damage}, allowed are finite numbers")
+                raise BadValue(f"option {option.choice} of {layer} has {option.bits} bits and "
+                               f"damage {option.damage}, allowed are finite numbers")

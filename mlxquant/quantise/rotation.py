@@ -1,25 +1,22 @@
 """The fused rotation: turn the residual stream once, fold the turn into every weight.
 
-QuaRot (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456). RMSNorm without
-its weight commutes with an orthogonal matrix Q, so Q can be merged into what
-writes the residual stream (embedding, o_proj, down_proj) and its transpose into
-what reads it (q·k·v, gate·up, head), after the norms' weights have moved into
-the readers. The checkpoint stays plain MLX affine and runs at full speed.
+QuaRot (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456). RMSNorm without its weight commutes
+with an orthogonal matrix Q, so Q can be merged into what writes the residual stream (embedding,
+o_proj, down_proj) and its transpose into what reads it (q·k·v, gate·up, head), after the norms'
+weights have moved into the readers. The checkpoint stays plain MLX affine and runs at full speed.
 
-What it costs: a tied head must be stored apart from the embedding, because the
-final norm's weight goes into it alone; and down_proj's and o_proj's own inputs
-stay unrotated.
-
-Q = H ⊗-blocked Hadamard with random signs, made dense across blocks by a random
-orthogonal matrix over the blocks where the width is no power of two.
+What it costs: a tied head must be stored apart from the embedding, because the final norm's weight
+goes into it alone; and the inputs of o_proj and down_proj themselves stay unrotated.
 """
+
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.errors import Unsupported
-from mlxquant.layers.dense import to_dense
+from mlxquant.layers.dense import expanded_weight, to_dense
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 _READERS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"),
@@ -27,7 +24,8 @@ _READERS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"),
 
 
 def orthogonal(width: int, seed: int) -> mx.array:
-    """A random orthogonal (width, width) float32: signs, Hadamard blocks, and a mix of the blocks."""
+    """A random orthogonal Q (width, width) float32: Hadamard blocks after random signs, mixed
+    across blocks by a random orthogonal matrix where the width is no power of two."""
     random = np.random.default_rng(seed)
     block = width & -width  # the largest power of two that divides
     hadamard = np.ones((1, 1))
@@ -39,29 +37,30 @@ def orthogonal(width: int, seed: int) -> mx.array:
     return mx.array((np.kron(mix, hadamard / np.sqrt(block)) * signs).astype(np.float32))
 
 
-def check(config: dict) -> None:
+def check(config: dict[str, Any]) -> None:
     """Raise ``Unsupported`` where the architecture does not allow the fused rotation."""
     if config["model_type"] not in ARCHITECTURES:
-        raise Unsupported(f"the fused rotation needs one RMSNorm before each sub-layer and none after; "
-                          f"known to have that: {', '.join(ARCHITECTURES)}, not {config['model_type']}; "
-                          "use the online rotation")
+        raise Unsupported("the fused rotation needs one RMSNorm before each sub-layer and none "
+                          f"after; known to have that: {', '.join(ARCHITECTURES)}, not "
+                          f"{config['model_type']}; use the online rotation")
 
 
-def rotate_ends(network: nn.Module, config: dict, q: mx.array) -> tuple[dict[str, mx.array], dict]:
-    """Rotate embedding, final norm and head; returns the head's and embedding's new tensors
-    (float32, by path) and the configuration with the head untied. Changes ``network``."""
+def rotate_ends(network: nn.Module, config: dict[str, Any],
+                q: mx.array) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Embedding, final norm and head, rotated: new tensors (float32, by path), and ``config`` with
+    the head untied."""
     model = network.model
-    embedding = expanded_weight(model.embed_tokens)
-    head = embedding if config.get("tie_word_embeddings", False) else expanded_weight(network.lm_head)
-    norm = model.norm.weight.astype(mx.float32)
-    tensors = {"model.embed_tokens.weight": embedding @ q.T, "model.norm.weight": mx.ones_like(norm),
-               "lm_head.weight": (head * norm) @ q.T}
+    embedding, norm = expanded_weight(model.embed_tokens), model.norm.weight.astype(mx.float32)
+    head = (embedding if config.get("tie_word_embeddings", False)
+            else expanded_weight(network.lm_head))
+    tensors = {"model.embed_tokens.weight": embedding @ q.T,
+               "model.norm.weight": mx.ones_like(norm), "lm_head.weight": (head * norm) @ q.T}
     mx.eval(tensors)
     return tensors, config | {"tie_word_embeddings": False}
 
 
 def rotate_block(block: nn.Module, q: mx.array) -> nn.Module:
-    """Fold norms and rotation into a block's matrices; dense float32 afterwards."""
+    """Fold norms and rotation into a block's matrices, in place; dense float32 afterwards."""
     block = to_dense(block)
     for norm_name, readers in _READERS.items():
         norm = getattr(block, norm_name)
@@ -75,11 +74,3 @@ def rotate_block(block: nn.Module, q: mx.array) -> nn.Module:
             writer.bias = q @ writer.bias
     mx.eval(block.parameters())
     return block
-
-
-def expanded_weight(module: nn.Module) -> mx.array:
-    """The dense float32 weight of an embedding or linear layer, quantised or not."""
-    if not hasattr(module, "bits"):
-        return module.weight.astype(mx.float32)
-    return mx.dequantize(module.weight, module.scales.astype(mx.float32),
-                         module.biases.astype(mx.float32), module.group_size, module.bits)

@@ -11,10 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.quantise.rotation import expanded_weight
 from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
 
 
