@@ -135,6 +135,7 @@ def test_web_pages_of_other_origins_get_no_permission(address):
 
 
 def test_paths_and_methods_that_are_none(address):
+    assert raw(address, b"GET /health HTTP/1.0\r\n\r\n").startswith("HTTP/1.1 200 ")
     for request, status in ((b"GET /v1/completions", 405), (b"GET /etc/passwd", 404),
                             (b"GET /v1/models", 200), (b"GET /health", 200)):
         rest = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

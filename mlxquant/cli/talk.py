@@ -114,7 +114,7 @@ def serve(
     signal.signal(signal.SIGTERM, stop)
     sampling = Sampling(temp, top_p, top_k, min_p)
     Options(port=port, max_tokens=max_tokens)  # refused before the model is loaded
-    loaded = load_model(model or DEFAULT_MODEL, revision, memory, trust_remote_code, probe=False)
+    loaded = load_model(model or DEFAULT_MODEL, revision, memory, trust_remote_code)
     guesser = _load_draft(draft, memory, trust_remote_code)
     options = Options(host, port, max_tokens, sampling, kv_bits, guesser, tuple(origin or ()),
                       verbose=verbose)

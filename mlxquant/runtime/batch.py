@@ -15,7 +15,7 @@ from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
 from mlxquant.runtime.prompt import Prompt
 from mlxquant.runtime.prompt_cache import PromptCache
-from mlxquant.runtime.reply import Chunk, FinishReason, text_of
+from mlxquant.runtime.reply import Chunk, FinishReason, joined
 from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
@@ -74,11 +74,10 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
                     if progress is not None:
                         progress(done, len(prompts))
     batch.close()
-    parts = [[part for chunk in row for part in chunk.parts] for row in chunks.values()]
+    replies = [joined(row) for row in chunks.values()]
     return BatchResponse(
-        tuple("".join(chunk.text for chunk in row) for row in chunks.values()),
-        tuple(text_of(row, "answer") for row in parts),
-        tuple(row[-1].finish_reason or "stop" for row in chunks.values()), speed.make(
+        tuple(reply.text for reply in replies), tuple(reply.text_of("answer") for reply in replies),
+        tuple(reply.finish_reason or "stop" for reply in replies), speed.make(
             prompt_tokens=sum(len(request.prompt) for request in requests), cached_tokens=0,
             generation_tokens=made, ttft_s=stats.prompt_time, decode_s=stats.generation_time,
             peak_bytes=mx.get_peak_memory(), bytes_per_token=round(

@@ -133,20 +133,13 @@ def _steps(model: LanguageModel, request: Request, cached: int, cache: PromptCac
         "kv_bits": loop.kv_bits, "kv_group_size": KV_GROUP}
     if speculation.draft is not None:
         options["logits_processors"] = request.sampling.processors(request.prompt[:-1])
-        return draft_steps(fresh, model.network, speculation, cache, **options)
+        return draft_steps(fresh, model.network, speculation.draft.network, cache,
+                           num_draft_tokens=speculation.draft_tokens, **options)
     if speculation.lookup:
         options["logits_processors"] = request.sampling.processors()
         return lookup_steps(speculation.lookup, request.prompt, len(fresh), model.network,
                             cache.layers, progress=progress, **options)
     options["logits_processors"] = request.sampling.processors(request.prompt[:cached])
-    return _plain_steps(generate_step(
+    return (Step(token, False, logprobs) for token, logprobs in generate_step(
         mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
         prompt_progress_callback=progress, **options))
-
-
-def _plain_steps(steps: Any) -> Generator[Step, None, None]:
-    try:
-        for token, logprobs in steps:
-            yield Step(token, False, logprobs)
-    finally:
-        steps.close()

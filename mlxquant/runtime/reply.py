@@ -1,7 +1,7 @@
 """What a reply is made of: the answer, the reasoning before it, and calls of tools."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
@@ -78,6 +78,10 @@ class Chunk:
     report: Report | None = None
     scored: tuple[Scored, ...] = ()
 
+    def text_of(self, *kinds: Kind) -> str:
+        """The text of some kinds, without the markers around it."""
+        return "".join(part.text for part in self.parts if part.kind in kinds)
+
 
 @dataclass(frozen=True)
 class Response:
@@ -104,21 +108,20 @@ class Response:
     def of(cls, chunks: Iterable[Chunk],
            parse_call: Callable[[str], Any] | None = None) -> "Response":
         """The reply that ``chunks`` make up; ``parse_call`` reads the text of a tool call."""
-        chunks = list(chunks)
-        parts = [part for chunk in chunks for part in chunk.parts]
-        last = chunks[-1]
-        if last.finish_reason is None or last.report is None:
+        whole = joined(list(chunks))
+        if whole.finish_reason is None or whole.report is None:
             raise ValueError("the chunks of a reply end with the one that carries its report")
         calls = CallReader(parse_call)
-        found = [call for part in parts for call in calls.feed(part)] + calls.finish()
-        return cls("".join(chunk.text for chunk in chunks), last.finish_reason, last.report,
-                   last.stopped_by, text_of(parts, "answer"), text_of(parts, "thought"),
-                   tuple(found), tuple(token for chunk in chunks for token in chunk.scored))
+        found = [call for part in whole.parts for call in calls.feed(part)] + calls.finish()
+        return cls(whole.text, whole.finish_reason, whole.report, whole.stopped_by,
+                   whole.text_of("answer"), whole.text_of("thought"), tuple(found), whole.scored)
 
 
-def text_of(parts: Iterable[Part], kind: Kind) -> str:
-    """The text of one kind in ``parts``."""
-    return "".join(part.text for part in parts if part.kind == kind)
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """All that ``chunks`` say, as one, with the end of the last."""
+    return replace(chunks[-1], text="".join(chunk.text for chunk in chunks),
+                   parts=tuple(part for chunk in chunks for part in chunk.parts),
+                   scored=tuple(token for chunk in chunks for token in chunk.scored))
 
 
 class CallReader:

@@ -87,14 +87,11 @@ class Loop:
     speculation: Speculation = Speculation()
 
 
-def draft_steps(prompt: list[int], network: nn.Module, speculation: Speculation,
+def draft_steps(prompt: list[int], network: nn.Module, draft: nn.Module,
                 cache: PromptCache, **options: Any) -> Generator[Step, None, None]:
     """Tokens by mlx-lm's loop over both models; ``options`` are its own."""
-    assert speculation.draft is not None
-    steps = speculative_generate_step(
-        mx.array(prompt), network, speculation.draft.network,
-        prompt_cache=cache.layers + cache.draft_layers,
-        num_draft_tokens=speculation.draft_tokens, **options)
+    steps = speculative_generate_step(mx.array(prompt), network, draft,
+                                      prompt_cache=cache.layers + cache.draft_layers, **options)
     try:
         for token, logprobs, guessed in steps:
             yield Step(token, guessed, logprobs)

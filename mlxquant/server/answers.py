@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlxquant.base.version import __version__
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.reply import CallReader, Chunk, Scored, text_of
+from mlxquant.runtime.reply import CallReader, Chunk, Scored
 from mlxquant.server.engine import Job
 from mlxquant.server.forms import ChatForm, Form
 
@@ -25,21 +25,12 @@ class Piece:
     text: str = ""
     thoughts: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
+    scored: tuple[Scored, ...] = ()
     reason: str | None = None
-
-    @classmethod
-    def joined(cls, pieces: Iterable["Piece"]) -> "Piece":
-        made = cls()
-        for piece in pieces:
-            made.text, made.thoughts = made.text + piece.text, made.thoughts + piece.thoughts
-            made.calls, made.scored = made.calls + piece.calls, made.scored + piece.scored
-            made.reason = piece.reason or made.reason
-        return made
 
 
 class Choice:
-    """Sorts the chunks of one reply for its client.
+    """Sorts the chunks of one reply, or all of them joined, for its client.
 
     A completion gets the raw text. A chat gets answer, reasoning and calls of the functions
     it offered; where it offered none, what looks like a call is part of the answer.
@@ -53,25 +44,21 @@ class Choice:
         self._called = 0
 
     def take(self, chunk: Chunk) -> Piece:
-        piece = Piece(scored=list(chunk.scored), reason=chunk.finish_reason)
+        reason: str | None = chunk.finish_reason
         if self._chat is None:
-            piece.text = chunk.text
-            return piece
-        piece.thoughts = text_of(chunk.parts, "thought")
+            return Piece(chunk.text, scored=chunk.scored, reason=reason)
         if not self._offered:
-            piece.text = "".join(part.text for part in chunk.parts if part.kind != "thought")
-            return piece
-        piece.text = text_of(chunk.parts, "answer")
+            return Piece(chunk.text_of("answer", "tool"), chunk.text_of("thought"),
+                         scored=chunk.scored, reason=reason)
         found = [call for part in chunk.parts for call in self._calls.feed(part)]
-        found += self._calls.finish() if chunk.finish_reason else []
-        for call in found:
-            if self._called and not self._chat.parallel_tool_calls:
-                break
-            piece.calls.append(_call(call, self._called))
-            self._called += 1
-        if chunk.finish_reason == "stop" and self._called:
-            piece.reason = "tool_calls"
-        return piece
+        found += self._calls.finish() if reason else []
+        if not self._chat.parallel_tool_calls:
+            found = found[:max(0, 1 - self._called)]
+        calls = [_call(call, self._called + i) for i, call in enumerate(found)]
+        self._called += len(calls)
+        if reason == "stop" and self._called:
+            reason = "tool_calls"
+        return Piece(chunk.text_of("answer"), chunk.text_of("thought"), calls, chunk.scored, reason)
 
 
 class Answer:
@@ -88,14 +75,20 @@ class Answer:
 
     def whole(self, pieces: Sequence[Piece], jobs: Sequence[Job]) -> dict[str, Any]:
         choices = [self._choice(i, piece, "message") for i, piece in enumerate(pieces)]
-        return {**self._head, "choices": choices, "usage": usage(jobs)}
+        return {**self.usage(jobs), "choices": choices}
 
     def part(self, index: int, piece: Piece) -> dict[str, Any]:
         return {**self._head, "choices": [self._choice(index, piece, "delta")]}
 
     def usage(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """The part of a stream that counts tokens."""
-        return {**self._head, "choices": [], "usage": usage(jobs)}
+        """The part of a stream that counts the tokens of all replies.
+
+        A prompt that several share counts once for each.
+        """
+        prompt, cached, made = (sum(job.usage[i] for job in jobs) for i in range(3))
+        return {**self._head, "choices": [], "usage": {
+            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached}}}
 
     def _choice(self, index: int, piece: Piece, key: str) -> dict[str, Any]:
         made: dict[str, Any] = {"index": index, "finish_reason": piece.reason}
@@ -124,13 +117,6 @@ class Answer:
         return {"tokens": [token.text for token in piece.scored], "text_offset": offsets,
                 "token_logprobs": [token.logprob for token in piece.scored],
                 "top_logprobs": [dict(token.likeliest) for token in piece.scored]}
-
-
-def usage(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Tokens of all replies; a prompt that several share counts once for each."""
-    prompt, cached, made = (sum(job.usage[i] for job in jobs) for i in range(3))
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def _token(token: Scored) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.reply import Chunk
+from mlxquant.runtime.reply import Chunk, joined
 from mlxquant.runtime.request import Request as Wanted
 from mlxquant.server import forms
 from mlxquant.server.answers import Answer, Choice, Piece
@@ -75,7 +75,7 @@ class Boundary:
 
         host, origin = _without_port(headers.get("host", "")), headers.get("origin")
         app = self._app
-        if self._hosts is not None and host not in self._hosts:
+        if self._hosts is not None and host and host not in self._hosts:
             app = _error(403, "this server answers only to names of its own machine; "
                               "--host 0.0.0.0 lets others in")
         elif scope["method"] == "POST" and origin is not None and not (
@@ -130,15 +130,15 @@ class _Service:
 
     async def _whole(self, form: forms.Form, wanted: Sequence[Wanted]) -> Response:
         jobs: list[Job] = []
-        choices = [Choice(form, self._model) for _ in wanted]
-        pieces: list[list[Piece]] = [[] for _ in wanted]
+        chunks: list[list[Chunk]] = [[] for _ in wanted]
         async with aclosing(self._told(wanted, jobs)) as told:
             async for index, event in told:
                 if isinstance(event, MlxquantError):
                     return JSONResponse({"error": str(event)}, 500)
                 if isinstance(event, Chunk):
-                    pieces[index].append(choices[index].take(event))
-        return JSONResponse(Answer(form).whole([*map(Piece.joined, pieces)], jobs))
+                    chunks[index].append(event)
+        pieces = [Choice(form, self._model).take(joined(reply)) for reply in chunks]
+        return JSONResponse(Answer(form).whole(pieces, jobs))
 
     async def _streamed(self, form: forms.Form, wanted: Sequence[Wanted]) -> AsyncGenerator[str]:
         jobs: list[Job] = []

@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Engine:
                 while self._turn():
                     pass
         except BaseException as error:
+            traceback.print_exception(error)  # a fault of ours, whoever reads of it
             self.error = error
         finally:
             self._refuse_all()
@@ -238,8 +240,11 @@ class Engine:
             self._caches.keep(self._batch.remove(row))
 
     def _end(self, number: int, error: Exception) -> None:
-        self._jobs.pop(number).tell(error if isinstance(error, MlxquantError) else MlxquantError(
-            f"generation failed: {type(error).__name__}: {str(error).strip()[:300]}"))
+        if not isinstance(error, MlxquantError):
+            traceback.print_exception(error)
+            error = MlxquantError(
+                f"generation failed: {type(error).__name__}: {str(error).strip()[:300]}")
+        self._jobs.pop(number).tell(error)
 
     def _refuse_all(self) -> None:
         error = MlxquantError("the server is stopping" if self.error is None else

@@ -77,8 +77,9 @@ class _Server(uvicorn.Server):
 
 def listen(options: Options) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda place: place[0] != socket.AF_INET)
         both = options.host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, dualstack_ipv6=both, backlog=128)
     except (OSError, UnicodeError) as error:
