@@ -1,9 +1,12 @@
 """A model that says what a test wrote down, through the real cache, loop and tokenizer."""
 
+import io
+import sys
 import time
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.chat import Conversation, Session, run
@@ -63,3 +66,22 @@ def chat_here(folder, seconds: float) -> None:
                                                    mx.__version__)
     model = scripted(folder, seconds=seconds)
     run(Session(Conversation(model), scripted))
+
+
+@pytest.fixture
+def talk(tiny_folder, monkeypatch, capsys):
+    """Run a scripted conversation; returns (stdout, stderr, conversation)."""
+
+    def start(*lines, replies=("One.", "Two.", "Three."), load=None, **options):
+        model = scripted(tiny_folder, replies)
+        conversation = Conversation(model, **{"max_tokens": 200, **options})
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        run(Session(conversation, load or (lambda name: scripted(name, ["From another."]))))
+        captured = capsys.readouterr()
+        return captured.out, captured.err, conversation
+
+    return start
+
+
+def contents(conversation):
+    return [message["content"] for message in conversation.messages]

@@ -1,35 +1,15 @@
 """The conversation by transcript: through a pipe, with a model that says what is written here."""
 
-import io
-import sys
-
 import pytest
-from scripted import scripted
+import scripted as scripts
+from scripted import contents, scripted
 
-from mlxquant.chat import Conversation, Session, repl, run, terminal
+from mlxquant.chat import Conversation, Session, repl
 from mlxquant.chat.repl import handle
 from mlxquant.chat.terminal import is_open, unquoted
 
+talk = scripts.talk  # a fixture
 GREETING = "<think>Be nice.</think>\n\nHello **you**."
-
-
-@pytest.fixture
-def talk(tiny_folder, monkeypatch, capsys):
-    """Run a scripted conversation; returns (stdout, stderr, conversation)."""
-
-    def start(*lines, replies=("One.", "Two.", "Three."), load=None, **options):
-        model = scripted(tiny_folder, replies)
-        conversation = Conversation(model, **{"max_tokens": 200, **options})
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        run(Session(conversation, load or (lambda name: scripted(name, ["From another."]))))
-        captured = capsys.readouterr()
-        return captured.out, captured.err, conversation
-
-    return start
-
-
-def contents(conversation):
-    return [message["content"] for message in conversation.messages]
 
 
 def test_a_piped_conversation_answers_each_line_and_ends(talk):
@@ -200,149 +180,6 @@ def test_a_message_longer_than_the_context_is_refused_and_survived(talk):
     assert "error: the message has" in err and "the context of" in err
     assert contents(conversation)[::2] == ["before", "short"] and conversation.forgotten == 0
     assert conversation.last_report.cached_tokens > 0
-
-
-def test_a_reply_that_is_cut_says_why(talk):
-    _, err, _ = talk("a", replies=["A long reply."], max_tokens=4)
-    assert "(cut at 4 tokens; /set max_tokens allows more)" in err
-    _, err, _ = talk("x" * 300, replies=["y" * 400], max_tokens=500)
-    assert "(cut: the context is full)" in err
-
-
-def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(tiny_folder, capsys):
-    model = scripted(tiny_folder, ["A long reply that goes on.", "Two."])
-    session = Session(Conversation(model, max_tokens=100))
-    feed, fed = session._screen.feed, []
-
-    def interrupted(parts):
-        fed.append(parts)
-        feed(parts)
-        if len(fed) == 8:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-
-    session._screen.feed = interrupted
-    handle(session, "hello")
-    handle(session, "go on")
-    assert "(stopped)" in capsys.readouterr().err
-    kept = contents(session.conversation)
-    assert "A long reply that goes on.".startswith(kept[1]) and 0 < len(kept[1]) < 20
-    assert kept[2:] == ["go on", "Two."]
-    assert session.conversation.last_report.cached_tokens > 0
-
-
-def test_ctrl_c_while_the_prompt_is_read_keeps_the_conversation(tiny_folder, capsys):
-    session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
-    reading = session._reading
-
-    def once(interrupted):
-        session._reading = reading
-        return reading(lambda: True)
-
-    session._reading = once
-    handle(session, "hello")
-    handle(session, "again")
-    assert "(stopped)" in capsys.readouterr().err
-    kept = contents(session.conversation)
-    assert kept[:3] == ["hello", "", "again"] and kept[3]
-
-
-def test_ctrl_c_at_the_prompt_keeps_the_session(tiny_folder, monkeypatch, capsys):
-    answers = iter([KeyboardInterrupt, "hello", EOFError])
-
-    def read(_):
-        answer = next(answers)
-        if isinstance(answer, str):
-            return answer
-        raise answer
-
-    monkeypatch.setattr(terminal, "reader", lambda names, status: read)
-    session = Session(Conversation(scripted(tiny_folder)))
-    run(session)
-    assert len(session.conversation.messages) == 2 and "leaves" in capsys.readouterr().err
-
-
-def test_an_unexpected_failure_keeps_the_conversation(tiny_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("MLXQUANT_STATE", str(tmp_path))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
-    session = Session(Conversation(scripted(tiny_folder)))
-    answer = session.answer
-    monkeypatch.setattr(session, "answer", lambda text: answer(text) if text == "hello" else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(session)
-    assert "the conversation is kept" in capsys.readouterr().err
-    back = Session(Conversation(scripted(tiny_folder)))
-    handle(back, f"/load {tmp_path}/kept.json")
-    assert contents(back.conversation)[0] == "hello"
-
-
-@pytest.mark.parametrize("failure", [
-    RuntimeError("[malloc] Unable to allocate"), MemoryError(), OSError(28, "No space left")])
-def test_a_failure_of_mlx_or_the_system_is_one_line_and_the_chat_goes_on(
-        tiny_folder, monkeypatch, capsys, failure):
-    session, failing = Session(Conversation(scripted(tiny_folder, ["One."]))), [failure]
-    answer = session.answer
-
-    def once(text):
-        if failing:
-            raise failing.pop()
-        answer(text)
-
-    monkeypatch.setattr(session, "answer", once)
-    handle(session, "hello")
-    handle(session, "again")
-    assert capsys.readouterr().err.count("error: ") == 1
-    assert contents(session.conversation) == ["again", "One."]
-
-
-def test_no_command_ends_the_chat(talk, monkeypatch):
-    from mlxquant.chat import commands
-
-    monkeypatch.setattr(commands, "generate", lambda *_, **__: 1 / 0)
-    _, err, conversation = talk("/set seed -1", "/set temperature 1", "a", "/bench", "b")
-    assert contents(conversation)[::2] == ["a", "b"]
-    assert "error: ZeroDivisionError: division by zero" in err
-
-
-def test_a_conversation_that_cannot_be_kept_hides_no_failure(
-        tiny_folder, monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MLXQUANT_STATE", str(tmp_path / "file"))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    session = Session(Conversation(scripted(tiny_folder)))
-    monkeypatch.setattr(session, "answer", lambda text: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(session)
-    assert "cannot be kept: cannot write" in " ".join(capsys.readouterr().err.split())
-
-
-def test_what_is_not_utf8_is_refused_and_the_chat_goes_on(talk):
-    _, err, conversation = talk("caf\udce9", "hello")  # as main() has standard input decoded
-    assert contents(conversation) == ["hello", "One."] and "is not text in UTF-8" in err
-
-
-def test_a_reply_steers_no_terminal_from_a_plain_screen_or_a_remark(talk):
-    attack = "a\x1b[2Jb\x9bc\x07\u202ed\u2066e\u200ff"
-    out, err, conversation = talk("/set thoughts shown", "x", "/show thoughts",
-                                  replies=[f"<think>{attack}</think>{attack}"])
-    assert out == "a[2Jbcdef\n" and err.count("a[2Jbcdef") == 2
-    assert contents(conversation)[1].count(attack) == 2
-
-
-def test_a_template_that_refuses_is_one_line(talk, capsys):
-    def refusing(*args, **kwargs):
-        import jinja2
-
-        raise jinja2.TemplateError("System role not supported")
-
-    conversation = talk("hello", "/system x")[2]
-    conversation.model.tokenizer._chat_template = refusing
-    session = Session(conversation)
-    handle(session, "hi")
-    assert conversation.messages == []
-    assert "refuses these messages: System" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text,whole,opened", [

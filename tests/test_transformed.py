@@ -1,4 +1,4 @@
-"""The transformed linear layer and its rotation, against dense float64 matrices."""
+"""The transformed linear layer, against dense float64 matrices."""
 
 import json
 
@@ -14,7 +14,7 @@ from mlxquant.codes import hadamard
 from mlxquant.layers import traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.transformed import ActivationSpec, TransformedLinear, round_activation
+from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 
 N, M, BLOCK = 96, 7, 32
 
@@ -41,111 +41,6 @@ def close(ours, reference, tolerance=2e-6):
     gap = np.abs(np.array(ours.astype(mx.float32)) - reference).max()
     assert gap <= tolerance * np.abs(reference).max(), gap
 
-
-# --- rotation
-
-@pytest.mark.parametrize("n,block", [
-    (64, 64), (96, 32), (6, 2), (5, 1), (576, 64), (960, 64), (12, 4)])
-def test_rotation_equals_its_matrix(n, block):
-    signs = hadamard.random_signs(n, seed=n)
-    r = rotation_matrix(np.array(signs), block)
-    np.testing.assert_allclose(r @ r.T, np.eye(n), atol=1e-12)
-    x, h = draw(2, 3, n), draw(n, n, seed=1)
-    close(hadamard.rotate(mx.array(x), signs, block), x @ r.T)
-    close(hadamard.rotate_weight(mx.array(x[0]), signs, block), x[0] @ r.T)
-    close(hadamard.unrotate_weight(mx.array(x[0]), signs, block), x[0] @ r)
-    close(hadamard.rotate_hessian(mx.array(h), signs, block), r @ h @ r.T)
-    turned = hadamard.rotate_weight(mx.array(x[0]), signs, block)
-    close(hadamard.unrotate_weight(turned, signs, block), x[0])
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_rotation_stays_in_its_dtype(dtype):
-    x, signs = mx.array(draw(3, 64)).astype(dtype), hadamard.random_signs(64, 0)
-    for turned in (hadamard.rotate(x, signs, 32), hadamard.unrotate_weight(x, signs, 32)):
-        assert turned.dtype == dtype
-    expected = np.array(x.astype(mx.float32)) @ rotation_matrix(signs, 32).T
-    close(hadamard.rotate(x, signs, 32), expected, 2e-2)
-
-
-def test_signs_are_repeatable_and_even():
-    signs = np.array(hadamard.random_signs(4096, 7))
-    assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 0.06
-    np.testing.assert_array_equal(signs, np.array(hadamard.random_signs(4096, 7)))
-    assert (signs != np.array(hadamard.random_signs(4096, 8))).any()
-
-
-@pytest.mark.parametrize("n", [1, 3, 8, 9, 96, 577])
-def test_signs_pack_to_bits_lowest_first(n):
-    signs = hadamard.random_signs(n, n)
-    packed = hadamard.pack_signs(signs)
-    assert packed.dtype == mx.uint8 and packed.shape == (-(-n // 8),)
-    for j, sign in enumerate(signs.tolist()):
-        assert packed[j // 8].item() >> j % 8 & 1 == (sign < 0)
-    np.testing.assert_array_equal(np.array(hadamard.unpack_signs(packed, n)), np.array(signs))
-
-
-@pytest.mark.parametrize("n,at_most,expected", [
-    (576, 64, 64), (96, 64, 32), (96, 16, 16), (97, 64, 1), (4096, 64, 64), (4096, 100, 64),
-    (4096, 4096, 4096), (1 << 15, 1 << 15, 8192)])
-def test_default_block(n, at_most, expected):
-    assert hadamard.default_block(n, at_most) == expected
-
-
-@pytest.mark.parametrize("block", [0, -2, 3, 64, 96, 2.0, True])
-def test_impossible_blocks_say_what_is_allowed(block):
-    with pytest.raises(BadValue, match="allowed for 96 inputs are 1, 2, 4, 8, 16, 32"):
-        hadamard.rotate(mx.ones((2, 96)), mx.ones(96), block)
-
-
-# --- activations
-
-def test_integers_are_exact_per_token_per_tensor_and_static():
-    # Maxima of 127/8 and 127/4 make both steps powers of two, so every quotient is exact.
-    x = np.random.default_rng(0).integers(-508, 508, (1, 2, 9)) / 32
-    x[0, 0, 3], x[0, 1, 4] = -127 / 8, 127 / 4
-    x[0, 0] = np.clip(x[0, 0], -127 / 8, 127 / 8)
-    for spec, scale, steps in [(ActivationSpec(8, "token"), None, [[[1 / 8], [1 / 4]]]),
-                               (ActivationSpec(8, "tensor"), None, [1 / 4]),
-                               (ActivationSpec(8, "static"), mx.array([1 / 16]), [1 / 16])]:
-        codes, step = round_activation(mx.array(x), spec, scale)
-        np.testing.assert_array_equal(np.array(step), np.array(steps, np.float32))
-        np.testing.assert_array_equal(np.array(codes), np.clip(np.round(x / steps), -127, 127))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 12, 15])
-@pytest.mark.parametrize("granularity", ["token", "tensor"])
-def test_error_is_within_half_a_step(bits, granularity):
-    x = draw(2, 5, 33)
-    codes, step = map(np.array, round_activation(mx.array(x), ActivationSpec(bits, granularity)))
-    top = 2 ** (bits - 1) - 1
-    assert np.abs(codes).max() == top and (codes == np.round(codes)).all()
-    assert (np.abs(codes * step - x) <= step * 0.5 + 1e-6 * np.abs(x).max()).all()
-
-
-def test_a_token_of_zeros_stays_zero():
-    codes, step = round_activation(mx.zeros((1, 2, 4)), ActivationSpec())
-    assert not codes.any() and not step.any()
-
-
-def test_static_clips_what_calibration_did_not_see():
-    x = mx.array([[-9.0, 0.6, 9.0]])
-    codes, _ = round_activation(x, ActivationSpec(4, "static"), mx.ones(1))
-    assert codes.tolist() == [[-7, 1, 7]]
-
-
-@pytest.mark.parametrize("changes,allowed", [
-    ({"bits": 1}, "2 to 16"), ({"bits": 17}, "2 to 16"), ({"bits": 8.0}, "2 to 16"),
-    ({"bits": True}, "2 to 16"), ({"granularity": "row"}, "token, tensor, static"),
-    ({"scale": 0.1}, "static only"), ({"granularity": "static", "scale": 0.0}, "positive"),
-    ({"granularity": "static", "scale": float("nan")}, "positive"),
-    ({"granularity": "static", "scale": True}, "positive")])
-def test_impossible_activations_say_what_is_allowed(changes, allowed):
-    with pytest.raises(BadValue, match=allowed):
-        ActivationSpec(**changes)
-
-
-# --- the layer
 
 PARTS = {
     "nothing": set(), "scale": {"scale"}, "rotation": {"rotation"}, "token": {"token"},
@@ -296,8 +191,6 @@ def test_other_layers_are_not_wrapped():
     with pytest.raises(Unsupported, match="Embedding"):
         TransformedLinear(nn.Embedding(4, 4))
 
-
-# --- in a network
 
 class Network(nn.Module):
     def __init__(self, layer):
