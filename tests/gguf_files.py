@@ -1,4 +1,4 @@
-"""Write a random mlx-lm model as llama.cpp's converter would: its names, its row order, its norms."""
+"""Write a random mlx-lm model as llama.cpp's converter would: names, order of rows, norms."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ NUMBERS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 PERMUTED = ("llama", "smollm3", "granite")
 KEYS = {"context_length": "max_position_embeddings", "block_count": "num_hidden_layers",
         "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-        "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
         "attention.key_length": "head_dim", "attention.value_length": "head_dim",
         "rope.freq_base": "rope_theta",
         "attention.layer_norm_rms_epsilon": "rms_norm_eps"}
@@ -24,13 +25,15 @@ def interleave_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind=Type.F32, pre="gpt-2",
-               drop=(), extra=(), fields=None, parts=1, tokens=None) -> Path:
-    """``kind`` is the type of all matrices, or a function from a GGUF name to one; ``parts`` splits the
-    file, and the path of the first is returned; ``tokens`` writes another tokenizer to the writer it is given."""
+def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind=Type.F32,
+               pre="gpt-2", drop=(), extra=(), fields=None, parts=1, tokens=None) -> Path:
+    """``kind`` is the type of all matrices, or a function from a GGUF name to one; ``parts`` splits
+    the file, and the path of the first is returned; ``tokens`` writes another tokenizer to the
+    writer it is given."""
     files = [path] if parts == 1 else [path.with_name(f"{path.stem}-{n:05d}-of-{parts:05d}.gguf")
                                        for n in range(1, parts + 1)]
-    tensors = [(name, value) for name, value in _tensors(network, config, architecture) if name not in drop]
+    tensors = [(name, value) for name, value in _tensors(network, config, architecture)
+               if name not in drop]
     tensors += extra
     for number, file in enumerate(files):
         writer = gguf.GGUFWriter(file, architecture)
@@ -54,16 +57,18 @@ def write_gguf(path: Path, network, *, config=CONFIG, architecture="llama", kind
 
 
 def random_blocks(type_: Type, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Blocks as ggml's quantiser makes them, where the package has it; else random codes under plausible
-    scales: halves between 0.001 and 0.01 in the places where the type keeps its scale."""
+    """Blocks as ggml's quantiser makes them, where the package has it; else random codes under
+    plausible scales: halves between 0.001 and 0.01 in the places where the type keeps its scale."""
     random = np.random.default_rng(seed + int(type_))
     try:
-        return gguf.quantize(random.normal(size=(rows, columns)).astype(np.float32), type_).view(np.uint8)
+        values = random.normal(size=(rows, columns)).astype(np.float32)
+        return gguf.quantize(values, type_).view(np.uint8)
     except NotImplementedError:
         pass
     block, size = gguf.GGML_QUANT_SIZES[type_]
     blocks = random.integers(0, 256, (rows, columns // block, size), np.uint8)
-    places = {Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2)}
+    places = {Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q6_K: (208,), Type.Q4_K: (0, 2),
+              Type.Q5_K: (0, 2)}
     if type_ == Type.IQ1_M:  # the half lies in the top bits of four words, here 0x0Cxx
         words = blocks[..., 48:56].view(np.uint16)
         words &= 0x0FFF
@@ -79,7 +84,8 @@ def _tensors(network, config: dict, architecture: str):
     names = gguf.get_tensor_name_map(NUMBERS[architecture], config["num_hidden_layers"])
     for name, value in tree_flatten(network.parameters()):
         value = np.array(value, np.float32)
-        target = names.get_name(name.replace("switch_mlp", "experts"), try_suffixes=(".weight", ".bias"))
+        target = names.get_name(name.replace("switch_mlp", "experts"),
+                                try_suffixes=(".weight", ".bias"))
         assert target, name
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if architecture in PERMUTED and f".{part}." in name:

@@ -24,7 +24,8 @@ def generate(folders):
     for folder in folders:
         model = mlxquant.load(str(folder), dense=False)
         kinds = sorted({type(module).__name__ for module in model.network.modules()})
-        text, sampled = (mlxquant.generate(model, PROMPT, max_tokens=8, sampling=Sampling(heat)).text
+        text, sampled = (mlxquant.generate(model, PROMPT, max_tokens=8,
+                                           sampling=Sampling(heat)).text
                          for heat in (0.0, 30.0))
         logits = model.network(mx.array([PROMPT]))[0, -1, :24].tolist()
         print(json.dumps([text, logits, kinds, sampled, model.weight_bytes_per_token]))
@@ -73,7 +74,8 @@ def said(made, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name,kind", [
-    ("dense", "ShardedToAllLinear"), ("affine", "QuantizedShardedToAllLinear"), ("rotated", "AddedReplicated"),
+    ("dense", "ShardedToAllLinear"), ("affine", "QuantizedShardedToAllLinear"),
+    ("rotated", "AddedReplicated"),
     ("grouped", "AddedReplicated")])
 def test_two_say_the_same_as_one(said, made, name, kind):
     model = mlxquant.load(str(made[name]), dense=False)
@@ -82,14 +84,16 @@ def test_two_say_the_same_as_one(said, made, name, kind):
     assert text == mlxquant.generate(model, PROMPT, max_tokens=8).text
     assert logits == pytest.approx(expected, abs=1e-4) and kind in kinds
     assert size < model.weight_bytes_per_token
-    assert said[1][name] == said[0][name] and sampled != text  # both sample the same, without a seed
+    assert said[1][name] == said[0][name] and sampled != text  # both sample the same, unseeded
 
 
 def test_the_first_machine_speaks(tiny_folder, tmp_path):
     first, second = launch(tmp_path, "generate", tiny_folder, "-p", "hello", "--max-tokens", 6,
                            "--temp", 30, "--seed", 1)
-    assert (first.returncode, second.returncode, second.stdout, second.stderr) == (0, 0, "", ""), (first, second)
-    expected = mlxquant.generate(mlxquant.load(str(tiny_folder)), [{"role": "user", "content": "hello"}],
+    assert (first.returncode, second.returncode) == (0, 0), (first, second)
+    assert (second.stdout, second.stderr) == ("", "")
+    expected = mlxquant.generate(mlxquant.load(str(tiny_folder)),
+                                 [{"role": "user", "content": "hello"}],
                                  max_tokens=6, sampling=Sampling(temperature=30.0, seed=1)).text
     assert first.stdout == expected + "\n" and "tokens/s" in first.stderr
 
@@ -98,6 +102,8 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     config = CONFIG | {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
     folder = write_folder(tmp_path / "three", random_network(config), config)
     first, second = launch(tmp_path, "generate", folder, "-p", "x")
-    assert (first.returncode, second.returncode) == (1, 1) and "Traceback" not in first.stderr + second.stderr
-    assert f"\nerror: {folder} has 3 key-value heads, which 2 machines cannot share evenly" in f"\n{first.stderr}"
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "Traceback" not in first.stderr + second.stderr
+    assert (f"\nerror: {folder} has 3 key-value heads, which 2 machines cannot share evenly"
+            in f"\n{first.stderr}")
     assert "machine 1: error: " in second.stderr

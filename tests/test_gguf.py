@@ -47,7 +47,8 @@ def test_tokenizer_comes_from_the_metadata(tmp_path):
     tokenizer = mlxquant.load(str(tmp_path / "out")).tokenizer
     text = "Zoë said: 42 tests, naïve?\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}],
+                                        add_generation_prompt=True)
     assert ids[0] == 1 and tokenizer.eos_token_ids == {2}
 
 
@@ -55,7 +56,8 @@ def test_real_tokenizer_splits_digits_and_knows_its_template(smollm2_model):
     tokenizer = smollm2_model.tokenizer
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("In 1984 there's"))
     assert pieces == ["In", "Ġ", "1", "9", "8", "4", "Ġthere", "'s"]
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}],
+                                        add_generation_prompt=True)
     assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant")
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -73,7 +75,8 @@ def test_import_is_cached_until_the_file_changes(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change,message", [
     (dict(architecture="baichuan"), "architecture 'baichuan'; supported: llama, smollm3"),
     (dict(pre="kimi-k2"), "splitting rule 'kimi-k2'; supported: default, gpt-2"),
-    (dict(extra=[("blk.0.attn_sinks.weight", np.ones(16, np.float32))]), "attn_sinks.weight has no place"),
+    (dict(extra=[("blk.0.attn_sinks.weight", np.ones(16, np.float32))]),
+     "attn_sinks.weight has no place"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
     path = write_gguf(tmp_path / "t.gguf", random_network(), **change)
@@ -116,14 +119,17 @@ ENTRY = named(b"w") + struct.pack("<I", 1)
     (header(fields=1, body=named(b"k") + struct.pack("<I", 99)), "unknown metadata type 99"),
     (header(fields=1, body=named(b"k") + struct.pack("<IIQ", 9, 4, 2**50)), "wanted"),
     (header(fields=1, body=named(b"k") + struct.pack("<IIQ", 9, 8, 2**50)), "wanted"),
-    (header(fields=2, body=2 * (named(b"k") + struct.pack("<IB", 0, 1))), "duplicate metadata key k"),
+    (header(fields=2, body=2 * (named(b"k") + struct.pack("<IB", 0, 1))),
+     "duplicate metadata key k"),
     (header(tensors=1, body=named(b"w") + struct.pack("<I", 2**31)), "2147483648 dimensions"),
-    (header(tensors=1, body=named(b"\n\x1b[2J") + struct.pack("<I", 2**31)), r"tensor \\n\\x1b\[2J has"),
+    (header(tensors=1, body=named(b"\n\x1b[2J") + struct.pack("<I", 2**31)),
+     r"tensor \\n\\x1b\[2J has"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 2**40, 0, 0)), "spans bytes"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 4, 0, 2**63)), "spans bytes"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 33, 3, 0)), "do not divide"),
     (header(tensors=1, body=ENTRY + struct.pack("<QIQ", 0, 0, 0)), "spans bytes"),
-    (header(tensors=2, body=2 * (ENTRY + struct.pack("<QIQ", 1, 0, 0)) + bytes(64)), "duplicate tensor w"),
+    (header(tensors=2, body=2 * (ENTRY + struct.pack("<QIQ", 1, 0, 0)) + bytes(64)),
+     "duplicate tensor w"),
 ])
 def test_lying_headers_end_in_one_line(tmp_path, data, message):
     path = tmp_path / "bad.gguf"

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata alone: SentencePiece against the original, splitting rules, special tokens."""
+"""Tokenizers from GGUF metadata alone: SentencePiece as the original, splits, special tokens."""
 
 import io
 from pathlib import Path
@@ -15,13 +15,15 @@ from mlxquant.sources.gguf import tokenizer
 from mlxquant.sources.gguf.reader import GGUFModel
 from mlxquant.sources.gguf.splitters import SPLITTERS
 
-TEXTS = ["Hello there, General Kenobi!", "  two  spaces   and\nnew\tlines ", "naïve Zoë 日本語 🙂", "x = a[1] + 42;",
+TEXTS = ["Hello there, General Kenobi!", "  two  spaces   and\nnew\tlines ", "naïve Zoë 日本語 🙂",
+         "x = a[1] + 42;",
          "", " ", "the theory of the thing"]
 
 
 def model(fields: dict) -> GGUFModel:
     metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-    return GGUFModel(Path("m.gguf"), metadata | {"general.architecture": "llama", "llama.context_length": 512,
+    return GGUFModel(Path("m.gguf"), metadata | {"general.architecture": "llama",
+                                                 "llama.context_length": 512,
                                                  "tokenizer.chat_template": TEMPLATE}, {})
 
 
@@ -33,11 +35,12 @@ def load(folder: Path, fields: dict) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefixed", "bare"])
 def original(request) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model of Llama's kind (or, without a prefix, Gemma's), trained on our own source."""
+    """A SentencePiece model as Llama's (or, without a prefix, Gemma's), trained on our source."""
     text = Path(tokenizer.__file__).read_text() + Path(__file__).read_text() + " ".join(TEXTS) * 20
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_writer=written, model_type="bpe", vocab_size=700,
+        sentence_iterator=iter(text.splitlines()), model_writer=written, model_type="bpe",
+        vocab_size=700,
         byte_fallback=True, add_dummy_prefix=request.param, remove_extra_whitespaces=False,
         normalization_rule_name="identity", user_defined_symbols=["<tool>"], minloglevel=2)
     return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
@@ -47,12 +50,14 @@ def piece_fields(original) -> dict:
     """What llama.cpp's converter writes of a SentencePiece model."""
     count, types = original.vocab_size(), []
     for n in range(count):
-        types.append(2 if original.is_unknown(n) else 3 if original.is_control(n) else 6 if original.is_byte(n)
+        types.append(2 if original.is_unknown(n) else 3 if original.is_control(n)
+                     else 6 if original.is_byte(n)
                      else 4 if original.id_to_piece(n) == "<tool>" else 1)
     prefixed = original.encode("a", out_type=str)[0].startswith("▁")
     return {"model": "llama", "tokens": [original.id_to_piece(n) for n in range(count)],
             "scores": np.array([original.get_score(n) for n in range(count)], np.float32),
-            "token_type": np.array(types, np.int32), "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+            "token_type": np.array(types, np.int32), "bos_token_id": 1, "eos_token_id": 2,
+            "unknown_token_id": 0,
             "add_space_prefix": prefixed}
 
 
@@ -73,18 +78,20 @@ def test_added_tokens_are_found_whole(original, tmp_path):
 
 def byte_fields(**changes) -> dict:
     types = np.array([3] * 3 + [1] * (len(alphabet()) - 3), np.int32)
-    return {"model": "gpt2", "pre": "gpt-2", "tokens": alphabet(), "token_type": types, "merges": [],
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": alphabet(), "token_type": types,
+            "merges": [],
             "eos_token_id": 2} | changes
 
 
 def test_qwens_tokens_are_those_of_its_own_class(tmp_path):
-    """transformers builds Qwen 2's tokenizer from vocabulary and merges alone, with its own splitting and normal form."""
+    """transformers makes Qwen 2's of vocabulary and merges, with its own split and normal form."""
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
     ours = load(tmp_path, byte_fields(pre="qwen2"))
     theirs = Qwen2Tokenizer(vocab={word: n for n, word in enumerate(alphabet())}, merges=[])
     for made in ours, theirs:  # no merges: every piece is told apart by its bytes alone
-        made.pieces = [made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in QWEN_TEXTS]
+        made.pieces = [made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+                       for text in QWEN_TEXTS]
     assert ours.pieces == theirs.pieces
     assert [ours.encode(t) for t in QWEN_TEXTS] == [theirs.encode(t) for t in QWEN_TEXTS]
 
@@ -97,8 +104,9 @@ def test_a_missing_splitting_rule_is_said(tmp_path, capsys):
 
 
 QWEN_TEXTS = ["don't DON'T I'll we'Ve", "x=1234567890, 3.14e-10", "  two\t\ttabs \n\n\n lines\r\n",
-              "e\u0301 cafe\u0301 \u1112\u1161\u11ab A\u030a \u212b", "日本語 中文 한국어 ไทย हिन्दी ١٢٣", "🇩🇪👨‍👩‍👧🏽 Ⅷ ½ ﬁ",
-              "ſ'ſ \u212a 's 'S", "a\u00a0b\u2003c\u200bd\x00\x7f", "!!!???...\n\n---\n"]
+              "e\u0301 cafe\u0301 \u1112\u1161\u11ab A\u030a \u212b", "日本語 中文 한국어 ไทย ١٢٣",
+              "🇩🇪👨‍👩‍👧🏽 हिन्दी Ⅷ ½ ﬁ", "ſ'ſ \u212a 's 'S", "a\u00a0b\u2003c\u200bd\x00\x7f",
+              "!!!???...\n\n---\n"]
 SAMPLE = "I'VE 12345 Ünïcode's camelCase\r\n\n  x+=1 你好"
 
 
@@ -127,7 +135,8 @@ def test_whole_words_come_before_merges(tmp_path):
     tokens = [*alphabet()[:-1], "abc"]
     plain = load(tmp_path, byte_fields(tokens=tokens))
     assert len(plain.encode("abc")) == 3
-    assert load(tmp_path, byte_fields(tokens=tokens, pre="llama-bpe")).encode("abc") == [len(tokens) - 1]
+    assert load(tmp_path, byte_fields(tokens=tokens,
+                                      pre="llama-bpe")).encode("abc") == [len(tokens) - 1]
 
 
 @pytest.mark.parametrize("changes,ends", [
@@ -141,7 +150,8 @@ def test_texts_begin_and_end_as_the_file_says(tmp_path, changes, ends):
 
 
 def test_every_token_that_ends_a_turn_is_a_stop():
-    assert tokenizer.stops(model(byte_fields(bos_token_id=1))) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert tokenizer.stops(model(byte_fields(bos_token_id=1))) == {"bos_token_id": 1,
+                                                                   "eos_token_id": 2}
     several = tokenizer.stops(model(byte_fields(eos_token_id=0, eot_token_id=5)))
     assert several == {"eos_token_id": [0, 5, SPECIAL.index("<|im_end|>")]}
 

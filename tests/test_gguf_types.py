@@ -1,4 +1,4 @@
-"""Every type of GGUF: exact where MLX has a place for it, else within the error that is reported."""
+"""Every type of GGUF: exact where MLX has a place for it, else within the reported error."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from mlxquant.sources.gguf import import_file, repack, weights
 from mlxquant.sources.gguf.model import read
 from mlxquant.sources.gguf.reader import open_model
 
-EXACT = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.IQ4_NL)
+EXACT = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4,
+         Type.IQ4_NL)
 SCALES_ROUNDED = (Type.Q4_K, Type.Q5_K, Type.IQ1_S, Type.IQ4_XS)
 ANEW = [t for t in weights.known() if t not in weights.PLAIN and t not in (*EXACT, *SCALES_ROUNDED)]
 
@@ -24,11 +25,13 @@ ANEW = [t for t in weights.known() if t not in weights.PLAIN and t not in (*EXAC
 def dequantise(made: repack.Packed) -> np.ndarray:
     """MLX's own dequantiser, in float32."""
     scales, biases = (mx.array(a).astype(mx.float32) for a in (made.scales, made.biases))
-    return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=32, bits=made.bits))
+    return np.array(mx.dequantize(mx.array(made.weight), scales, biases, group_size=32,
+                                  bits=made.bits))
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
-    return np.square(actual.astype(np.float64) - expected).sum() / np.square(expected.astype(np.float64)).sum()
+    lost = np.square(actual.astype(np.float64) - expected).sum()
+    return lost / np.square(expected.astype(np.float64)).sum()
 
 
 @pytest.mark.parametrize("type_", EXACT)
@@ -68,16 +71,19 @@ def test_other_types_are_decoded_and_cost_what_is_said(type_):
 
 def test_default_widths_hold_a_types_bits():
     widths = {type_.name: weights.width_for(type_) for type_ in ANEW}
-    assert widths == {"Q2_K": 3, "Q3_K": 4, "Q6_K": 8, "IQ2_XXS": 3, "IQ2_XS": 3, "IQ2_S": 3, "IQ3_XXS": 4,
+    assert widths == {"Q2_K": 3, "Q3_K": 4, "Q6_K": 8, "IQ2_XXS": 3, "IQ2_XS": 3, "IQ2_S": 3,
+                      "IQ3_XXS": 4,
                       "IQ3_S": 4, "IQ1_M": 2, "NVFP4": 5}
     assert weights.plan("w", Type.IQ4_NL, True) == weights.Plan(5)
     assert weights.plan("w", Type.IQ4_NL, True, 8) == weights.Plan(8, repacked=True)
-    assert weights.plan("w", Type.Q4_K, True, 8) == weights.Plan(4, repacked=True)  # the file's codes stay
+    own = weights.plan("w", Type.Q4_K, True, 8)
+    assert own == weights.Plan(4, repacked=True)  # the file's codes stay
 
 
 @pytest.mark.parametrize("type_", [Type.Q8_K, Type.Q8_1, Type.F64, Type.I32, Type.Q1_0])
 def test_types_without_a_decoder_are_refused_by_name(type_):
-    with pytest.raises(Unsupported, match=f"w has type {type_.name}; types that can be imported: F32, F16"):
+    with pytest.raises(Unsupported,
+                       match=f"w has type {type_.name}; types that can be imported: F32, F16"):
         weights.plan("w", type_, True)
 
 
@@ -97,7 +103,8 @@ def test_values_outside_float16_are_refused(type_, place):
 def mixed(name: str) -> Type:
     """As Q4_K_M mixes: each part of a block its own type."""
     part = name.removesuffix(".weight").rpartition(".")[2]
-    return {"attn_v": Type.Q6_K, "ffn_down": Type.Q5_K, "token_embd": Type.Q8_0, "attn_q": Type.Q4_K,
+    return {"attn_v": Type.Q6_K, "ffn_down": Type.Q5_K, "token_embd": Type.Q8_0,
+            "attn_q": Type.Q4_K,
             "ffn_up": Type.IQ3_S}.get(part, Type.F16)
 
 
@@ -115,10 +122,12 @@ def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, mix):
     outcome = import_file(mix, tmp_path / "out")
     model = mlxquant.load(str(tmp_path / "out"), dense=False)
     block = model.network.layers[1]
-    assert [getattr(m, "bits", None) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
-                                               block.mlp.up_proj, block.mlp.down_proj)] == [4, None, 8, 4, 5]
+    layers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj,
+              block.mlp.up_proj, block.mlp.down_proj)
+    assert [getattr(layer, "bits", None) for layer in layers] == [4, None, 8, 4, 5]
     record = model.config["mlxquant_import"]
-    assert record["types"]["Q6_K"] == 2 and record["rounded"]["model.layers.1.self_attn.v_proj"]["type"] == "Q6_K"
+    assert record["types"]["Q6_K"] == 2
+    assert record["rounded"]["model.layers.1.self_attn.v_proj"]["type"] == "Q6_K"
     assert {r["type"] for r in record["rounded"].values()} == {"Q4_K", "Q5_K", "Q6_K", "IQ3_S"}
     for name, rounded in record["rounded"].items():
         source = read(open_model(mix)).sources[f"{name}.weight"]
@@ -131,17 +140,22 @@ def test_mixed_files_keep_their_mix_and_say_what_was_rounded(tmp_path, mix):
 
 def test_quantising_a_file_tells_what_it_inherits_from_what_it_adds(tmp_path, mix, monkeypatch):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
-    outcome = mlxquant.quantize(str(mix), tmp_path / "out", job(method="rtn", bits=3, group_size=64))
-    assert outcome.inherited["rounded"].keys() == import_file(mix, tmp_path / "plain").record["rounded"].keys()
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out",
+                                job(method="rtn", bits=3, group_size=64))
+    plain = import_file(mix, tmp_path / "plain").record
+    assert outcome.inherited["rounded"].keys() == plain["rounded"].keys()
     assert 0 < outcome.inherited["error"] < 0.02 < outcome.added["mean"] < outcome.added["largest"]
     tiny = mlxquant.load(str(tmp_path / "out")).config
-    assert tiny["mlxquant_import"] == outcome.inherited and tiny["mlxquant_record"]["output_error"] == outcome.added
+    assert tiny["mlxquant_import"] == outcome.inherited
+    assert tiny["mlxquant_record"]["output_error"] == outcome.added
 
 
 def test_replicas_of_a_file(tmp_path, mix, monkeypatch):
     monkeypatch.setenv("MLXQUANT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 20)
-    outcome = mlxquant.quantize(str(mix), tmp_path / "out", job(method="replica", bits=3, text=str(tmp_path / "text.txt"), samples=4, length=32))
+    outcome = mlxquant.quantize(str(mix), tmp_path / "out",
+                                job(method="replica", bits=3, text=str(tmp_path / "text.txt"),
+                                    samples=4, length=32))
     assert outcome.inherited["error"] > 0 and 0 < outcome.added["mean"] < 0.2
     assert "replica_in" in " ".join(mx.load(str(tmp_path / "out" / "model.safetensors")))
 

@@ -64,7 +64,8 @@ def test_an_unknown_architecture_is_refused(tmp_path, tiny_folder):
         mlxquant.load(str(folder))
 
 
-@pytest.mark.parametrize("text,value", [("16GB", 16e9), ("500 mb", 5e8), ("1.5G", 1.5e9), (1024, 1024)])
+@pytest.mark.parametrize("text,value", [("16GB", 16e9), ("500 mb", 5e8), ("1.5G", 1.5e9),
+                                        (1024, 1024)])
 def test_sizes(text, value):
     assert parse_size(text) == value
 
@@ -120,10 +121,11 @@ def test_loading_warns_before_memory_runs_out(tiny_folder, capsys):
 
 
 @pytest.mark.parametrize("kind,heard", [("qwen2", False), ("mlxquant", False), ("mistral", True)])
-def test_a_warning_of_mistrals_expression_is_for_mistral_alone(tiny_folder, monkeypatch, kind, heard):
+def test_a_warning_about_mistral_is_for_mistral_alone(tiny_folder, monkeypatch, kind, heard):
     """transformers 5.7 warns of it for every vocabulary above 100,000 that lies on disk."""
     logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
     said = []
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: said.append(logger.isEnabledFor(logging.WARNING)))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: said.append(
+        logger.isEnabledFor(logging.WARNING)))
     loading.open_tokenizer(tiny_folder, {"model_type": kind})
     assert said == [heard]
