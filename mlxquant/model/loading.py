@@ -52,7 +52,10 @@ class LanguageModel:
         """Token ids that the embedding has rows for; MLX never checks an index itself."""
         config = self.config.get("text_config") or self.config
         size = config.get("vocab_size") or self.config.get("vocab_size")
-        return size if isinstance(size, int) else len(self.tokenizer)
+        if isinstance(size, int):  # the shape of the embedding has been held against it
+            return size
+        return max((m.weight.shape[0] for m in self.network.modules()
+                    if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -77,7 +80,7 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
 
 def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
                 dense: bool | None = None, trust_remote_code: bool = False) -> LanguageModel:
-    """Load the model called ``name`` from the folder that ``resolve`` gave; all else as ``load``."""
+    """Load model ``name`` from the folder that ``resolve`` gave; all else is as for ``load``."""
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
     network, config = _build(folder, trust_remote_code)
