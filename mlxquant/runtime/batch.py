@@ -145,12 +145,10 @@ class Batch:
                                 if step.end_of_segment and not step.end_of_prompt])
         return events + [event for step in made if (event := self._written(step))]
 
-    def remove(self, row: int) -> PromptCache:
-        """Take a row out; returns its tokens, keys and values as far as they go."""
+    def remove(self, row: int) -> None:
+        """Take a row out, whose reply nobody waits for."""
         del self._writers[row]
-        held = self.generator.remove([row], return_prompt_caches=True)
-        layers, tokens = held.get(row, ([], []))
-        return PromptCache(list(tokens), layers)
+        self.generator.remove([row])
 
     def close(self) -> None:
         self.generator.close()
@@ -162,9 +160,12 @@ class Batch:
         except MlxquantError as error:
             self.remove(step.uid)
             return Event(step.uid, error=error)
-        if chunk.finish_reason:
-            return Event(step.uid, chunk=chunk, cache=self.remove(step.uid), tokens=writer.count)
-        return Event(step.uid, chunk=chunk) if chunk.text else None
+        if not chunk.finish_reason:
+            return Event(step.uid, chunk=chunk) if chunk.text else None
+        layers, tokens = self.generator.extract_cache([step.uid])[step.uid]
+        cache = PromptCache(list(tokens), layers)
+        self.remove(step.uid)
+        return Event(step.uid, chunk=chunk, cache=cache, tokens=writer.count)
 
     def _keep_prompts(self, rows: list[int]) -> None:
         for layers, tokens in self.generator.extract_cache(rows).values():

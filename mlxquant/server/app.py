@@ -134,7 +134,7 @@ class _Service:
         async with aclosing(self._told(wanted, jobs)) as told:
             async for index, event in told:
                 if isinstance(event, MlxquantError):
-                    return JSONResponse({"error": str(event)}, 500)
+                    return _error(500, str(event))
                 if isinstance(event, Chunk):
                     chunks[index].append(event)
         pieces = [Choice(form, self._model).take(joined(reply)) for reply in chunks]
@@ -243,8 +243,7 @@ def _error(status: int, reason: str) -> Response:
     return JSONResponse({"error": reason}, status)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _refused(request: Request, error: Any) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 

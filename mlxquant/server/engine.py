@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(self, model: LanguageModel, options: Options,
                  ended: Callable[[], None] = lambda: None):
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self._model, self._ended = model, ended
         self._loop = Loop(options.kv_bits, Speculation(options.draft))
         self._caches = PromptCaches(options.prompt_caches)
@@ -99,8 +99,8 @@ class Engine:
             with mx.stream(generation_stream):
                 while self._turn():
                     pass
-        except BaseException as error:
-            traceback.print_exception(error)  # a fault of ours, whoever reads of it
+        except Exception as error:
+            traceback.print_exception(error)  # it is a fault of ours
             self.error = error
         finally:
             self._refuse_all()
@@ -210,12 +210,8 @@ class Engine:
     def _advance(self) -> None:
         try:
             events = self._batch.step()
-        except Exception as error:  # it failed for all that were in it
-            for number in self._rows.values():
-                self._end(number, error)
-            self._rows.clear()
-            self._batch.close()
-            self._batch = Batch(self._model, keep=self._caches.keep)
+        except Exception as error:
+            self._end_rows(error)
             return
         for event in events:
             job = self._jobs[self._rows[event.row]]
@@ -237,7 +233,18 @@ class Engine:
             self._waiting.remove(number)
         for row in [row for row, of in self._rows.items() if of == number]:
             del self._rows[row]
-            self._caches.keep(self._batch.remove(row))
+            try:
+                self._batch.remove(row)
+            except Exception as error:
+                self._end_rows(error)
+
+    def _end_rows(self, error: Exception) -> None:
+        """A pass failed, for all that were in it: begin with a new batch."""
+        for number in self._rows.values():
+            self._end(number, error)
+        self._rows.clear()
+        self._batch.close()
+        self._batch = Batch(self._model, keep=self._caches.keep)
 
     def _end(self, number: int, error: Exception) -> None:
         if not isinstance(error, MlxquantError):
@@ -251,8 +258,8 @@ class Engine:
                               f"the server has failed: {type(self.error).__name__}: {self.error}")
         with contextlib.suppress(queue.Empty):
             while True:
-                job = self._inbox.get_nowait()
-                if job is not None:
+                if job := self._inbox.get_nowait():
                     job.tell(error)
-        for number in list(self._jobs):
-            self._jobs.pop(number).tell(error)
+        with contextlib.suppress(KeyError):  # the last one has gone
+            while True:
+                self._jobs.popitem()[1].tell(error)
