@@ -1,5 +1,7 @@
 """Every model type that mlx-lm has can be quantised, or is refused with its reason."""
 
+from pathlib import Path
+
 import pytest
 from architectures import CONFIGURATIONS, METHODS, REFUSED, attempt, write
 
@@ -36,3 +38,9 @@ def test_what_cannot_be_made_is_refused_before_any_work(name, tmp_path, text):
             attempt(source, method, tmp_path / method, text)
         assert "\n" not in str(refused.value)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_page_of_models_names_every_type():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    assert set(CONFIGURATIONS) <= listed
