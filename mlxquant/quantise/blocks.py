@@ -11,12 +11,13 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.codes import hadamard, rtn
 from mlxquant.codes.affine import Affine
-from mlxquant.codes.spec import Spec, Whole
+from mlxquant.codes.spec import PLAIN_GROUPS, Spec, Whole
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.graph import linear_before, norm_before, shared_factors
+from mlxquant.layers.replicated import stacked
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise import awq
 from mlxquant.quantise.envelope import Replicas
@@ -71,8 +72,8 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
         if path in plan.specs and not isinstance(modules[path], STACKS):
             _quantise_siblings(work, {path: plan.specs[path]}, None)
     for path, spec in plan.specs.items():
-        if isinstance(modules[path], STACKS) and path not in work.result.plain:
-            _round_stack(work, path, spec)
+        if isinstance(modules[path], STACKS) and path not in work.result.errors:
+            _round_stack(work, path, _for_unseen(spec))
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
         path: array.astype(context.settings.dtype) if mx.issubdtype(array.dtype, mx.floating)
@@ -141,28 +142,81 @@ def _fold(work: _Work, paths: list[str], factors: mx.array,
 
 def _quantise_experts(work: _Work, paths: list[str], routed: Routed) -> None:
     """The experts of a mixture, each for the tokens that it is given; siblings as one matrix."""
-    settings = replace(work.context.settings, correction=0.0)
-    modules = linears(work.block.module)
     asked = {path: work.plan.specs[path] for path in paths if path in work.plan.specs}
     for spec, alike in _by_spec(asked).items():
-        parts: dict[str, list[Affine]] = {path: [] for path in alike}
-        errors: dict[str, list[float]] = {path: [] for path in alike}
-        for expert in range(len(modules[alike[0]].weight)):
-            weights = {path: modules[path].weight[expert] for path in alike}
-            statistics = routed.of(expert).sound()
-            for path, made in _quantise(weights, statistics, spec, settings).items():
-                if isinstance(made, Affine):
-                    parts[path].append(made)
-                errors[path].append(_relative_error(weights[path], made, statistics))
-        for path in alike:
-            store_stack(path, modules[path], parts[path], settings.dtype, work.result)
-            work.result.errors[path] = sum(errors[path]) / len(errors[path])
+        mixture = _Mixture(work, spec, {p: linears(work.block.module)[p] for p in alike}, routed)
+        if spec.method == "replica":
+            mixture.store_replicas()
+        else:
+            mixture.store()
+
+
+@dataclass
+class _Mixture:
+    """Sibling stacks of experts, by path, that are stored alike."""
+
+    work: _Work
+    spec: Spec
+    modules: dict[str, nn.Module]
+    routed: Routed
+
+    def made(self, around: Around) -> Iterator[dict[str, Codes]]:
+        """The codes of one expert after the other; notes their mean errors."""
+        settings = replace(self.work.context.settings, correction=0.0)
+        errors = self.work.result.errors
+        experts = len(next(iter(self.modules.values())).weight)
+        for expert in range(experts):
+            weights = {path: module.weight[expert] for path, module in self.modules.items()}
+            statistics = self.routed.of(expert)
+            if around.rotation_signs is not None and around.rotation_block is not None:
+                turn = around.rotation_signs, around.rotation_block
+                weights = {p: hadamard.rotate_weight(w, *turn) for p, w in weights.items()}
+                statistics = _rotated(statistics, *turn)
+            statistics = statistics.sound()
+            codes = _quantise(weights, statistics, self.spec, settings)
+            for path, found in codes.items():
+                error = _relative_error(weights[path], found, statistics) / experts
+                errors[path] = errors.get(path, 0.0) + error
+            yield codes
+
+    def store(self) -> None:
+        """As MLX's own stacks of affine groups."""
+        parts: dict[str, list[Affine]] = {path: [] for path in self.modules}
+        for codes in self.made(Around()):
+            for path, affine in codes.items():
+                parts[path] += [affine] if isinstance(affine, Affine) else []
+        for path, module in self.modules.items():
+            store_stack(path, module, parts[path], self.work.context.settings.dtype,
+                        self.work.result)
+
+    def store_replicas(self) -> None:
+        """Replicated, with one rotation for all."""
+        work, around, first = self.work, Around(), next(iter(self.modules))
+        if self.spec.rotation == "online":
+            signs, size = _rotation(work.context.seed, work.block.full(first),
+                                    self.modules[first].weight.shape[-1])
+            around = Around(rotation_signs=signs, rotation_block=size)
+        stacks, dtype = [], work.context.settings.dtype
+        for codes in self.made(around):
+            own = BlockResult()
+            replicas = {p: found for p, found in codes.items() if isinstance(found, Replicas)}
+            store_replicas(replicas, work.block.module, self.spec, around, dtype, own)
+            stacks.append({n: a for n, a in own.tensors.items() if not n.endswith(".bias")})
+            mx.eval(stacks[-1])
+        work.result.replicas |= own.replicas
+        work.result.tensors |= stacked(stacks) | {
+            f"{path}.bias": module.bias.astype(dtype)
+            for path, module in self.modules.items() if "bias" in module}
+
+
+def _for_unseen(spec: Spec) -> Spec:
+    group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
+    return replace(spec, method="rtn", group_size=group, rotation=None)
 
 
 def _round_stack(work: _Work, path: str, spec: Spec) -> None:
     """Round a stack of matrices (…, m, n) that no statistics are known of."""
     module, dtype = dict(leaf_modules(work.block.module))[path], work.context.settings.dtype
-    spec = replace(spec, method="rtn")
     parts = [rtn.quantise(weight, spec, dtype) for weight in module.weight]
     store_stack(path, module, parts, dtype, work.result)
     work.result.errors[path] = sum(_relative_error(weight, part, None) for weight, part

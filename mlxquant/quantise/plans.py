@@ -21,7 +21,8 @@ from mlxquant.codes.width import Width
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules, weight_count
 
-STACKS = (SwitchLinear, QuantizedSwitchLinear, MultiLinear, QuantizedMultiLinear)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+STACKS = (*EXPERTS, MultiLinear, QuantizedMultiLinear)
 LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)  # these very classes: others do more
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
@@ -120,11 +121,12 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
 
 
 def _for_stack(spec: Spec, heads: bool) -> Spec:
-    """What a stack of matrices takes of a spec: MLX runs affine groups of its own sizes, on inputs
-    as they are; matrices by head are rounded."""
+    """What a stack of matrices takes of a spec: experts may be replicated; else MLX runs affine
+    groups of its own sizes, on inputs as they are. Matrices by head are rounded."""
+    if spec.method == "replica" and not heads:
+        return spec
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
-    method = "rtn" if heads else "gptq" if spec.method == "replica" else spec.method
-    return replace(spec, method=method, group_size=group, rotation=None, symmetric=spec.symmetric)
+    return replace(spec, method="rtn" if heads else spec.method, group_size=group, rotation=None)
 
 
 def layer_paths(blocks: list[Block]) -> Iterator[str]:

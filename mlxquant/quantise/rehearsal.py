@@ -20,7 +20,7 @@ from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.assembly import Body, Outside, result_config
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import STACKS, Plan, inputs_of
+from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of
 from mlxquant.quantise.storing import Around, BlockResult, describe, describe_replicas
 
 
@@ -54,7 +54,7 @@ def _inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
         return own(*args, **kwargs)
 
     linears = [module for block in blocks for _, module in leaf_modules(block.module)
-               if type(module) in (nn.Linear, nn.QuantizedLinear)]
+               if type(module) in (nn.Linear, nn.QuantizedLinear, *EXPERTS)]
     try:
         with intercepted(linears, through):
             network(mx.zeros((1, 4), mx.int32))
@@ -67,14 +67,15 @@ def _described(block: Block, plan: Plan, inputs: dict[str, mx.array], job: Job) 
     """The entries of one block."""
     result = BlockResult(plain=dict(plan.entries))
     modules = dict(leaf_modules(block.module))
-    siblings: dict[tuple[int, Spec], list[str]] = {}
+    siblings: dict[tuple[int, bool, Spec], list[str]] = {}
     for path, spec in plan.specs.items():
         given = inputs.get(block.full(path), path)  # a layer that is not called stands alone
-        if spec.method == "replica" and type(modules[path]) not in STACKS:
-            siblings.setdefault((id(given), spec), []).append(path)
+        if spec.method == "replica":
+            stack = type(modules[path]) in EXPERTS
+            siblings.setdefault((id(given), stack, spec), []).append(path)
         elif job.spec.rotation != "online" and job.activation is None:
             describe(path, spec, inputs_of(modules[path]), Around(), modules[path], result)
-    for (_, spec), paths in siblings.items():
+    for (_, _, spec), paths in siblings.items():
         turned = spec.rotation == "online"
         describe_replicas(paths, block.module, spec,
                           default_block(inputs_of(modules[paths[0]])) if turned else None, result)
