@@ -22,7 +22,9 @@ PAGES = {
     "docs/results.md": {
         "default-model": tables.default_model, "widths": tables.widths,
         "replicas": tables.replicas, "kernels": tables.kernels, "metal-body": tables.metal_body,
-        "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods},
+        "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods,
+        "real-models": tables.real_models},
+    "docs/answers.md": {"answers": tables.answers},
     "docs/architecture.md": {"files": tree.files},
 }
 

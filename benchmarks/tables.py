@@ -250,6 +250,47 @@ def methods() -> str:
                  "their perplexities compare, their times do not.")
 
 
+REAL = ("real-models-1.5b", "real-models-1.5b-2", "real-models-0.5b", "real-models-135m")
+
+
+def real_rows() -> list[Row]:
+    """What ``real_models.py`` measured, each model and way once."""
+    rows = {}
+    for name in REAL:
+        for row in read(name)["rows"]:
+            rows[row["model"].removesuffix(".gguf"), row["method"], row["bits"]] = row
+    return [row | {"model": model} for (model, *_), row in rows.items()]
+
+
+def real_models() -> str:
+    """Real models of two families, calibrated only."""
+    rows = [[r["model"], "the file itself" if r["method"] == "original" else
+             f"{r['method']}, {r['bits']} bits", f"{r['bits_per_weight']:.2f}",
+             f"{r['file_bytes'] / 1e6:,.0f}", f"{r['perplexity']:.2f}", f"{r['kl_mean']:.4f}",
+             f"{100 * r['top1_agreement']:.0f} %",
+             f"{r['seconds']:.0f}" if r.get("seconds") else "",
+             f"{r['peak_memory_gb']:.1f}" if r.get("seconds") else ""] for r in real_rows()]
+    return table(("model", "body", "bits/weight:", "MB:", "perplexity:", "KL:", "same top token:",
+                  "seconds:", "peak GB:"), rows,
+                 f"{place(read(REAL[0]))}: `{read(REAL[0])['command']}` and its kin "
+                 "(`results/real-models-*.json`). Calibrated on 128 samples of 512 tokens, no "
+                 "tuning, groups of 64; perplexity `wt2-40`, through the layers as a GPU runs them.")
+
+
+def answers() -> str:
+    """The six answers of the 1.5B model and of what was made of it, unedited."""
+    shown = [row for row in real_rows() if "1.5b" in row["model"]]
+    parts = []
+    for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
+        parts.append(f"## {prompt}")
+        for row in shown:
+            name = "The file itself" if row["method"] == "original" else (
+                f"{row['method']}, {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)")
+            answer = row["answers"][index]["answer"].rstrip()
+            parts.append(f"{name}:\n\n````\n{answer}\n````")
+    return "\n\n".join(parts)
+
+
 def form(row: Row) -> str:
     """How a kernel's row holds its weights."""
     width = {1: "1 bit", "ternary": "ternary"}.get(row["bits"], f"{row['bits']} bits")
