@@ -274,7 +274,7 @@ def real_models() -> str:
                   "seconds:", "peak GB:"), rows,
                  f"{place(read(REAL[0]))}: `{read(REAL[0])['command']}` and its kin "
                  "(`results/real-models-*.json`). Calibrated on 128 samples of 512 tokens, no "
-                 "tuning, groups of 64; perplexity `wt2-40`, through the layers as a GPU runs them.")
+                 "tuning, groups of 64; perplexity `wt2-40`, by the layers that a GPU runs.")
 
 
 def answers() -> str:
