@@ -95,8 +95,9 @@ def _hull(frontier: list[Option]) -> list[Option]:
 def _walk(frontiers: dict[_Layer, list[Option]]) -> list[tuple[_Layer, Option, Option]]:
     """The steps along the hulls of all layers, as (layer, old, new), the most damage saved per bit
     first."""
-    steps = [(layer, *step) for layer, ways in frontiers.items() for step in pairwise(_hull(ways))]
-    return sorted(steps, key=lambda step: -_rate(*step[1:]))  # stable: ties keep their order
+    steps = [(layer, old, new) for layer, ways in frontiers.items()
+             for old, new in pairwise(_hull(ways))]
+    return sorted(steps, key=lambda step: -_rate(step[1], step[2]))  # stable: ties keep their order
 
 
 def _rate(old: Option, new: Option) -> float:

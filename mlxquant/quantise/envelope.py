@@ -1,10 +1,9 @@
 """Scalings of one set of codes: W ≈ C ∘ (B Aᵀ), found by alternating least squares.
 
-For fixed codes the error is linear in each of B and A, so a row of B, and a row
-of A, is the solution of K equations. Errors are weighted by diag(H) over
-inputs. It starts from the rank-K approximation of |W|, by subspace iteration
-(Halko et al. 2011, https://arxiv.org/abs/0909.4061), times what fits the levels:
-without that factor four bits end at twice the error.
+For fixed codes the error is linear in each of B and A, so a row of B, and a row of A, is the
+solution of K equations. Errors are weighted by diag(H) over inputs. It starts from the rank-K
+approximation of |W|, by subspace iteration (Halko et al. 2011, https://arxiv.org/abs/0909.4061),
+times what fits the levels: without that factor four bits end at twice the error.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from mlxquant.codes.width import Width
 ROUNDS = 8
 _START = {Width.ONE: 1.0, Width.TERNARY: 1.3, Width.TWO: 1.2, Width.THREE: 0.6, Width.FOUR: 0.33}
 _RIDGE = 1e-5
-SCALES = ("replica_out", "replica_in", "column_scale")
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ class Replicas:
 
     def rounded(self, dtype: mx.Dtype) -> "Replicas":
         """The scales as ``dtype`` holds them."""
-        scales = {name: value.astype(dtype).astype(mx.float32) for name in SCALES
-                  if (value := getattr(self, name)) is not None}
-        return replace(self, **scales)
+        names = ("replica_out", "replica_in", "column_scale")
+        return replace(self, **{name: value.astype(dtype).astype(mx.float32) for name in names
+                                if (value := getattr(self, name)) is not None})
 
     def rows(self, part: slice) -> "Replicas":
         """Some of the rows."""
@@ -95,20 +93,20 @@ class Replicas:
 
 
 def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx.array,
-        rounds: int = ROUNDS, seed: int = 0) -> Replicas:
+        rounds: int = ROUNDS) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).
 
     ``group`` inputs share a row of A and have a factor each; 0 gives every input its own row. No
     round raises the error.
     """
     importance = mx.maximum(importance / importance.mean(), 1e-6)
-    out, inside = _start(weight, replicas, importance, seed)
+    out, inside = _start(weight, replicas, importance)
     if group:
         inside = inside.reshape(-1, group, replicas).mean(1)
     found = Replicas(mx.zeros(weight.shape, mx.uint8), _START[bits] * out, inside,
                      mx.ones(weight.shape[1]) if group else None, bits)
     for _ in range(rounds):
-        found = nearest_codes(weight, found)
+        found = _nearest_codes(weight, found)
         # Only what the columns of A span matters to B, and the other way round: orthonormal
         # ones make small systems that single precision solves well.
         found = replace(found, replica_in=_orthonormal(found.replica_in))
@@ -116,11 +114,10 @@ def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx
         found = replace(found, replica_out=_orthonormal(found.replica_out))
         found = _fit_inputs(weight, found)
         mx.eval(found.replica_out, found.replica_in)
-    return nearest_codes(weight, found)
+    return _nearest_codes(weight, found)
 
 
-def nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
-    """``found`` with the level nearest to every weight."""
+def _nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
     codes = nearest(weight, *found.grid(), found.bits.levels)
     return replace(found, codes=codes.astype(mx.uint8))
 
@@ -128,9 +125,8 @@ def nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
 def solve(matrix: mx.array, target: mx.array) -> mx.array:
     """x with matrix · x = target for many small systems, (r, K, K) and (r, K), K ≤ 16.
 
-    Gauss–Jordan without pivots, which positive definite matrices do not need, in
-    ``mx`` operations: MLX's own solvers run on the CPU only. A ridge keeps systems
-    of lower rank solvable.
+    Gauss–Jordan without pivots, which positive definite matrices do not need, in ``mx`` operations:
+    MLX's own solvers run on the CPU only. A ridge keeps systems of lower rank solvable.
     """
     size = target.shape[1]
     diagonal = mx.diagonal(matrix, axis1=1, axis2=2).mean(1)
@@ -143,12 +139,12 @@ def solve(matrix: mx.array, target: mx.array) -> mx.array:
     return system[..., -1]
 
 
-def _start(weight: mx.array, replicas: int, importance: mx.array,
-           seed: int) -> tuple[mx.array, mx.array]:
+def _start(weight: mx.array, replicas: int,
+           importance: mx.array) -> tuple[mx.array, mx.array]:
     """B (m, K), A (n, K) of the weighted rank-K approximation of |W|."""
     root = mx.sqrt(importance)
     size = mx.abs(weight) * root
-    basis = mx.random.normal((weight.shape[1], replicas), key=mx.random.key(seed))
+    basis = mx.random.normal((weight.shape[1], replicas), key=mx.random.key(0))
     basis[:, 0] = 1.0
     for _ in range(6):
         basis = _orthonormal(size.T @ (size @ basis))

@@ -1,14 +1,14 @@
 """Improve a quantised matrix for its inputs: move codes one by one, then scales all at once.
 
-Both steps lower E‖(Ŵ − W) x‖² = Σ eᵢ H eᵢᵀ and neither can raise it. Codes
-move by cyclic coordinate descent, which unlike GPTQ's sweep sees the errors of
-later columns too (QuantEase, Behdin et al. 2023, https://arxiv.org/abs/2309.01885).
-For fixed codes a row of Ŵ is linear in its scales and biases; conjugate gradients
-go towards the best ones of all rows at once, in products that a GPU is made for.
+Both steps lower E‖(Ŵ − W) x‖² = Σ eᵢ H eᵢᵀ and neither can raise it. Codes move by cyclic
+coordinate descent, which unlike GPTQ's sweep sees the errors of later columns too (QuantEase,
+Behdin et al. 2023, https://arxiv.org/abs/2309.01885). For fixed codes a row of Ŵ is linear in its
+scales and biases; conjugate gradients go towards the best ones of all rows at once, in products
+that a GPU is made for.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import mlx.core as mx
@@ -21,6 +21,19 @@ from mlxquant.quantise.envelope import Replicas
 _STEPS = 6  # of conjugate gradients: more gain nothing that rounding the scales would keep
 _RIDGE = 1e-6
 _Codes = TypeVar("_Codes", Affine, Replicas)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Between scales and Ŵ: ``change`` gives what a step in the scales does to Ŵ (m, n),
+    ``pull_back`` the derivative by the scales of that by Ŵ, and ``scaled`` divides one by a
+    curvature. ``total`` and ``total_change`` sum entries of either over what takes one step."""
+
+    change: Callable[[mx.array], mx.array]
+    pull_back: Callable[[mx.array], mx.array]
+    scaled: Callable[[mx.array], mx.array]
+    total: Callable[[mx.array], mx.array] = mx.sum
+    total_change: Callable[[mx.array], mx.array] = mx.sum
 
 
 def refine(weight: mx.array, start: Affine, hessian: mx.array, rounds: int,
@@ -52,7 +65,7 @@ def move_codes(weight: mx.array, start: _Codes, hessian: mx.array) -> _Codes:
 def refit(weight: mx.array, start: Affine, hessian: mx.array,
           dtype: mx.Dtype = mx.float16) -> Affine:
     """Scales and biases that lower the loss for the codes, towards its minimum; a row that rounding
-    makes worse is kept."""
+    makes worse keeps its own."""
     if start.spec.group_size is Whole.MATRIX:
         return start
     scales, biases = (x.astype(dtype).astype(mx.float32)
@@ -63,62 +76,58 @@ def refit(weight: mx.array, start: Affine, hessian: mx.array,
                    biases=mx.where(better, biases, start.biases))
 
 
+def conjugate_gradients(value: mx.array, error: mx.array, hessian: mx.array, maps: Maps,
+                        steps: int) -> mx.array:
+    """Scales ``value``, of which Ŵ is a linear function, after ``steps`` towards the least
+    Σ eᵢ H eᵢᵀ, from the error (m, n) that they now make."""
+    residual = -maps.pull_back(error @ hessian)
+    step = along = maps.scaled(residual)
+    strength = maps.total(residual * along)
+    for _ in range(steps):
+        moved = maps.change(step)
+        felt = moved @ hessian
+        length = strength / mx.maximum(maps.total_change(moved * felt), 1e-30)
+        value, residual = value + length * step, residual - length * maps.pull_back(felt)
+        along = maps.scaled(residual)
+        following = maps.total(residual * along)
+        step, strength = along + following / mx.maximum(strength, 1e-30) * step, following
+        mx.eval(value, residual, step, strength)
+    return value
+
+
 def _descend(weight: mx.array, start: Affine, hessian: mx.array) -> mx.array:
     """Scales and biases (2, m, G), not rounded, by conjugate gradients: every row has a system and
     step lengths of its own; each is scaled by the 2 × 2 blocks of its single groups."""
     codes, groups = start.codes.astype(mx.float32), start.scales.shape[1]
-    mirrored, middle = start.spec.mirrored, (start.spec.bits.levels - 1) / 2
+    middle = (start.bits.levels - 1) / 2
+    # What a scale multiplies, and what a bias does, which follows from the scale if mirrored.
+    basis = [codes - middle] if start.spec.mirrored else [codes, mx.array(1.0)]
 
     def change(value: mx.array) -> mx.array:
-        """What scales and biases (2, m, G) do to Ŵ (m, n)."""
-        scales, biases = value
-        if mirrored:  # the biases follow from the scales
-            return expand(scales, start.group) * (codes - middle)
-        return expand(scales, start.group) * codes + expand(biases, start.group)
+        return sum(expand(part, start.group) * base for part, base in zip(value, basis))
 
     def pull_back(gradient: mx.array) -> mx.array:
-        """From a derivative by Ŵ (m, n) to those by scales and biases."""
-        def per_group(x: mx.array) -> mx.array:
-            return x.reshape(len(codes), groups, -1).sum(2)
+        return mx.stack([(gradient * base).reshape(len(codes), groups, -1).sum(2)
+                         for base in basis])
 
-        if mirrored:
-            by_scale = per_group(gradient * (codes - middle))
-            return mx.stack([by_scale, mx.zeros_like(by_scale)])
-        return mx.stack([per_group(gradient * codes), per_group(gradient)])
-
-    def dot(a: mx.array, b: mx.array) -> mx.array:
-        return (a * b).sum((0, 2), keepdims=True)
-
-    scaled = _preconditioner(codes - middle if mirrored else codes, groups, hessian, mirrored)
-    value = mx.stack([start.scales, start.biases])
-    residual = -pull_back((start.dequantise() - weight) @ hessian)
-    step = along = scaled(residual)
-    strength = dot(residual, along)
-    for _ in range(_STEPS):
-        moved = change(step)
-        felt = moved @ hessian
-        length = strength / mx.maximum((felt * moved).sum(1)[None, :, None], 1e-30)
-        value, residual = value + length * step, residual - length * pull_back(felt)
-        along = scaled(residual)
-        following = dot(residual, along)
-        step, strength = along + following / mx.maximum(strength, 1e-30) * step, following
-        mx.eval(value, residual, step, strength)
-    if mirrored:
-        return mx.stack([value[0], -middle * value[0]])
-    return value
+    maps = Maps(change, pull_back, _preconditioner(basis, groups, hessian),
+                lambda x: x.sum((0, 2), keepdims=True), lambda x: x.sum(1)[None, :, None])
+    value = mx.stack([start.scales, start.biases][:len(basis)])
+    found = conjugate_gradients(value, start.dequantise() - weight, hessian, maps, _STEPS)
+    return mx.stack([found[0], -middle * found[0]]) if start.spec.mirrored else found
 
 
-def _preconditioner(codes: mx.array, groups: int, hessian: mx.array,
-                    mirrored: bool) -> Callable[[mx.array], mx.array]:
-    """Divides (2, m, G) by what each group's scale and bias would feel if no other were there."""
-    rows, group = len(codes), codes.shape[1] // groups
-    inside = mx.stack([hessian[g * group:(g + 1) * group, g * group:(g + 1) * group]
-                       for g in range(groups)])
-    parts = codes.reshape(rows, groups, group)
+def _preconditioner(basis: list[mx.array], groups: int,
+                    hessian: mx.array) -> Callable[[mx.array], mx.array]:
+    """Divides by the curvature that each group's scale and bias have if no other group moves."""
+    rows, columns = basis[0].shape
+    group = columns // groups
+    inside = mx.stack([hessian[g:g + group, g:g + group] for g in range(0, columns, group)])
+    parts = basis[0].reshape(rows, groups, group)
     seen = (parts.transpose(1, 0, 2) @ inside).transpose(1, 0, 2)
     by_scale = mx.maximum((seen * parts).sum(2), 1e-20)
-    if mirrored:
-        return lambda x: mx.stack([x[0] / by_scale, x[1]])
+    if len(basis) == 1:
+        return lambda x: x / by_scale
     both, by_bias = seen.sum(2), mx.maximum(inside.sum((1, 2)), 1e-20)
     by_scale, by_bias = by_scale * (1 + _RIDGE), by_bias * (1 + _RIDGE)
     determinant = mx.maximum(by_scale * by_bias - both * both, 1e-6 * by_scale * by_bias)

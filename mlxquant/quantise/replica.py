@@ -15,7 +15,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import envelope
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.refine import move_codes, row_errors
+from mlxquant.quantise.refine import Maps, conjugate_gradients, move_codes, row_errors
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
@@ -61,14 +61,16 @@ def fit_inputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.D
 
 
 def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) -> mx.array:
-    """Conjugate gradient steps on one of the scales, in which the error is quadratic.
+    """One of the scales, of which Ŵ is a linear function, after conjugate gradient steps.
 
     Scaled by the curvature that each entry has by itself with inputs uncorrelated.
     """
     levels, out = found.levels(), found.replica_out
 
+    def change(step: mx.array) -> mx.array:
+        return replace(found, **{name: step}).dequantise()
+
     def pull_back(gradient: mx.array) -> mx.array:
-        """From the derivative by Ŵ (m, n) to that by the scales."""
         by_input = (gradient * levels).T @ out  # by A (n, K)
         if name == "column_scale":
             return (by_input * found.without_factors().inputs()).sum(1)
@@ -76,24 +78,9 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
             by_input = by_input * found.column_scale[:, None]
         return found.per_group(by_input)
 
-    error = found.dequantise() - weight
     curvature = _curvature(found, hessian, name)
-    value = getattr(found, name)
-    residual = -pull_back(error @ hessian)
-    direction = scaled = residual / curvature
-    strength = (residual * scaled).sum()
-    for _ in range(_GRADIENT_STEPS):
-        moved = replace(found, **{name: direction}).dequantise()  # what the step does to Ŵ
-        slope = moved @ hessian
-        length = strength / mx.maximum((moved * slope).sum(), 1e-30)
-        value = value + length * direction
-        residual = residual - length * pull_back(slope)
-        scaled = residual / curvature
-        following = (residual * scaled).sum()
-        direction = scaled + following / mx.maximum(strength, 1e-30) * direction
-        strength = following
-        mx.eval(value, residual, direction, strength)
-    return value
+    return conjugate_gradients(getattr(found, name), found.dequantise() - weight, hessian,
+                               Maps(change, pull_back, lambda x: x / curvature), _GRADIENT_STEPS)
 
 
 def _curvature(found: Replicas, hessian: mx.array, name: str) -> mx.array:

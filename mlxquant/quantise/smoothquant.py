@@ -4,9 +4,9 @@ Xiao et al. 2022, https://arxiv.org/abs/2211.10438, equation 4:
 
     s_j = max|X_j|^α / max|W_j|^(1−α),   Y = (X / s)(W · s)
 
-The activation is divided by s and the weight multiplied by it. Summaries often
-have this the other way round, or the exponents exchanged; then outliers grow. At
-α = ½ both sides end with the same maximum per channel, √(max|X_j| · max|W_j|).
+The activation is divided by s and the weight multiplied by it. Summaries often have this the other
+way round, or the exponents exchanged; then outliers grow. At α = ½ both sides end with the same
+maximum per channel, √(max|X_j| · max|W_j|).
 """
 
 import math
@@ -81,8 +81,8 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec,
     """Quantise ``weight`` (m, n), already times s, to symmetric levels whatever ``spec`` says; the
     statistics play no part.
 
-    The paper's one scale per output channel is ``group_size`` 0. Raises
-    ``BadValue`` if the groups do not divide n.
+    The paper's one scale per output channel is ``group_size`` 0. Raises ``BadValue`` if the groups
+    do not divide n.
     """
     return rtn.quantise(weight, replace(spec, symmetric=True), settings.dtype)
 

@@ -1,10 +1,9 @@
 """The sweep of GPTQ: round column by column, each making up for the errors of those before it.
 
-Frantar et al. 2023, https://arxiv.org/abs/2210.17323, in the form of QuIP
-(Chee et al. 2023, https://arxiv.org/abs/2307.13304), which proves the two equal:
-with H = E[x xᵀ] = V Vᵀ, V upper triangular, the loss of an error E is ‖E V‖², so
-column j is best rounded from w_j − Σ_{i<j} E_i V_ij / V_jj. That takes one Cholesky
-factorisation of H and no inverse.
+Frantar et al. 2023, https://arxiv.org/abs/2210.17323, in the form of QuIP (Chee et al. 2023,
+https://arxiv.org/abs/2307.13304), which proves the two equal: with H = E[x xᵀ] = V Vᵀ, V upper
+triangular, the loss of an error E is ‖E V‖², so column j is best rounded from
+w_j − Σ_{i<j} E_i V_ij / V_jj. That takes one Cholesky factorisation of H and no inverse.
 """
 
 from dataclasses import dataclass
