@@ -1,0 +1,188 @@
+"""The server at work: requests at once, clients that leave, failures, its start and its end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import pytest
+import served
+from scripted import scripted
+from served import CHAT, DEADLINE, client_of, post, refusal, running, until
+from test_distributed import free_ports
+
+import mlxquant
+from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.server import Options, serve
+from mlxquant.server.engine import Engine
+
+heard = served.heard  # a fixture
+pytestmark = pytest.mark.usefixtures("heard")
+
+
+def test_requests_at_once_share_passes_over_the_weights(tiny_folder, monkeypatch):
+    model, passes = mlxquant.load(str(tiny_folder)), []
+    original = type(model.network).__call__
+
+    def counted(self, inputs, **options):
+        passes.append(inputs.shape[0])
+        return original(self, inputs, **options)
+
+    monkeypatch.setattr(type(model.network), "__call__", counted)
+    with running(model) as (_, address), client_of(address) as client, \
+            ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: client.completions.create(
+            model="any", prompt=f"number {i}", max_tokens=200), range(4)))
+    assert 4 in passes and len(passes) < 2 * 200, len(passes)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_client_that_leaves_stops_the_computing(tiny_folder, stream, alone):
+    model = scripted(tiny_folder, ["a" * 400], seconds=0.02)
+    with running(model) as (engine, address):
+        body = {"messages": CHAT, "max_tokens": 400, "stream": stream}
+        body |= {"temperature": 0.01, "seed": 1} if alone else {}
+        data = json.dumps(body).encode()
+        host, port = address.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                           + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        until(lambda: engine._jobs)
+        if stream:
+            assert connection.recv(100)
+        connection.close()
+        until(lambda: not engine._jobs)
+        assert len(model.network._next) > 100  # most was never computed
+        with post(address, {"messages": CHAT, "max_tokens": 1}) as answer:
+            assert answer.status == 200
+
+
+def test_a_failure_while_computing_fails_its_request_alone(tiny_folder, monkeypatch):
+    model = mlxquant.load(str(tiny_folder))
+    original = type(model.network).__call__
+
+    def broken(self, inputs, **options):
+        if (inputs == 250).any():
+            raise RuntimeError("out of\nmemory")
+        logits = original(self, inputs, **options)
+        spoilt = (inputs == 251).any(axis=-1)[:, None, None]
+        return mx.where(spoilt, float("nan"), logits)
+
+    monkeypatch.setattr(type(model.network), "__call__", broken)
+    hot = {"temperature": 1.0, "seed": 1}
+    with running(model) as (engine, address):
+        for prompt, reason in (([5, 250], "RuntimeError"), ([5, 251], "not finite")):
+            for options in ({}, hot):
+                body = {"prompt": prompt, "max_tokens": 4, **options}
+                status, said = refusal(address, body, path="/v1/completions")
+                assert status == 500 and reason in said
+                with post(address, body | {"stream": True}, path="/v1/completions") as answer:
+                    assert reason in answer.read().decode()
+                with post(address, {"messages": CHAT, "max_tokens": 2}) as answer:
+                    assert answer.status == 200
+        assert engine.healthy
+
+
+def test_a_dead_thread_ends_the_server(tiny, monkeypatch):
+    """Not answers of 503 for ever: whoever watches the process starts it again."""
+    monkeypatch.setattr(Engine, "_begin", lambda self: 1 / 0)
+    said = []
+
+    def ready(address):
+        threading.Thread(target=lambda: said.append(refusal(
+            address.removesuffix("/v1"), {"messages": CHAT}))).start()
+
+    with pytest.raises(MlxquantError, match="failed for good: ZeroDivisionError"):
+        serve(tiny, Options(port=0), ready)
+    until(lambda: said)
+    assert said[0][0] in (500, 503)
+
+
+def test_stopping_tells_those_who_wait(tiny_folder):
+    with running(scripted(tiny_folder, ["a" * 400], seconds=0.02)) as (engine, address), \
+            ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(refusal, address, {"messages": CHAT, "max_tokens": 400})
+        until(lambda: engine._jobs)
+        engine.stop()
+        assert answer.result() == (500, "the server is stopping")
+
+
+def test_a_draft_model_guesses_for_the_server(tiny):
+    """In this process, stopped as Ctrl-C does."""
+    result = {}
+
+    def ready(address):
+        def ask():
+            with post(address.removesuffix("/v1"), {"messages": CHAT, "max_tokens": 12}) as answer:
+                result.update(json.loads(answer.read()))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=ask).start()
+
+    serve(tiny, Options(port=0, draft=tiny), ready)
+    text = result["choices"][0]["message"]["content"]
+    assert text == mlxquant.generate(tiny, CHAT, max_tokens=12).text
+
+
+def test_quantised_keys_and_values(tiny):
+    with running(tiny, kv_bits=8) as (_, address), \
+            post(address, {"messages": CHAT, "max_tokens": 8}) as answer:
+        text = json.loads(answer.read())["choices"][0]["message"]["content"]
+    assert text == mlxquant.generate(tiny, CHAT, max_tokens=8, kv_bits=8).text
+
+
+def test_options_are_checked(tiny):
+    for wrong, message in ((dict(port=99999), "port is 99999"), (dict(port="x"), "port is 'x'"),
+                           (dict(max_tokens=0), "max_tokens is 0"),
+                           (dict(prompt_caches=-1), "prompt_caches is -1"),
+                           (dict(kv_bits=8, draft=tiny), "exclude each other")):
+        with pytest.raises(BadValue, match=message):
+            Options(**wrong)
+    with pytest.raises(MlxquantError, match="cannot listen on 203.0.113.1:80"):
+        serve(tiny, Options(host="203.0.113.1", port=80))
+    with socket.create_server(("127.0.0.1", 0)) as taken, \
+            pytest.raises(MlxquantError, match="the port is taken"):
+        serve(tiny, Options(port=taken.getsockname()[1]))
+    with pytest.raises(BadValue, match="kv_bits is 7"):
+        serve(tiny, Options(kv_bits=7))
+
+
+def test_what_the_model_cannot_do_is_said_at_start(tiny_folder):
+    from mlx_lm.models.cache import RotatingKVCache
+
+    model = mlxquant.load(str(tiny_folder))
+    model.network.make_cache = lambda: [RotatingKVCache(8) for _ in model.network.layers]
+    with pytest.raises(Unsupported, match="cannot keep its keys and values"):
+        serve(model, Options(port=0, kv_bits=4))
+    with pytest.raises(Unsupported, match="cannot take tokens back"):
+        serve(model, Options(port=0, draft=model))
+
+
+def test_two_machines_answer_as_one(tiny, tiny_folder, tmp_path):
+    """The first listens, the second computes with it; both end together."""
+    hosts, port = tmp_path / "hosts.json", free_ports(3)
+    hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in port[:2]]))
+    command = [sys.executable, "-m", "mlxquant", "serve", str(tiny_folder), "--port", str(port[2])]
+    machines = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}) for rank in (0, 1)]
+    try:
+        address = next(m[0] for line in machines[0].stderr
+                       if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        for options in ({}, {"temperature": 0.001, "seed": 1}):
+            with post(address, {"messages": CHAT, "max_tokens": 6, **options}) as answer:
+                text = json.loads(answer.read())["choices"][0]["message"]["content"]
+            assert text == mlxquant.generate(tiny, CHAT, max_tokens=6).text
+        machines[0].send_signal(signal.SIGINT)
+        assert [machine.wait(timeout=DEADLINE) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.stderr.close()
+            machine.wait()
