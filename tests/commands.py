@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -43,11 +44,24 @@ class Command:
         self._streams = [Path(terminal or f"{self._folder.name}/{name}") for name in _STREAMS]
         if not terminal:
             self._streams[0].write_text(stdin)
+            self._streams[2].touch()
         self.arguments = list(map(str, arguments))
         self.process = _PROCESSES.Process(target=_main, args=(
             self._streams, self.arguments, cwd or Path.cwd(), os.environ | environment,
             before, program))
         self.process.start()
+
+    def says(self, pattern: str, patience: float = 120) -> re.Match:
+        """Wait for the first match on standard error, no longer than ``patience`` seconds."""
+        for _ in range(round(patience / 0.02)):
+            if found := re.search(pattern, self._streams[2].read_text(encoding="utf-8")):
+                return found
+            self.process.join(0.02)
+        raise TimeoutError(self.ended().stderr)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        os.kill(self.process.pid, signal.SIGINT)
 
     def ended(self, patience: float = 120) -> subprocess.CompletedProcess:
         """Wait for it, no longer than ``patience`` seconds."""

@@ -1,17 +1,15 @@
 """Servers of tests: one in a process of its own, others in this one; and ways to call them."""
 
 import json
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from commands import Command
 
 from mlxquant.server import Options
 from mlxquant.server.serving import address_of, listen, make_server
@@ -32,20 +30,15 @@ def heard():
 @pytest.fixture(scope="module")
 def address(heard, tiny_folder):
     """A server in a process of its own, stopped by Ctrl-C."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxquant", "serve", str(tiny_folder), "--port", "0", "--verbose",
-         "--max-tokens", "64", "--origin", "http://a.example"], stderr=subprocess.PIPE, text=True)
+    server = Command("serve", tiny_folder, "--port", 0, "--verbose", "--max-tokens", 64,
+                     "--origin", "http://a.example")
     try:
-        yield next(m[0] for line in process.stderr
-                   if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=DEADLINE) == 0
-        said = process.stderr.read()
-        assert "Traceback" not in said and "127.0.0.1 POST /v1/completions 200\n" in said
+        yield server.says(r"http://127\.0\.0\.1:\d+")[0]
+        server.interrupt()
     finally:
-        process.kill()
-        process.stderr.close()
-        process.wait()
+        result = server.ended(DEADLINE)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert "127.0.0.1 POST /v1/completions 200\n" in result.stderr
 
 
 @pytest.fixture

@@ -2,17 +2,15 @@
 
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
 import served
+from commands import Command
 from scripted import scripted
 from served import CHAT, DEADLINE, client_of, post, refusal, running, until
 from test_distributed import free_ports
@@ -169,20 +167,15 @@ def test_two_machines_answer_as_one(tiny, tiny_folder, tmp_path):
     """The first listens, the second computes with it; both end together."""
     hosts, port = tmp_path / "hosts.json", free_ports(3)
     hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in port[:2]]))
-    command = [sys.executable, "-m", "mlxquant", "serve", str(tiny_folder), "--port", str(port[2])]
-    machines = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {
-        "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}) for rank in (0, 1)]
+    machines = [Command("serve", tiny_folder, "--port", port[2], MLX_RANK=str(rank),
+                        MLX_HOSTFILE=str(hosts)) for rank in (0, 1)]
     try:
-        address = next(m[0] for line in machines[0].stderr
-                       if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        address = machines[0].says(r"http://127\.0\.0\.1:\d+")[0]
         for options in ({}, {"temperature": 0.001, "seed": 1}):
             with post(address, {"messages": CHAT, "max_tokens": 6, **options}) as answer:
                 text = json.loads(answer.read())["choices"][0]["message"]["content"]
             assert text == mlxquant.generate(tiny, CHAT, max_tokens=6).text
-        machines[0].send_signal(signal.SIGINT)
-        assert [machine.wait(timeout=DEADLINE) for machine in machines] == [0, 0]
+        machines[0].interrupt()
     finally:
-        for machine in machines:
-            machine.kill()
-            machine.stderr.close()
-            machine.wait()
+        codes = [machine.ended(DEADLINE).returncode for machine in machines]
+    assert codes == [0, 0]
