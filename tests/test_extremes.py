@@ -9,8 +9,11 @@ from mlx.utils import tree_flatten
 
 import mlxquant
 from mlxquant.base.errors import BadValue
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quantise.blocks import quantise_trials
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 W8A8 = dict(method="smoothquant", bits=8, group_size=0)
@@ -58,6 +61,15 @@ def test_dead_inputs_and_dead_weights_stay_as_they_are(name, dead, text, tmp_pat
     made = mlxquant.quantize(str(dead), tmp_path / "out", job(text, **options))
     assert 0 < made.added["mean"] < 0.02
     assert distance(logits(tmp_path / "out"), logits(dead)) < 0.02
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "replica"])
+@pytest.mark.parametrize("rotation", [None, "online"])
+def test_no_width_does_damage_where_the_input_is_dead(method, rotation):
+    specs = [Spec(bits=bits, method=method, rotation=rotation) for bits in (2, 4)]
+    weights = [mx.random.normal((rows, 64), key=mx.random.key(rows)) for rows in (8, 24)]
+    for error, moments, *bits in quantise_trials(weights, "q", specs, Statistics.empty(64), 0):
+        assert mx.isfinite(error).all() and ((error @ moments) * error).sum() == 0 and bits[0]
 
 
 @pytest.mark.parametrize("options", [dict(method="rtn"), dict(method="gptq"),

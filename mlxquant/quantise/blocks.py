@@ -268,13 +268,14 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
         signs, size = _rotation(seed, path, weight.shape[1])
         weight, turned = hadamard.rotate_weight(weight, signs, size), len(signs)
         statistics = _rotated(statistics, signs, size)
+    moments, statistics = statistics.hessian, statistics.sound()
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
     sweep = Sweep.of(statistics, spec.act_order) if sweeping else None
     for trial in specs:
         made = METHODS[trial.method].quantise(weight, statistics, trial, Settings(sweep=sweep))
         shared = made.shared_bits()
         own = [part.stored_bits() - shared for part in made.split(rows)]
-        yield made.dequantise() - weight, statistics.hessian, own, shared + turned
+        yield made.dequantise() - weight, moments, own, shared + turned
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:
