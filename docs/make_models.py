@@ -44,8 +44,9 @@ def rows() -> list[str]:
 
 
 def _cell(source: Path, method: str, text: Path) -> str:
+    out = source.with_name(source.name + method)
     try:
-        return f"{attempt(source, method, source.with_name(source.name + method), text).from_source:.0e}"
+        return f"{attempt(source, method, out, text).from_source:.0e}"
     except MlxquantError:
         return "refused"
 

@@ -16,6 +16,7 @@ from mlxquant.codes.width import Width
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(15))
 _ROUNDS = 8
+_Found = tuple[mx.array, mx.array, mx.array]  # scale, bias and error of each group
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
     h = mx.ones((columns,)) if importance is None else importance / importance.mean()
     h = mx.broadcast_to(mx.maximum(h, 1e-6), (rows, columns)).reshape(shape)
     scales, biases = _search(w, h, spec, dtype)
-    scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group)) for x in (scales, biases))
+    scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group))
+                      for x in (scales, biases))
     codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group),
                     spec.bits.levels)
     result = Affine(codes.astype(mx.uint8), mx.contiguous(scales), mx.contiguous(biases), spec)
@@ -118,15 +120,15 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
     per = 8 // bits if bits in (1, 2, 4, 8) else 8
     codes = np.pad(codes, [(0, 0), (0, -columns % per)]) if columns % per else codes
     parts = codes.reshape(rows, -1, per)
-    word = np.uint8 if per * bits == 8 else np.uint64
-    packed = parts[..., 0].astype(word)
+    word = np.dtype(np.uint8 if per * bits == 8 else "<u8")
+    packed: np.ndarray = parts[..., 0].astype(word)
     for place in range(1, per):
-        packed |= parts[..., place].astype(word) << word(bits * place)
-    octets = packed.astype(np.dtype(word).newbyteorder("<")).view(np.uint8).reshape(rows, packed.shape[1], -1)
-    octets = octets[..., :per * bits // 8].reshape(rows, -1)
+        packed |= np.left_shift(parts[..., place], bits * place, dtype=word)
+    octets = packed.view(np.uint8).reshape(rows, packed.shape[1], -1)
+    stream = octets[..., :per * bits // 8].reshape(rows, -1)
     words = np.zeros((rows, -(-columns * bits // 32)), np.uint32)
-    size = min(words.shape[1] * 4, octets.shape[1])
-    words.view(np.uint8)[:, :size] = octets[:, :size]
+    size = min(words.shape[1] * 4, stream.shape[1])
+    words.view(np.uint8)[:, :size] = stream[:, :size]
     return words
 
 
@@ -148,20 +150,21 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
     if spec.mirrored:
         high = mx.maximum(high, -low)
         low = -high
-    best = None
-    for clip in _CLIPS:
-        scale = clip * (high - low) / (spec.bits.levels - 1)
-        best = _keep_better(best, w, h, scale, clip * low, spec, dtype)
+    scale = (high - low) / (spec.bits.levels - 1)
+    best = _tried(w, h, scale, low, spec, dtype)
+    for clip in _CLIPS[1:]:
+        best = _better(best, _tried(w, h, clip * scale, clip * low, spec, dtype))
     scale, bias, _ = best
     for _ in range(_ROUNDS):
         codes = nearest(w, scale, bias, spec.bits.levels)
-        best = _keep_better(best, w, h, *_least_squares(w, h, codes, spec), spec, dtype)
+        best = _better(best, _tried(w, h, *_least_squares(w, h, codes, spec), spec, dtype))
         scale, bias, _ = best
         mx.eval(*best)
     return scale, bias
 
 
-def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tuple[mx.array, mx.array]:
+def _least_squares(w: mx.array, h: mx.array, codes: mx.array,
+                   spec: Spec) -> tuple[mx.array, mx.array]:
     """Scale and bias that minimise Σ h·(w − scale·q − bias)² for fixed codes."""
     if spec.mirrored:
         centred = codes - (spec.bits.levels - 1) / 2
@@ -171,14 +174,21 @@ def _least_squares(w: mx.array, h: mx.array, codes: mx.array, spec: Spec) -> tup
     total = h.sum(-1, keepdims=True)
     mean_q, mean_w = ((h * x).sum(-1, keepdims=True) / total for x in (codes, w))
     variance = (h * mx.square(codes - mean_q)).sum(-1, keepdims=True)
-    scale = (h * (codes - mean_q) * (w - mean_w)).sum(-1, keepdims=True) / mx.maximum(variance, 1e-12)
+    products = (h * (codes - mean_q) * (w - mean_w)).sum(-1, keepdims=True)
+    scale = products / mx.maximum(variance, 1e-12)
     return scale, mean_w - scale * mean_q
 
 
-def _keep_better(best, w, h, scale, bias, spec: Spec, dtype: mx.Dtype):
+def _tried(w: mx.array, h: mx.array, scale: mx.array, bias: mx.array, spec: Spec,
+           dtype: mx.Dtype) -> _Found:
+    """The scale and bias as ``dtype`` holds them, and the error that the nearest codes leave."""
     scale, bias = (x.astype(dtype).astype(mx.float32) for x in (scale, bias))
-    error = (h * mx.square(w - scale * nearest(w, scale, bias, spec.bits.levels) - bias)).sum(-1, keepdims=True)
-    if best is None:
-        return scale, bias, error
-    better = error < best[2]
-    return tuple(mx.where(better, new, old) for new, old in zip((scale, bias, error), best))
+    missed = w - scale * nearest(w, scale, bias, spec.bits.levels) - bias
+    return scale, bias, (h * mx.square(missed)).sum(-1, keepdims=True)
+
+
+def _better(one: _Found, other: _Found) -> _Found:
+    """Of each group, the one with the smaller error."""
+    wins = other[2] < one[2]
+    scale, bias, error = (mx.where(wins, b, a) for a, b in zip(one, other))
+    return scale, bias, error

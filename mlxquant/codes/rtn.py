@@ -29,7 +29,8 @@ def quantise(weight: mx.array, spec: Spec, dtype: mx.Dtype = mx.float16) -> Affi
     return Affine(codes, scales, biases, spec)
 
 
-def _round(weight: mx.array, group: int, levels: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
+def _round(weight: mx.array, group: int, levels: int,
+           dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
     """Codes, scales and biases of some rows; what that takes in between is free afterwards."""
     weight = weight.astype(mx.float32)
     scales, biases = (x.astype(dtype).astype(mx.float32)
@@ -40,7 +41,7 @@ def _round(weight: mx.array, group: int, levels: int, dtype: mx.Dtype) -> tuple[
 
 
 def _grid(groups: mx.array, levels: int) -> tuple[mx.array, mx.array]:
-    """(scale, bias), each (m, n / group), of grids with zero and the largest weight among their levels."""
+    """(scale, bias), each (m, n / group), of grids that hold zero and the largest weight."""
     low, high = groups.min(-1), groups.max(-1)
     edge = mx.maximum(high, -low)
     step = (high - low) / (levels - 1)

@@ -124,7 +124,7 @@ class Spec:
         return group
 
     def check(self, columns: int, path: str) -> None:
-        """Raise ``BadValue`` unless groups or replicas divide the ``columns`` inputs of ``path``."""
+        """Raise ``BadValue`` unless groups or replicas divide ``path``'s ``columns`` inputs."""
         if self.method == "replica":
             self.replica_shape(0).check(columns, path)
             groups = columns // (self.replica_group or 1)

@@ -56,4 +56,5 @@ class Statistics:
             self.cross = cross + share * (target.T @ x / len(x) - cross)
 
     def arrays(self) -> list[mx.array]:
-        return [a for a in (self.hessian, self.mean_magnitude, self.largest, self.cross) if a is not None]
+        sums = (self.hessian, self.mean_magnitude, self.largest, self.cross)
+        return [a for a in sums if a is not None]

@@ -80,7 +80,8 @@ class Case:
             self.inputs, ReplicaShape(self.bits, self.replicas, self.group, self.rotation),
             normal(*stack, self.inputs // (self.group or 1), self.replicas),
             normal(*stack, self.inputs) if self.group else None,
-            hadamard.pack_signs(hadamard.random_signs(self.inputs, seed)) if self.rotation else None)
+            hadamard.pack_signs(hadamard.random_signs(self.inputs, seed))
+            if self.rotation else None)
         words = code_order.pack(codes, self.bits.code_bits)
         out = normal(*stack, self.rows, self.replicas)
         matrix = Matrix(words.reshape(*stack, self.rows, *words.shape[1:]),
@@ -123,7 +124,8 @@ def _prepare_normed(case: Case) -> float:
 
 def _prepare_gated(case: Case) -> float:
     gate, matrix = case.draw()
-    return _preparation(case, mx.concatenate([gate, case.draw(1)[0]], axis=1), matrix.scales, Gate())
+    both = mx.concatenate([gate, case.draw(1)[0]], axis=1)
+    return _preparation(case, both, matrix.scales, Gate())
 
 
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:

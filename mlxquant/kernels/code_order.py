@@ -1,9 +1,10 @@
 """The order in which kernels want codes: two of them decode from one word by one mask.
 
-A row is cut into chunks of 32 inputs, b words of 32 bits for b-bit codes. The codes of a pair of neighbouring
-inputs lie 16 bits apart, so that masking a word leaves one in each half of it: as two float16 by an OR with a
-power of two, or one by one as float32. At 3 bits five pairs leave bit 15 and bit 31 of each word over: the three
-words' spare bits are the sixteenth pair. Three levels take two bits here, where the file has five in a byte.
+A row is cut into chunks of 32 inputs, b words of 32 bits for b-bit codes. The codes of a
+pair of neighbouring inputs lie 16 bits apart, so that masking a word leaves one in each half
+of it: as two float16 by an OR with a power of two, or one by one as float32. At 3 bits five
+pairs leave bit 15 and bit 31 of each word over: the three words' spare bits are the sixteenth
+pair. Three levels take two bits here, where the file has five in a byte.
 
     pair p of a chunk, 1, 2, 4 bits:  word p / (16/b), bits b·(p mod 16/b) and 16 more
                        3 bits, p < 15: word p / 5, bits 3·(p mod 5) and 16 more
@@ -17,11 +18,13 @@ from mlxquant.codes.packing import unpack_codes
 from mlxquant.codes.width import Width
 
 CHUNK = 32  # inputs
-RUN = {1: 128, 2: 64, 3: 32, 4: 32}  # inputs that rows are filled up to, by width: 16 bytes, at 3 bits 12
+# Inputs that rows are filled up to, by width: 16 bytes, at 3 bits 12.
+RUN = {1: 128, 2: 64, 3: 32, 4: 32}
 _AT_ONCE = 1 << 24  # codes that are held unpacked
 
 DECODE = """
-// Levels of pair p of a chunk, one to a float, from 0.5 · (1 − count) up: exponent bits make an integer a float.
+// Levels of pair p of a chunk, one to a float, from 0.5 · (1 − count) up: exponent bits make
+// an integer a float.
 template <int BITS, int LEVELS>
 FUNCTION float2 decode_floats(uint word, int shift) {
     const uint at = uint(shift) + 1u, mask = ((1u << BITS) - 1u) << at, power = (150u - at) << 23;
@@ -32,7 +35,8 @@ FUNCTION float2 decode_floats(uint word, int shift) {
 template <int BITS>
 FUNCTION uint pair_word(const THREAD uint* words, int pair) {
     if (BITS == 3 && pair == 15)
-        return ((words[0] >> 15) & 0x00010001u) | ((words[1] >> 14) & 0x00020002u) | ((words[2] >> 13) & 0x00040004u);
+        return ((words[0] >> 15) & 0x00010001u) | ((words[1] >> 14) & 0x00020002u)
+            | ((words[2] >> 13) & 0x00040004u);
     return words[BITS == 3 ? pair / 5 : pair / (16 / BITS)];
 }
 template <int BITS>
@@ -58,14 +62,15 @@ def reorder(packed: mx.array, bits: Width, columns: int) -> mx.array:
 
 
 def pack(codes: mx.array, width: int) -> mx.array:
-    """Codes (rows, columns) of ``width`` bits in the kernels' order; rows are filled up with code 0."""
+    """Codes (rows, columns) of ``width`` bits in the kernels' order; rows end in codes of 0."""
     rows, columns = codes.shape
     codes = mx.pad(codes, [(0, 0), (0, -columns % RUN[width])]).astype(mx.uint32)
     pairs = codes.reshape(rows, -1, CHUNK // 2, 2)
     pairs = pairs[..., 0] | pairs[..., 1] << 16
     inside = 5 if width == 3 else 16 // width
     shifts = width * mx.arange(inside, dtype=mx.uint32)
-    words = (pairs[..., :inside * width].reshape(rows, -1, width, inside) << shifts).sum(-1).astype(mx.uint32)
+    words = pairs[..., :inside * width].reshape(rows, -1, width, inside) << shifts
+    words = words.sum(-1).astype(mx.uint32)
     if width == 3:
         bits = mx.arange(3, dtype=mx.uint32)
         words = words | ((pairs[..., 15:] >> bits) & 0x00010001) << 15
@@ -77,8 +82,10 @@ def unpack(words: mx.array, columns: int) -> mx.array:
     rows, _, width = words.shape
     inside = 5 if width == 3 else 16 // width
     shifts = width * mx.arange(inside, dtype=mx.uint32)
-    pairs = (words[..., None] >> shifts).reshape(rows, words.shape[1], -1) & (1 << width) - 1 | (
-        (words[..., None] >> shifts + 16).reshape(rows, words.shape[1], -1) & (1 << width) - 1) << 16
+    mask = (1 << width) - 1
+    low = (words[..., None] >> shifts).reshape(rows, words.shape[1], -1) & mask
+    high = (words[..., None] >> shifts + 16).reshape(rows, words.shape[1], -1) & mask
+    pairs = low | high << 16
     if width == 3:
         bits = mx.arange(3, dtype=mx.uint32)
         last = (((words >> 15) & 0x00010001) << bits).sum(-1, keepdims=True).astype(mx.uint32)

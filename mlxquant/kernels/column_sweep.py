@@ -10,6 +10,7 @@ writes two per weight; F (64 × 64) stays in cache.
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -45,7 +46,8 @@ def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: 
     ``feedback`` (w, w) is strictly upper triangular. By the kernel where there is a GPU
     on which it agrees with the reference, which is tried once on a small case.
     """
-    run = _launch if backend.has_gpu() and backend.trusted("column_sweep", disagreement, TIES) else reference
+    trusted = backend.has_gpu() and backend.trusted("column_sweep", disagreement, TIES)
+    run = _launch if trusted else reference
     return run(weight, wanted, scales, biases, feedback, levels)
 
 
@@ -59,8 +61,8 @@ def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback
         wanted = weight[:, inside]
         if start:  # MLX 0.32.4 writes freed memory at an empty product
             wanted = wanted - errors @ feedback[:start, inside]
-        block, error = round_columns(weight[:, inside], wanted, scales[:, inside], biases[:, inside],
-                                     feedback[inside, inside], levels)
+        block, error = round_columns(weight[:, inside], wanted, scales[:, inside],
+                                     biases[:, inside], feedback[inside, inside], levels)
         codes.append(block)
         errors = mx.concatenate([errors, error], axis=1)
         mx.eval(errors, block)
@@ -69,7 +71,7 @@ def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback
 
 def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx.array,
                  hessian: mx.array, levels: int) -> mx.array:
-    """``codes`` (m, n) after each has once moved to the level that is best with all others as they are.
+    """``codes`` (m, n) after each has once moved to the level best with all others as they are.
 
     The best value v of column j is v_j − slope_j / H_jj, where a change e_i of an earlier
     column moved the slope by e_i H_ij: a sweep with other numbers.
@@ -81,8 +83,9 @@ def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx
     for start in range(0, weight.shape[1], BLOCK):
         inside = slice(start, start + BLOCK)
         best = values[:, inside] - slope[:, inside] / curvature[inside]
-        block, changes = round_columns(values[:, inside], best, scales[:, inside], biases[:, inside],
-                                       mx.triu(feedback[inside, inside], 1), levels)
+        block, changes = round_columns(values[:, inside], best, scales[:, inside],
+                                       biases[:, inside], mx.triu(feedback[inside, inside], 1),
+                                       levels)
         slope = slope + changes @ hessian[inside]
         moved.append(block)
         mx.eval(slope, block)
@@ -102,23 +105,25 @@ def reference(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.a
 
 
 @mx.compile
-def _round(weight, wanted, scale, bias, levels):
+def _round(weight: mx.array, wanted: mx.array, scale: mx.array, bias: mx.array,
+           levels: int) -> tuple[mx.array, mx.array]:
     safe = mx.where(scale == 0, 1.0, scale)
     code = mx.clip(mx.round((wanted - bias) / safe), 0, levels - 1)
     return code, scale * code + bias - weight
 
 
 @mx.compile
-def _push(wanted, error, row):
+def _push(wanted: mx.array, error: mx.array, row: mx.array) -> mx.array:
     return wanted - error * row
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Callable[..., list[mx.array]]:
     return backend.build("column_sweep", _INPUTS, ["codes", "errors"], _BODY)
 
 
-def _launch(weight, wanted, scales, biases, feedback, levels):
+def _launch(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
+            feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     rows, width = weight.shape
     return tuple(_kernel()(
         inputs=[weight, wanted, scales, biases, feedback],

@@ -1,7 +1,8 @@
-"""What a block does to an input before a matrix reads it, in the dispatch that prepares the input: a norm or a gate.
+"""What a block does to an input before a matrix reads it: a norm or a gate.
 
-A step is called as MLX computes it. ``prepare_input`` computes the same in float32 and rounds where MLX's RMSNorm
-does, to ``dtype`` before and after the weight; SwiGLU it rounds once, at the end, where mlx-lm's rounds every step.
+A step is called as MLX computes it. ``prepare_input`` computes the same, in the dispatch that
+prepares the input, in float32. It rounds where MLX's RMSNorm does, to ``dtype`` before and
+after the weight; SwiGLU it rounds once, at the end, where mlx-lm's rounds every step.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from mlx_lm.models.activations import swiglu
 
 
 class AsIs:
-    """No step: x (tokens, n) itself. ``kernel`` is the check that must agree before the fused form is used."""
+    """No step: x (tokens, n) itself.
+
+    ``kernel`` is the check that must agree before the fused form is used.
+    """
 
     kernel = "prepare_input"
 

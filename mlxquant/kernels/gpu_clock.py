@@ -1,8 +1,9 @@
 """How long steps take on the GPU itself, without what queueing them costs the host.
 
-On CUDA a kernel reads the GPU's own clock before the first step and another one after the last; both stand
-behind a wait in which the host queues everything. Metal lets no kernel read a clock: there a step's time is that of 2N steps less
-that of N, both behind matrix products that keep the GPU busy meanwhile. Products are no good where there is a clock: the power they
+On CUDA a kernel reads the GPU's own clock before the first step and another one after the
+last; both stand behind a wait in which the host queues everything. Metal lets no kernel read
+a clock: there a step's time is that of 2N steps less that of N, both behind matrix products
+that keep the GPU busy meanwhile. Products are no good where there is a clock: the power they
 draw moves the GPU's frequency, and with it the difference, by more than a step takes.
 """
 
@@ -21,7 +22,8 @@ _BODY = """
     if (thread_position_in_grid.x != 0) return;
     unsigned long long begin, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin) :: "memory");
-    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now) :: "memory"); while (now - begin < WAIT);
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now) :: "memory");
+    while (now - begin < WAIT);
     clock[0] = static_cast<uint>(now);
     clock[1] = static_cast<uint>(now >> 32);
     zero[0] = 0;
@@ -32,15 +34,17 @@ _PRODUCTS, _PRODUCT_SIZE = 32, 8192  # some 50 ms on an H100
 def seconds_per_step(run: Steps, steps: int, repeats: int = 7, wait: float = _WAIT) -> list[float]:
     """Seconds of one step in each of ``repeats`` passes, after one that does not count.
 
-    ``run(n, zero)`` builds n steps that start from ``zero`` (1,), a float16 0, and returns what they end in. The
-    host has ``wait`` seconds to queue them; raises ``RuntimeError`` where it takes longer.
+    ``run(n, zero)`` builds n steps that start from ``zero`` (1,), a float16 0, and returns what
+    they end in. The host has ``wait`` seconds to queue them; raises ``RuntimeError`` where it
+    takes longer.
     """
     measure = functools.partial(_by_gpu_clock, wait=wait) if backend.is_cuda() else _by_difference
     measure(run, steps)
     passes = [measure(run, steps) for _ in range(repeats)]
     queued = statistics.median(queued for _, queued in passes)
     if queued > wait:
-        raise RuntimeError(f"queueing took {queued:.3f} s, more than the {wait:g} s that the GPU waits")
+        raise RuntimeError(f"queueing took {queued:.3f} s, more than the {wait:g} s "
+                           "that the GPU waits")
     return [seconds for seconds, _ in passes]
 
 
@@ -72,7 +76,7 @@ def _by_difference(run: Steps, steps: int) -> tuple[float, float]:
 
 
 def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
-    """The clock's two words once ``after`` is there and ``wait`` nanoseconds have gone by, and a zero."""
+    """The clock's two words once ``after`` is there and ``wait`` nanoseconds on, and a zero."""
     clock, zero = _kernel(len(after))(
         inputs=after, template=[("WAIT", wait)], grid=(1, 1, 1), threadgroup=(1, 1, 1),
         output_shapes=[(2,), (1,)], output_dtypes=[mx.uint32, mx.float16])
@@ -80,8 +84,9 @@ def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
 
 
 @functools.cache
-def _kernel(inputs: int):
-    return backend.build(f"gpu_clock_{inputs}", [f"input{i}" for i in range(inputs)], ["clock", "zero"], _BODY)
+def _kernel(inputs: int) -> Callable[..., list[mx.array]]:
+    names = [f"input{i}" for i in range(inputs)]
+    return backend.build(f"gpu_clock_{inputs}", names, ["clock", "zero"], _BODY)
 
 
 @functools.cache

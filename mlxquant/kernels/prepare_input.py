@@ -136,7 +136,8 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     """X of ``x`` (tokens, n), flat, in ``layout``; inputs beyond n are zero. ``first`` is done to x
     before. With ``experts`` (pairs,) each row of x goes to as many experts in turn as there are
     pairs to a row, and X is that of the pairs."""
-    inputs, spec, chosen = scales.inputs, scales.spec, [] if experts is None else [at_least(experts)]
+    inputs, spec = scales.inputs, scales.spec
+    chosen = [] if experts is None else [at_least(experts)]
     pairs = len(x) if experts is None else len(experts)
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)

@@ -10,6 +10,7 @@ launches wait for one another. It moves the buffer, and 4 bytes written per thre
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,8 @@ from mlxquant.kernels import backend
 _BODY = """
     int at = thread_position_in_grid.x;
     if (at >= COUNT) return;
-    auto vector = reinterpret_cast<DEVICE const uint4*>(data) + (at / WIDTH) * (WIDTH * VECTORS) + at % WIDTH;
+    auto vector = reinterpret_cast<DEVICE const uint4*>(data)
+        + (at / WIDTH) * (WIDTH * VECTORS) + at % WIDTH;
     unsigned int total = previous[at % 8];
     for (int i = 0; i < VECTORS; i += 8) {
         uint4 held[8];
@@ -70,5 +72,5 @@ def disagreement() -> float:
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Callable[..., list[mx.array]]:
     return backend.build("read_ceiling", ["data", "previous"], ["out"], _BODY)

@@ -1,4 +1,4 @@
-"""Replicated codes times up to eight tokens on NVIDIA's tensor cores: the arithmetic of K replicas at
+"""Replicated codes times up to eight tokens on NVIDIA's tensor cores: K replicas' arithmetic at
 the price of one.
 
     P[i, u] = Σ_j C_ij X_uj,  u = (t, k)        y[t, i] = Σ_k b_ik P[i, (t, k)]
@@ -28,8 +28,8 @@ from mlxquant.kernels.prepare_input import Layout
 
 
 def _pair(scalar: str, pair: str, both: str, operand: str, power: str, mantissa: int) -> str:
-    """What the kernel needs to know of a 16-bit type: its pairs, a power of two that codes fit into,
-    its product."""
+    """What the kernel needs to know of a 16-bit type: its pairs, a power of two that codes fit
+    into, its product."""
     return f"""
 template <> struct Pair<{scalar}> {{
     using type = {pair};
@@ -73,7 +73,8 @@ template <int WORDS> inline __device__ void copy_run(uint* to, const uint* from)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from));
     } else {
         UNROLL for (int i = 0; i < WORDS; ++i)
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at + 4 * i), "l"(from + i));
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                         :: "r"(at + 4 * i), "l"(from + i));
     }
 }
 """
@@ -113,7 +114,8 @@ _BODY = """
                 uint a[2][4];
                 UNROLL for (int half = 0; half < 2; ++half)
                     UNROLL for (int j = 0; j < 4; ++j)  // rows g and g + 8, then the next pair
-                        a[half][j] = decode_pair<T, BITS, LEVELS>(words[j % 2] + chunk, pair + 2 * half + j / 2);
+                        a[half][j] = decode_pair<T, BITS, LEVELS>(
+                            words[j % 2] + chunk, pair + 2 * half + j / 2);
                 UNROLL for (int tile = 0; tile < TILES; ++tile) {
                     Pair<T>::multiply(sums[0][tile], a[0], x[i][tile].x, x[i][tile].y);
                     Pair<T>::multiply(sums[CHAINS - 1][tile], a[1], x[i][tile].z, x[i][tile].w);

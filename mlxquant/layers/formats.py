@@ -10,6 +10,7 @@ as if they were plain; the architecture is in ``base_model_type``, and
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -21,10 +22,12 @@ from mlxquant.layers import repeated
 from mlxquant.layers.repeated import Repeat
 
 FORMAT = 1
+Entry = dict[str, Any]  # how config.json describes one layer
 
 
-def config_with(config: dict, layers: dict[str, dict], replicas: dict[str, dict] | None = None,
-                repeats: Sequence[Repeat] = ()) -> dict:
+def config_with(config: dict[str, Any], layers: dict[str, Entry],
+                replicas: dict[str, Entry] | None = None,
+                repeats: Sequence[Repeat] = ()) -> dict[str, Any]:
     """``config`` marked as ours, or unchanged where nothing of ours is in it.
 
     ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the
@@ -39,7 +42,7 @@ def config_with(config: dict, layers: dict[str, dict], replicas: dict[str, dict]
                                   "repeats": [asdict(repeat) for repeat in repeats]}}
 
 
-def model_classes(config: dict):
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's hook: the model class and argument class for a configuration."""
     if config.get("model_type") != "mlxquant":
         return _get_classes(config)
@@ -55,10 +58,10 @@ def model_classes(config: dict):
         """Reads the configuration under the architecture's own name."""
 
         @staticmethod
-        def from_dict(_):
+        def from_dict(_: Entry) -> Any:
             return arguments_class.from_dict(base)
 
-    def build(arguments) -> nn.Module:
+    def build(arguments: Any) -> nn.Module:
         network = model_class(arguments)
         install(network, block.get("layers", {}), block.get("replicas", {}))
         _install_repeats(network, block.get("repeats", []))
@@ -67,7 +70,8 @@ def model_classes(config: dict):
     return build, Arguments
 
 
-def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict] | None = None) -> None:
+def install(module: nn.Module, layers: dict[str, Entry],
+            replicas: dict[str, Entry] | None = None) -> None:
     """Put the described layers, with empty parameters, in the place of the linear ones.
 
     Paths are those below ``module``: a whole network or one block. Raises
@@ -78,13 +82,14 @@ def install(module: nn.Module, layers: dict[str, dict], replicas: dict[str, dict
     for path, entry in layers.items():
         linear = found.get(path)
         if not isinstance(linear, nn.Linear):
-            raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of the model")
+            raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of "
+                                "the model")
         made.append((path, make(linear, entry)))
     module.update_modules(tree_unflatten(made))
     _install_replicas(module, replicas or {})
 
 
-def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
+def _install_replicas(module: nn.Module, replicas: dict[str, Entry]) -> None:
     from mlxquant.codes.spec import ReplicaShape
     from mlxquant.layers.replicated import install_group
 
@@ -100,7 +105,8 @@ def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
             below = f"{above}.{linear}" if above else linear
             linears[linear] = found.pop(below, None)  # so that no other entry takes it too
             if not isinstance(linears[linear], (nn.Linear, SwitchLinear)):
-                raise BadCheckpoint(f"config.json describes {below}, which is no linear layer of the model")
+                raise BadCheckpoint(f"config.json describes {below}, which is no linear layer of "
+                                    "the model")
         shape = {key: value for key, value in entry.items() if key != "linears"}
         try:
             install_group(found[above], name, linears, ReplicaShape(**shape))
@@ -108,9 +114,10 @@ def _install_replicas(module: nn.Module, replicas: dict[str, dict]) -> None:
             raise BadCheckpoint(f"config.json describes the replicas of {path}: {error}") from error
 
 
-def _install_repeats(network: nn.Module, repeats: list[dict]) -> None:
+def _install_repeats(network: nn.Module, repeats: list[Entry]) -> None:
     keys = {field.name for field in fields(Repeat)}
-    if not isinstance(repeats, list) or any(not isinstance(r, dict) or r.keys() != keys for r in repeats):
+    if not isinstance(repeats, list) or any(not isinstance(r, dict) or r.keys() != keys
+                                            for r in repeats):
         raise BadCheckpoint(f"config.json describes repeated blocks as {repeats!r}; "
                             f"needed is a list with {', '.join(sorted(keys))} each")
     try:
@@ -119,18 +126,19 @@ def _install_repeats(network: nn.Module, repeats: list[dict]) -> None:
         raise BadCheckpoint(f"config.json describes repeated blocks: {error}") from error
 
 
-def make(linear: nn.Linear, entry: dict) -> nn.Module:
+def make(linear: nn.Linear, entry: Entry) -> nn.Module:
     """The layer that ``entry`` describes, shaped like ``linear``; raises ``Unsupported``."""
     from mlxquant.layers.grouped import GroupedLinear
     from mlxquant.layers.transformed import TransformedLinear
 
     if unknown := entry.keys() - {"grouped", "transform"}:
-        raise Unsupported(f"a layer is stored with {', '.join(sorted(unknown))}, which this version "
-                          "does not read; its layers may be grouped or have a transform")
+        raise Unsupported(f"a layer is stored with {', '.join(sorted(unknown))}, which this "
+                          "version does not read; its layers may be grouped or have a transform")
     inner = linear
     outputs, inputs = linear.weight.shape
     if grouped := entry.get("grouped"):
-        inner = GroupedLinear(inputs, outputs, grouped["bits"], grouped["group_size"], "bias" in linear)
+        inner = GroupedLinear(inputs, outputs, grouped["bits"], grouped["group_size"],
+                              "bias" in linear)
     if transform := entry.get("transform"):
         return TransformedLinear.from_config(inner, transform)
     return inner

@@ -1,4 +1,4 @@
-"""What stands before a block's linear layers: where a factor per input can be folded, or a step be fused.
+"""What stands before a block's linear layers: a factor to be folded, or a step to be fused.
 
 Paths are those of mlx-lm's blocks with one norm before attention and one
 before the MLP (Llama, Qwen 2 and 3, Mistral and their kin). For any other

@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,13 +39,13 @@ class Repeat:
     last: int
     passes: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("first", "last", "passes"):
             if type(getattr(self, name)) is not int:
                 raise BadValue(f"{name} is {getattr(self, name)!r}, allowed is a whole number")
         if not 0 <= self.first <= self.last:
-            raise BadValue(f"blocks {self.span} are none; allowed are FIRST:END with FIRST at least 0 "
-                           "and END, which is not among them, above FIRST")
+            raise BadValue(f"blocks {self.span} are none; allowed are FIRST:END with FIRST at "
+                           "least 0 and END, which is not among them, above FIRST")
         if not 2 <= self.passes <= MOST_PASSES:
             raise BadValue(f"blocks {self.span} are to run {self.passes} times; "
                            f"allowed are 2 to {MOST_PASSES} passes")
@@ -56,7 +57,8 @@ class Repeat:
 
     def one_by_one(self) -> tuple["Repeat", ...]:
         """Each block repeated by itself, in place of the range as a whole."""
-        return tuple(Repeat(index, index, self.passes) for index in range(self.first, self.last + 1))
+        return tuple(Repeat(index, index, self.passes)
+                     for index in range(self.first, self.last + 1))
 
 
 def parse_repeat(text: str) -> Repeat:
@@ -74,10 +76,10 @@ class _Span:
     """What the blocks of one range share: the calls of the pass under way."""
 
     repeat: Repeat
-    calls: list = field(default_factory=list)
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
 
 
-class RepeatedBlock:
+class RepeatedBlock(nn.Module):
     """Put before a block's own class, it runs the block as part of a range.
 
     In the first pass every block notes how it was called: mlx-lm gives each the mask
@@ -85,12 +87,15 @@ class RepeatedBlock:
     ``repeat_gates`` (passes − 1,), then calls all of them again in turn.
     """
 
+    _span: _Span
+    _is_first: bool
+
     @property
     def passes(self) -> int:
         """How often the block runs for a token."""
         return self._span.repeat.passes
 
-    def __call__(self, hidden: mx.array, *args, **kwargs) -> mx.array:
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """The hidden state after the block; after the last of the range, after all passes.
 
         Shapes and further arguments are those of the block's own class. Raises
@@ -115,7 +120,7 @@ class RepeatedBlock:
         return hidden
 
 
-def _call(call: tuple, hidden: mx.array, number: int) -> mx.array:
+def _call(call: tuple[Any, ...], hidden: mx.array, number: int) -> mx.array:
     """Run a noted call on another state, with the caches of pass ``number``."""
     function, args, kwargs = call
     output = function(hidden, *(of_pass(a, number) for a in args),
@@ -153,6 +158,7 @@ def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
             block.__class__ = type(type(block).__name__, (RepeatedBlock, type(block)), {})
             block._span, block._is_first = span, index == repeat.first
         block.repeat_gates = mx.zeros(repeat.passes - 1)
-    passes = {index: repeat.passes for repeat in repeats for index in range(repeat.first, repeat.last + 1)}
+    passes = {index: repeat.passes for repeat in repeats
+              for index in range(repeat.first, repeat.last + 1)}
     if passes:
         network.__class__ = caching(type(network), passes)

@@ -6,6 +6,9 @@ want one cache a block: they get a list that answers as the first pass's would,
 whose offset and mask are also those of the others.
 """
 
+from typing import Any
+
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import CacheList, KVCache
@@ -21,7 +24,7 @@ class PassesCache(CacheList):
     first answers.
     """
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         return self.caches[0][index]
 
     @property
@@ -33,7 +36,7 @@ class PassesCache(CacheList):
         """The width of quantised keys and values; other caches have no such attribute."""
         return self.caches[0].bits
 
-    def make_mask(self, *args, **kwargs):
+    def make_mask(self, *args: Any, **kwargs: Any) -> mx.array | str | None:
         return self.caches[0].make_mask(*args, **kwargs)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PassesCache":
@@ -50,11 +53,12 @@ mlx_lm_cache.PassesCache = PassesCache
 
 
 def caching(network_class: type[nn.Module], passes: dict[int, int]) -> type[nn.Module]:
-    """``network_class`` with caches for as many passes of each block, by index, as ``passes`` says."""
-    def make_cache(self) -> list:
+    """``network_class`` with caches for as many passes of each block, by index, as
+    ``passes`` says."""
+    def make_cache(self: nn.Module) -> list[Any]:
         made = [_caches(network_class, self) for _ in range(max(passes.values()))]
-        return [PassesCache(*(caches[index] for caches in made[:passes[index]])) if index in passes else first
-                for index, first in enumerate(made[0])]
+        return [PassesCache(*(caches[index] for caches in made[:passes[index]]))
+                if index in passes else first for index, first in enumerate(made[0])]
 
     return type(network_class.__name__, (network_class,),
                 {"make_cache": make_cache, "__module__": network_class.__module__})
@@ -65,7 +69,7 @@ def has_cache_for_each_block(network: nn.Module) -> bool:
     return len(_caches(type(network), network)) == len(network.layers)
 
 
-def of_pass(argument, number: int):
+def of_pass(argument: Any, number: int) -> Any:
     """What pass ``number`` (from 0) is given where the block was given ``argument``.
 
     Raises ``BadValue`` for a cache that has no entry for it.
@@ -73,12 +77,13 @@ def of_pass(argument, number: int):
     if isinstance(argument, PassesCache):
         return argument.caches[number]
     if number and isinstance(argument, mlx_lm_cache._BaseCache):
-        raise BadValue(f"a repeated block was given a {type(argument).__name__} for one pass; allowed are "
-                       "caches made for this very network, by make_prompt_cache(network)")
+        raise BadValue(f"a repeated block was given a {type(argument).__name__} for one pass; "
+                       "allowed are caches made for this very network, by "
+                       "make_prompt_cache(network)")
     return argument
 
 
-def _caches(network_class: type[nn.Module], network: nn.Module) -> list:
+def _caches(network_class: type[nn.Module], network: nn.Module) -> list[Any]:
     """New caches of one pass, as ``network_class`` or else mlx-lm makes them."""
     if hasattr(network_class, "make_cache"):
         return network_class.make_cache(network)

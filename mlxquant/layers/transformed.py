@@ -7,6 +7,7 @@ rotation is that of ``codes/hadamard.py``.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +35,7 @@ class ActivationSpec:
     granularity: str = "token"
     scale: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= _OFF:
             raise BadValue(f"activation bits are {self.bits!r}, allowed are 2 to 16 (16: off)")
         if self.granularity not in GRANULARITIES:
@@ -68,6 +69,8 @@ def round_activation(x: mx.array, spec: ActivationSpec,
     """
     x = x.astype(mx.float32)
     if spec.granularity == "static":
+        if scale is None:
+            raise BadValue("a static activation needs its scale, (1,)")
         step = scale.astype(mx.float32)
     elif spec.granularity == "tensor":
         step = mx.abs(x).max()[None] / spec.largest
@@ -100,7 +103,7 @@ class TransformedLinear(nn.Module):
         self.linear = linear
         self.inputs = _inputs(linear)
         self.rotation_block = rotation_block
-        self.activation = None
+        self.activation: ActivationSpec | None = None
         self._signs = Kept()
         if input_scale is not None:
             self.input_scale = _checked("input_scale", input_scale, self.inputs)
@@ -115,7 +118,7 @@ class TransformedLinear(nn.Module):
             self._set_activation(activation)
 
     @classmethod
-    def from_config(cls, inner: nn.Module, entry: dict) -> "TransformedLinear":
+    def from_config(cls, inner: nn.Module, entry: dict[str, Any]) -> "TransformedLinear":
         """The layer that ``entry``, from ``describe``, stands for, around ``inner``.
 
         Its parameters are zeros of the right shapes, to be loaded by name. Raises
@@ -136,7 +139,7 @@ class TransformedLinear(nn.Module):
             layer.activation_scale = mx.zeros(1)
         return layer
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """What ``from_config`` needs beside the parameters, for JSON."""
         activation = self.activation and {"bits": self.activation.bits,
                                           "granularity": self.activation.granularity}
@@ -147,7 +150,7 @@ class TransformedLinear(nn.Module):
         """Q(R (x · input_scale)) of ``x`` (…, n), in its dtype: what the inner layer takes."""
         if "input_scale" in self:
             x = x * self.input_scale.astype(x.dtype)
-        if "rotation_signs" in self:
+        if self.rotation_block is not None:
             x = rotate(x, self._unpacked(x.dtype), self.rotation_block)
         if self.activation is not None:
             codes, step = round_activation(x, self.activation, self.get("activation_scale"))
@@ -157,7 +160,7 @@ class TransformedLinear(nn.Module):
     def untransform_weight(self, weight: mx.array) -> mx.array:
         """W R diag(input_scale) of ``weight`` (m, n), in its dtype: what takes x where W takes the
         transformed input, rounding apart."""
-        if "rotation_signs" in self:
+        if self.rotation_block is not None:
             weight = unrotate_weight(weight, self._unpacked(weight.dtype), self.rotation_block)
         return weight * self.input_scale.astype(weight.dtype) if "input_scale" in self else weight
 
@@ -193,7 +196,7 @@ def _checked(name: str, array: mx.array, n: int) -> mx.array:
     return array
 
 
-def _activation_from(entry: dict | None) -> ActivationSpec | None:
+def _activation_from(entry: dict[str, Any] | None) -> ActivationSpec | None:
     if entry is None:
         return None
     if not isinstance(entry, dict) or entry.keys() - {"bits", "granularity"}:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -251,8 +252,9 @@ def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec:
         apart = [_quantise({p: w}, statistics, spec, settings) for p, w in weights.items()]
         return {path: made for one in apart for path, made in one.items()}
     rows = [len(weight) for weight in weights.values()]
-    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())), statistics, spec,
-                                         settings)
+    # A method that is not calibrated takes no statistics.
+    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())),
+                                         cast(Statistics, statistics), spec, settings)
     return dict(zip(weights, made.split(rows)))
 
 
