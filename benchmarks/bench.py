@@ -21,13 +21,15 @@ import mlx.core as mx
 from shapes import SHAPES
 
 import mlxquant
-from mlxquant.codes.spec import ReplicaShape
+from mlxquant.codes.spec import Spec
 from mlxquant.layers import outline
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.pack import pack
 from mlxquant.machine import chips
 from mlxquant.machine.system import device
 from mlxquant.model.loading import LanguageModel, load
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.rehearsal import planned
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 from mlxquant.runtime import probe
@@ -56,10 +58,13 @@ def open_model(name: str) -> LanguageModel:
     bits = found[1] if found[1] == "ternary" else int(found[1])
     mx.random.seed(0)
     if found[2]:
-        shape = ReplicaShape(bits, int(found[2]), int(found[3] or 0))
-        network = outline.replicated(config, shape)
+        spec = Spec(bits, method="replica", rotation="online", replicas=int(found[2]),
+                    replica_group=int(found[3] or 0))
     else:
-        network = outline.network_of(config) if bits == 16 else outline.affine(config, bits, 64)
+        spec = Spec(bits, method="rtn") if bits != 16 else None
+    network = outline.network_of(config)
+    if spec is not None:
+        network = planned(network, config, Job(spec, embedding_bits=8))
     network = to_dense(network) if device() == "cpu" else pack(network)  # as ``load`` does
     mx.eval(network.parameters())
     mx.clear_cache()

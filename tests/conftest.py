@@ -14,6 +14,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 # isort: split
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from metal import Compiler, Emulation, Runner
@@ -21,7 +22,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import outline
 from mlxquant.quantise.job import Job, Text
+from mlxquant.quantise.rehearsal import planned
 from mlxquant.sources import checkpoint, recipes
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -40,6 +44,15 @@ def job(text=None, samples=8, length=64, **changes):
     """A job on the text file ``text`` (None: self-written), its other fields by name."""
     files = () if text is None else (str(text),)
     return Job(text=Text(files, samples, length)).changed(**changes)
+
+
+def replicated(config: dict, shape: ReplicaShape) -> nn.Module:
+    """The network that ``quantize`` makes of a configuration: all layers replicated and rotated,
+    also where the architecture would keep some wider, an embedding and head of 8 bits. Its
+    weights are yet to be filled."""
+    asked = job(bits=shape.bits, method="replica", rotation="online", replicas=shape.replicas,
+                replica_group=shape.replica_group, embedding_bits=8, rules=(("*", {}),))
+    return planned(outline.network_of(config), config, asked)
 
 
 def alphabet(size: int = CONFIG["vocab_size"]) -> list[str]:

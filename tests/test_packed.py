@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import CONFIG
+from conftest import CONFIG, replicated
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
@@ -13,7 +13,7 @@ from test_replicated import fill, siblings
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, first_step, prepare_input, replicated_matvec
-from mlxquant.layers import outline, repeated, traffic
+from mlxquant.layers import repeated, traffic
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.pack import pack
 from mlxquant.layers.packed import NormInReader, PackedGroup, PackedLinear, PackedMLP
@@ -44,7 +44,7 @@ def on_kernels(request, monkeypatch, emulated):
 def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32):
     """A random network of replicated layers, the same at each call; norms and gates are random too."""
     mx.random.seed(0)
-    network = outline.replicated(CONFIG | FORMS[form], shape)
+    network = replicated(CONFIG | FORMS[form], shape)
     for seed, (_, layer) in enumerate(linears(network)):
         fill(layer, seed)
     repeated.install(network, repeats)
@@ -195,7 +195,7 @@ def test_a_fused_form_that_disagrees_leaves_the_others_in_use(emulation, monkeyp
 
 def test_one_token_costs_each_block_eight_dispatches_beside_attention(monkeypatch):
     """Four groups, two each: no norm and no activation is a dispatch of its own."""
-    calls = []
+    calls, known, unknown = [], network_of(), network_of("granite")
 
     def count(name, module, instead=None):
         call = instead or getattr(module, name)
@@ -207,9 +207,9 @@ def test_one_token_costs_each_block_eight_dispatches_beside_attention(monkeypatc
     count("rms_norm", mx.fast)
     for module in (llama, first_step):
         count("swiglu", module)
-    mx.eval(pack(network_of())(TOKENS[:, :1]))
+    mx.eval(pack(known)(TOKENS[:, :1]))
     blocks = CONFIG["num_hidden_layers"]
     assert calls == [*["prepare", "multiply"] * 4 * blocks, "rms_norm"]  # that before the head
     calls.clear()
-    mx.eval(pack(network_of("granite"))(TOKENS[:, :1]))  # an architecture that nothing is known of
+    mx.eval(pack(unknown)(TOKENS[:, :1]))  # an architecture that nothing is known of
     assert calls.count("prepare") == 4 * blocks and calls.count("rms_norm") == 2 * blocks + 1

@@ -3,19 +3,22 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from commands import run
+from architectures import CONFIGURATIONS
 from conftest import CONFIG, job
 
 import mlxquant
 from mlxquant import MlxquantError
-from mlxquant.codes.spec import ReplicaShape
+from mlxquant.base.errors import BadValue
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.machine import chips
 from mlxquant.model.loading import open_lazily
+from mlxquant.quantise.rehearsal import planned
 from mlxquant.report import plan, quality
 from mlxquant.sources import checkpoint
 
@@ -106,26 +109,28 @@ def test_what_is_recommended():
     assert plan.recommend([row(kv_bits=8, tps=11.0), row()]).kv_bits == 16
 
 
-@pytest.mark.parametrize("options, same", [
-    (dict(method="rtn", bits=4), lambda config: outline.affine(config, 4, 64)),
-    (dict(method="rtn", bits=3, group_size=128), None),
-    (dict(method="replica", bits=2, replicas=2, rotation="online"),
-     lambda config: outline.replicated(config, ReplicaShape(2, 2))),
-    (dict(method="replica", bits="ternary", replicas=2, replica_group=16, rotation="online"),
-     lambda config: outline.replicated(config, ReplicaShape("ternary", 2, 16)))])
-def test_sizes_are_those_that_quantize_makes(tiny_folder, tmp_path, options, same):
+FORMS = [dict(method="rtn", bits=4), dict(method="replica", bits=2, replicas=2, rotation="online"),
+         dict(method="replica", bits="ternary", replicas=2, replica_group=16, rotation="online")]
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_sizes_are_those_that_quantize_makes(tiny_folder, tmp_path, options):
     config = checkpoint.read_config(tiny_folder)
-    if same is None:
-        with pytest.raises(ValueError):
-            outline.affine(config, options["bits"], options["group_size"])
-        return
-    mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(embedding_bits=8, samples=2, length=16, **options))
-    tensors, ours = checkpoint.validate(tmp_path / "out"), same(config)
-    made, _ = open_lazily(tmp_path / "out")
+    asked = job(embedding_bits=8, samples=2, length=16, **options)
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", asked)
+    tensors = checkpoint.validate(tmp_path / "out")
+    ours, (made, _) = planned(outline.network_of(config), config, asked), open_lazily(tmp_path / "out")
     norms = sum(header.bytes for name, header in tensors.items() if "norm" in name and header.dtype == "F32")
     assert held_bytes(ours) == sum(header.bytes for header in tensors.values()) - norms // 2
     assert traffic.body_bits_per_weight(ours) == pytest.approx(traffic.body_bits_per_weight(made))
     assert sum(isinstance(m, ReplicatedLinear) for m in ours.modules()) == (14 if "replicas" in options else 0)
+
+
+def test_a_group_that_most_layers_cannot_take_is_no_form():
+    with pytest.raises(BadValue, match="10 of 14 layers"):
+        planned(outline.network_of(CONFIG), CONFIG, job(method="rtn", bits=3, group_size=128))
+    rows = plan.plan("x", config=CONFIG, chip="M1", context=100).rows
+    assert {row.group for row in rows if row.method == "affine"} == {64}
 
 
 def test_a_stored_form_is_a_row_of_its_own():
@@ -168,10 +173,77 @@ def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
     assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < original
 
 
-def test_mixtures_are_not_planned_for():
-    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
-    found = plan.plan("x", config=config, chip="M4 Max", context=100)
-    assert {r.method for r in found.rows} == {"original"} and any("experts" in r for r in found.remarks)
+def published(name):
+    """A config.json as its publisher has it, copied by hand."""
+    return json.loads((Path(__file__).parent / "data/configs" / f"{name}.json").read_text())
+
+
+# By layer: attention, router, one expert, what all tokens share; and the embedding.
+QWEN3_MOE = (2048 * (4096 + 2 * 512) + 4096 * 2048, 2048 * 128, 3 * 2048 * 768, 0, 151936 * 2048)
+GPT_OSS = (2880 * (4096 + 2 * 512) + 4096 * 2880, 2880 * 32, 3 * 2880 * 2880, 0, 201088 * 2880)
+LINEAR = 2048 * (2 * 2048 + 2 * 4096 + 2 * 32) + 8192 * 4 + 4096 * 2048  # of Qwen3-Next: 3 in 4
+FULL = 2048 * (2 * 4096 + 2 * 512) + 4096 * 2048
+QWEN3_NEXT = ((3 * LINEAR + FULL) / 4, 2048 * 512, 3 * 2048 * 512, 3 * 2048 * 512 + 2048,
+              151936 * 2048)
+
+
+@pytest.mark.parametrize("name, by_hand, layers, experts, chosen, total, active", [
+    ("qwen3-30b-a3b", QWEN3_MOE, 48, 128, 8, 30.5e9, 3.35e9),
+    ("gpt-oss-20b", GPT_OSS, 24, 32, 4, 20.9e9, 4.19e9),  # 3.6e9 and the embedding, looked up
+    ("qwen3-next-80b-a3b", QWEN3_NEXT, 48, 512, 10, 79.7e9, 3.87e9)])
+def test_mixtures_and_hybrids_are_planned_from_their_configurations(
+        monkeypatch, name, by_hand, layers, experts, chosen, total, active):
+    monkeypatch.setattr(plan, "AFFINE", ((4, 64),))
+    monkeypatch.setattr(plan, "REPLICATED", ((2, 4, 0),))
+    attention, router, expert, shared, embedding = by_hand
+    found = plan.plan(name, config=published(name), chip="M4 Max", context=8192)
+    once = layers * (attention + router + shared) + 2 * embedding
+    assert found.parameters == pytest.approx(once + layers * experts * expert, rel=1e-4)
+    assert found.active_parameters == pytest.approx(once + layers * chosen * expert, rel=1e-4)
+    assert found.parameters == pytest.approx(total, rel=2e-3)
+    assert found.active_parameters == pytest.approx(active, rel=2e-3)
+    rows = {row.method: row for row in found.rows if row.kv_bits == 16}
+    assert {"original", "affine", "replicas"} <= set(rows) and len(found.remarks) == 1
+    assert rows["original"].file_bytes == pytest.approx(2 * found.parameters, rel=1e-3)
+    assert rows["affine"].tps > 1.5 * rows["original"].tps
+    assert rows["affine"].bytes_per_token < rows["original"].bytes_per_token / 2
+
+
+def test_of_a_mixture_the_chosen_experts_alone_are_read():
+    """Qwen3-30B-A3B in 4 bits by hand: its router and the head are kept in 8 bits."""
+    config = published("qwen3-30b-a3b")
+    network = planned(outline.network_of(config), config, job(method="rtn", bits=4, embedding_bits=8))
+    attention, router, expert, _, embedding = QWEN3_MOE
+    norms = 2 * (48 * (2 * 2048 + 2 * 128) + 2048)
+    bits = 48 * ((attention + 8 * expert) * 4.5 + router * 8.5) + (embedding + 2048) * 8.5
+    assert traffic.weight_bytes(network) == bits / 8 + norms
+    held = 48 * ((attention + 128 * expert) * 4.5 + router * 8.5) + 2 * embedding * 8.5
+    assert held_bytes(network) == held / 8 + norms
+
+
+def test_the_form_that_openai_publishes_is_known():
+    """Experts in mxfp4, 4.25 bits, and all else in 16: 13.76 GB (12.8 GiB)."""
+    attention, router, expert, _, embedding = GPT_OSS
+    network = outline.network_of(published("gpt-oss-20b"))
+    biases = 24 * 32 * 3 * 2880
+    weights = 24 * (32 * expert * 4.25 + (attention + router) * 16) + 2 * embedding * 16 + 16 * biases
+    assert held_bytes(network) == pytest.approx(weights / 8, rel=1e-3)
+    assert held_bytes(network) == pytest.approx(13.76e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_architecture_is_planned_for(monkeypatch, name):
+    monkeypatch.setattr(plan, "AFFINE", ((4, 64),))
+    monkeypatch.setattr(plan, "REPLICATED", ((2, 2, 0),))
+    config = CONFIGURATIONS[name]
+    if name == "prism_hadamard_qwen35":  # has one form, and no original to plan from
+        with pytest.raises(MlxquantError, match="Hadamard packs require 2-bit"):
+            plan.plan("x", config=config, chip="M1", context=64)
+        return
+    found = plan.plan("x", config=config, chip="M1", context=64)
+    assert {row.method for row in found.rows} == {"original", "affine", "replicas"}
+    assert 0 < found.active_parameters <= found.parameters
+    assert plan.predict_model(config, chips.find("M1")).tps > 0
 
 
 def test_measured_limits_say_which_replicas_are_free(monkeypatch):
@@ -180,7 +252,7 @@ def test_measured_limits_say_which_replicas_are_free(monkeypatch):
 
     limits = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": 32, "16": None}})
     monkeypatch.setattr(probe, "replica_limits", lambda: limits)
-    found = plan.plan("x", config=CONFIG, context=100)
+    found = plan.plan("x", config=CONFIG | {"hidden_size": 128, "intermediate_size": 256}, context=100)
     free = {(r.bits, r.replicas, r.group): r.free_replicas for r in found.rows if r.replicas}
     assert (free[2, 2, 0], free[2, 4, 0], free[2, 8, 16], free[4, 4, 0]) == (True, False, False, None)
     assert {r.tps_source for r in found.rows} == {"ceiling"} and "ceiling" in found.remarks[-1]

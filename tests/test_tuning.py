@@ -9,12 +9,11 @@ import commands
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, job, random_network, write_folder
+from conftest import CONFIG, job, random_network, replicated, write_folder
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.codes.spec import ReplicaShape
-from mlxquant.layers import outline
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model import windows
 from mlxquant.model.loading import open_lazily
@@ -118,7 +117,7 @@ def test_chance_carries_what_is_trained_as_far_as_is_said(steps):
     """Codes are given their step by it. MLX's Adam without bias correction goes some three times as far in 300 steps."""
     schedule = Schedule(steps=steps, learning_rate=2e-3)
     mx.random.seed(0)
-    network = outline.replicated(CONFIG, ReplicaShape(2, 1))
+    network = replicated(CONFIG, ReplicaShape(2, 1))
     training = Distillation(Trainable(network, mx.float32), random_network(), np.zeros((8 * steps, 4), int),
                             np.zeros((1, 4), int), schedule)
     optimizer, moved = training.state.optimizer, {"u": mx.zeros(4000)}
@@ -262,7 +261,7 @@ def deepen(compiled: Path) -> None:
     mx.eval(norms, factor)  # no number is captured before it is known
     for layers in (2, 3):
         config = CONFIG | {"num_hidden_layers": layers}
-        network = outline.replicated(config, ReplicaShape(2, 1))
+        network = replicated(config, ReplicaShape(2, 1))
         for number, module in enumerate(m for p, m in network.named_modules() if "norm" in p):
             module.weight = norms[layers - 1, number]
         tokens = np.random.default_rng(0).integers(0, 384, (4, 8))

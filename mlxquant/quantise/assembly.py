@@ -20,7 +20,7 @@ from mlxquant.quantise.plans import stored_entry
 from mlxquant.quantise.storing import BlockResult, Entries
 from mlxquant.quantise.walk import call_order
 
-_MATRICES = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
+ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
 
 
 def blocks_of(network: nn.Module) -> list[Block]:
@@ -64,7 +64,7 @@ def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
         ends, config = rotation.rotate_ends(network, config, turn)
     inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
     modules = {path: module for path, module in network.named_modules()
-               if isinstance(module, _MATRICES) and not path.startswith(inside)}
+               if isinstance(module, ENDS) and not path.startswith(inside)}
     tensors = {name: array for name, array in tree_flatten(network.parameters())
                if not name.startswith(inside)}
     made = Outside(tensors | {name: array.astype(dtype) for name, array in ends.items()}, {

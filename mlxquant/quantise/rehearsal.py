@@ -11,22 +11,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadCheckpoint, MlxquantError, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, Unsupported
 from mlxquant.codes.hadamard import default_block
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise.assembly import Body, Outside, result_config
+from mlxquant.quantise.assembly import ENDS, Body, Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of
+from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks
 from mlxquant.quantise.storing import Around, BlockResult, describe, describe_replicas
 
 
 def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], plans: list[Plan],
-             job: Job) -> None:
-    """Raises ``Unsupported`` where the result of a job would not load."""
+             job: Job) -> nn.Module:
+    """The network that a job makes, without weights, embedding and head as they are stored. Raises
+    ``Unsupported`` where it would not load."""
     inputs = _inputs(network, blocks) if job.calibrated else {}
     body = Body()
     for block, plan in zip(blocks, plans):
@@ -34,12 +35,37 @@ def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], pl
     config = result_config(Outside({}, {}, config), body, job, {})
     try:
         model_class, arguments = formats.model_classes(config)
-        nn.quantize(model_class(arguments.from_dict(config)), class_predicate=lambda path, module:
+        made = model_class(arguments.from_dict(config))
+        nn.quantize(made, class_predicate=lambda path, module:
                     hasattr(module, "to_quantized") and body.plain.get(path, False))
+        return made
     except (ValueError, KeyError, TypeError, AttributeError, MlxquantError) as error:
         reason = str(error).strip().split("\n")[0]
         raise Unsupported(f"{config.get('base_model_type', config['model_type'])} cannot be "
                           f"stored so: {reason}") from error
+
+
+def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
+    """The network in 16 bits that a job makes of a model known by its configuration alone.
+
+    Raises ``BadValue`` where most layers cannot take what is asked, such as a group that does not
+    divide their inputs, and ``Unsupported`` where the result would not load.
+    """
+    blocks = blocks_of(network)
+    plans = plan_blocks(network, blocks, job.overrides)
+    taken = [spec == job.spec for plan in plans for spec in plan.specs.values()
+             if spec.method == job.spec.method]
+    if 2 * sum(taken) < len(taken):
+        raise BadValue(f"{len(taken) - sum(taken)} of {len(taken)} layers cannot take what is "
+                       "asked")
+    made = rehearse(network, config, blocks, plans, job)
+    inside = tuple(block.full("") for block in blocks)
+    if job.embedding_bits is not None:
+        nn.quantize(made, 64, job.embedding_bits, class_predicate=lambda path, module:
+                    isinstance(module, ENDS) and hasattr(module, "to_quantized")
+                    and not path.startswith(inside) and module.weight.shape[-1] % 64 == 0)
+    made.set_dtype(mx.float16)
+    return made
 
 
 def _inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
@@ -73,7 +99,7 @@ def _described(block: Block, plan: Plan, inputs: dict[str, mx.array], job: Job) 
         if spec.method == "replica":
             stack = type(modules[path]) in EXPERTS
             siblings.setdefault((id(given), stack, spec), []).append(path)
-        elif job.spec.rotation != "online" and job.activation is None:
+        elif spec.rotation != "online" and job.activation is None:
             describe(path, spec, inputs_of(modules[path]), Around(), modules[path], result)
     for (_, _, spec), paths in siblings.items():
         turned = spec.rotation == "online"

@@ -1,15 +1,16 @@
-"""Tokens per second on a chip that is not here, with an error band learnt from published measurements.
+"""Tokens per second on a chip that is not here, with an error band learnt from what was published.
 
     time of a token = layers · a + max(b · bytes / headline bandwidth, lane-operations)
 
-a, a fixed time per layer of an engine, and b, bandwidth that no engine reaches, are least squares over
-``published.json``; lane-operations are counted, see ``lanes.py``. Each chip is then predicted from the
-others alone: those errors are the band.
+a, a fixed time per layer of an engine, and b, bandwidth that no engine reaches, are least squares
+over ``published.json``; lane-operations are counted, see ``lanes.py``. Each chip is then predicted
+from the others alone: those errors are the band.
 """
 
 import statistics
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +22,25 @@ ENGINES = ("llama.cpp", "mlx-lm")
 _OURS = "mlx-lm"  # whose generation loop and graphs run here
 _LEAST_ROWS = 5  # of a family, to have a band of its own
 _BAND = 90  # percent of the back-test's errors that lie within
+Rows = list[dict[str, Any]]  # of ``published.json``
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Milliseconds per layer by engine, and how much longer than at the headline bytes take."""
+    """Milliseconds per layer by engine, and how much longer bytes take than at the headline."""
 
     ms_per_layer: dict[str, float]
     bytes_factor: float
 
-    def milliseconds(self, chip: Chip, bytes_per_token: float, layers: int, lane_s: float, engine: str) -> float:
-        reading = self.bytes_factor * bytes_per_token / chip.headline_gb_per_s / 1e6
-        return layers * self.ms_per_layer[engine] + max(reading, 1e3 * lane_s)
+    def reading(self, chip: Chip, bytes_per_token: float) -> float:
+        """Milliseconds that the bytes of a token take."""
+        return self.bytes_factor * bytes_per_token / _known(chip, "headline_gb_per_s") / 1e6
+
+    def milliseconds(self, chip: Chip, bytes_per_token: float, layers: int, lane_ms: float,
+                     engine: str) -> float:
+        """Milliseconds of a token."""
+        reading = self.reading(chip, bytes_per_token)
+        return layers * self.ms_per_layer[engine] + max(reading, lane_ms)
 
 
 @dataclass(frozen=True)
@@ -54,50 +62,65 @@ class Prediction:
     bound_by: str
     assumptions: tuple[str, ...]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def line(self) -> str:
         """One line for people, labelled as what it is."""
         memory = "largest memory not known" if self.fits is None else \
             f"{'fits' if self.fits else 'does not fit'}: {self.max_memory_gb:g} GB"
-        return (f"predicted {self.tps:.2f} tokens/s ({self.low:.2f} to {self.high:.2f}), bound by {self.bound_by}; "
-                f"ceiling {self.ceiling_tps:.2f} tokens/s; {memory}")
+        return (f"predicted {self.tps:.2f} tokens/s ({self.low:.2f} to {self.high:.2f}), "
+                f"bound by {self.bound_by}; ceiling {self.ceiling_tps:.2f} tokens/s; {memory}")
 
 
-def predict(chip: Chip, *, bytes_per_token: float, total_bytes: float, layers: int, weights: float = 0,
-            cost: lanes.Cost | None = None) -> Prediction:
-    """Decode speed of one sequence on ``chip``. ``total_bytes`` is what must be held; ``cost`` that of
-    the ``weights`` that the blocks use for a token, None where lane-operations do not bind.
+def predict(chip: Chip, *, bytes_per_token: float, total_bytes: float, layers: int,
+            weights: float = 0, cost: lanes.Cost | None = None) -> Prediction:
+    """Decode speed of one sequence on ``chip``. ``total_bytes`` is what must be held; ``cost`` that
+    of the ``weights`` that the blocks use for a token, None where lane-operations do not bind.
 
     Raises ``BadValue`` for a chip without figures or of a kind that nobody's measurements cover.
     """
     if chip.headline_gb_per_s is None or not chip.name.startswith("Apple "):
-        raise BadValue(f"no published measurements to predict {chip.label} from; allowed are Apple's chips")
-    learnt = _learnt()
-    lane_s = weights * cost.on(chip) / chip.lane_operations_per_s if cost else 0.0
-    ms = learnt.milliseconds(chip, bytes_per_token, layers, lane_s, _OURS)
-    tps, band = 1e3 / ms, error_band(chip)
-    reading = learnt.bytes_factor * bytes_per_token / chip.headline_gb_per_s / 1e6
-    memory = chip.max_memory_gb
+        raise BadValue(f"no published measurements to predict {chip.label} from; "
+                       "allowed are Apple's chips")
+    learnt, band = _learnt(), error_band(chip)
+    lane_ms = _lane_ms(chip, weights, cost) if cost else 0.0
+    tps = 1e3 / learnt.milliseconds(chip, bytes_per_token, layers, lane_ms, _OURS)
+    ceiling, memory = 1e9 * chip.headline_gb_per_s / bytes_per_token, chip.max_memory_gb
     return Prediction(
-        chip=chip.name, gpu_cores=chip.gpu_cores, tps=tps, low=tps / (1 + band), high=tps * (1 + band),
-        ceiling_tps=1e9 * chip.headline_gb_per_s / bytes_per_token,
-        percent_of_headline=tps * bytes_per_token / chip.headline_gb_per_s / 1e7, bytes_per_token=bytes_per_token,
-        total_bytes=total_bytes, max_memory_gb=memory,
+        chip=chip.name, gpu_cores=chip.gpu_cores, tps=tps, low=tps / (1 + band),
+        high=tps * (1 + band), ceiling_tps=ceiling, percent_of_headline=100 * tps / ceiling,
+        bytes_per_token=bytes_per_token, total_bytes=total_bytes, max_memory_gb=memory,
         fits=None if memory is None else total_bytes <= working_set(memory * 2**30),
-        bound_by="arithmetic" if 1e3 * lane_s > reading else "bytes", assumptions=assumptions(chip, learnt))
+        bound_by="arithmetic" if lane_ms > learnt.reading(chip, bytes_per_token) else "bytes",
+        assumptions=assumptions(chip, learnt))
+
+
+def _lane_ms(chip: Chip, weights: float, cost: lanes.Cost) -> float:
+    return 1e3 * weights * cost.on(chip) / _known(chip, "lane_operations_per_s")
+
+
+def _known(chip: Chip, figure: str) -> float:
+    """A figure of the chip; raises ``BadValue`` where the table lacks it."""
+    value: float | None = getattr(chip, figure)
+    if value is None:
+        raise BadValue(f"the {figure} of {chip.label} are not in the table")
+    return value
 
 
 def assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
-    others = [c.label for c in chips.every() if c.name == chip.name and c.gpu_cores != chip.gpu_cores]
+    """What a prediction for ``chip`` rests on."""
+    others = [c.label for c in chips.every()
+              if c.name == chip.name and c.gpu_cores != chip.gpu_cores]
     cores = f"{chip.gpu_cores} GPU cores (there is also {', '.join(others)}), " if others else ""
     return (f"{chip.name}: {cores}{chip.headline_gb_per_s:g} GB/s stated",
-            f"{learnt.ms_per_layer[_OURS]:.3f} ms a layer and bytes at {100 / learnt.bytes_factor:.0f} % of the "
-            f"headline, learnt from {len(lanes.published()['decode'])} published runs of llama.cpp and mlx-lm",
-            f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips, predicted from the others",
-            "one sequence, greedy, nothing else running, no thermal limit; "
-            "a model may take 2/3 of up to 36 GB and 3/4 of more, the usual default of macOS", *lanes.ASSUMPTIONS[1:])
+            f"{learnt.ms_per_layer[_OURS]:.3f} ms a layer and bytes at "
+            f"{100 / learnt.bytes_factor:.0f} % of the headline, learnt from "
+            f"{len(lanes.published()['decode'])} published runs of llama.cpp and mlx-lm",
+            f"the band holds {_BAND} % of the errors made on {family(chip.name)} chips, "
+            "predicted from the others",
+            "one sequence, greedy, nothing else running, no thermal limit; a model may take 2/3 "
+            "of up to 36 GB and 3/4 of more, the usual default of macOS", *lanes.ASSUMPTIONS[1:])
 
 
 @cache
@@ -105,50 +128,59 @@ def _learnt() -> Coefficients:
     return learn(lanes.published()["decode"])
 
 
-def learn(rows: list[dict]) -> Coefficients:
+def learn(rows: Rows) -> Coefficients:
     """Least squares of relative errors over rows of ``published.json`` of at least 4 bits."""
     rows = [row for row in rows if row["bits"] >= 4]
     times = np.array([1e3 / row["tokens_per_s"] for row in rows])
     terms = np.array([[row["layers"] * (row["engine"] == engine) for engine in ENGINES]
-                      + [1e3 * row["gb_per_token"] / _chip(row).headline_gb_per_s] for row in rows])
+                      + [Coefficients({}, 1.0).reading(_chip(row), 1e9 * row["gb_per_token"])]
+                      for row in rows])
     solution, *_ = np.linalg.lstsq(terms / times[:, None], np.ones(len(rows)), rcond=None)
     return Coefficients(dict(zip(ENGINES, map(float, solution))), float(solution[-1]))
 
 
 @cache
-def backtest() -> tuple[dict, ...]:
-    """Every published run with the tokens/s predicted from the runs of all other chips, and the relative error."""
+def backtest() -> tuple[dict[str, Any], ...]:
+    """Every published run with the tokens/s predicted from the runs of all other chips, and the
+    relative error."""
     rows = lanes.published()["decode"]
     result = []
     for row in rows:
         learnt = learn([other for other in rows if other["chip"] != row["chip"]])
-        chip, cost = _chip(row), lanes.stock(row["bits"])
-        lane_s = 1e9 * row["weights_billion"] * cost.on(chip) / chip.lane_operations_per_s
-        predicted = 1e3 / learnt.milliseconds(chip, 1e9 * row["gb_per_token"], row["layers"], lane_s, row["engine"])
+        chip = _chip(row)
+        lane_ms = _lane_ms(chip, 1e9 * row["weights_billion"], lanes.stock(row["bits"]))
+        predicted = 1e3 / learnt.milliseconds(chip, 1e9 * row["gb_per_token"], row["layers"],
+                                              lane_ms, row["engine"])
         result.append(row | {"predicted": predicted, "error": predicted / row["tokens_per_s"] - 1,
                              "family": family(row["chip"])})
     return tuple(result)
 
 
-def backtest_summary() -> list[dict]:
+def backtest_summary() -> Rows:
     """Median and worst relative error by family of chips and by engine, all together last."""
-    rows = backtest()
-    sets = {name: [r for r in rows if r["family"] == name] for name in dict.fromkeys(r["family"] for r in rows)}
-    sets |= {name: [r for r in rows if r["engine"] == name] for name in ENGINES} | {"all": list(rows)}
+    sets: dict[str, Rows] = {}
+    for row in backtest():
+        sets.setdefault(row["family"], []).append(row)
+    for engine in ENGINES:
+        sets[engine] = [row for row in backtest() if row["engine"] == engine]
     summary = []
-    for name, chosen in sets.items():
-        worst = max(chosen, key=lambda r: abs(r["error"]))
-        summary.append({"chips": name, "runs": len(chosen), "median_error":
-                        statistics.median(abs(r["error"]) for r in chosen), "worst_error": worst["error"],
-                        "worst_run": f"{_chip(worst).label} {worst['model']} {worst['format']} ({worst['engine']})"})
+    for name, chosen in (sets | {"all": list(backtest())}).items():
+        worst = max(chosen, key=lambda row: abs(row["error"]))
+        summary.append({
+            "chips": name, "runs": len(chosen),
+            "median_error": statistics.median(abs(row["error"]) for row in chosen),
+            "worst_error": worst["error"], "worst_run":
+            f"{_chip(worst).label} {worst['model']} {worst['format']} ({worst['engine']})"})
     return summary
 
 
 def error_band(chip: Chip) -> float:
     """The relative error that 9 of 10 back-tests of the chip's family stay below."""
     rows = backtest()
-    errors = [abs(r["error"]) for r in rows if r["family"] == family(chip.name)]
-    return float(np.percentile(errors if len(errors) >= _LEAST_ROWS else [abs(r["error"]) for r in rows], _BAND))
+    errors = [abs(row["error"]) for row in rows if row["family"] == family(chip.name)]
+    if len(errors) < _LEAST_ROWS:
+        errors = [abs(row["error"]) for row in rows]
+    return float(np.percentile(errors, _BAND))
 
 
 def family(name: str) -> str:
@@ -162,5 +194,5 @@ def working_set(memory: float) -> float:
     return memory * (2 / 3 if memory <= 36 * 2**30 else 3 / 4)
 
 
-def _chip(row: dict) -> Chip:
+def _chip(row: dict[str, Any]) -> Chip:
     return chips.of(row["chip"], row["gpu_cores"])
