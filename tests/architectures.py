@@ -1,4 +1,4 @@
-"""A tiny random model of every model type that mlx-lm has, and some variants, and what works on it."""
+"""A tiny random model of every model type of mlx-lm, and some variants, and what works on it."""
 
 import json
 from collections.abc import Callable

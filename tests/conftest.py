@@ -80,7 +80,9 @@ def tokenizer_texts(size: int = CONFIG["vocab_size"]) -> dict[str, str]:
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
 
 
-def write_folder(folder: Path, network=None, config: dict = CONFIG, size: int | None = None) -> Path:
+def write_folder(
+    folder: Path, network=None, config: dict = CONFIG, size: int | None = None
+) -> Path:
     """A model folder with a tokenizer of ``size`` tokens (by default as the config says)."""
     network, size = network or random_network(config), size or config["vocab_size"]
     checkpoint.write(folder, config, tree_flatten(network.parameters()), tokenizer_texts(size))

@@ -1,5 +1,7 @@
 """Packed groups and networks: what they compute, what they cost, against the stored form."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -24,10 +26,18 @@ from mlxquant.model import distributed
 
 SHAPE = ReplicaShape(2, 4, 0)
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 150, 6, 11, 250, 42, 17, 90]])
-OTHERS = {"bias": {"mlp_bias": True, "attention_bias": True},
-          "granite": {"model_type": "granite", "logits_scaling": 2.0, "attention_multiplier": 0.2,
-                      "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_bias": False,
-                      "mlp_bias": False}}
+OTHERS = {
+    "bias": {"mlp_bias": True, "attention_bias": True},
+    "granite": {
+        "model_type": "granite",
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
 FORMS = {name: {"model_type": name} for name in ("llama", "qwen2", "qwen3", "mistral")} | OTHERS
 emulated = pytest.mark.parametrize("emulated", [False, True], ids=["operations", "kernels"])
 
@@ -37,20 +47,28 @@ def on_kernels(request, monkeypatch, emulated):
     """Whether kernels run, emulated, and are believed: else ``mx`` operations take their place."""
     if emulated:
         request.getfixturevalue("emulation")
-        monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
+        monkeypatch.setattr(
+            "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
+        )
     return emulated
 
 
 def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32):
-    """A random network of replicated layers, the same at each call; norms and gates are random too."""
+    """A random network of replicated layers, the same at each call, norms and gates too."""
     mx.random.seed(0)
     network = replicated(CONFIG | FORMS[form], shape)
     for seed, (_, layer) in enumerate(linears(network)):
         fill(layer, seed)
     repeated.install(network, repeats)
-    for path, module in network.named_modules():
-        module.update({name: mx.random.normal(array.shape) for name, array in module.items()
-                       if name in ("bias", "repeat_gates") or (isinstance(module, nn.RMSNorm) and name == "weight")})
+    for _, module in network.named_modules():
+        module.update(
+            {
+                name: mx.random.normal(array.shape)
+                for name, array in module.items()
+                if name in ("bias", "repeat_gates")
+                or (isinstance(module, nn.RMSNorm) and name == "weight")
+            }
+        )
     network.set_dtype(dtype)
     return network
 
@@ -59,7 +77,9 @@ def one_by_one(network, tokens=TOKENS, prefill=10):
     """Logits of a prompt of many tokens, then of the others, one at a time."""
     cache = make_prompt_cache(network)
     ends = [0, *range(prefill, tokens.shape[1] + 1)]
-    return mx.concatenate([network(tokens[:, a:b], cache=cache) for a, b in zip(ends, ends[1:])], axis=1)
+    return mx.concatenate(
+        [network(tokens[:, a:b], cache=cache) for a, b in pairwise(ends)], axis=1
+    )
 
 
 def packed_and_stored(**shape):
@@ -73,8 +93,14 @@ def linears(parent):
 
 @emulated
 @pytest.mark.parametrize("tokens", [1, 5, 20])
-@pytest.mark.parametrize("shape", [dict(bits=2, replicas=4, rotation_block=64),
-                                   dict(bits="ternary", replicas=3, replica_group=16)], ids=["plain", "grouped"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(bits=2, replicas=4, rotation_block=64),
+        dict(bits="ternary", replicas=3, replica_group=16),
+    ],
+    ids=["plain", "grouped"],
+)
 def test_a_packed_network_computes_what_the_stored_one_does(on_kernels, tokens, shape):
     stored, packed = packed_and_stored(**shape)
     x = mx.array(np.random.default_rng(1).normal(size=(1, tokens, 64)).astype(np.float32))
@@ -96,9 +122,13 @@ def test_one_token_costs_each_group_two_dispatches(monkeypatch):
     calls = []
 
     def count(name, result):
-        monkeypatch.setattr(result[0], name, lambda *a, **k: (calls.append(name), result[1](*a, **k))[1])
+        monkeypatch.setattr(
+            result[0], name, lambda *a, **k: (calls.append(name), result[1](*a, **k))[1]
+        )
 
-    monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
+    monkeypatch.setattr(
+        "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
+    )
     count("prepare", (prepare_input, lambda x, scales, layout, first: x))
     count("multiply", (replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows))))
     _, packed = packed_and_stored(bits=2, replicas=4)
@@ -123,7 +153,9 @@ class Summed(nn.Module):
 def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
     """A group and the MLP around it are traced for each number of tokens once, and replayed."""
     traced, by_kernel = [], PackedGroup._by_kernel
-    monkeypatch.setattr(PackedGroup, "_by_kernel", lambda self, x: traced.append(len(x)) or by_kernel(self, x))
+    monkeypatch.setattr(
+        PackedGroup, "_by_kernel", lambda self, x: traced.append(len(x)) or by_kernel(self, x)
+    )
     network, stored = nn.Module(), Summed(siblings(bits=2, replicas=4)[0])
     network.mlp = Summed(siblings(bits=2, replicas=4)[0])
     pack(network)
@@ -175,7 +207,11 @@ def test_a_part_of_a_model_over_machines_adds_up_before_the_residual():
 
 def test_a_fused_norm_counts_once_and_stays_by_its_path():
     fused, apart = network_of(), network_of()
-    weights = {path: module.weight for path, module in fused.named_modules() if isinstance(module, nn.RMSNorm)}
+    weights = {
+        path: module.weight
+        for path, module in fused.named_modules()
+        if isinstance(module, nn.RMSNorm)
+    }
     apart.model_type = "unknown"
     pack(fused), pack(apart)
     assert not any(isinstance(module, (NormInReader, PackedMLP)) for module in apart.modules())
@@ -186,8 +222,11 @@ def test_a_fused_norm_counts_once_and_stays_by_its_path():
         assert count(fused) == count(apart)
 
 
-@pytest.mark.parametrize("refused", ["prepare_input", "prepare_input_normed", "prepare_input_gated"])
-def test_a_fused_form_that_disagrees_leaves_the_others_in_use(emulation, monkeypatch, refused):
+@pytest.mark.parametrize(
+    "refused", ["prepare_input", "prepare_input_normed", "prepare_input_gated"]
+)
+def test_a_fused_form_that_disagrees_leaves_the_others_in_use(
+        emulation, monkeypatch, refused):  # noqa: F811
     monkeypatch.setattr("mlxquant.layers.packed.trusted",
                         lambda kernel: kernel not in (refused, "replicated_tensor_cores"))
     assert backend.relative_error(one_by_one(pack(network_of())), one_by_one(network_of())) < 1e-5
@@ -201,7 +240,9 @@ def test_one_token_costs_each_block_eight_dispatches_beside_attention(monkeypatc
         call = instead or getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), call(*a, **k))[1])
 
-    monkeypatch.setattr("mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores")
+    monkeypatch.setattr(
+        "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
+    )
     count("prepare", prepare_input, lambda x, scales, layout, first: x)
     count("multiply", replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows)))
     count("rms_norm", mx.fast)

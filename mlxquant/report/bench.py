@@ -11,8 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
@@ -30,14 +32,15 @@ _WARM_UP = 8  # tokens, of those generated
 
 @dataclass(frozen=True)
 class Test:
-    """``tokens`` processed at once (``kind`` "pp") or generated ("tg") after ``depth``, in ``batch`` sequences."""
+    """``tokens`` processed at once (``kind`` "pp") or generated ("tg") after ``depth``, in
+    ``batch`` sequences."""
 
     kind: str
     tokens: int
     depth: int = 0
     batch: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("depth", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise BadValue(f"{name} is {getattr(self, name)}, at least {least} is needed")
@@ -50,8 +53,9 @@ class Test:
 
 @dataclass(frozen=True)
 class Record:
-    """What one test of one model gave. Rates count the tokens of all sequences; bytes are those of weights,
-    scales and keys and values that a token reads (a share, in a batch). What is not known is None.
+    """What one test of one model gave. Rates count the tokens of all sequences; bytes are those of
+    weights, scales and keys and values that a token reads (a share, in a batch). What is not
+    known is None.
 
     ``ttft_ms`` is the time to the first token after the prompt, in tg that of the depth.
     """
@@ -83,29 +87,32 @@ class Record:
     mlx_lm: str
     device: str
     repetitions: int
-    machine: dict
-    power: dict
+    machine: dict[str, Any]
+    power: dict[str, Any]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,)) -> list[Test]:
-    """All tests of one call: prompt and generation for every depth and batch; 0 tokens leave one out."""
+def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,),
+             batches: Sequence[int] = (1,)) -> list[Test]:
+    """All tests of one call: prompt and generation for every depth and batch; 0 tokens leave
+    one out."""
     return [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
             for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
 
 
-def bench(models: Sequence[str], *, prompt: int = 512, generated: int = 128, depths: Sequence[int] = (0,),
-          batches: Sequence[int] = (1,), repetitions: int = 5, memory: str | None = None,
+def bench(models: Sequence[str], *, prompt: int = 512,  # noqa: PLR0913 (llama-bench's options)
+          generated: int = 128, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,),
+          repetitions: int = 5, memory: str | None = None,
           open_model: Callable[[str], LanguageModel] | None = None,
           on_record: Callable[[list[Record]], None] = lambda _: None,
           progress: Callable[[int, int, float], None] = lambda *_: None) -> list[Record]:
     """Measure every test of every model; ``on_record`` gets all records so far after each.
 
     ``open_model`` turns a name into a model where it is not ``load`` with ``memory`` that does.
-    ``progress`` gets tests done, of how many, and the last tokens/s. Raises ``BadValue`` for what is
-    not allowed and what ``load`` raises.
+    ``progress`` gets tests done, of how many, and the last tokens/s. Raises ``BadValue`` for what
+    is not allowed and what ``load`` raises.
     """
     tests = tests_of(prompt, generated, depths, batches)
     if not tests or repetitions < 1:
@@ -124,15 +131,18 @@ def bench(models: Sequence[str], *, prompt: int = 512, generated: int = 128, dep
 
 
 def with_fit(records: list[Record]) -> list[Record]:
-    """The records with the split of a token's time, over models where three were measured at one depth,
-    else over the depths of each; None where neither can be fitted."""
+    """The records with the split of a token's time, over models where three were measured at one
+    depth, else over the depths of each; None where neither can be fitted."""
     result = list(records)
-    single = [i for i, record in enumerate(records) if record.test.startswith("tg") and record.batch == 1]
+    single = [i for i, record in enumerate(records)
+              if record.test.startswith("tg") and record.batch == 1]
     for over, key in (("depths", "model"), ("models", "depth")):
         for value in {getattr(records[i], key) for i in single}:
             chosen = [i for i in single if getattr(records[i], key) == value]
             found = fit_of([records[i] for i in chosen])
-            for i, residual in zip(chosen, found.residuals_ms if found else ()):
+            if found is None:
+                continue
+            for i, residual in zip(chosen, found.residuals_ms):
                 result[i] = replace(records[i], fixed_ms_per_token=found.fixed_ms, fit_over=over,
                                     marginal_gb_per_s=found.gb_per_s, fit_residual_ms=residual)
     return result
@@ -140,7 +150,9 @@ def with_fit(records: list[Record]) -> list[Record]:
 
 def fit_of(records: list[Record]) -> Fit | None:
     """The split over records of one token a step."""
-    return fit([r.bytes_per_token for r in records], [1e3 / r.tps_mean for r in records]) if records else None
+    if not records:
+        return None
+    return fit([r.bytes_per_token for r in records], [1e3 / r.tps_mean for r in records])
 
 
 def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
@@ -160,11 +172,12 @@ def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
         model=model.name, test=test.name, depth=test.depth, batch=test.batch, tps_mean=mean,
         tps_stdev=statistics.stdev(rates) if len(rates) > 1 else None,
         ttft_ms=1e3 * (statistics.mean(times) if test.kind == "pp" else runner.depth_s) or None,
-        bytes_per_token=moved, operations_per_byte=runner.operations_per_token() / moved, gb_per_s=rate,
-        headline_gb_per_s=headline, probe_gb_per_s=ceiling.gb_per_s,
+        bytes_per_token=moved, operations_per_byte=runner.operations_per_token() / moved,
+        gb_per_s=rate, headline_gb_per_s=headline, probe_gb_per_s=ceiling.gb_per_s,
         percent_of_headline=100 * rate / headline if headline else None,
-        percent_of_probe=100 * rate / ceiling.gb_per_s, fixed_ms_per_token=None, marginal_gb_per_s=None,
-        fit_residual_ms=None, fit_over=None, parameters=traffic.parameters(model.network),
+        percent_of_probe=100 * rate / ceiling.gb_per_s, fixed_ms_per_token=None,
+        marginal_gb_per_s=None, fit_residual_ms=None, fit_over=None,
+        parameters=traffic.parameters(model.network),
         weight_gb=held_bytes(model.network) / 1e9,
         peak_memory_gb=peak, chip=chip.name, gpu_cores=chip.gpu_cores, mlx=state["mlx"],
         mlx_lm=state["mlx_lm"], device=state["device"], repetitions=repetitions, machine=state,
@@ -177,8 +190,11 @@ class _Runner:
     def __init__(self, model: LanguageModel, test: Test):
         self.model, self.test = model, test
         self.vocabulary = len(model.tokenizer)
-        self.network = _Batched(model.network, test.batch, self.vocabulary) if test.batch > 1 else model.network
-        self.cache, self.kv, self.depth_s = [], 0.0, 0.0
+        self.network = model.network
+        if test.batch > 1:
+            self.network = _Batched(model.network, test.batch, self.vocabulary)
+        self.cache: list[Any] = []
+        self.kv = self.depth_s = 0.0
 
     def times(self, repetitions: int) -> Iterator[float]:
         """Seconds of each repetition, after a warm-up."""
@@ -205,7 +221,8 @@ class _Runner:
             self.depth_s = self._timed(self._tokens(self.test.depth), 0)
 
     def _timed(self, prompt: mx.array, generated: int) -> float:
-        """Seconds until the last of ``generated`` tokens is there, of none the first after the prompt."""
+        """Seconds until the last of ``generated`` tokens is there, of none the first after the
+        prompt."""
         steps = generate_step(prompt, self.network, max_tokens=generated, prompt_cache=self.cache,
                               prefill_step_size=CHUNK)
         start = time.perf_counter()
@@ -223,8 +240,9 @@ class _Runner:
         return mx.random.randint(0, self.vocabulary, (count,))
 
     def bytes_per_token(self) -> float:
-        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but the head once
-        for each chunk, and everything once more for the last token, which mlx-lm takes by itself."""
+        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but
+        the head once for each chunk, and everything once more for the last token, which mlx-lm
+        takes by itself."""
         network, test = self.model.network, self.test
         last = traffic.weight_bytes(network, batch=test.batch) + self.kv
         if test.kind == "tg":
@@ -240,7 +258,8 @@ class _Runner:
         text = config.get("text_config", config)
         heads = text.get("num_attention_heads", 1)
         item = 4 if system.device() == "cpu" else 2
-        attention = 2 * heads / (text.get("num_key_value_heads") or heads) * self.kv / item / test.batch
+        sharing = heads / (text.get("num_key_value_heads") or heads)  # heads for one key
+        attention = 2 * sharing * self.kv / item / test.batch
         head = traffic.head_of(network) if test.kind == "pp" else None
         spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
         return traffic.operations_per_token(network) - spared + attention
@@ -252,9 +271,9 @@ class _Batched:
     The others are the same tokens shifted, so that a mixture chooses other experts for them.
     """
 
-    def __init__(self, network, batch: int, vocabulary: int):
+    def __init__(self, network: nn.Module, batch: int, vocabulary: int):
         self.network, self.vocabulary = network, vocabulary
         self.shifts = mx.arange(batch)[:, None] * (vocabulary // batch)
 
-    def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         return self.network((tokens + self.shifts) % self.vocabulary, cache=cache)[:1]
