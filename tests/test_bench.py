@@ -42,7 +42,8 @@ def test_every_test_is_measured(records):
 
 def test_the_first_token_belongs_to_the_prompt(records):
     prompt, reply, _, deep = records[:4]
-    assert prompt.ttft_ms == pytest.approx(16e3 / prompt.tps_mean, rel=0.5)
+    # The mean of times is at least the tokens by the mean of rates, however they scatter.
+    assert prompt.ttft_ms >= 16e3 / prompt.tps_mean * (1 - 1e-9)
     assert reply.ttft_ms is None
     assert deep.ttft_ms > 0
 
