@@ -235,7 +235,8 @@ def measure(results: Results, names: list[str], ours: list[Case], theirs: list[t
     for case in ours:
         weights = Replicated(case, cold)
         shape = {field: getattr(case, field)
-                 for field in ("bits", "replicas", "group", "rows", "inputs", "tokens")}
+                 for field in ("replicas", "group", "rows", "inputs", "tokens")}
+        shape["bits"] = case.bits.value
         for kernel in weights.kernels(names):
             results.add(shape, weights.times(kernel))
         if case.tokens == 8:
