@@ -6,10 +6,12 @@ No other exception, no hang, no memory beyond what the file's size explains. GGU
 headers, configuration, names, shapes and tokenizer, safetensors folders through headers, index and
 configuration. A case is its number: it makes the mutations, so that a failure can be run again.
 Cases run in processes with a limit on memory, each case under a timer; a process that dies names
-the case it was at. Then mutated request bodies go to the server (``fuzz_bodies.py``).
+the case it was at. Then mutated request bodies go to the server (``fuzz_bodies.py``); with
+``--count 0`` only those, and what is known of files is kept.
 """
 
 import argparse
+import datetime
 import json
 import random
 import resource
@@ -27,7 +29,7 @@ from pathlib import Path
 import fuzz_bodies
 import gguf
 import numpy as np
-from record import parser, save
+from record import parser, read, save
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.sources import checkpoint
@@ -254,15 +256,19 @@ def main() -> None:
         done = last - a.first
         print(f"{done} files, {len(failures)} failures, {time.perf_counter() - start:.0f} s",
               file=sys.stderr, flush=True)
-    seconds = time.perf_counter() - start
+    files = dict(files=done, files_date=datetime.date.today().isoformat(),
+                 seconds=time.perf_counter() - start,
+                 outcomes=dict(sorted(outcomes.items())), most_bytes_taken=most[0],
+                 by_a_file_of=most[1], failures=failures)
     server = fuzz_bodies.run(a.first, a.bodies, mutated)
-    wrong = failures + server["failures"]
-    for failure in wrong[:5]:
+    for failure in (failures + server["failures"])[:5]:
         print(failure["error"], file=sys.stderr)
-    print(save("fuzz", files=done, seconds=seconds,
-               outcomes=dict(sorted(outcomes.items())), most_bytes_taken=most[0],
-               by_a_file_of=most[1], failures=failures, server=server))
-    sys.exit(1 if wrong else 0)
+    if not a.count:  # what is known of files stays, with its own date
+        known = read("fuzz")
+        known.setdefault("files_date", known["date"])
+        files = {name: known[name] for name in files}
+    print(save("fuzz", **files, server=server))
+    sys.exit(1 if failures or server["failures"] else 0)
 
 
 if __name__ == "__main__":
