@@ -12,6 +12,7 @@ draws the roofline of each.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from record import RESULTS, parser, read, save  # first: it loads the BLAS before MLX
@@ -118,8 +119,9 @@ def main() -> None:
               f"{last.percent_of_probe:.0f} % of measured", flush=True)
 
     records = mlxquant.bench(
-        arguments.models, prompt=arguments.p, generated=arguments.n, repetitions=arguments.r,
-        depths=arguments.d, batches=arguments.b, open_model=open_model, on_record=keep)
+        [partial(open_model, name) for name in arguments.models], prompt=arguments.p,
+        generated=arguments.n, repetitions=arguments.r, depths=arguments.d,
+        batches=arguments.b, on_record=keep)
     print(bench_output.markdown(records))
 
 

@@ -33,7 +33,7 @@ _WARM_UP = 8  # tokens, of those generated
 @dataclass(frozen=True)
 class Test:
     """``tokens`` processed at once (``kind`` "pp") or generated ("tg") after ``depth``, in
-    ``batch`` sequences."""
+    ``batch`` sequences. Raises ``BadValue``."""
 
     kind: str
     tokens: int
@@ -51,13 +51,14 @@ class Test:
         return f"{self.kind}{self.tokens}{depth}" + (f" b{self.batch}" if self.batch > 1 else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one test of one model gave. Rates count the tokens of all sequences; bytes are those of
-    weights, scales and keys and values that a token reads (a share, in a batch). What is not
-    known is None.
+    """What one test of one model gave. What is not known is None.
 
-    ``ttft_ms`` is the time to the first token after the prompt, in tg that of the depth.
+    Rates count the tokens of all sequences; bytes are those of weights, scales and keys and values
+    that a token reads (a share, in a batch). ``ttft_ms`` is the time to the first token after the
+    prompt, in tg that of the depth. Of a mixture ``active_parameters`` are those that a token uses.
+    The four fields from ``fixed_ms_per_token`` on are a fit over several records (``fit.py``).
     """
 
     model: str
@@ -74,11 +75,12 @@ class Record:
     probe_gb_per_s: float
     percent_of_headline: float | None
     percent_of_probe: float
-    fixed_ms_per_token: float | None
-    marginal_gb_per_s: float | None
-    fit_residual_ms: float | None
-    fit_over: str | None
+    fixed_ms_per_token: float | None = None
+    marginal_gb_per_s: float | None = None
+    fit_residual_ms: float | None = None
+    fit_over: str | None = None
     parameters: int
+    active_parameters: int | None = None
     weight_gb: float
     peak_memory_gb: float
     chip: str
@@ -96,31 +98,28 @@ class Record:
 
 def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,),
              batches: Sequence[int] = (1,)) -> list[Test]:
-    """All tests of one call: prompt and generation for every depth and batch; 0 tokens leave
-    one out."""
+    """All tests of one call: prompt and generation for every depth and batch; of 0 tokens none."""
     return [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
             for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
 
 
-def bench(models: Sequence[str], *, prompt: int = 512,  # noqa: PLR0913 (llama-bench's options)
+def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 512,
           generated: int = 128, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,),
           repetitions: int = 5, memory: str | None = None,
-          open_model: Callable[[str], LanguageModel] | None = None,
           on_record: Callable[[list[Record]], None] = lambda _: None,
           progress: Callable[[int, int, float], None] = lambda *_: None) -> list[Record]:
-    """Measure every test of every model; ``on_record`` gets all records so far after each.
+    """Measure every test of every model: a name for ``load`` (with ``memory``), or what opens one.
 
-    ``open_model`` turns a name into a model where it is not ``load`` with ``memory`` that does.
-    ``progress`` gets tests done, of how many, and the last tokens/s. Raises ``BadValue`` for what
-    is not allowed and what ``load`` raises.
+    ``on_record`` gets all records so far after each, ``progress`` tests done, of how many, and the
+    last tokens/s. Raises ``BadValue`` for what is not allowed, and what ``load`` raises.
     """
     tests = tests_of(prompt, generated, depths, batches)
     if not tests or repetitions < 1:
         raise BadValue("at least one test and one repetition are needed")
     probe.read_ceiling()
     records: list[Record] = []
-    for name in models:
-        model = open_model(name) if open_model else load(name, memory=memory)
+    for entry in models:
+        model = load(entry, memory=memory) if isinstance(entry, str) else entry()
         for test in tests:
             records.append(_measure(model, test, repetitions))
             on_record(with_fit(records))
@@ -131,27 +130,23 @@ def bench(models: Sequence[str], *, prompt: int = 512,  # noqa: PLR0913 (llama-b
 
 
 def with_fit(records: list[Record]) -> list[Record]:
-    """The records with the split of a token's time, over models where three were measured at one
+    """The records with the split of a token's time: over models where three were measured at one
     depth, else over the depths of each; None where neither can be fitted."""
     result = list(records)
-    single = [i for i, record in enumerate(records)
-              if record.test.startswith("tg") and record.batch == 1]
+    single = [i for i, r in enumerate(records) if r.test.startswith("tg") and r.batch == 1]
     for over, key in (("depths", "model"), ("models", "depth")):
         for value in {getattr(records[i], key) for i in single}:
             chosen = [i for i in single if getattr(records[i], key) == value]
-            found = fit_of([records[i] for i in chosen])
-            if found is None:
-                continue
-            for i, residual in zip(chosen, found.residuals_ms):
-                result[i] = replace(records[i], fixed_ms_per_token=found.fixed_ms, fit_over=over,
-                                    marginal_gb_per_s=found.gb_per_s, fit_residual_ms=residual)
+            if found := fit_of([records[i] for i in chosen]):
+                for i, residual in zip(chosen, found.residuals_ms):
+                    result[i] = replace(
+                        records[i], fixed_ms_per_token=found.fixed_ms, fit_over=over,
+                        marginal_gb_per_s=found.gb_per_s, fit_residual_ms=residual)
     return result
 
 
 def fit_of(records: list[Record]) -> Fit | None:
     """The split over records of one token a step."""
-    if not records:
-        return None
     return fit([r.bytes_per_token for r in records], [1e3 / r.tps_mean for r in records])
 
 
@@ -161,27 +156,22 @@ def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
     runner = _Runner(model, test)
     with wired_limit(model.network, [generation_stream]):
         times = list(runner.times(repetitions))
-    peak = mx.get_peak_memory() / 1e9
-    rates = [test.tokens * test.batch / seconds for seconds in times]
-    mean = statistics.mean(rates)
-    ceiling, chip, state = probe.read_ceiling(), chips.detect(), identity.machine()
-    moved = runner.bytes_per_token()
-    rate = mean * moved / 1e9
-    headline = chip.headline_gb_per_s if system.device() == "gpu" else None
+    peak, rates = mx.get_peak_memory() / 1e9, [test.tokens * test.batch / s for s in times]
+    mean, moved = statistics.mean(rates), runner.bytes_per_token()
+    rate, network, state = mean * moved / 1e9, model.network, identity.machine()
+    ceiling = probe.read_ceiling().gb_per_s
+    headline = chips.detect().headline_gb_per_s if state["device"] == "gpu" else None
     return Record(
         model=model.name, test=test.name, depth=test.depth, batch=test.batch, tps_mean=mean,
         tps_stdev=statistics.stdev(rates) if len(rates) > 1 else None,
         ttft_ms=1e3 * (statistics.mean(times) if test.kind == "pp" else runner.depth_s) or None,
         bytes_per_token=moved, operations_per_byte=runner.operations_per_token() / moved,
-        gb_per_s=rate, headline_gb_per_s=headline, probe_gb_per_s=ceiling.gb_per_s,
+        gb_per_s=rate, headline_gb_per_s=headline, probe_gb_per_s=ceiling,
         percent_of_headline=100 * rate / headline if headline else None,
-        percent_of_probe=100 * rate / ceiling.gb_per_s, fixed_ms_per_token=None,
-        marginal_gb_per_s=None, fit_residual_ms=None, fit_over=None,
-        parameters=traffic.parameters(model.network),
-        weight_gb=held_bytes(model.network) / 1e9,
-        peak_memory_gb=peak, chip=chip.name, gpu_cores=chip.gpu_cores, mlx=state["mlx"],
-        mlx_lm=state["mlx_lm"], device=state["device"], repetitions=repetitions, machine=state,
-        power=system.power_state())
+        percent_of_probe=100 * rate / ceiling, parameters=traffic.parameters(network),
+        active_parameters=traffic.active_parameters(network), weight_gb=held_bytes(network) / 1e9,
+        peak_memory_gb=peak, repetitions=repetitions, machine=state, power=system.power_state(),
+        **{key: state[key] for key in ("chip", "gpu_cores", "mlx", "mlx_lm", "device")})
 
 
 class _Runner:
@@ -189,10 +179,9 @@ class _Runner:
 
     def __init__(self, model: LanguageModel, test: Test):
         self.model, self.test = model, test
-        self.vocabulary = len(model.tokenizer)
         self.network = model.network
         if test.batch > 1:
-            self.network = _Batched(model.network, test.batch, self.vocabulary)
+            self.network = _Batched(model.network, test.batch, model.vocabulary)
         self.cache: list[Any] = []
         self.kv = self.depth_s = 0.0
 
@@ -206,8 +195,8 @@ class _Runner:
     def _once(self, tokens: int) -> float:
         self._to_depth()
         before = traffic.kv_bytes(self.cache)
-        seconds = self._timed(self._tokens(tokens), 0) if self.test.kind == "pp" else \
-            self._timed(self._tokens(1), tokens)
+        asked = (tokens, 0) if self.test.kind == "pp" else (1, tokens)
+        seconds = self._timed(*asked)
         self.kv = (before + traffic.kv_bytes(self.cache)) / 2
         return seconds
 
@@ -218,12 +207,13 @@ class _Runner:
             return
         self.cache = make_prompt_cache(self.model.network)
         if self.test.depth:
-            self.depth_s = self._timed(self._tokens(self.test.depth), 0)
+            self.depth_s = self._timed(self.test.depth, 0)
 
-    def _timed(self, prompt: mx.array, generated: int) -> float:
-        """Seconds until the last of ``generated`` tokens is there, of none the first after the
-        prompt."""
-        steps = generate_step(prompt, self.network, max_tokens=generated, prompt_cache=self.cache,
+    def _timed(self, prompt: int, generated: int) -> float:
+        """Seconds until the last of ``generated`` tokens after a random prompt is there; for 0 of
+        them, until the first is."""
+        tokens = mx.random.randint(0, self.model.vocabulary, (prompt,))
+        steps = generate_step(tokens, self.network, max_tokens=generated, prompt_cache=self.cache,
                               prefill_step_size=CHUNK)
         start = time.perf_counter()
         for _ in zip(range(generated), steps):
@@ -236,9 +226,6 @@ class _Runner:
         mx.synchronize()
         return seconds
 
-    def _tokens(self, count: int) -> mx.array:
-        return mx.random.randint(0, self.vocabulary, (count,))
-
     def bytes_per_token(self) -> float:
         """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but
         the head once for each chunk, and everything once more for the last token, which mlx-lm
@@ -248,18 +235,18 @@ class _Runner:
         if test.kind == "tg":
             return last / test.batch
         head = traffic.head_of(network)
-        chunk = traffic.weight_bytes(network, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
+        at_once = min(test.tokens, CHUNK) * test.batch
+        chunk = traffic.weight_bytes(network, batch=at_once) + self.kv
         chunk -= traffic.own_bytes(head) if head else 0
         return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
 
     def operations_per_token(self) -> float:
         """With weights, and with the keys and values that a token attends to on average."""
         network, config, test = self.model.network, self.model.config, self.test
-        text = config.get("text_config", config)
+        text = config.get("text_config") or config
         heads = text.get("num_attention_heads", 1)
-        item = 4 if system.device() == "cpu" else 2
-        sharing = heads / (text.get("num_key_value_heads") or heads)  # heads for one key
-        attention = 2 * sharing * self.kv / item / test.batch
+        shared = heads / (text.get("num_key_value_heads") or heads)
+        attention = 2 * shared * self.kv / (4 if system.device() == "cpu" else 2) / test.batch
         head = traffic.head_of(network) if test.kind == "pp" else None
         spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
         return traffic.operations_per_token(network) - spared + attention

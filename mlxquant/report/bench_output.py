@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlxquant.machine.chips import Chip
 from mlxquant.report.bench import Record, fit_of
@@ -15,19 +16,22 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "" if value is None else f"{value:,.{digits}f}{unit}"
 
 
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-
-
-def _rate(mean: float, spread: float | None) -> str:
-    return f"{mean:,.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+def _count(value: int | None) -> str:
+    """A number of parameters."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
 
 
 _COLUMNS: dict[str, Callable[[Record], str]] = {
-    "model": lambda r: r.model, "weights GB": lambda r: _number(r.weight_gb, 3),
+    "model": lambda r: r.model,
+    "weights GB": lambda r: _number(r.weight_gb, 3),
     "params": lambda r: _count(r.parameters),
-    "device": lambda r: r.device, "test": lambda r: r.test,
-    "tokens/s": lambda r: _rate(r.tps_mean, r.tps_stdev),
+    "active": lambda r: _count(r.active_parameters) if r.active_parameters != r.parameters else "",
+    "device": lambda r: r.device,
+    "test": lambda r: r.test,
+    "tokens/s": lambda r: _number(r.tps_mean, 2) + (
+        f" ± {r.tps_stdev:.2f}" if r.tps_stdev is not None else ""),
     "first token ms": lambda r: _number(r.ttft_ms, 1),
     "MB/token": lambda r: _number(r.bytes_per_token / 1e6, 1),
     "GB/s": lambda r: _number(r.gb_per_s, 1),
@@ -45,8 +49,8 @@ def markdown(records: list[Record]) -> str:
         return ""
     rows = [[column(record) for column in _COLUMNS.values()] for record in records]
     shown = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
-    rule = ["---" if name in ("model", "device", "test") else "--:" for name in _COLUMNS]
-    lines = [list(_COLUMNS), rule, *rows]
+    ruler = ["---" if name in ("model", "device", "test") else "--:" for name in _COLUMNS]
+    lines = [list(_COLUMNS), ruler, *rows]
     text = ["| " + " | ".join(line[i] for i in shown) + " |" for line in lines]
     last = records[-1]
     ceilings = [f"{last.probe_gb_per_s:.1f} GB/s measured"]
@@ -98,36 +102,42 @@ def plot(records: list[Record], chip: Chip, product_tflops: float, path: Path) -
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    rates = [1e-12 * r.operations_per_byte * r.gb_per_s * 1e9 for r in records]
-    low = min(0.5, *(r.operations_per_byte / 2 for r in records))
-    high = max(3e3 * product_tflops / records[0].probe_gb_per_s,
-               *(2 * r.operations_per_byte for r in records))
-    roofs: list[tuple[str, float, float | None, str, str]] = [
-        ("measured", records[0].probe_gb_per_s, product_tflops, "", "-")]
-    if records[0].headline_gb_per_s:
-        roofs.append(("stated", records[0].headline_gb_per_s, chip.fp32_tflops, " FP32", "--"))
-    for name, bandwidth, peak, kind, style in roofs:
-        bend = min(1e3 * peak / bandwidth, high) if peak else high
-        label = f"{name}: {bandwidth:,.0f} GB/s" + (f", {peak:.3g} TFLOP/s{kind}" if peak else "")
-        heights = [low * bandwidth / 1e3, bend * bandwidth / 1e3, peak or bend * bandwidth / 1e3]
-        axes.plot([low, bend, high], heights, style, color="0.35", label=label)
+    per_byte = [record.operations_per_byte for record in records]
+    rates = [record.operations_per_byte * record.gb_per_s / 1e3 for record in records]
+    first = records[0]
+    low = min(0.5, min(per_byte) / 2)
+    high = max(3e3 * product_tflops / first.probe_gb_per_s, 2 * max(per_byte))
+    _draw_roof(axes, low, high, first.probe_gb_per_s, product_tflops, "measured", "-")
+    if first.headline_gb_per_s:
+        _draw_roof(axes, low, high, first.headline_gb_per_s, chip.fp32_tflops, "stated", "--")
     models = list(dict.fromkeys(record.model for record in records))
     labels: dict[tuple[float, float], list[str]] = {}
-    for record, rate in zip(records, rates):
-        point = (record.operations_per_byte, rate)
-        marker = "o" if record.test.startswith("tg") else "s"
-        axes.plot(*point, marker, color=f"C{models.index(record.model) % 10}")
-        near = (known for known in labels  # one label where points lie together
+    for record, point in zip(records, zip(per_byte, rates)):
+        axes.plot(*point, "o" if record.test.startswith("tg") else "s",
+                  color=f"C{models.index(record.model) % 10}")
+        near = (known for known in labels
                 if all(abs(math.log(a / b)) < 0.2 for a, b in zip(known, point)))
+        # One label where points lie together.
         labels.setdefault(next(near, point), []).append(record.test)
     for point, names in labels.items():
         axes.annotate("\n".join(dict.fromkeys(names)), point, xytext=(7, 0),
                       textcoords="offset points", fontsize=7, va="top")
-    for model in models:
-        axes.plot([], [], "o", color=f"C{models.index(model) % 10}", label=Path(model).name)
+    for index, model in enumerate(models):
+        axes.plot([], [], "o", color=f"C{index % 10}", label=Path(model).name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read",
-             ylabel="10¹² operations/s", title=f"{records[0].chip}, {records[0].device}")
+             ylabel="10¹² operations/s", title=f"{first.chip}, {first.device}")
     axes.set_ylim(bottom=min(rates) / 2)  # room for labels below the lowest point
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _draw_roof(axes: Any, low: float, high: float, bandwidth: float, peak: float | None, name: str,
+               style: str) -> None:
+    """What ``bandwidth`` (GB/s) and, where it is known, ``peak`` (10¹² operations/s) allow."""
+    bend = min(1e3 * peak / bandwidth, high) if peak else high
+    label = f"{name}: {bandwidth:,.0f} GB/s" + (
+        f", {peak:.3g} TFLOP/s{' FP32' * (name == 'stated')}" if peak else "")
+    reached = bend * bandwidth / 1e3
+    axes.plot([low, bend, high], [low * bandwidth / 1e3, reached, peak or reached], style,
+              color="0.35", label=label)

@@ -190,8 +190,7 @@ def family(name: str) -> str:
 
 
 def working_set(memory: float) -> float:
-    """Bytes a model may take of a Mac's ``memory``: macOS's usual default. A Mac at hand tells
-    its own."""
+    """Bytes a model may take of a Mac's ``memory``: macOS's usual default."""
     return memory * (2 / 3 if memory <= 36 * 2**30 else 3 / 4)
 
 
