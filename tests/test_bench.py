@@ -143,6 +143,12 @@ def test_formats():
     assert [form([]) for form in bench_output.FORMATS.values()] == ["", "[]", "", ""]
 
 
+def test_a_mixtures_active_parameters_have_a_column():
+    for active, shown in ((300_000_000, True), (2_000_000_000, False), (None, False)):
+        table = bench_output.markdown([synthetic(active_parameters=active)])
+        assert ("| active |" in table) == ("300.0 M" in table) == shown
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_roofline_is_drawn(tmp_path, ending):
     records = [synthetic("a"), synthetic("b", gigabytes=2, test="pp512", operations_per_byte=300.0)]

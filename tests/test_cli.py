@@ -87,8 +87,8 @@ def test_evaluate_json(tiny_folder, tmp_path):
 
 def test_inspect_json_and_table(tiny_folder):
     value = json.loads(run("inspect", tiny_folder, "--json").stdout)
-    assert {"architecture", "parameters", "bits_per_weight", "file_bytes", "bytes_per_token",
-            "layers"} <= set(value)
+    assert {"architecture", "parameters", "active_parameters", "bits_per_weight", "file_bytes",
+            "bytes_per_token", "layers"} <= set(value)
     assert set(value["layers"][0]) == {"path", "format", "bits", "shape", "bytes"}
     assert "mlp.down_proj" in run("inspect", tiny_folder).stdout
 

@@ -42,9 +42,11 @@ def plan(
     if as_json:
         print_json(result.as_dict())
         return
-    print(f"{result.model}: {result.parameters / 1e9:.2f} billion parameters, for {result.machine} "
-          f"with {result.memory_bytes / 1e9:.1f} GB for a model and {result.context:,} tokens, "
-          "at the end of which speeds are\n")
+    active = ("" if result.active_parameters == result.parameters else
+              f", {result.active_parameters / 1e9:.2f} of them for a token")
+    print(f"{result.model}: {result.parameters / 1e9:.2f} billion parameters{active}, for "
+          f"{result.machine} with {result.memory_bytes / 1e9:.1f} GB for a model and "
+          f"{result.context:,} tokens, at the end of which speeds are\n")
     best: dict[tuple[Any, ...], Row] = {}
     for row in result.rows:  # of each form the most bits of keys and values that fit, or the fewest
         key = row.method, row.bits, row.replicas, row.group
@@ -105,7 +107,9 @@ def inspect(model: option.Model, revision: option.Revision = None,
     print_table([["layer", "format", "bits", "shape", "MB"], *(
         [layer.path, layer.format, str(layer.bits), "×".join(map(str, layer.shape)),
          f"{layer.bytes / 1e6:.2f}"] for layer in result.layers)], left=(0, 1))
-    print(f"{clean(result.architecture)}, {result.parameters / 1e6:.1f} M parameters · "
+    active = ("" if result.active_parameters == result.parameters else
+              f", {result.active_parameters / 1e6:.1f} M for a token")
+    print(f"{clean(result.architecture)}, {result.parameters / 1e6:.1f} M parameters{active} · "
           f"{result.bits_per_weight:.2f} bits per weight of the body · "
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "

@@ -29,12 +29,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """``bits_per_weight`` is that of the blocks' matrices, scales included; ``file_bytes``
+    """``active_parameters`` leave out a mixture's experts that a token is not sent to.
+    ``bits_per_weight`` is that of the blocks' matrices, scales included; ``file_bytes``
     of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
     ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them."""
 
     architecture: str
     parameters: int
+    active_parameters: int
     bits_per_weight: float
     file_bytes: int
     bytes_per_token: int
@@ -62,6 +64,7 @@ def inspect_folder(folder: Path) -> Inspection:
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
         parameters=traffic.parameters(network),
+        active_parameters=traffic.active_parameters(network),
         bits_per_weight=traffic.body_bits_per_weight(network),
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
