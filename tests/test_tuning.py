@@ -173,6 +173,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     assert not (tmp_path / "stopped").exists()
     with pytest.raises(MlxquantError, match="unfinished work of another job"):
         run(places, "replica", tmp_path / "stopped", seed=1)
+    config = places / "source" / "config.json"  # the teacher's
+    before = config.read_text()
+    config.write_text(before.replace('"rope_theta": 10000.0', '"rope_theta": 5000.0'))
+    assert config.read_text() != before
+    with pytest.raises(MlxquantError, match="unfinished work of another job"):
+        run(places, "replica", tmp_path / "stopped")
+    config.write_text(before)
     seen = []
     run(places, "replica", tmp_path / "stopped", progress=lambda step, *_: seen.append(step))
     assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()

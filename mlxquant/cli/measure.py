@@ -44,7 +44,7 @@ def bench(
     from mlxquant.report import bench_output
     from mlxquant.report.bench import Record
     from mlxquant.report.bench import bench as run
-    from mlxquant.report.by_layer import check_plot
+    from mlxquant.report.figure import check_plot
     from mlxquant.runtime.probe import measured
 
     form = "json" if as_json else form
@@ -118,6 +118,7 @@ def evaluate(
 ) -> None:
     """Perplexity over the first windows of a text, and the distance from a reference model."""
     from mlxquant.report import by_layer, divergence, perplexity
+    from mlxquant.report.figure import check_plot
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")
@@ -126,7 +127,7 @@ def evaluate(
     if plot is not None:
         if not layerwise:
             raise BadValue("--plot needs --by-layer")
-        by_layer.check_plot(plot)
+        check_plot(plot)
     models = [load_model(model, revision, memory, trust_remote_code, probe=False)]
     if reference is not None:
         models.append(load_model(reference, None, memory, trust_remote_code, probe=False))
@@ -171,7 +172,7 @@ def compare(
     from mlxquant.codes.width import Width
     from mlxquant.quantise.job import Job, Text
     from mlxquant.report import comparison
-    from mlxquant.report.by_layer import check_plot
+    from mlxquant.report.figure import check_plot
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlxquant.machine.chips import Chip
 from mlxquant.report.bench import Record, fit_of
+from mlxquant.report.figure import figure
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:
@@ -98,38 +99,31 @@ FORMATS: dict[str, Callable[[list[Record]], str]] = {
 def plot(records: list[Record], chip: Chip, product_tflops: float, path: Path) -> None:
     """Operations per byte against rate: the chip's roofs, stated and measured, and each record's
     point."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     per_byte = [record.operations_per_byte for record in records]
     rates = [record.operations_per_byte * record.gb_per_s / 1e3 for record in records]
-    first = records[0]
+    models, first = list(dict.fromkeys(record.model for record in records)), records[0]
     low = min(0.5, min(per_byte) / 2)
     high = max(3e3 * product_tflops / first.probe_gb_per_s, 2 * max(per_byte))
-    _draw_roof(axes, low, high, first.probe_gb_per_s, product_tflops, "measured", "-")
-    if first.headline_gb_per_s:
-        _draw_roof(axes, low, high, first.headline_gb_per_s, chip.fp32_tflops, "stated", "--")
-    models = list(dict.fromkeys(record.model for record in records))
     labels: dict[tuple[float, float], list[str]] = {}
-    for record, point in zip(records, zip(per_byte, rates)):
-        axes.plot(*point, "o" if record.test.startswith("tg") else "s",
-                  color=f"C{models.index(record.model) % 10}")
-        near = (known for known in labels
-                if all(abs(math.log(a / b)) < 0.2 for a, b in zip(known, point)))
-        # One label where points lie together.
-        labels.setdefault(next(near, point), []).append(record.test)
-    for point, names in labels.items():
-        axes.annotate("\n".join(dict.fromkeys(names)), point, xytext=(7, 0),
-                      textcoords="offset points", fontsize=7, va="top")
-    for index, model in enumerate(models):
-        axes.plot([], [], "o", color=f"C{index % 10}", label=Path(model).name)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte read",
-             ylabel="10¹² operations/s", title=f"{first.chip}, {first.device}")
-    axes.set_ylim(bottom=min(rates) / 2)  # room for labels below the lowest point
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with figure(path, (8, 5)) as (axes,):
+        _draw_roof(axes, low, high, first.probe_gb_per_s, product_tflops, "measured", "-")
+        if first.headline_gb_per_s:
+            _draw_roof(axes, low, high, first.headline_gb_per_s, chip.fp32_tflops, "stated", "--")
+        for record, point in zip(records, zip(per_byte, rates)):
+            axes.plot(*point, "o" if record.test.startswith("tg") else "s",
+                      color=f"C{models.index(record.model) % 10}")
+            near = (known for known in labels
+                    if all(abs(math.log(a / b)) < 0.2 for a, b in zip(known, point)))
+            # One label where points lie together.
+            labels.setdefault(next(near, point), []).append(record.test)
+        for point, names in labels.items():
+            axes.annotate("\n".join(dict.fromkeys(names)), point, xytext=(7, 0),
+                          textcoords="offset points", fontsize=7, va="top")
+        for index, model in enumerate(models):
+            axes.plot([], [], "o", color=f"C{index % 10}", label=Path(model).name)
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte read",
+                 ylabel="10¹² operations/s", title=f"{first.chip}, {first.device}")
+        axes.set_ylim(bottom=min(rates) / 2)  # room for labels below the lowest point
 
 
 def _draw_roof(axes: Any, low: float, high: float, bandwidth: float, peak: float | None, name: str,

@@ -19,14 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import LanguageModel
 from mlxquant.report.divergence import paired_windows
+from mlxquant.report.figure import figure
 from mlxquant.report.perplexity import Progress
 
 _CHANNELS = 3  # the largest ones, reported for each block
-_PLOTS = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,16 @@ def by_layer(model: LanguageModel, reference: LanguageModel, text: str | Path, *
     batches = paired_windows(model, reference, text, context, windows)
     layers: list[_Sums] = []
     for done, window in enumerate(batches, 1):
-        original, states = (hidden_states(x.network, window.tokens) for x in (reference, model))
-        _check_shapes(states, original, model, reference)
+        states, original = (hidden_states(x.network, window.tokens) for x in (model, reference))
+        if [x.shape for x in states] != [x.shape for x in original]:
+            depth, width, theirs, other = (value for x in (states, original)
+                                           for value in (len(x), x[0].shape[-1]))
+            raise BadValue(f"{model.name} has {depth} blocks of width {width}, {reference.name} "
+                           f"has {theirs} of width {other}; they must be the same")
         layers = layers or [_Sums() for _ in states]
         for sums, *pair in zip(layers, states, original):
             sums.add(*(state[..., window.lead:, :].astype(mx.float32) for state in pair))
-        del original, states, pair
+        del states, original, pair
         progress(done, len(batches), layers[-1].relative_error)
     return [sums.result(index) for index, sums in enumerate(layers)]
 
@@ -97,40 +101,21 @@ def hidden_states(network: nn.Module, window: mx.array) -> list[mx.array]:
 
 def plot(layers: list[LayerError], path: str | Path) -> None:
     """Draw relative error and kurtosis over depth into ``path``, a PNG or SVG file by its name."""
-    check_plot(path)
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator  # slow to import
 
     depth = [layer.layer for layer in layers]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    distance, kurtosis = figure.subplots(2, 1, sharex=True)
-    distance.plot(depth, [layer.relative_error for layer in layers], marker=".", color="tab:red",
-                  label="all positions together")
-    distance.plot(depth, [layer.position_error for layer in layers], marker=".", linestyle=":",
-                  color="tab:blue", label="mean over positions")
-    distance.set(ylabel="relative error of the hidden state", ylim=(0, None))
-    kurtosis.semilogy(depth, [layer.reference_kurtosis for layer in layers], marker=".",
-                      color="tab:gray", label="reference")
-    kurtosis.semilogy(depth, [layer.kurtosis for layer in layers], marker=".", linestyle="--",
-                      color="tab:red", label="model")
-    kurtosis.set(xlabel="after block", ylabel="kurtosis over channels")
-    kurtosis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (distance, kurtosis):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise MlxquantError(f"cannot write {path}: {error}") from error
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuse a name that ``plot`` could not write to, before anything is measured."""
-    path = Path(path)
-    if path.suffix.lower() not in _PLOTS:
-        raise BadValue(f"the plot's file is {path}, its name must end in {' or '.join(_PLOTS)}")
-    if not path.parent.is_dir():
-        raise MlxquantError(f"no such folder: {path.parent}")
+    with figure(path, (8, 6), rows=2) as (distance, kurtosis):
+        distance.plot(depth, [layer.relative_error for layer in layers], ".-", color="tab:red",
+                      label="all positions together")
+        distance.plot(depth, [layer.position_error for layer in layers], ".:", color="tab:blue",
+                      label="mean over positions")
+        distance.set(ylabel="relative error of the hidden state", ylim=(0, None))
+        kurtosis.semilogy(depth, [layer.reference_kurtosis for layer in layers], ".-",
+                          color="tab:gray", label="reference")
+        kurtosis.semilogy(depth, [layer.kurtosis for layer in layers], ".--", color="tab:red",
+                          label="model")
+        kurtosis.set(xlabel="after block", ylabel="kurtosis over channels")
+        kurtosis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def table(layers: list[LayerError]) -> list[list[str]]:
@@ -150,8 +135,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.error = self.norm = self.position_error = 0.0
-        self.kurtosis = [0.0, 0.0]
-        self.largest = [np.zeros(1), np.zeros(1)]  # by channel
+        self.kurtosis, self.largest = np.zeros(2), [np.zeros(1), np.zeros(1)]
         self.windows = 0
 
     def add(self, state: mx.array, reference: mx.array) -> None:
@@ -171,9 +155,8 @@ class _Sums:
         return (self.error / self.norm) ** 0.5
 
     def result(self, index: int) -> LayerError:
-        own, reference = self.kurtosis
         return LayerError(index, self.relative_error, self.position_error / self.windows,
-                          own / self.windows, reference / self.windows,
+                          *(self.kurtosis / self.windows).tolist(),
                           *map(_largest_channels, self.largest))
 
 
@@ -188,11 +171,3 @@ def _kurtosis(h: mx.array) -> mx.array:
 def _largest_channels(peak: np.ndarray) -> list[Channel]:
     order = np.argsort(-peak, kind="stable")[:_CHANNELS]
     return [Channel(int(index), float(peak[index])) for index in order]
-
-
-def _check_shapes(states: list[mx.array], original: list[mx.array], model: LanguageModel,
-                  reference: LanguageModel) -> None:
-    shapes = [(len(x), x[0].shape[-1]) for x in (states, original)]
-    if [x.shape for x in states] != [x.shape for x in original]:
-        raise BadValue("{} has {} blocks of width {}, {} has {} of width {}; they must be the same"
-                       .format(model.name, *shapes[0], reference.name, *shapes[1]))

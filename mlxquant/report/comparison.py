@@ -18,8 +18,8 @@ from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import load
 from mlxquant.quantise.job import Job, Made, Target
 from mlxquant.quantise.pipeline import quantize
-from mlxquant.report.by_layer import check_plot
 from mlxquant.report.divergence import Divergence, divergence
+from mlxquant.report.figure import figure
 
 _REPLICAS = dict(method="replica", rotation="online")
 _EIGHT = dict(method="smoothquant", group_size=Whole.ROW, activation=ActivationSpec())
@@ -162,18 +162,11 @@ def table(rows: list[Row]) -> list[list[str]]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Draw perplexity over whole-folder bytes, a line for each method, into a PNG or SVG file."""
-    check_plot(path)
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(r.method for r in rows):
-        points = sorted((r.file_bytes / 1e6, r.perplexity) for r in rows if r.method == method)
-        axes.plot(*zip(*points), marker="o", label=method)
-    axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+    with figure(path, (7, 4.5)) as (axes,):
+        for method in dict.fromkeys(r.method for r in rows):
+            points = sorted((r.file_bytes / 1e6, r.perplexity) for r in rows if r.method == method)
+            axes.plot(*zip(*points), marker="o", label=method)
+        axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
 
 
 def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:

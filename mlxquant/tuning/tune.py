@@ -12,7 +12,6 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
-from mlxquant.base.version import __version__
 from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
 from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import card
@@ -66,7 +65,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
         open_tokenizer(folder, config), list(tuning.data), schedule.steps * schedule.batch_size,
         HELD_OUT, tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
-    job = identity(folder, identity(teacher.folder), record, texts.digest, __version__)
+    job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained is refused here, before anything is written.
     student = Trainable(network, dtype, tuning.norms, tuning.codes / schedule.drift)
     unfinished = working_folder(output, job, record)
