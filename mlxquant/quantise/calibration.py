@@ -88,6 +88,9 @@ class _Texts:
                  least: int = 1):
         self.names, self.lead = names, windows.beginning(tokenizer)
         self.own = length - len(self.lead)
+        if self.own < 1:
+            raise BadValue(f"a sequence of {length} tokens begins with {len(self.lead)} of the "
+                           "tokenizer's and has no room for text")
         self.streams = [windows.encode(tokenizer, windows.read_text(name), vocabulary)
                         for name in names]
         for name, stream in zip(names, self.streams):

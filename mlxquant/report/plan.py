@@ -195,7 +195,7 @@ def _candidates(model: _Model, config: dict[str, Any], machine: Host,
 
 
 def _made(model: _Model, spec: Spec, remarks: list[str]) -> nn.Module | None:
-    """The network that ``quantize`` makes, None where it cannot, or few layers can be so."""
+    """The network that ``quantize`` makes, None where it cannot, or most layers cannot take it."""
     try:
         return planned(model.original, model.config, Job(spec, embedding_bits=EMBEDDING_BITS))
     except BadValue:
