@@ -148,3 +148,21 @@ def test_widths_parse():
 def test_a_spec_returns_from_json_as_it_was():
     for spec in (Spec(bits="ternary", group_size=-1), Spec(bits=Width.TWO, group_size=Whole.ROW)):
         assert Spec(**json.loads(json.dumps(spec.as_dict()))) == spec
+
+
+@pytest.mark.parametrize("spec", [Spec(bits=2), Spec(bits=4), Spec(bits="ternary")],
+                         ids=lambda spec: str(spec.bits))
+def test_groups_that_a_round_leaves_alone_would_not_have_moved(spec, monkeypatch):
+    random = np.random.default_rng(4)
+    w = mx.array(random.normal(size=(24, 3, 32)).astype(np.float32))
+    h = mx.array(random.exponential(size=(3, 32)).astype(np.float32))
+    found = affine._search(w, h, spec, mx.float16)
+    monkeypatch.setattr(affine, "_ROUNDS", 0)
+    scale, bias = (x[..., None] for x in affine._search(w, h, spec, mx.float16))
+    best = affine._tried(w, h, scale, bias, spec, mx.float16)
+    for _ in range(8):  # over all groups
+        codes = affine.nearest(w, best[0], best[1], spec.bits.levels)
+        moved = affine._least_squares(w, h, codes, spec)
+        best = affine._better(best, affine._tried(w, h, *moved, spec, mx.float16))
+    assert not mx.array_equal(best[0], scale)
+    assert all(mx.array_equal(a, b[..., 0]) for a, b in zip(found, best))

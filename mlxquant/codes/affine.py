@@ -1,9 +1,9 @@
 """Affine groups: a code q of a group stands for scale·q + bias.
 
-``fit`` finds the scales of a whole matrix at once: a search over clipped
-ranges, then rounds of nearest codes and weighted least squares, the better of
-the two kept per group. At one bit the two levels are fitted like any others;
-the minimum and maximum, which the stock quantiser takes, are never right there.
+``fit`` finds the scales of a whole matrix at once: a search over clipped ranges, then rounds of
+nearest codes and weighted least squares, the better of the two kept per group. At one bit the two
+levels are fitted like any others; the minimum and maximum, which the stock quantiser takes, are
+never right there.
 """
 
 from dataclasses import dataclass
@@ -65,11 +65,12 @@ class Affine:
 
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and biases, the latter in 16."""
-        return 8 * self.packed().nbytes + 2 * 16 * self.scales.size
+        rows, columns = self.codes.shape
+        return 32 * (rows * -(-columns * self.bits.code_bits // 32) + self.scales.size)
 
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
-        return pack(self.codes, self.spec.bits.code_bits)
+        return pack(self.codes, self.bits.code_bits)
 
 
 def expand(per_group: mx.array, group: int) -> mx.array:
@@ -87,24 +88,20 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
         dtype: mx.Dtype = mx.float16) -> Affine:
     """Codes and scales of ``weight`` (m, n) that minimise the squared error.
 
-    ``importance`` (n,) weights each column's error, for instance by diag(H).
-    Scales and biases are rounded to ``dtype``. A per-tensor spec shares one
-    group over all rows.
+    ``importance`` (n,) weights each column's error, for instance by diag(H). Scales and biases are
+    rounded to ``dtype``. Raises ``BadValue`` if the groups do not divide n.
     """
     rows, columns = weight.shape
-    group = spec.group_for(columns)
-    shape = (rows, columns // group, group)
-    if spec.group_size is Whole.MATRIX:
-        shape = (1, 1, rows * columns)
-    w = weight.astype(mx.float32).reshape(shape)
+    group, weight = spec.group_for(columns), weight.astype(mx.float32)
     h = mx.ones((columns,)) if importance is None else importance / importance.mean()
-    h = mx.broadcast_to(mx.maximum(h, 1e-6), (rows, columns)).reshape(shape)
-    scales, biases = _search(w, h, spec, dtype)
-    scales, biases = (mx.broadcast_to(x[..., 0], (rows, columns // group))
-                      for x in (scales, biases))
-    codes = nearest(weight.astype(mx.float32), expand(scales, group), expand(biases, group),
-                    spec.bits.levels)
-    result = Affine(codes.astype(mx.uint8), mx.contiguous(scales), mx.contiguous(biases), spec)
+    h = mx.maximum(h, 1e-6)
+    if spec.group_size is Whole.MATRIX:
+        found = _search(weight.reshape(1, 1, -1), mx.tile(h, rows)[None], spec, dtype)
+    else:
+        found = _search(weight.reshape(rows, -1, group), h.reshape(-1, group), spec, dtype)
+    scales, biases = (mx.contiguous(mx.broadcast_to(x, (rows, columns // group))) for x in found)
+    codes = nearest(weight, expand(scales, group), expand(biases, group), spec.bits.levels)
+    result = Affine(codes.astype(mx.uint8), scales, biases, spec)
     mx.eval(result.codes, result.scales, result.biases)
     return result
 
@@ -145,7 +142,8 @@ def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:
 
 
 def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Best (scale, bias) per group of w (…, group), each of shape (…, 1)."""
+    """The best (scale, bias) (R, C) for groups of weights w (R, C, group), errors weighted by
+    h (C, group)."""
     low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
     if spec.mirrored:
         high = mx.maximum(high, -low)
@@ -154,13 +152,21 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
     best = _tried(w, h, scale, low, spec, dtype)
     for clip in _CLIPS[1:]:
         best = _better(best, _tried(w, h, clip * scale, clip * low, spec, dtype))
-    scale, bias, _ = best
+    found, moving = [x.reshape(-1, 1) for x in best], mx.arange(low.size)
     for _ in range(_ROUNDS):
-        codes = nearest(w, scale, bias, spec.bits.levels)
-        best = _better(best, _tried(w, h, *_least_squares(w, h, codes, spec), spec, dtype))
-        scale, bias, _ = best
-        mx.eval(*best)
-    return scale, bias
+        # What one round does not improve no later one does: of many groups few are left soon.
+        some, weights = w.reshape(-1, w.shape[-1])[moving], h[moving % len(h)]
+        old = found[0][moving], found[1][moving], found[2][moving]
+        codes = nearest(some, old[0], old[1], spec.bits.levels)
+        new = _tried(some, weights, *_least_squares(some, weights, codes, spec), spec, dtype)
+        for values, value in zip(found, _better(old, new)):
+            values[moving] = value
+        better = new[2] < old[2]
+        mx.eval(found, better)
+        moving = mx.array(np.array(moving)[np.array(better)[:, 0]])
+        if not moving.size:
+            break
+    return found[0].reshape(low.shape[:2]), found[1].reshape(low.shape[:2])
 
 
 def _least_squares(w: mx.array, h: mx.array, codes: mx.array,
@@ -173,8 +179,9 @@ def _least_squares(w: mx.array, h: mx.array, codes: mx.array,
         return scale, -scale * (spec.bits.levels - 1) / 2
     total = h.sum(-1, keepdims=True)
     mean_q, mean_w = ((h * x).sum(-1, keepdims=True) / total for x in (codes, w))
-    variance = (h * mx.square(codes - mean_q)).sum(-1, keepdims=True)
-    products = (h * (codes - mean_q) * (w - mean_w)).sum(-1, keepdims=True)
+    centred = codes - mean_q
+    variance = (h * mx.square(centred)).sum(-1, keepdims=True)
+    products = (h * centred * (w - mean_w)).sum(-1, keepdims=True)
     scale = products / mx.maximum(variance, 1e-12)
     return scale, mean_w - scale * mean_q
 
