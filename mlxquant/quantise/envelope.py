@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlxquant.codes.affine import nearest
-from mlxquant.codes.packing import pack_codes
+from mlxquant.codes.packing import empty_codes
 from mlxquant.codes.width import Width
 
 ROUNDS = 8
@@ -68,8 +68,8 @@ class Replicas:
 
     def stored_bits(self) -> int:
         """Bits of packed codes, and of scales in 16."""
-        return (8 * pack_codes(self.codes, self.bits).nbytes + 16 * self.replica_out.size
-                + self.shared_bits())
+        packed = empty_codes(self.codes.shape, self.bits)
+        return 8 * packed.nbytes + 16 * self.replica_out.size + self.shared_bits()
 
     def shared_bits(self) -> int:
         """Those of the scales on the inputs' side, which siblings share."""

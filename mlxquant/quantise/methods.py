@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,7 +15,7 @@ from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.settings import Settings
 
 Codes = Affine | Replicas
-Quantise = Callable[[mx.array, Statistics, Spec, Settings], Codes]
+Quantise = Callable[[mx.array, Any, Spec, Settings], Codes]  # statistics; None if uncalibrated
 Balance = Callable[[list[mx.array], Statistics, Spec, Settings], mx.array | None]
 
 

@@ -25,9 +25,10 @@ _Codes = TypeVar("_Codes", Affine, Replicas)
 
 @dataclass(frozen=True)
 class Maps:
-    """Between scales and Ŵ: ``change`` gives what a step in the scales does to Ŵ (m, n),
-    ``pull_back`` the derivative by the scales of that by Ŵ, and ``scaled`` divides one by a
-    curvature. ``total`` and ``total_change`` sum entries of either over what takes one step."""
+    """Between scales and Ŵ (m, n): ``change`` gives what a step in the scales does to Ŵ,
+    ``pull_back`` the derivative by the scales of one by Ŵ, ``scaled`` divides that by a curvature.
+    ``total`` and ``total_change`` sum what is as large as the scales, and as Ŵ, over all that
+    shares one step length."""
 
     change: Callable[[mx.array], mx.array]
     pull_back: Callable[[mx.array], mx.array]
@@ -99,34 +100,35 @@ def _descend(weight: mx.array, start: Affine, hessian: mx.array) -> mx.array:
     """Scales and biases (2, m, G), not rounded, by conjugate gradients: every row has a system and
     step lengths of its own; each is scaled by the 2 × 2 blocks of its single groups."""
     codes, groups = start.codes.astype(mx.float32), start.scales.shape[1]
-    middle = (start.bits.levels - 1) / 2
-    # What a scale multiplies, and what a bias does, which follows from the scale if mirrored.
-    basis = [codes - middle] if start.spec.mirrored else [codes, mx.array(1.0)]
+    mirrored, middle = start.spec.mirrored, (start.bits.levels - 1) / 2
+    if mirrored:  # the biases follow from the scales
+        codes = codes - middle
 
     def change(value: mx.array) -> mx.array:
-        return sum(expand(part, start.group) * base for part, base in zip(value, basis))
+        scaled = expand(value[0], start.group) * codes
+        return scaled if mirrored else scaled + expand(value[1], start.group)
 
     def pull_back(gradient: mx.array) -> mx.array:
-        return mx.stack([(gradient * base).reshape(len(codes), groups, -1).sum(2)
-                         for base in basis])
+        parts = [gradient * codes] if mirrored else [gradient * codes, gradient]
+        return mx.stack([part.reshape(len(codes), groups, -1).sum(2) for part in parts])
 
-    maps = Maps(change, pull_back, _preconditioner(basis, groups, hessian),
+    maps = Maps(change, pull_back, _preconditioner(codes, groups, hessian, mirrored),
                 lambda x: x.sum((0, 2), keepdims=True), lambda x: x.sum(1)[None, :, None])
-    value = mx.stack([start.scales, start.biases][:len(basis)])
+    value = start.scales[None] if mirrored else mx.stack([start.scales, start.biases])
     found = conjugate_gradients(value, start.dequantise() - weight, hessian, maps, _STEPS)
-    return mx.stack([found[0], -middle * found[0]]) if start.spec.mirrored else found
+    return mx.stack([found[0], -middle * found[0]]) if mirrored else found
 
 
-def _preconditioner(basis: list[mx.array], groups: int,
-                    hessian: mx.array) -> Callable[[mx.array], mx.array]:
+def _preconditioner(codes: mx.array, groups: int, hessian: mx.array,
+                    mirrored: bool) -> Callable[[mx.array], mx.array]:
     """Divides by the curvature that each group's scale and bias have if no other group moves."""
-    rows, columns = basis[0].shape
+    rows, columns = codes.shape
     group = columns // groups
     inside = mx.stack([hessian[g:g + group, g:g + group] for g in range(0, columns, group)])
-    parts = basis[0].reshape(rows, groups, group)
+    parts = codes.reshape(rows, groups, group)
     seen = (parts.transpose(1, 0, 2) @ inside).transpose(1, 0, 2)
     by_scale = mx.maximum((seen * parts).sum(2), 1e-20)
-    if len(basis) == 1:
+    if mirrored:
         return lambda x: x / by_scale
     both, by_bias = seen.sum(2), mx.maximum(inside.sum((1, 2)), 1e-20)
     by_scale, by_bias = by_scale * (1 + _RIDGE), by_bias * (1 + _RIDGE)
