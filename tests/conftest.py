@@ -13,6 +13,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 
 # isort: split
 
+import fused
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -97,6 +98,11 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return mlxquant.load(str(tiny_folder))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compiler(request):
+    fused.quicken(request.config.cache.mkdir("fused"))
 
 
 @pytest.fixture(autouse=True)
