@@ -30,7 +30,7 @@ from mlxquant.layers.repeated_cache import PassesCache
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import open_lazily
 from mlxquant.tuning.distill import divergence_loss
-from mlxquant.tuning.trainable import Trainable
+from mlxquant.layers.trainable import Trainable
 
 DEEP = CONFIG | {"num_hidden_layers": 4, "tie_word_embeddings": False}
 SLIDING = DEEP | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}

@@ -20,7 +20,7 @@ from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration, self_written
 from mlxquant.tuning.distill import Distillation, divergence_loss
 from mlxquant.tuning.settings import Schedule, Tuning
-from mlxquant.tuning.trainable import Trainable
+from mlxquant.layers.trainable import Trainable
 from mlxquant.tuning.tune import tune
 
 SCHEDULE = Schedule(steps=60, batch_size=4, learning_rate=1e-3, check_every=20)

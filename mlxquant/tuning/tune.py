@@ -12,6 +12,7 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
 from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import card
@@ -23,7 +24,6 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.settings import Tuning
-from mlxquant.tuning.trainable import Trainable
 
 HELD_OUT = 32
 Told = Callable[[int, int], None]
@@ -67,7 +67,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained is refused here, before anything is written.
-    student = Trainable(network, dtype, tuning.norms, tuning.codes / schedule.drift)
+    student = Trainable(network, dtype, Parts(tuning.norms, tuning.codes / schedule.drift))
     unfinished = working_folder(output, job, record)
     teacher.network.apply(lambda a: a.astype(dtype))
     tokens = _with_written(texts, teacher, tuning, unfinished, writing).tokens

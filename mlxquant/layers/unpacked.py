@@ -3,8 +3,9 @@
 Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020,
 https://arxiv.org/abs/2004.10568) a code may end at another level than the nearest; as in LSQ (Esser
 et al. 2019, https://arxiv.org/abs/1902.08153) the gradient passes straight through the rounding.
-Every code starts where the sweep left it, in the middle of its cell: started from the float
-weights the model ended worse (``benchmarks/LOG.md``).
+A code starts where the sweep left it: in the middle of its cell, or as far from there as the float
+weight is, but never beyond the cell. Started from the float weights themselves a model ended worse
+(``benchmarks/LOG.md``).
 """
 
 import mlx.core as mx
@@ -16,29 +17,31 @@ from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.memo import Elsewhere
 from mlxquant.layers.replicated import ReplicatedLinear
 
+_EDGE = 0.49  # of a level: as far as a code can go beyond the lowest and the highest
+
 
 class MovableCodes(nn.Module):
     """Codes (m, n) uint8 of levels 0 to ``top``, held outside the parameters.
 
-    ``moves`` (m, n), zero at first and only where ``moving``, are how many levels a code has
-    moved before rounding; beyond the lowest and the highest level they have no gradient.
-    ``stored_as`` is what a checkpoint calls the codes.
+    ``moves`` (m, n) are how many levels a code has moved before rounding, at first ``start``;
+    where that is None codes stay. Beyond the cells of the lowest and the highest level they have
+    no gradient. ``stored_as`` is what a checkpoint calls the codes.
     """
 
     stored_as = "codes"
 
-    def __init__(self, codes: mx.array, top: int, moving: bool):
+    def __init__(self, codes: mx.array, top: int, start: mx.array | None):
         super().__init__()
         self._codes, self._top = codes, top
-        if moving:
-            self.moves = mx.zeros(codes.shape)
+        if start is not None:
+            self.moves = mx.broadcast_to(start.astype(mx.float32), codes.shape)
             self.freeze(recurse=False, keys="moves")  # trained by ``Trainable``, never by itself
 
     def levels(self) -> mx.array:
         """Codes (m, n) as they stand: uint8, or float32 with a gradient by ``moves``."""
         if "moves" not in self:
             return self._codes
-        wanted = mx.clip(self._codes + self.moves.astype(mx.float32), 0, self._top)
+        wanted = mx.clip(self._codes + self.moves.astype(mx.float32), -_EDGE, self._top + _EDGE)
         return wanted + mx.stop_gradient(mx.round(wanted) - wanted)
 
     def rounded(self, moves: mx.array) -> mx.array:
@@ -50,10 +53,10 @@ class MovingReplica(MovableCodes):
     """Takes the place of a ``ReplicatedLinear`` whose codes move; other parameters keep their
     names."""
 
-    def __init__(self, layer: ReplicatedLinear):
+    def __init__(self, layer: ReplicatedLinear, start: mx.array):
         bits = layer.input.spec.bits
         codes = unpack_codes(layer.codes, bits, layer.shape[1])
-        super().__init__(codes, bits.levels - 1, moving=True)
+        super().__init__(codes, bits.levels - 1, start)
         self._input, self._sibling = Elsewhere(layer.input), layer.sibling
         self._bits = bits
         self.replica_out = layer.replica_out
@@ -77,11 +80,12 @@ class UnpackedAffine(MovableCodes):
     keep their names.
     """
 
-    def __init__(self, layer: nn.Module, moving: bool):
+    def __init__(self, layer: nn.Module, start: mx.array | None = None):
         grouped = isinstance(layer, GroupedLinear)
-        columns, codes = ((layer.shape[1], layer.codes) if grouped
-                          else (layer.weight.shape[1] * 32 // layer.bits, layer.weight))
-        super().__init__(affine.unpack(codes, layer.bits, columns), (1 << layer.bits) - 1, moving)
+        packed = layer.codes if grouped else layer.weight
+        columns = layer.shape[1] if grouped else packed.shape[-1] * 32 // layer.bits
+        codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), layer.bits, columns)
+        super().__init__(codes.reshape(*packed.shape[:-1], columns), (1 << layer.bits) - 1, start)
         self._bits, self.stored_as = layer.bits, "codes" if grouped else "weight"
         self.scales, self.biases = layer.scales, layer.biases
         if "bias" in layer:
@@ -90,9 +94,21 @@ class UnpackedAffine(MovableCodes):
     def packed(self, moves: mx.array) -> mx.array:
         return affine.pack(self.rounded(moves), self._bits)
 
+    def dense(self, dtype: mx.Dtype) -> mx.array:
+        """W (m, n), or of experts (E, m, n), in ``dtype``."""
+        levels = self.levels().astype(dtype)
+        scales, biases = (a.astype(dtype)[..., None] for a in (self.scales, self.biases))
+        return (scales * levels.reshape(*self.scales.shape, -1) + biases).reshape(levels.shape)
+
     def __call__(self, x: mx.array) -> mx.array:
-        levels = self.levels().astype(x.dtype)
-        scales, biases = (a.astype(x.dtype)[..., None] for a in (self.scales, self.biases))
-        grouped = levels.reshape(*self.scales.shape, -1)
-        y = x @ (scales * grouped + biases).reshape(levels.shape).T
+        y = x @ self.dense(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+class UnpackedExperts(UnpackedAffine):
+    """The same for a stack of experts, in the place of mlx-lm's ``QuantizedSwitchLinear``."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = mx.gather_mm(x, self.dense(x.dtype).swapaxes(-1, -2), rhs_indices=indices,
+                         sorted_indices=sorted_indices)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y

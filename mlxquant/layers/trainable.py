@@ -5,32 +5,49 @@ one learning rate fits scalings of every magnitude. Codes are unpacked once and 
 from them in every step, which for hundreds of tokens costs little beside the products.
 """
 
+from dataclasses import dataclass, field
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxquant.base.errors import Unsupported
-from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
+from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.tuning.unpacked import MovingReplica, UnpackedAffine
+from mlxquant.layers.unpacked import MovingReplica, UnpackedAffine, UnpackedExperts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained beside scales: the weights of normalisation layers where ``norms``; codes
+    where ``codes`` is above 0, of which u = 1 moves one by that many levels from its place in
+    ``starts``, by its layer's path (levels from the middle of the cell; by default there); the
+    scales of affine ``experts``, whose matrices are then expanded in every step."""
+
+    norms: bool = True
+    codes: float = 0.0
+    starts: dict[str, mx.array] = field(default_factory=dict)
+    experts: bool = False
 
 
 class Trainable:
     """The arrays of a network that are trained, by path, and the network as they make it.
 
-    ``norms`` trains the weights of normalisation layers too; ``codes`` above 0 the codes, which
-    u = 1 moves by that many levels. What is not trained is cast to ``dtype``, in which the
-    network then computes. Raises ``Unsupported`` where nothing in the network has scales.
+    ``blocks`` are where the quantised layers hang that are trained. What is not trained is cast
+    to ``dtype``, in which the network then computes. Raises ``Unsupported`` where nothing in the
+    network has scales.
     """
 
-    def __init__(self, network: nn.Module, dtype: mx.Dtype, norms: bool = True, codes: float = 0.0):
+    def __init__(self, network: nn.Module, dtype: mx.Dtype, parts: Parts = Parts(),
+                 blocks: list[Block] | None = None):
         self.network, self.dtype = network, dtype
         self.stored = {path: array.dtype for path, array in tree_flatten(network.parameters())}
-        _unpack(network, codes > 0)
-        self.base, self.size = _trained(network, norms, codes)
+        _unpack(network, parts, find_blocks(network) if blocks is None else blocks)
+        self.base, self.size = _trained(network, parts)
         if not any(path.endswith(("replica_out", "scales")) for path in self.base):
             raise Unsupported("the model has no quantised layers in its blocks: "
                               "there is nothing to tune")
@@ -69,21 +86,24 @@ class Trainable:
         return self.network
 
 
-def _unpack(network: nn.Module, codes: bool) -> None:
+def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
     """Codes of the blocks as levels, and everything quantised outside them dense."""
-    inside, made = tuple(f"{block.path}." for block in find_blocks(network)), []
+    inside, made = tuple(block.full("") for block in blocks), []
     for path, module in network.named_modules():
+        start = parts.starts.get(path.removesuffix(".linear"), mx.zeros(1)) if parts.codes else None
         if isinstance(module, TransformedLinear) and module.activation:
             raise Unsupported(f"{path} rounds activations, which tuning does not cover")
-        if isinstance(module, ReplicatedLinear) and codes:
-            made.append((path, MovingReplica(module)))
-        elif isinstance(module, ReplicatedLinear):
+        if isinstance(module, ReplicatedLinear) and start is not None:
+            made.append((path, MovingReplica(module, start)))
+        elif isinstance(module, Replicated):
             module.keep_levels()
         elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
               and not path.startswith(inside)):
             made.append((path, _dense(module)))
         elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
-            made.append((path, UnpackedAffine(module, moving=codes)))
+            made.append((path, UnpackedAffine(module, start)))
+        elif isinstance(module, QuantizedSwitchLinear) and parts.experts:
+            made.append((path, UnpackedExperts(module)))
     network.update_modules(tree_unflatten(made))
 
 
@@ -101,7 +121,7 @@ def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
     return dense
 
 
-def _trained(network: nn.Module, norms: bool, codes: float
+def _trained(network: nn.Module, parts: Parts
              ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """θ₀ and s by path. The unit s of a group's scale and bias is the scale; of an input's or
     output's scaling, its replica's root mean square; of a column scale, itself; of a norm, its
@@ -110,26 +130,26 @@ def _trained(network: nn.Module, norms: bool, codes: float
     for path, module in network.named_modules():
         if isinstance(module, UnpackedAffine):
             names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
-        elif isinstance(module, (ReplicatedLinear, MovingReplica)):
-            names = {"replica_out": _rms(module.replica_out)}
+        elif isinstance(module, (Replicated, MovingReplica)):
+            names = {"replica_out": _rms(module.replica_out, -2)}
         elif isinstance(module, ReplicaInput):
-            names = {"replica_in": _rms(module.replica_in)}
+            names = {"replica_in": _rms(module.replica_in, -2)}
             if "column_scale" in module:
                 names["column_scale"] = mx.abs(module.column_scale)
-        elif norms and isinstance(module, nn.RMSNorm):
-            names = {"weight": _rms(module.weight)}
+        elif parts.norms and isinstance(module, (nn.RMSNorm, nn.LayerNorm)) and "weight" in module:
+            names = {"weight": _rms(module.weight, 0)}
         elif "repeat_gates" in module:  # of the last block of a range that is repeated
             names = {"repeat_gates": mx.ones_like(module.repeat_gates)}
         else:
             continue
         if "moves" in module:
-            names["moves"] = mx.array(codes)
+            names["moves"] = mx.array(parts.codes)
         for name, scale in names.items():
             base[f"{path}.{name}"] = module[name].astype(mx.float32)
             size[f"{path}.{name}"] = scale.astype(mx.float32)
     return base, size
 
 
-def _rms(array: mx.array) -> mx.array:
-    """Root mean square over the first axis, of each column."""
-    return mx.sqrt(mx.square(array.astype(mx.float32)).mean(0, keepdims=True))
+def _rms(array: mx.array, axis: int) -> mx.array:
+    """Root mean square over one axis, which stays."""
+    return mx.sqrt(mx.square(array.astype(mx.float32)).mean(axis, keepdims=True))
