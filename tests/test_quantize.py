@@ -1,5 +1,6 @@
 """From a folder to a quantised folder: stock loading, resume, rotation, bad requests."""
 
+import gc
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from mlxquant.quantise import assignment, awq, pipeline, walk
 from mlxquant.quantise.budget import choose
 from mlxquant.quantise.job import PROPAGATIONS, Target, silent
 from mlxquant.quantise.methods import METHODS, Method
+from mlxquant.quantise.observe import Observation
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 
@@ -142,6 +144,18 @@ def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, pr
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_the_statistics_of_finished_blocks_are_let_go(tmp_path, text, propagation):
+    folder = write_folder(tmp_path / "deep", config=CONFIG | {"num_hidden_layers": 4})
+
+    def held(*_):
+        found = [o for o in gc.get_objects() if isinstance(o, Observation) and o.statistics]
+        assert len(found) <= 1
+
+    gc.collect()
+    quantise(folder, tmp_path / "out", text, progress=held, bits=3, propagation=propagation)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, tiny_folder, text):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         quantise(tiny_folder, tmp_path / name, text, bits=3, rotation="fused", seed=seed)
@@ -181,6 +195,8 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
     (dict(method="replica", replicas=17), "replicas is 17"),
     (dict(method="replica", activation=ActivationSpec()), "leave"),
     (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
+    (dict(alpha=1.5), "alpha is 1.5, allowed is 0 to 1"),
+    (dict(alpha=float("nan")), "alpha is nan"),
 ])
 def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options,
                                                          message):

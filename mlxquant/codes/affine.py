@@ -16,6 +16,7 @@ from mlxquant.codes.width import Width
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(15))
 _ROUNDS = 8
+_SEARCHED = 1 << 24  # weights at a time: what the search computes in between is ten times as large
 _Found = tuple[mx.array, mx.array, mx.array]  # scale, bias and error of each group
 
 
@@ -98,7 +99,10 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
     if spec.group_size is Whole.MATRIX:
         found = _search(weight.reshape(1, 1, -1), mx.tile(h, rows)[None], spec, dtype)
     else:
-        found = _search(weight.reshape(rows, -1, group), h.reshape(-1, group), spec, dtype)
+        step = max(1, _SEARCHED // columns)
+        parts = [_search(weight[i:i + step].reshape(-1, columns // group, group),
+                         h.reshape(-1, group), spec, dtype) for i in range(0, rows, step)]
+        found = (mx.concatenate(each) for each in zip(*parts))
     scales, biases = (mx.contiguous(mx.broadcast_to(x, (rows, columns // group))) for x in found)
     codes = nearest(weight, expand(scales, group), expand(biases, group), spec.bits.levels)
     result = Affine(codes.astype(mx.uint8), scales, biases, spec)

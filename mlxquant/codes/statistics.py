@@ -53,7 +53,7 @@ class Statistics:
         if target is not None:
             target = target.reshape(-1, x.shape[-1]).astype(mx.float32)
             cross = mx.zeros_like(self.hessian) if self.cross is None else self.cross
-            self.cross = cross + share * (target.T @ x / len(x) - cross)
+            self.cross = mx.addmm(cross, target.T, x, alpha=1 / self.count, beta=1 - share)
 
     def arrays(self) -> list[mx.array]:
         sums = (self.hessian, self.mean_magnitude, self.largest, self.cross)

@@ -64,11 +64,13 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
     work = _Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
-    for paths, statistics in reversed(list(seen.siblings())):
-        if isinstance(statistics, Routed):
-            _quantise_experts(work, paths, statistics)
+    for first, paths in reversed(seen.groups.items()):
+        # Taken out, so that their memory is free as soon as something is made of them.
+        if isinstance(seen.statistics[first], Routed):
+            _quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
         elif specs := {path: plan.specs[path] for path in paths if path in plan.specs}:
-            _quantise_siblings(work, specs, statistics)
+            _quantise_siblings(work, specs, cast(Statistics, seen.statistics.pop(first)))
+    seen.statistics.clear()
     for path in seen.unseen:
         if path in plan.specs and not isinstance(modules[path], STACKS):
             _quantise_siblings(work, {path: plan.specs[path]}, None)

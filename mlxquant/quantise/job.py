@@ -79,6 +79,8 @@ class Job:
         if self.propagation not in PROPAGATIONS:
             raise BadValue(f"propagation is {self.propagation!r}, allowed are "
                            f"{', '.join(PROPAGATIONS)}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise BadValue(f"alpha is {self.alpha:g}, allowed is 0 to 1")
         methods = self._methods()
         if "replica" in methods and self.activation is not None:
             raise BadValue("replica does not quantise activations: leave --activation-bits out")
