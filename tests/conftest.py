@@ -90,6 +90,17 @@ def write_folder(
     return folder
 
 
+def write_telling(folder: Path, config: dict) -> Path:
+    """``folder`` with a ``source`` model that has something to say, and a ``text.txt``."""
+    network = random_network(config)
+    # random layers alone predict nothing in particular
+    network.lm_head.weight = 30 * network.lm_head.weight
+    write_folder(folder / "source", network, config)
+    words = "the", "cat", "sat", "on", "a", "mat", "and", "ran"
+    (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 4000)))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("models") / "tiny")

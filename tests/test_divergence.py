@@ -5,7 +5,6 @@ import math
 from dataclasses import fields, replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from commands import run as command
@@ -13,9 +12,8 @@ from conftest import CONFIG, random_network, write_folder
 from mlx.utils import tree_map
 
 import mlxquant
-from mlxquant.base.errors import BadValue, TooLarge, Unsupported
-from mlxquant.model.blocks import after_each_block
-from mlxquant.report.by_layer import by_layer, hidden_states, plot
+from mlxquant.base.errors import BadValue, TooLarge
+from mlxquant.report.by_layer import by_layer, plot
 from mlxquant.report.divergence import Divergence, divergence
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -185,66 +183,6 @@ def test_one_huge_channel_does_not_overflow(teacher):
     layers = by_layer(replace(teacher, network=network), teacher, TEXT, context=CONTEXT, windows=1)
     assert layers[0].largest_channels[0].index == 5
     assert layers[0].kurtosis == pytest.approx(62, abs=1.5)  # n − 2 + 1/(n − 1) at most, n = 64
-
-
-def test_the_blocks_are_restored_even_after_an_error(teacher):
-    blocks, window = teacher.network.layers, windows(teacher)[0]
-    before, expected = [type(block) for block in blocks], np.array(teacher.network(window))
-
-    def fail(state):
-        assert [type(block) for block in blocks] != before
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"), after_each_block(teacher.network, fail):
-        teacher.network(window)
-    assert [type(block) for block in blocks] == before
-    assert np.array_equal(np.array(teacher.network(window)), expected)
-
-
-def test_layers_that_are_a_copy_of_the_list_are_recorded(teacher, monkeypatch):
-    """The ``layers`` of DeepSeek, GLM and others are a slice, made for splitting over machines."""
-    copy = property(lambda self: self.model.layers[:])
-    monkeypatch.setattr(type(teacher.network), "layers", copy)
-    assert len(hidden_states(teacher.network, windows(teacher)[0])) == 2
-
-
-def test_the_state_of_a_block_that_returns_more_is_its_first_output():
-    """Gemma 3n and 4 hand keys and values on from block to block."""
-    class Block(nn.Module):
-        width = 4
-
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Identity()
-
-        def __call__(self, h):
-            return 2 * h, "keys and values"
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = [Block(), Block()]
-
-        def __call__(self, h):
-            for layer in self.layers:
-                h, _ = layer(h[..., :layer.width])
-            return h
-
-    states = hidden_states(Network(), mx.ones((1, 5)))
-    assert [state.tolist() for state in states] == [[[2.0] * 4], [[4.0] * 4]]
-
-
-def test_blocks_that_never_run_are_reported(teacher):
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = teacher.network.layers
-
-        def __call__(self, tokens):
-            return tokens
-
-    with pytest.raises(Unsupported, match="cannot be observed"):
-        hidden_states(Network(), windows(teacher)[0])
 
 
 @pytest.mark.parametrize("name,start", [("error.png", b"\x89PNG"), ("error.svg", b"<?xml")])
