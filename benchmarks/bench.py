@@ -12,6 +12,7 @@ draws the roofline of each.
 """
 
 import re
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"reads {measured.ceiling.gb_per_s:.1f} GB/s: {measured.readers}", flush=True)
 
     def keep(records: list[Record]) -> None:
-        save(f"bench-{arguments.out}", probe=measured.as_dict(),
+        save(f"bench-{arguments.out}", probe=asdict(measured),
              records=[record.as_dict() for record in records])
         last = records[-1]
         print(f"{last.model} {last.test}: {last.tps_mean:.2f} tokens/s, {last.gb_per_s:.1f} GB/s, "

@@ -79,7 +79,7 @@ def test_settings_change_during_the_conversation(talk):
         "/set max_tokens 0", "/set lookup 1000", "/set thoughts maybe", "/set logit_bias {}")
     sampling = conversation.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.5, 7, None)
-    assert (conversation.max_tokens, conversation.lookup) == (9, 4)
+    assert (conversation.max_tokens, conversation.loop.lookup) == (9, 4)
     for expected in ("temperature 0.5 · top_p 1.0 · top_k 7", "(seed is None)",
                      "error: top_p is 2.0, allowed are 0 to 1",
                      "error: top_k is 'x', allowed is a whole number",

@@ -7,7 +7,7 @@ from conftest import CONFIG, random_network, write_folder
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.runtime.speculation import Speculation, _Occurrences
+from mlxquant.runtime.loop import Loop, _Occurrences
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 6
 
@@ -114,7 +114,7 @@ def test_occurrences():
 ])
 def test_ranges(options, message):
     with pytest.raises(BadValue, match=message):
-        Speculation(**options)
+        Loop(**options)
 
 
 def test_what_excludes_each_other(tiny, tmp_path):

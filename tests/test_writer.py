@@ -22,7 +22,7 @@ def stopped(stops, pieces):
         text += safe
         if found:
             return text, found
-    return text + strings.held, None
+    return text + strings.finish(), None
 
 
 @settings(deadline=None)

@@ -55,7 +55,7 @@ def _settings(session: Session) -> dict[str, Any]:
     """Every setting by its name, with its value."""
     talk = session.conversation
     return {**{name: getattr(talk.sampling, name) for name in _SAMPLING},
-            "max_tokens": talk.max_tokens, "lookup": talk.lookup, "thoughts": session.thoughts}
+            "max_tokens": talk.max_tokens, "lookup": talk.loop.lookup, "thoughts": session.thoughts}
 
 
 def _set(session: Session, argument: str) -> None:
@@ -67,11 +67,12 @@ def _set(session: Session, argument: str) -> None:
         if text not in ("folded", "shown"):
             raise BadValue(f"thoughts is {text!r}, allowed are folded and shown")
         session.thoughts = text
-    elif name in _SAMPLING:
-        talk.sampling = replace(talk.sampling, **{name: _number(name, text)})
+    elif name == "lookup":
+        talk.loop = replace(talk.loop, lookup=_number(name, text))
+    elif name == "max_tokens":
+        talk.max_tokens = replace(talk, max_tokens=_number(name, text)).max_tokens  # checked
     else:
-        replace(talk, **{name: _number(name, text)})  # raises where it is not allowed
-        setattr(talk, name, _number(name, text))
+        talk.sampling = replace(talk.sampling, **{name: _number(name, text)})
     session.say(f"({name} is {_settings(session)[name]})")
 
 
@@ -192,7 +193,7 @@ def _stats(session: Session, _: str) -> None:
 def _bench(session: Session, _: str) -> None:
     talk = session.conversation
     report = generate(talk.model, [{"role": "user", "content": _BENCH}],
-                      max_tokens=_BENCH_TOKENS, kv_bits=talk.kv_bits).report
+                      max_tokens=_BENCH_TOKENS, kv_bits=talk.loop.kv_bits).report
     session.say(report.line())
 
 

@@ -1,20 +1,19 @@
 """What has been said, and the keys and values computed for it."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, TooLarge
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.generation import answer
-from mlxquant.runtime.kv_bits import check_kv_bits
+from mlxquant.runtime.loop import Loop, PromptProgress
 from mlxquant.runtime.prompt import Message, encode
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
 from mlxquant.runtime.request import Request
-from mlxquant.runtime.sampling import Sampling
-from mlxquant.runtime.speculation import Loop, Speculation
+from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
 
 
@@ -24,16 +23,14 @@ class Conversation:
 
     The model no longer sees the first ``forgotten`` of the messages: the context was
     full. ``thoughts`` are the reasoning before the last reply. Raises ``BadValue`` for
-    settings outside their ranges.
+    ``max_tokens`` out of range.
     """
 
     model: LanguageModel
     system: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = GREEDY
     max_tokens: int = 1024
-    kv_bits: int | None = None
-    draft: LanguageModel | None = None
-    lookup: int = 0
+    loop: Loop = field(default_factory=Loop)
     messages: list[Message] = field(default_factory=list)
     forgotten: int = 0
     cache: PromptCache = field(default_factory=PromptCache)
@@ -42,9 +39,8 @@ class Conversation:
 
     def __post_init__(self) -> None:
         checks.integer("max_tokens", self.max_tokens, 1)
-        self._loop()
 
-    def reply(self, text: str, progress: Callable[[int, int], None] | None = None
+    def reply(self, text: str, progress: PromptProgress | None = None
               ) -> Generator[Chunk, None, None]:
         """The answer to ``text``, streamed; a stopped one stays in the history as far as it came.
 
@@ -53,30 +49,24 @@ class Conversation:
         ``stream_generate`` does; the message is then not kept.
         """
         history: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        if not self.cache.tokens:
-            check_kv_bits(self.model, self.kv_bits)
+        self.loop.check(self.model, self.cache)
         request = replace(Request.of(self.model, self._prompt(history), sampling=self.sampling,
                                      max_tokens=self.max_tokens), continues=False)
-        chunks = answer(self.model, request, self.cache, self._loop(),
-                        progress or (lambda done, total: None))
-        return self._recorded(history, chunks)
-
-    def _loop(self) -> Loop:
-        return Loop(self.kv_bits, Speculation(self.draft, lookup=self.lookup))
+        return self._recorded(
+            history, answer(self.model, request, self.cache, self.loop, progress))
 
     def _recorded(self, history: list[Message], chunks: Generator[Chunk, None, None]
                   ) -> Generator[Chunk, None, None]:
-        said: list[str] = []
-        thoughts: list[str] = []
+        said = thoughts = ""
         try:
             for chunk in chunks:
-                said.append(chunk.text)
-                thoughts += [part.text for part in chunk.parts if part.kind == "thought"]
+                said += chunk.text
+                thoughts += chunk.text_of("thought")
                 self.last_report = chunk.report or self.last_report
                 yield chunk
         finally:
-            self.messages = [*history, {"role": "assistant", "content": "".join(said)}]
-            self.thoughts = "".join(thoughts)
+            self.messages = [*history, {"role": "assistant", "content": said}]
+            self.thoughts = thoughts
             chunks.close()
 
     def _prompt(self, history: list[Message]) -> list[int]:
@@ -114,10 +104,8 @@ class Conversation:
         self.messages, self.forgotten, self.thoughts = [], 0, ""
 
     def undo(self) -> str:
-        """Take the last exchange back and return what the user had said.
-
-        Raises ``BadValue`` where nothing has been said.
-        """
+        """Take the last exchange back and return what the user had said; raises ``BadValue`` where
+        nothing has been said."""
         if not self.messages:
             raise BadValue("nothing has been said yet")
         said = self.messages[-2]["content"]

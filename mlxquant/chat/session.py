@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -99,7 +100,7 @@ class Session:
         """Go on with another model; on any failure with the one there was."""
         resolve(name)  # an error here costs nothing
         talk, old = self.conversation, self.conversation.model
-        talk.cache, talk.draft = PromptCache(), None
+        talk.cache, talk.loop = PromptCache(), replace(talk.loop, draft=None)
         old.network = None  # free before the other comes: it may not fit beside
         try:
             talk.model = self._load(name)

@@ -209,7 +209,7 @@ def probe(
     with progress("replicated layers, microseconds:") as advance:
         found = measured(refresh=refresh, replicas=True, progress=advance)
     if as_json:
-        print_json(found.as_dict())
+        print_json(asdict(found))
         return
     ceiling, stated = found.ceiling, chips.detect().headline_gb_per_s
     share = f", {100 * ceiling.gb_per_s / stated:.0f} % of {stated:g} GB/s stated" if stated else ""

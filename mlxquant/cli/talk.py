@@ -25,7 +25,7 @@ def chat(
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from mlxquant.chat import Conversation, Session, run
-    from mlxquant.runtime.kv_bits import check_kv_bits
+    from mlxquant.runtime.loop import Loop
     from mlxquant.runtime.sampling import Sampling
     from mlxquant.sources.names import DEFAULT_MODEL
 
@@ -34,10 +34,11 @@ def chat(
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     loaded = load(model or DEFAULT_MODEL)
-    check_kv_bits(loaded, kv_bits)
-    guesser = _load_draft(draft, memory, trust_remote_code)
+    loop = Loop(kv_bits, _load_draft(draft, memory, trust_remote_code), lookup=lookup)
+    talk = Conversation(loaded, system, sampling, max_tokens, loop)
+    loop.check(loaded, talk.cache)
     remark(f"{loaded.name}: /help lists the commands, Ctrl-D leaves")
-    run(Session(Conversation(loaded, system, sampling, max_tokens, kv_bits, guesser, lookup), load))
+    run(Session(talk, load))
 
 
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')

@@ -130,7 +130,7 @@ class Batch:
             [request.prompt[cached:]],
             [request.max_tokens + 1],  # the writer ends it
             caches=[cache.layers], all_tokens=[request.prompt[:cached]],
-            samplers=[sampling.sampler(self._model.tokenizer)],
+            samplers=[sampling.sampler(self._model)],
             logits_processors=[sampling.processors()])
         self._writers[row] = Writer(self._model, request)
         return row
@@ -139,11 +139,13 @@ class Batch:
         """One pass over the weights for all rows."""
         read, made = self.generator.next()
         self.passes += bool(made)
-        events = [Event(step.uid, progress=step.progress) for step in read]
         if self._keep is not None:
-            self._keep_prompts([step.uid for step in read
-                                if step.end_of_segment and not step.end_of_prompt])
-        return events + [event for step in made if (event := self._written(step))]
+            whole = [step.uid for step in read if step.end_of_segment and not step.end_of_prompt]
+            for layers, tokens in self.generator.extract_cache(whole).values():
+                if not can_trim_prompt_cache(layers):
+                    self._keep(PromptCache(list(tokens), layers))
+        return [Event(step.uid, progress=step.progress) for step in read] + [
+            event for step in made if (event := self._written(step))]
 
     def remove(self, row: int) -> None:
         """Take a row out, whose reply nobody waits for."""
@@ -163,11 +165,6 @@ class Batch:
         if not chunk.finish_reason:
             return Event(step.uid, chunk=chunk) if chunk.text else None
         layers, tokens = self.generator.extract_cache([step.uid])[step.uid]
-        cache = PromptCache(list(tokens), layers)
         self.remove(step.uid)
-        return Event(step.uid, chunk=chunk, cache=cache, tokens=writer.count)
-
-    def _keep_prompts(self, rows: list[int]) -> None:
-        for layers, tokens in self.generator.extract_cache(rows).values():
-            if self._keep is not None and not can_trim_prompt_cache(layers):
-                self._keep(PromptCache(list(tokens), layers))
+        return Event(step.uid, chunk=chunk, cache=PromptCache(list(tokens), layers),
+                     tokens=writer.count)

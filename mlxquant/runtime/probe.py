@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,9 +56,6 @@ class Probe:
     readers: dict[str, float]
     product_tflops: float
     replicas: ReplicaLimits | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_ceiling(*, refresh: bool = False) -> Ceiling:
@@ -106,7 +103,7 @@ def _kept(probe: Probe) -> Probe:
     """``probe``, remembered by this process and, where the disk allows, by later ones."""
     _known[_file()] = probe
     with if_writable():
-        write_json(_file(), probe.as_dict())
+        write_json(_file(), asdict(probe))
     return probe
 
 
@@ -119,11 +116,10 @@ def _measure() -> Probe:
     passes = {name: _passes(read, total) for name, read in readers(matrices).items()}
     del matrices
     mx.clear_cache()
-    best = max(passes, key=lambda name: statistics.median(passes[name]))
-    median = statistics.median(passes[best])
-    ceiling = Ceiling(median, (max(passes[best]) - min(passes[best])) / median, best,
-                      chips.detect().name, mx.__version__)
-    rates = {name: statistics.median(measured) for name, measured in passes.items()}
+    rates = {name: statistics.median(found) for name, found in passes.items()}
+    best = max(rates, key=lambda name: rates[name])
+    spread = (max(passes[best]) - min(passes[best])) / rates[best]
+    ceiling = Ceiling(rates[best], spread, best, chips.detect().name, mx.__version__)
     return Probe(ceiling, rates, _product_tflops())
 
 
@@ -145,13 +141,11 @@ def readers(matrices: list[mx.array]) -> dict[str, Callable[[], object]]:
             x = vector + 1e-9 * (matrix @ x).sum()
         mx.eval(x)
 
-    def kernel(vectors: int) -> Callable[[], None]:
-        def read() -> None:
-            result = flat[0][:8]
-            for buffer in flat:
-                result = read_kernel.read(buffer, result, vectors)
-            mx.eval(result)
-        return read
+    def kernel(vectors: int) -> None:
+        result = flat[0][:8]
+        for buffer in flat:
+            result = read_kernel.read(buffer, result, vectors)
+        mx.eval(result)
 
     known: dict[str, Callable[[], object]] = {"mlx reduction": reduction, "mlx product": product}
     if device() == "cpu":
@@ -159,7 +153,7 @@ def readers(matrices: list[mx.array]) -> dict[str, Callable[[], object]]:
         ones = np.ones(_COLUMNS, np.float32)
         known["numpy product"] = lambda: [view @ ones for view in views]
     elif read_kernel.trusted():
-        known |= {f"read kernel, {v} vectors": kernel(v) for v in _VECTORS
+        known |= {f"read kernel, {v} vectors": partial(kernel, v) for v in _VECTORS
                   if flat[0].size % read_kernel.words(v) == 0}
     return known
 

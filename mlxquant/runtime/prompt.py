@@ -6,6 +6,7 @@ import operator
 import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
@@ -135,25 +136,22 @@ def within(seconds: float, work: Callable[[], _Result]) -> _Result:
     It runs in a thread that is then interrupted at its next step of Python. A single
     operation in C, such as a product of long texts, ends by itself or not at all.
     """
-    made: list[_Result] = []
-    failed: list[BaseException] = []
+    result: Future[_Result] = Future()
 
     def run() -> None:
         try:
-            made.append(work())
+            result.set_result(work())
         except BaseException as error:
-            failed.append(error)
+            result.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
-    if thread.is_alive() and thread.ident is not None:
+    try:
+        return result.result(seconds)
+    except TimeoutError:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident), ctypes.py_object(_TimeUp))
-        raise TimeoutError
-    if failed:
-        raise failed[0]
-    return made[0]
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeUp))
+        raise
 
 
 class _TimeUp(BaseException):

@@ -74,8 +74,8 @@ def time_layers(shape: ReplicaShape, size: tuple[int, int],
     the passes, and GB/s of what it stores."""
     one = size[0] * size[1] * shape.bits.code_bits / 8
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
-    chain: Any = _Chain([_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype)
-                         for i in range(count)])
+    chain: Any = nn.Sequential(*(
+        _Step(_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype)) for i in range(count)))
     stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
     start = mx.random.normal((1, size[1])).astype(dtype)
     mx.eval(start, chain.parameters())
@@ -102,18 +102,8 @@ class _Step(nn.Module):
         super().__init__()
         self.shared, self.layer = layer.input, layer
 
-
-class _Chain(nn.Module):
-    """Layers of which each takes what the one before gives."""
-
-    def __init__(self, layers: list[ReplicatedLinear]):
-        super().__init__()
-        self.steps = [_Step(layer) for layer in layers]
-
     def __call__(self, x: mx.array) -> mx.array:
-        for step in self.steps:
-            x = step.layer(x)
-        return x
+        return self.layer(x)
 
 
 def _layer(shape: ReplicaShape, outputs: int, inputs: int, dtype: mx.Dtype) -> ReplicatedLinear:

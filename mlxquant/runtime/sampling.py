@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler, make_logits_processors, make_sampler
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
+from mlxquant.model.loading import LanguageModel
 
 NOT_FINITE = -1  # in place of a token: the model's logits were NaN or infinite
 Sampler = Callable[[mx.array], mx.array]
@@ -51,7 +51,7 @@ class Sampling:
             checks.number(name, getattr(self, name), low, high)
         for name in _COUNTS:
             checks.integer(name, getattr(self, name), int(name != "top_k"), 10**9)
-        if self.seed is not None and (type(self.seed) is not int):
+        if self.seed is not None and type(self.seed) is not int:
             raise BadValue(f"seed is {self.seed!r}, a whole number is needed")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
@@ -65,7 +65,7 @@ class Sampling:
         if self.seed is not None:
             mx.random.seed(self.seed % 2**64)
 
-    def sampler(self, tokenizer: Any) -> Sampler:
+    def sampler(self, model: LanguageModel) -> Sampler:
         """From log-probabilities (rows, vocabulary) to tokens (rows,), int32.
 
         A row that is not finite gives ``NOT_FINITE``, a valid index from the end, so that
@@ -73,19 +73,14 @@ class Sampling:
         """
         if self.temperature == 0:
             return _greedy
-        newlines = tokenizer.encode("\n", add_special_tokens=False) if self.xtc_probability else []
-        made: list[Sampler] = []
-
-        def sample(logprobs: mx.array) -> mx.array:
-            if not made:  # the first row says how many tokens there are
-                made.append(make_sampler(
-                    temp=self.temperature, top_p=self.top_p or 1e-9, min_p=self.min_p,
-                    top_k=self.top_k if self.top_k < logprobs.shape[-1] else 0,
-                    xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold,
-                    xtc_special_tokens=[*newlines, *tokenizer.eos_token_ids]))
-            return _finite(logprobs, made[0](logprobs))
-
-        return sample
+        ends = model.tokenizer.eos_token_ids
+        newlines = model.tokenizer.encode("\n", add_special_tokens=False)
+        choose = make_sampler(
+            temp=self.temperature, top_p=self.top_p or 1e-9, min_p=self.min_p,
+            top_k=self.top_k if self.top_k < model.vocabulary else 0,
+            xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=[*newlines, *ends])
+        return lambda logprobs: _finite(logprobs, choose(logprobs))
 
     def processors(self, before: Sequence[int] = ()) -> list[Processor]:
         """mlx-lm's functions of (tokens so far, logits), for penalties and biases.
@@ -117,10 +112,8 @@ def _greedy(logprobs: mx.array) -> mx.array:
     return _finite(logprobs, greedy_sampler(logprobs))
 
 
-def _checked(logprobs: mx.array, tokens: mx.array) -> mx.array:
+@mx.compile
+def _finite(logprobs: mx.array, tokens: mx.array) -> mx.array:
     """``tokens``, but ``NOT_FINITE`` where what was chosen has no finite probability."""
     chosen = mx.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     return mx.where(mx.isfinite(chosen), tokens.astype(mx.int32), NOT_FINITE)
-
-
-_finite: Callable[[mx.array, mx.array], mx.array] = mx.compile(_checked)

@@ -26,8 +26,8 @@ class Report:
     ttft_s: float
     bytes_per_token: int
     gb_per_s: float | None
-    ceiling_gb_per_s: float | None
-    ceiling_source: str | None
+    ceiling_gb_per_s: float
+    ceiling_source: str
     headline_gb_per_s: float | None
     percent_of_ceiling: float | None
     peak_memory_gb: float
@@ -35,27 +35,18 @@ class Report:
     def line(self) -> str:
         """One line for people."""
         cached = f" (+{self.cached_tokens} cached)" if self.cached_tokens else ""
-        parts = [f"prompt {self.prompt_tokens} tokens{cached} at {self.prompt_tps:.1f} tokens/s",
-                 f"reply {self.generation_tokens} tokens"]
+        line = (f"prompt {self.prompt_tokens} tokens{cached} at {self.prompt_tps:.1f} tokens/s · "
+                f"reply {self.generation_tokens} tokens")
         if self.guessed_tokens is not None:
-            parts[1] += f", {self.guessed_tokens} guessed right,"
+            line += f", {self.guessed_tokens} guessed right,"
         if self.generation_tps is not None and self.gb_per_s is not None:
-            parts[1] += f" at {self.generation_tps:.1f} tokens/s"
-            parts.append(f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s"
-                         + self._against_ceilings(self.gb_per_s))
-        parts.append(f"peak {self.peak_memory_gb:.2f} GB")
-        return " · ".join(parts)
-
-    def _against_ceilings(self, gb_per_s: float) -> str:
-        shares = []
-        if self.percent_of_ceiling is not None:
-            source = "measured here" if self.ceiling_source == "probe" else "stated"
-            shares.append(f"{self.percent_of_ceiling:.0f} % of "
-                          f"{self.ceiling_gb_per_s:.1f} GB/s {source}")
-        if self.headline_gb_per_s and self.ceiling_source != "headline":
-            percent = 100 * gb_per_s / self.headline_gb_per_s
-            shares.append(f"{percent:.0f} % of {self.headline_gb_per_s:g} GB/s stated")
-        return f" = {', '.join(shares)}" if shares else ""
+            line += (f" at {self.generation_tps:.1f} tokens/s · "
+                     f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s = "
+                     f"{self.percent_of_ceiling:.0f} % of {self.ceiling_gb_per_s:.1f} GB/s "
+                     "measured here")
+            if stated := self.headline_gb_per_s:
+                line += f", {100 * self.gb_per_s / stated:.0f} % of {stated:g} GB/s stated"
+        return f"{line} · peak {self.peak_memory_gb:.2f} GB"
 
 
 def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft_s: float,
@@ -72,7 +63,7 @@ def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft
     tps = steps / decode_s if further > 0 and decode_s > 0 else None
     if tps is not None:
         bytes_per_token = round(bytes_per_token * further / steps)
-    rate = tps * bytes_per_token / 1e9 if tps is not None else None
+    rate = None if tps is None else tps * bytes_per_token / 1e9
     return Report(
         prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
         generation_tokens=generation_tokens, guessed_tokens=guessed_tokens,
@@ -80,5 +71,5 @@ def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft
         bytes_per_token=bytes_per_token, gb_per_s=rate,
         ceiling_gb_per_s=ceiling.gb_per_s, ceiling_source="probe",
         headline_gb_per_s=chips.detect().headline_gb_per_s,
-        percent_of_ceiling=100 * rate / ceiling.gb_per_s if rate is not None else None,
+        percent_of_ceiling=None if rate is None else 100 * rate / ceiling.gb_per_s,
         peak_memory_gb=peak_bytes / 1e9)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import TextStateMachine
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
@@ -37,22 +38,17 @@ class Writer:
                                 f"{len(self._request.prompt) + self.count} tokens: a weight is "
                                 "broken, or an activation overflows")
         self.count += 1
-        reason: FinishReason | None = None
+        reason: FinishReason | None = "stop" if token in self._ends else None
         piece = ""
-        if token in self._ends:
-            reason = "stop"
-        else:
+        if reason is None:
             piece = self._text.add(token)
             reason = "length" if self.count == self._request.max_tokens else None
             self._score(token, logprobs)
         text, stopped_by = self._stops.feed(piece + (self._text.finish() if reason else ""))
         if stopped_by is not None:
             reason = "stop"
-        elif reason:  # what was held back as a possible stop string is text
-            text += self._stops.held
-        return self._chunk(text, reason, stopped_by)
-
-    def _chunk(self, text: str, reason: FinishReason | None, stopped_by: str | None) -> Chunk:
+        elif reason:
+            text += self._stops.finish()
         parts = self._splitter.feed(text) + (self._splitter.finish() if reason else [])
         scored: tuple[Scored, ...] = ()
         if text or reason:
@@ -63,9 +59,7 @@ class Writer:
         count = self._request.logprobs
         if count is None or logprobs is None:
             return
-        best: list[int] = []
-        if count:
-            best = mx.argpartition(-logprobs, count - 1)[:count].tolist()
+        best = mx.argpartition(-logprobs, count - 1)[:count].tolist() if count else []
         values = logprobs[mx.array([token, *best])].tolist()
         texts = [self._tokenizer.decode([t], clean_up_tokenization_spaces=False)
                  for t in (token, *best)]
@@ -109,29 +103,19 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first of some strings to be complete, in whatever pieces the text comes.
-
-    ``held`` is text that may yet become one of them.
-    """
+    """Finds the first of some strings to be complete, in whatever pieces the text comes."""
 
     def __init__(self, stops: Sequence[str]):
-        self.held = ""
-        self._stops = stops
+        # mlx-lm's machine is in a state named by the string that it has found, before in "".
+        self._state = TextStateMachine({stop: [] for stop in stops} | {
+            "": [(stop, stop) for stop in stops]}).make_state("")
 
     def feed(self, piece: str) -> tuple[str, str | None]:
         """Text that is safe to show, and the string that was found, which is not part of it."""
-        text = self.held + piece
-        found = [(text.find(stop) + len(stop), -len(stop), stop)
-                 for stop in self._stops if stop in text]
-        if found:
-            end, negative, stop = min(found)
-            return text[:end + negative], stop
-        hold = max((self._overlap(text, stop) for stop in self._stops), default=0)
-        self.held = text[len(text) - hold:]
-        return text[:len(text) - hold], None
+        self._state, segments = TextStateMachine.split(self._state, piece)
+        return segments[0][1], self._state[0] or None
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """How many characters at the end of ``text`` begin ``stop``."""
-        longest = min(len(text), len(stop) - 1)
-        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    def finish(self) -> str:
+        """What was held back and turned out to be none of the strings."""
+        self._state, held, _ = TextStateMachine.flush(self._state)
+        return held

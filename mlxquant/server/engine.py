@@ -17,10 +17,10 @@ from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.batch import Batch, batchable
 from mlxquant.runtime.generation import answer
+from mlxquant.runtime.loop import Loop
 from mlxquant.runtime.prompt_cache import PromptCaches
 from mlxquant.runtime.reply import Chunk
 from mlxquant.runtime.request import Request
-from mlxquant.runtime.speculation import Loop, Speculation
 from mlxquant.server.options import Options
 
 _POLL = 0.1  # seconds between words to other machines
@@ -61,7 +61,7 @@ class Engine:
                  ended: Callable[[], None] = lambda: None):
         self.error: Exception | None = None
         self._model, self._ended = model, ended
-        self._loop = Loop(options.kv_bits, Speculation(options.draft))
+        self._loop = Loop(options.kv_bits, options.draft)
         self._caches = PromptCaches(options.prompt_caches)
         self._side_by_side = options.kv_bits is None and options.draft is None and batchable(model)
         self._batch = Batch(model, keep=self._caches.keep)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import uvicorn
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.kv_bits import check_kv_bits
-from mlxquant.runtime.speculation import Speculation
+from mlxquant.runtime.loop import Loop
+from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.server.app import make_app
 from mlxquant.server.engine import Engine
 from mlxquant.server.options import Options
@@ -26,8 +25,7 @@ def serve(model: LanguageModel, options: Options | None = None,
     failed for good. On several machines the first one listens, and all others compute with it.
     """
     options = options or Options()
-    check_kv_bits(model, options.kv_bits)
-    Speculation(options.draft).check(model, make_prompt_cache(model.network), options.kv_bits)
+    Loop(options.kv_bits, options.draft).check(model, PromptCache())
     if mx.distributed.init().rank() > 0:
         follower = Engine(model, options)
         follower.run()

@@ -1,0 +1,203 @@
+"""The loops that make tokens: one by one, or by verifying guesses in one pass over the weights.
+
+Guesses come from a small draft model (https://arxiv.org/abs/2211.17192; mlx-lm's own
+loop) or, with no second model, from the text itself: what followed the last place
+where the newest tokens occurred (prompt look-up,
+https://github.com/apoorvumang/prompt-lookup-decoding). A token is kept only if the
+model would have chosen it, so greedy output is unchanged, up to rounding between
+products of one row and of several, and sampled output has the same distribution.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.generate import (
+    generate_step,
+    generation_stream,
+    maybe_quantize_kv_cache,
+    speculative_generate_step,
+)
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+from mlxquant.base import checks
+from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.layers.outline import KV_GROUP
+from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.prompt_cache import PromptCache, takes_back
+from mlxquant.runtime.request import Request
+from mlxquant.runtime.sampling import Processor
+
+PromptProgress = Callable[[int, int], None]
+KV_BITS = (2, 3, 4, 5, 6, 8)
+DRAFT_TOKENS = 4
+MATCHED = (3, 2)  # tokens that must occur before, longest first
+_PREFILL = 2048
+
+
+class Step(NamedTuple):
+    """A token, whether it was guessed, and the log-probabilities (vocabulary,) behind it."""
+
+    token: int
+    guessed: bool
+    logprobs: mx.array
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How tokens are computed: with keys and values stored at ``kv_bits`` in groups of 32 (None:
+    as they are), and ``draft_tokens`` at a time guessed by a ``draft`` model, or up to ``lookup``
+    taken from the text. Raises ``BadValue`` for what is out of range or excludes each other."""
+
+    kv_bits: int | None = None
+    draft: LanguageModel | None = None
+    draft_tokens: int = DRAFT_TOKENS
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kv_bits is not None and (
+                type(self.kv_bits) is not int or self.kv_bits not in KV_BITS):
+            raise BadValue(f"kv_bits is {self.kv_bits!r}, "
+                           f"allowed are {', '.join(map(str, KV_BITS))}")
+        checks.integer("draft_tokens", self.draft_tokens, 1, 64)
+        checks.integer("lookup", self.lookup, 0, 64)
+        if self.draft is not None and self.lookup:
+            raise BadValue("a draft model and prompt look-up exclude each other; give one")
+        if self.draft is not None and self.kv_bits is not None:
+            raise BadValue("kv_bits and a draft model exclude each other; give one")
+
+    @property
+    def guesses(self) -> bool:
+        return self.draft is not None or self.lookup > 0
+
+    def guessing_bytes(self) -> int:
+        """Bytes of the draft model's weights read for one pass of the large one."""
+        return self.draft_tokens * self.draft.weight_bytes_per_token if self.draft else 0
+
+    def check(self, model: LanguageModel, cache: PromptCache) -> None:
+        """Raise ``Unsupported`` where ``model`` cannot do it, and ``BadValue`` for a draft of
+        another vocabulary; a ``cache`` in use has shown that its keys and values can be stored."""
+        if self.kv_bits is not None and not cache.tokens:
+            _try_kv_bits(model, self.kv_bits)
+        if self.guesses and not takes_back(cache.layers or make_prompt_cache(model.network)):
+            raise Unsupported(f"{model.name} keeps a sliding window or a state that cannot take "
+                              "tokens back; run it without a draft model or look-up")
+        if self.draft is not None and model.vocabulary != self.draft.vocabulary:
+            raise BadValue(
+                f"the draft {self.draft.name} has {self.draft.vocabulary} tokens and {model.name} "
+                f"{model.vocabulary}; a draft needs the same vocabulary")
+
+    def steps(self, model: LanguageModel, request: Request, cache: PromptCache, cached: int,
+              progress: PromptProgress) -> Generator[Step, None, None]:
+        """The tokens after a prompt whose first ``cached`` are in ``cache``."""
+        sampling, fresh = request.sampling, request.prompt[cached:]
+        if self.lookup:
+            return _lookup_steps(model, request, cache.layers, self, len(fresh), progress)
+        options: dict[str, Any] = {
+            "max_tokens": request.max_tokens, "sampler": sampling.sampler(model),
+            "kv_bits": self.kv_bits, "kv_group_size": KV_GROUP}
+        if self.draft is not None:
+            return _told(speculative_generate_step(
+                mx.array(fresh), model.network, self.draft.network,
+                prompt_cache=cache.layers + cache.draft_layers, num_draft_tokens=self.draft_tokens,
+                logits_processors=sampling.processors(request.prompt[:-1]), **options))
+        return _told(generate_step(
+            mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
+            prompt_progress_callback=progress,
+            logits_processors=sampling.processors(request.prompt[:cached]), **options))
+
+
+def _told(made: Generator[Any, None, None]) -> Generator[Step, None, None]:
+    """What mlx-lm's loops yield, with or without whether it was guessed, as steps."""
+    with closing(made):
+        for token, logprobs, *guessed in made:
+            yield Step(token, any(guessed), logprobs)
+
+
+def _try_kv_bits(model: LanguageModel, bits: int) -> None:
+    """Compute two tokens with quantised keys and values; raises ``Unsupported`` for sliding
+    windows, head sizes that groups do not divide, or an attention that takes no such cache."""
+    layers, token = make_prompt_cache(model.network), mx.array([[0]])
+    try:
+        mx.eval(model.network(token, cache=layers))
+        maybe_quantize_kv_cache(layers, 0, KV_GROUP, bits)
+        mx.eval(model.network(token, cache=layers))
+        if not any(hasattr(layer, "bits") for layer in layers):
+            raise NotImplementedError("it keeps no keys and values of this kind")
+    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise Unsupported(f"{model.name} cannot keep its keys and values at {bits} bits in groups "
+                          f"of {KV_GROUP}: {reason}; leave kv_bits out") from error
+
+
+def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,
+                  progress: PromptProgress) -> Generator[Step, None, None]:
+    """Tokens after a prompt of which the last ``fresh`` are not in the cache yet."""
+    sampler, processors = request.sampling.sampler(model), request.sampling.processors()
+    found, pending, left = _Occurrences(request.prompt), request.prompt[-fresh:], request.max_tokens
+
+    def logits_of(tokens: list[int]) -> mx.array:
+        logits = model.network(mx.array(tokens)[None], cache=layers)
+        maybe_quantize_kv_cache(layers, 0, KV_GROUP, loop.kv_bits)
+        return logits[0]
+
+    with mx.stream(generation_stream):
+        progress(0, fresh)
+        while len(pending) > 1:
+            step = pending[:-1][:_PREFILL]
+            logits_of(step)
+            mx.eval([layer.state for layer in layers])
+            pending = pending[len(step):]
+            progress(fresh - len(pending), fresh)
+        while left:
+            guesses = found.continuation(min(loop.lookup, left - 1))
+            logits = _processed(logits_of(pending + guesses), processors, found.tokens, guesses)
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            tokens = sampler(logprobs).tolist()
+            right = next((i for i, guess in enumerate(guesses) if tokens[i] != guess),
+                         len(guesses))
+            trim_prompt_cache(layers, len(guesses) - right)
+            if left == request.max_tokens:
+                progress(fresh, fresh)
+            left -= right + 1
+            for i, token in enumerate(tokens[:right + 1]):
+                found.append(token)
+                yield Step(token, i < right, logprobs[i])
+            pending = tokens[right:right + 1]
+
+
+def _processed(logits: mx.array, processors: list[Processor], text: list[int],
+               guesses: list[int]) -> mx.array:
+    """Logits (1 + guesses, vocabulary) after ``text`` and each guess, with penalties and biases."""
+    if not processors:
+        return logits
+    rows = [logits[i:i + 1] for i in range(len(logits))]
+    for process in processors:
+        rows = [process(mx.array(text + guesses[:i]), row) for i, row in enumerate(rows)]
+    return mx.concatenate(rows)
+
+
+class _Occurrences:
+    """Where short runs of tokens last occurred in a growing text, but for its very end."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        for size in MATCHED:
+            if len(self.tokens) >= size:
+                self._after[tuple(self.tokens[-size:])] = len(self.tokens)
+        self.tokens.append(token)
+
+    def continuation(self, limit: int) -> list[int]:
+        """Up to ``limit`` tokens that followed the newest ones before; [] where nothing did."""
+        for size in MATCHED:
+            start = self._after.get(tuple(self.tokens[-size:]))
+            if start is not None and len(self.tokens) >= size:
+                return self.tokens[start:start + limit]
+        return []
