@@ -114,6 +114,20 @@ def inspect(model: option.Model, revision: option.Revision = None,
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "
           f"({result.bytes_per_token_cpu / 1e6:.1f} MB as dense float32 on a plain CPU)")
+    if result.making:
+        print(f"\n{clean(_making(result.making))}")
+
+
+def _making(record: dict[str, Any]) -> str:
+    """What making a folder took, step by step."""
+    seconds, peaks = dict(record["seconds"]), dict(record["peak_memory_gb"])
+    total, most = seconds.pop("total"), peaks.pop("total")
+    steps = ", ".join(f"{name} {took:.1f}" for name, took in seconds.items() if took >= 0.05)
+    where = max(peaks, key=lambda name: peaks[name])
+    runs = f" in {record['runs']} runs" if record["runs"] > 1 else ""
+    return (f"made in {total:.1f} s{runs}; seconds by step: {steps}\n"
+            f"peaks: {most:.2f} GB of MLX's memory ({where}), {record['host_peak_gb']:.2f} GB "
+            "resident")
 
 
 @app.command(epilog="Example: mlxquant chips --backtest")

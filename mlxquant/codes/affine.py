@@ -102,7 +102,7 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
         step = max(1, _SEARCHED // columns)
         parts = [_search(weight[i:i + step].reshape(-1, columns // group, group),
                          h.reshape(-1, group), spec, dtype) for i in range(0, rows, step)]
-        found = (mx.concatenate(each) for each in zip(*parts))
+        found = tuple(mx.concatenate(each) for each in zip(*parts))
     scales, biases = (mx.contiguous(mx.broadcast_to(x, (rows, columns // group))) for x in found)
     codes = nearest(weight, expand(scales, group), expand(biases, group), spec.bits.levels)
     result = Affine(codes.astype(mx.uint8), scales, biases, spec)
@@ -145,7 +145,7 @@ def unpack(packed: mx.array, bits: int, columns: int) -> mx.array:
     return codes.astype(mx.uint8).reshape(len(packed), -1)[:, :columns]
 
 
-def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.array, ...]:
     """The best (scale, bias) (R, C) for groups of weights w (R, C, group), errors weighted by
     h (C, group)."""
     low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)

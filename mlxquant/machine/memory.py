@@ -1,6 +1,8 @@
 """How much memory a model may take, and sizes as people write them."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +24,12 @@ def parse_size(size: str | float) -> int:
     if not 0 < value < float("inf"):
         raise BadValue(f"{size!r} is no size; write for example 16GB")
     return int(value)
+
+
+def peak_resident() -> int:
+    """The most bytes that this process has held in memory so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_limit() -> int:

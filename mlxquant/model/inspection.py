@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlxquant.base.errors import BadCheckpoint
 from mlxquant.codes.spec import Whole
 from mlxquant.layers import traffic
 from mlxquant.layers.grouped import GroupedLinear
@@ -32,7 +33,8 @@ class Inspection:
     """``active_parameters`` leave out a mixture's experts that a token is not sent to.
     ``bits_per_weight`` is that of the blocks' matrices, scales included; ``file_bytes``
     of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
-    ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them."""
+    ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them. ``making`` is
+    what ``quantize`` wrote of its seconds and peaks by step, None where it made no such folder."""
 
     architecture: str
     parameters: int
@@ -42,6 +44,7 @@ class Inspection:
     bytes_per_token: int
     bytes_per_token_cpu: int
     layers: list[Layer]
+    making: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +72,21 @@ def inspect_folder(folder: Path) -> Inspection:
         file_bytes=checkpoint.folder_bytes(folder),
         bytes_per_token=stored,
         bytes_per_token_cpu=traffic.weight_bytes(network, dense=True),
-        layers=layers)
+        layers=layers,
+        making=_making(folder / checkpoint.MAKING))
+
+
+def _making(file: Path) -> dict[str, Any] | None:
+    """The record of a folder's making; None where there is none, or another file of its name."""
+    try:
+        record = checkpoint.read_object(file, "seconds", "peak_memory_gb", "host_peak_gb", "runs")
+    except BadCheckpoint:
+        return None
+    parts = record["seconds"], record["peak_memory_gb"]
+    sound = all(isinstance(part, dict) and "total" in part and len(part) > 1 for part in parts)
+    numbers = [*(value for part in parts for value in part.values()), record["host_peak_gb"],
+               record["runs"]] if sound else [None]
+    return record if all(isinstance(value, (int, float)) for value in numbers) else None
 
 
 def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:

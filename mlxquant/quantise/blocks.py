@@ -25,6 +25,7 @@ from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, Plan
+from mlxquant.quantise.profile import step
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.storing import (
     Around,
@@ -101,7 +102,9 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
     weights = {path: modules[path].weight for path in specs}
     around, spec = Around(activation=settings.activation), next(iter(specs.values()))
     if statistics is not None:
-        factors = METHODS[spec.method].balance(list(weights.values()), statistics, spec, settings)
+        with step("balance"):
+            factors = METHODS[spec.method].balance(list(weights.values()), statistics, spec,
+                                                   settings)
         if factors is not None:
             factors, around = _fold(work, list(specs), factors, around)
             weights = {path: weight * factors for path, weight in weights.items()}
@@ -226,6 +229,7 @@ def _round_stack(work: _Work, path: str, spec: Spec) -> None:
                                    in zip(module.weight, parts)) / len(parts)
 
 
+@step("errors")
 def _relative_error(weight: mx.array, made: Codes, statistics: Statistics | None) -> float:
     """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large;
     without statistics ‖Ŵ − W‖² / ‖W‖²."""
@@ -313,6 +317,7 @@ def _rotation(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
     return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
+@step("rebuilding")
 def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
     """Load a result into ``block``, which then computes in float32 what the checkpoint will."""
     formats.install(block, result.layers, result.replicas)

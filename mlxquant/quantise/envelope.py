@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlxquant.codes.affine import nearest
 from mlxquant.codes.packing import empty_codes
 from mlxquant.codes.width import Width
+from mlxquant.quantise.profile import step
 
 ROUNDS = 8
 _START = {Width.ONE: 1.0, Width.TERNARY: 1.3, Width.TWO: 1.2, Width.THREE: 0.6, Width.FOUR: 0.33}
@@ -92,6 +93,7 @@ class Replicas:
         return [self.rows(slice(e - r, e)) for r, e in zip(rows, ends)]
 
 
+@step("fit")
 def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx.array,
         rounds: int = ROUNDS) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).

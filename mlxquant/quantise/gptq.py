@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlxquant.codes.affine import Affine, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise.profile import step
 from mlxquant.quantise.refine import refine
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
@@ -19,12 +20,14 @@ from mlxquant.quantise.sweep import Sweep
 CORRECTION = 0.5
 
 
+@step("refine")
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Affine:
     """Quantise ``weight`` (m, n) for inputs with these statistics, which hold ``cross`` where it
     is to be corrected. Raises ``BadValue`` if the groups do not divide n."""
     sweep = settings.sweep or Sweep.of(statistics, spec.act_order)
     weight = sweep.correct(weight.astype(mx.float32), statistics.cross, settings.correction)
-    start = fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
+    with step("fit"):
+        start = fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
     swept = replace(start, codes=sweep.codes(weight, *start.grid(), spec.bits.levels))
     result = refine(weight, swept, sweep.hessian, spec.refine, settings.dtype)
     mx.eval(result.codes, result.scales, result.biases)

@@ -128,7 +128,8 @@ class Made:
     as the mean over layers and the largest. ``inherited`` is what importing a GGUF file took
     before (``sources/gguf``), None where the model was no such file; what the file itself lost of
     its original cannot be known from it. ``notes`` are layers that were stored in another way
-    than asked for, and why.
+    than asked for, and why. ``profile`` are seconds and peaks by step, calibration text and
+    budget too (``Profile.as_dict``).
     """
 
     folder: Path
@@ -137,3 +138,4 @@ class Made:
     added: dict[str, Any]
     inherited: dict[str, Any] | None
     notes: tuple[str, ...] = ()
+    profile: dict[str, Any] = field(default_factory=dict)

@@ -42,6 +42,7 @@ from mlxquant.quantise.job import Job, Made, Progress, Text, silent
 from mlxquant.quantise.observe import Observation, Watch
 from mlxquant.quantise.partial import read_result, write_result
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
+from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
@@ -52,6 +53,7 @@ from mlxquant.sources.names import resolve
 
 
 @holds_output
+@recording()
 def quantize(name: str, output: str | Path, job: Job | None = None, *, revision: str | None = None,
              progress: Progress = silent) -> Made:
     """Quantise the model called ``name`` into the new folder ``output``.
@@ -61,22 +63,25 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     does not fit, and what ``resolve`` raises.
     """
     job, output = job or Job(), Path(output)
-    folder = resolve(name, revision=revision)
-    network, config = open_lazily(folder)
-    blocks = blocks_of(network)
-    _check(network, blocks, config, job)
-    refuse_existing(output)
-    if not job.calibrated:
-        tokens, job = calibration.none(), replace(job, propagation="float")
-    elif job.text.files:
-        tokens = calibration.from_files(
-            open_tokenizer(folder, config), list(job.text.files), job.text.samples,
-            job.text.length, job.seed, vocabulary=vocabulary_of(network))
-    else:
-        tokens = self_written(load(name, revision=revision), job.text.samples, job.text.length,
-                              job.seed)
+    with step("opening"):
+        folder = resolve(name, revision=revision)
+        network, config = open_lazily(folder)
+        blocks = blocks_of(network)
+        _check(network, blocks, config, job)
+        refuse_existing(output)
+    with step("calibration text"):
+        if not job.calibrated:
+            tokens, job = calibration.none(), replace(job, propagation="float")
+        elif job.text.files:
+            tokens = calibration.from_files(
+                open_tokenizer(folder, config), list(job.text.files), job.text.samples,
+                job.text.length, job.seed, vocabulary=vocabulary_of(network))
+        else:
+            tokens = self_written(load(name, revision=revision), job.text.samples,
+                                  job.text.length, job.seed)
     if job.target is not None:
-        job = assign(folder, job, tokens, progress)
+        with step(WEIGHING):
+            job = assign(folder, job, tokens, progress)
     run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict())
     return run.make(network, blocks, config, progress)
 
@@ -106,46 +111,62 @@ class Run:
     tokens: Calibration
     base: dict[str, Any]
 
+    @recording()
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
              progress: Progress) -> Made:
         """Quantise the blocks of a network whose weights are on disk, and write the result."""
         start, source, job = time.perf_counter(), identity(self.folder), self.job
-        mx.reset_peak_memory()
         plans = plan_blocks(network, blocks, job.overrides)
         rehearse(network, config, blocks, plans, job)
         room.check(network, blocks, plans, self.output)
         record = job.record(self.tokens, self.base)
-        partial = working_folder(self.output, self._identity(), record)
+        partial, profile = working_folder(self.output, self._identity(), record), current()
+        profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         work = _Work(network, blocks, plans, files, turn_of(config, job),
                      self._context(blocks, config))
-        body, dtype = Body(), work.context.settings.dtype
+        body = Body()
         with _unchanged(self.folder, source, partial) as check:
             for done, (index, result) in enumerate(self._results(work), 1):
                 body.add(blocks[index], result)
                 release(blocks[index].module)
                 check()
+                profile.write(partial / checkpoint.MAKING)
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
-            # Opened anew, so that what was calculated with outside the blocks is not held.
-            made = outside(open_lazily(self.folder)[0], config, job)
-            others = made.tensors | gates(job, blocks, dtype)
             notes = [note for plan in plans for note in plan.notes]
-            config = result_config(made, body, job, record | ({"notes": notes} if notes else {}))
-
-            def tensors() -> Iterator[tuple[str, mx.array]]:
-                while others:
-                    name = next(iter(others))
-                    yield name, others.pop(name)
-                for file in files:
-                    yield from mx.load(str(file)).items()
-                check()
-
-            del made
-            checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.folder),
-                             finish=lambda folder: card.write(folder, self.output.name))
+            with step("writing"):
+                config = self._write(work, body, record | ({"notes": notes} if notes else {}),
+                                     check)
         shutil.rmtree(partial)
-        return Made(self.output, time.perf_counter() - start, mx.get_peak_memory(),
-                    body.output_error(), config.get("mlxquant_import"), tuple(notes))
+        return Made(self.output, time.perf_counter() - start, profile.peak_memory,
+                    body.output_error(), config.get("mlxquant_import"), tuple(notes),
+                    profile.as_dict())
+
+    def _write(self, work: "_Work", body: Body, record: dict[str, Any],
+               check: Callable[[], None]) -> dict[str, Any]:
+        """Write the folder from the blocks' files and what is around them; its config.json."""
+        # Opened anew, so that what was calculated with outside the blocks is not held.
+        network, config = open_lazily(self.folder)
+        made = outside(network, config, self.job)
+        others = made.tensors | gates(self.job, work.blocks, work.context.settings.dtype)
+        config = result_config(made, body, self.job, record)
+
+        def tensors() -> Iterator[tuple[str, mx.array]]:
+            while others:
+                name = next(iter(others))
+                yield name, others.pop(name)
+            for file in work.files:
+                yield from mx.load(str(file)).items()
+            check()
+
+        def finish(folder: Path) -> None:
+            current().write(folder / checkpoint.MAKING)
+            card.write(folder, self.output.name)
+
+        del made, network
+        checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.folder),
+                         finish=finish)
+        return config
 
     def _identity(self) -> str:
         """The same for runs that end in the same bytes: what the text says, not where it lies."""
@@ -202,17 +223,20 @@ class _Work:
             for task, beside in zip_longest(visit.quantised, visit.floats):
                 target = None
                 if beside is not None:
-                    output, target = watch.run(beside.stand.run)
-                    beside.go_on(output)
+                    with step("float pass"):
+                        output, target = watch.run(beside.stand.run)
+                        beside.go_on(output)
                 if first and not idle:
-                    watch.take(watch.run(task.stand.run)[1], target)
+                    with step("observing"):
+                        watch.take(watch.run(task.stand.run)[1], target)
             if first:
                 seen[index] = watch.seen
             if not visit.left:  # a block that is called again stays as it was until its last call
                 result = self._result(index, seen[index])
                 rebuild(block.module, result)
-            for task in visit.quantised:
-                task.go_on(task.stand.run())
+            with step("quantised pass"):
+                for task in visit.quantised:
+                    task.go_on(task.stand.run())
             if not visit.left:
                 yield index, result
         for index in range(len(self.blocks)):
@@ -225,7 +249,8 @@ class _Work:
         if file.exists() or seen is None:
             return read_result(file, block.path)
         result = quantise_block(block, self.plans[index], seen, self.context)
-        write_result(file, block.path, result)
+        with step("writing"):
+            write_result(file, block.path, result)
         return result
 
 

@@ -15,6 +15,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import envelope
 from mlxquant.quantise.envelope import Replicas
+from mlxquant.quantise.profile import step
 from mlxquant.quantise.refine import Maps, conjugate_gradients, move_codes, row_errors
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
@@ -22,6 +23,7 @@ from mlxquant.quantise.sweep import Sweep
 _GRADIENT_STEPS = 8
 
 
+@step("refine")
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
     """Codes and scalings of stacked siblings ``weight`` (m, n), already rotated where ``spec``
     rotates, for inputs with these statistics (see ``gptq.quantise``)."""

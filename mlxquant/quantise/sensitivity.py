@@ -22,10 +22,12 @@ import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue
 from mlxquant.layers.hooks import intercepted
+from mlxquant.quantise.profile import step
 
 Shifts = dict[str, list[mx.array]]  # by layer, what is added to the outputs of each of its calls
 
 
+@step("gradients")
 def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: list[mx.array],
                       seed: int = 0) -> dict[str, mx.array]:
     """F by layer: the mean over tokens of each output's squared gradient of the log-likelihood.

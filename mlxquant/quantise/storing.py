@@ -14,6 +14,7 @@ from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.layers import grouped
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise.envelope import Replicas
+from mlxquant.quantise.profile import step
 
 Entries = dict[str, dict[str, Any]]
 
@@ -84,6 +85,7 @@ def describe_replicas(paths: list[str], block: nn.Module, spec: Spec, rotation_b
     return f"{prefix}{group}"
 
 
+@step("storing")
 def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around, dtype: mx.Dtype,
           result: BlockResult) -> None:
     """Put affine layers, with what surrounds them, into ``result``."""
@@ -105,6 +107,7 @@ def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around
                 if not name.startswith("linear.")}
 
 
+@step("storing")
 def store_replicas(made: dict[str, Replicas], block: nn.Module, spec: Spec, around: Around,
                    dtype: mx.Dtype, result: BlockResult) -> None:
     """Put replicated siblings of ``block``, and what they share, into ``result``."""
@@ -122,6 +125,7 @@ def store_replicas(made: dict[str, Replicas], block: nn.Module, spec: Spec, arou
             result.tensors[f"{path}.bias"] = modules[path].bias.astype(dtype)
 
 
+@step("storing")
 def store_stack(path: str, module: nn.Module, parts: list[Affine], dtype: mx.Dtype,
                 result: BlockResult) -> None:
     """Put a stack of matrices, such as a mixture's experts, into ``result`` as MLX stores one."""

@@ -14,6 +14,7 @@ import numpy as np
 from mlxquant.codes.statistics import Statistics
 from mlxquant.kernels.column_sweep import sweep_columns
 from mlxquant.quantise.factor import Factor
+from mlxquant.quantise.profile import step
 
 DAMPING = 0.01
 
@@ -29,6 +30,7 @@ class Sweep:
     factor: Factor
 
     @classmethod
+    @step("factor")
     def of(cls, statistics: Statistics, act_order: bool) -> "Sweep":
         """The most active inputs first, or as they come."""
         hessian = damped(statistics.hessian)
@@ -38,6 +40,7 @@ class Sweep:
         return cls(hessian, taken, mx.array(np.argsort(order)),
                    Factor.of(hessian[taken][:, taken]))
 
+    @step("sweep")
     def codes(self, weight: mx.array, scales: mx.array, biases: mx.array,
               levels: int) -> mx.array:
         """Codes (m, n) uint8 of ``weight`` (m, n) float32, each on the grid of its own scale and

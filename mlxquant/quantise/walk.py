@@ -34,6 +34,7 @@ from mlxquant.layers.hooks import intercepted
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Routed, Watch
+from mlxquant.quantise.profile import step
 from mlxquant.sources import checkpoint
 
 # Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input)
@@ -161,6 +162,7 @@ def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
     return order
 
 
+@step("loading")
 def dense_block(block: Block, turn: mx.array | None = None) -> nn.Module:
     """The block's module, dense in float32, in place."""
     return to_dense(block.module) if turn is None else rotation.rotate_block(block.module, turn)
@@ -201,6 +203,7 @@ def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Ca
             yield index, Watch(dense_block(block, turn)).seen
 
 
+@step("observing")
 def _observe(block: Block, visit: Visit, idle: bool, turn: mx.array | None) -> Observation | None:
     """Let the tasks on the float model go on; the block's observation unless it is ``idle``."""
     watch = Watch(dense_block(block, turn))

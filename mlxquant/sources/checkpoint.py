@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 SHARD_BYTES = 1 << 30
+MAKING = "making.json"  # what making the folder took; no part of what it is
 _INDEX = "model.safetensors.index.json"
 _SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 # Of the types that MLX reads.
@@ -94,8 +95,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def side_files(folder: Path) -> dict[str, bytes]:
-    """Tokenizer and other files that go with the weights, by name: all but config and index."""
-    files = [p for p in _side_files(folder) if p.name not in ("config.json", _INDEX)]
+    """Tokenizer and other files that go with the weights, by name: all but config, index and
+    the record of how long the making took."""
+    files = [p for p in _side_files(folder) if p.name not in ("config.json", _INDEX, MAKING)]
     _require_inside(folder, files)
     return {p.name: p.read_bytes() for p in files}
 
