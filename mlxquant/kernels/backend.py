@@ -40,6 +40,9 @@ template <class To> inline __device__ To as_type(uint x) { return __uint_as_floa
 template <class T> inline __device__ T simd_shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(~0u, x, mask);
 }
+template <class T> inline __device__ T simd_broadcast(T x, int lane) {
+    return __shfl_sync(~0u, x, lane);
+}
 inline __device__ float simd_sum(float x) {
     for (int mask = 16; mask; mask >>= 1) x += __shfl_xor_sync(~0u, x, mask);
     return x;

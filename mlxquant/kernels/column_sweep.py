@@ -5,7 +5,8 @@
 
 Rows are independent; the columns of one are a chain. As ``mx`` operations that is
 some six launches a column, and at this size launches are all the time. The kernel
-gives every row a thread and takes one launch a block. It reads four floats and
+gives every row a simdgroup and takes one launch a block: each lane keeps the targets of its own
+columns, and the error of the column just rounded goes to all lanes. It reads four floats and
 writes two per weight; F (64 × 64) stays in cache.
 """
 
@@ -16,27 +17,43 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.kernels import backend
+from mlxquant.kernels.matrix import sizes
 
 _BODY = """
-    const int row = thread_position_in_grid.x;
-    if (row >= ROWS) return;
-    float error[WIDTH];
-    for (int j = 0; j < WIDTH; ++j) {
-        auto at = row * WIDTH + j;
-        float target = wanted[at];
-        for (int i = 0; i < j; ++i) target -= error[i] * feedback[i * WIDTH + j];
-        float scale = scales[at], bias = biases[at];
-        float code = rint((target - bias) / (scale == 0.0f ? 1.0f : scale));
-        code = code < 0.0f ? 0.0f : code > LEVELS - 1 ? float(LEVELS - 1) : code;
-        error[j] = scale * code + bias - weight[at];
-        codes[at] = code;
-        errors[at] = error[j];
+    const int row = int(threadgroup_position_in_grid.x) * SIMDGROUPS
+        + int(simdgroup_index_in_threadgroup);
+    const int lane = thread_index_in_simdgroup;
+    if (row >= sizes[0]) return;  // a whole simdgroup
+    float target[PARTS], scale[PARTS], bias[PARTS], given[PARTS], kept[PARTS];
+    UNROLL for (int p = 0; p < PARTS; ++p) {
+        const int at = row * WIDTH + min(lane + 32 * p, WIDTH - 1);
+        target[p] = wanted[at]; scale[p] = scales[at]; bias[p] = biases[at]; given[p] = weight[at];
+        kept[p] = 0.0f;
+    }
+    UNROLL for (int p = 0; p < PARTS; ++p) {
+        for (int j = 32 * p; j < min(32 * p + 32, WIDTH); ++j) {
+            float code = rint((target[p] - bias[p]) / (scale[p] == 0.0f ? 1.0f : scale[p]));
+            code = code < 0.0f ? 0.0f : code > LEVELS - 1 ? float(LEVELS - 1) : code;
+            if (lane == j - 32 * p) kept[p] = code;
+            const float error = simd_broadcast(scale[p] * code + bias[p] - given[p], j - 32 * p);
+            UNROLL for (int q = 0; q < PARTS; ++q)
+                target[q] -= error * feedback[j * WIDTH + min(lane + 32 * q, WIDTH - 1)];
+        }
+    }
+    UNROLL for (int p = 0; p < PARTS; ++p) {
+        const int at = row * WIDTH + lane + 32 * p;
+        if (lane + 32 * p < WIDTH) {
+            codes[at] = kept[p];
+            errors[at] = scale[p] * kept[p] + bias[p] - given[p];
+        }
     }
 """
-_INPUTS = ["weight", "wanted", "scales", "biases", "feedback"]
-_THREADS = 64
+_INPUTS = ["weight", "wanted", "scales", "biases", "feedback", "sizes"]
+_SIMDGROUPS = 4
 TIES = 0.01  # a tie may fall either way, and moves what follows in its row
 BLOCK = 64  # columns that are rounded in one launch
+_FAR = 512
+_sizes = functools.lru_cache(16)(sizes)
 
 
 def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
@@ -55,41 +72,44 @@ def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback
                   levels: int) -> mx.array:
     """Codes (m, n) float32 of ``weight`` (m, n), given elementwise scales and biases (m, n) and the
     strictly upper ``feedback`` (n, n): column j is rounded from w_j − Σ_{i<j} e_i F_ij."""
-    codes, errors = [], mx.zeros((len(weight), 0))
-    for start in range(0, weight.shape[1], BLOCK):
-        inside = slice(start, start + BLOCK)
-        wanted = weight[:, inside]
-        if start:  # MLX 0.32.4 writes freed memory at an empty product
-            wanted = wanted - errors @ feedback[:start, inside]
-        block, error = round_columns(weight[:, inside], wanted, scales[:, inside],
-                                     biases[:, inside], feedback[inside, inside], levels)
-        codes.append(block)
-        errors = mx.concatenate([errors, error], axis=1)
-        mx.eval(errors, block)
-    return mx.concatenate(codes, axis=1)
+    return _sweep(weight, weight, scales, biases, feedback, levels)
 
 
 def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx.array,
                  hessian: mx.array, levels: int) -> mx.array:
     """``codes`` (m, n) after each has once moved to the level best with all others as they are.
 
-    The best value v of column j is v_j − slope_j / H_jj, where a change e_i of an earlier
-    column moved the slope by e_i H_ij: a sweep with other numbers.
+    The best value of column j is v_j − slope_j / H_jj, where a change e_i of an earlier column
+    moved the slope by e_i H_ij: a sweep with other numbers.
     """
-    values = scales * codes + biases
-    slope = (values - weight) @ hessian  # half the loss's gradient
-    curvature, moved = hessian.diagonal(), []
-    feedback = hessian / curvature
-    for start in range(0, weight.shape[1], BLOCK):
-        inside = slice(start, start + BLOCK)
-        best = values[:, inside] - slope[:, inside] / curvature[inside]
-        block, changes = round_columns(values[:, inside], best, scales[:, inside],
-                                       biases[:, inside], mx.triu(feedback[inside, inside], 1),
-                                       levels)
-        slope = slope + changes @ hessian[inside]
-        moved.append(block)
-        mx.eval(slope, block)
-    return mx.concatenate(moved, axis=1)
+    values, curvature = scales * codes + biases, hessian.diagonal()
+    best = values - (values - weight) @ hessian / curvature  # half the loss's gradient
+    return _sweep(values, best, scales, biases, hessian / curvature, levels)
+
+
+def _sweep(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
+           feedback: mx.array, levels: int) -> mx.array:
+    """Codes (m, n) as if ``round_columns`` took all columns at once; of ``feedback`` (n, n) only
+    what lies above the diagonal counts. Columns far ahead hear of errors once in ``_FAR``."""
+    found, columns = [], weight.shape[1]
+    for start in range(0, columns, _FAR):
+        stop, errors = min(start + _FAR, columns), []
+        near, wanted = wanted[:, :_FAR], wanted[:, _FAR:]
+        for at in range(start, stop, BLOCK):
+            inside = slice(at, min(at + BLOCK, stop))
+            width = inside.stop - at
+            codes, error = round_columns(weight[:, inside], near[:, :width], scales[:, inside],
+                                         biases[:, inside], mx.triu(feedback[inside, inside], 1),
+                                         levels)
+            if inside.stop < stop:  # MLX 0.32.4 writes freed memory at an empty product
+                near = near[:, width:] - error @ feedback[inside, inside.stop:stop]
+            found.append(codes)
+            errors.append(error)
+            mx.async_eval(near, codes, error)
+        if stop < columns:
+            wanted = wanted - mx.concatenate(errors, axis=1) @ feedback[start:stop, stop:]
+        mx.eval(wanted, codes)
+    return mx.concatenate(found, axis=1)
 
 
 def reference(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
@@ -126,9 +146,11 @@ def _launch(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.arr
             feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     rows, width = weight.shape
     return tuple(_kernel()(
-        inputs=[weight, wanted, scales, biases, feedback],
-        template=[("ROWS", rows), ("WIDTH", width), ("LEVELS", levels)],
-        grid=(-(-rows // _THREADS) * _THREADS, 1, 1), threadgroup=(_THREADS, 1, 1),
+        inputs=[weight, wanted, scales, biases, feedback, _sizes(rows)],
+        template=[("WIDTH", width), ("PARTS", -(-width // 32)), ("LEVELS", levels),
+                  ("SIMDGROUPS", _SIMDGROUPS)],
+        grid=(-(-rows // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
+        threadgroup=(_SIMDGROUPS * 32, 1, 1),
         output_shapes=[weight.shape, weight.shape], output_dtypes=[mx.float32, mx.float32]))
 
 

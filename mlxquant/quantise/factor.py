@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-BLOCK = 512
+BLOCK = 256
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ T simd_shuffle_xor(T x, unsigned short mask) {
 }
 
 template <class T>
+T simd_broadcast(T x, unsigned short lane) {
+    return fibers::exchange("simd_broadcast", x, [=](auto of) { return of(lane); });
+}
+
+template <class T>
 T simd_sum(T x) {
     return fibers::exchange("simd_sum", x, [](auto of) {
         T sum = of(0);
