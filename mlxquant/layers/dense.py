@@ -6,6 +6,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model
 
+from mlxquant.kernels.backend import is_cuda
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
@@ -22,11 +23,10 @@ def to_float32(network: nn.Module) -> nn.Module:
 
 
 def to_dense(network: nn.Module) -> nn.Module:
-    """Float32 with every quantised matrix expanded, in place; what it stands for is unchanged.
-
-    Runs on the CPU, since MLX's CUDA back end has no 1-bit kernels.
-    """
-    with mx.stream(mx.cpu):
+    """Float32 with every quantised matrix expanded, in place; what it stands for is unchanged."""
+    # MLX's CUDA back end has no 1-bit kernels.
+    one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
+    with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
         network = expand_replicated(expand_grouped(dequantize_model(to_float32(network))))
         network = _fold_transforms(network)
         mx.eval(network.parameters())

@@ -45,6 +45,7 @@ REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
 _SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
 _EXPERTS = 4  # of a mixture's, that are tried
+_ROWS = 512  # of a matrix, or up to twice as many, that are tried and stand for all
 
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
 Weighed = tuple[list[float], float, list[float]]  # bits of each sibling, of all, damage of each
@@ -219,8 +220,19 @@ class _Trial:
 
     def _weighed(self, weights: list[mx.array], statistics: Statistics, specs: list[Spec],
                  felt: list[mx.array], seed: int) -> Iterator[Weighed]:
-        ends = list(accumulate(map(len, weights)))[:-1]
-        trials = quantise_trials(weights, self.full()[0], specs, statistics, seed)
+        steps = [max(1, len(weight) // _ROWS) for weight in weights]
+        tried = [weight[::step] for weight, step in zip(weights, steps)]
+        felt = [_standing_for(every, step) for every, step in zip(felt, steps)]
+        ends = list(accumulate(map(len, tried)))[:-1]
+        trials = quantise_trials(tried, self.full()[0], specs, statistics, seed)
         for error, hessian, own, common in trials:
-            yield list(own), common, [expected_divergence(rows, hessian, importance)
-                                      for rows, importance in zip(mx.split(error, ends), felt)]
+            bits = [bits * len(every) // len(some)
+                    for bits, every, some in zip(own, weights, tried)]
+            yield bits, common, [expected_divergence(rows, hessian, importance)
+                                 for rows, importance in zip(mx.split(error, ends), felt)]
+
+
+def _standing_for(every: mx.array, step: int) -> mx.array:
+    """Each ``step``-th of some values (m,), scaled so that together they are as much as all."""
+    some = every[::step]
+    return some * (every.sum() / mx.maximum(some.sum(), 1e-30))
