@@ -8,13 +8,14 @@ One row at a time is printed and saved, so that a run that is cut short keeps wh
 """
 
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 from record import RESULTS, parser, save
 
 from mlxquant.codes.width import Width
 from mlxquant.quantise.job import Job, Text
-from mlxquant.report.comparison import Evaluation, Row, as_dicts, compare, plot
+from mlxquant.report.comparison import Evaluation, Row, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
 
 PLAN = ["rtn,w8a8,smoothquant,gptq:8",
@@ -49,7 +50,7 @@ def main() -> None:
                       f"{row.perplexity:12.3f} ppl  KL {row.kl_mean:.4f}  {row.seconds or 0:.1f} s",
                       flush=True)
                 save(arguments.out, windows=arguments.windows, samples=arguments.samples,
-                     rows=as_dicts(rows))
+                     rows=list(map(asdict, rows)))
         except Exception:  # one method's failure must not cost the others' measurements
             traceback.print_exc()
     plot(rows, RESULTS / f"{arguments.out}.png")

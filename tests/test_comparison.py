@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
         job=job(text, samples=4, group_size=32)))
     assert [(r.method, r.bits) for r in rows] == [
         ("original", 16), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
-    assert all(set(row) >= KEYS for row in comparison.as_dicts(rows))
+    assert all(set(row) >= KEYS for row in map(asdict, rows))
     original, eight = rows[0], rows[1]
     assert original.kl_mean == 0 and original.seconds is None
     assert eight.bits_per_weight == 9 and 0 < eight.kl_mean < rows[4].kl_mean

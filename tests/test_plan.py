@@ -206,11 +206,11 @@ def test_measured_limits_say_which_replicas_are_free(monkeypatch):
 
 
 def test_quality_is_found_where_it_was_measured():
-    own, other = (quality.lookup(name, 2, 4, 0)[0] for name in ("smollm2-135m", "Llama-3.1-8B"))
+    own, other = (quality.lookup(name, 2, 4, 0) for name in ("smollm2-135m", "Llama-3.1-8B"))
     assert (own.rank, other.rank) == (0, 1) and own.ratio == other.ratio > 1
     assert "not on this model" in other.source and "not on this model" not in own.source
-    assert quality.lookup("x", 4, None, 128)[0].source.startswith("published, Llama-2-7B")
-    assert quality.lookup("x", 7, None, 64) == []
+    assert quality.lookup("x", 4, None, 128).source.startswith("published, Llama-2-7B")
+    assert quality.lookup("x", 7, None, 64) is None
 
 
 @pytest.mark.parametrize("options, says", [

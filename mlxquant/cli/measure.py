@@ -191,7 +191,7 @@ def compare(
     if plot is not None:
         comparison.plot(rows, plot)
     if as_json:
-        print_json(comparison.as_dicts(rows))
+        print_json(list(map(asdict, rows)))
     else:
         print_table(comparison.table(rows))
 

@@ -54,6 +54,13 @@ class Chip:
             return None
         return self.gpu_cores * 128 * self.clock_ghz * 1e9
 
+    def known(self, figure: str) -> float:
+        """A figure by its name; raises ``BadValue`` where the table lacks it."""
+        value: float | None = getattr(self, figure)
+        if value is None:
+            raise BadValue(f"the {figure} of {self.label} are not in the table")
+        return value
+
 
 def of(name: str, gpu_cores: int | None) -> Chip:
     """The chip of this brand string and core count; without cores, what all its variants share."""
@@ -94,7 +101,9 @@ def detect() -> Chip:
     """Recognise this machine; every source may be missing."""
     if sys.platform == "darwin":
         name = output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-        return of(name, gpu_cores_in(output_of("ioreg", "-rc", "AGXAccelerator", "-d1")))
+        cores = re.search(r'"gpu-core-count" = (\d+)|"num_cores"=(\d+)',
+                          output_of("ioreg", "-rc", "AGXAccelerator", "-d1"))
+        return of(name, int(cores[1] or cores[2]) if cores else None)
     import mlx.core as mx  # not for a look at the table alone
 
     named = mx.device_info().get("device_name") or platform.processor() or platform.machine()
@@ -107,12 +116,6 @@ def slug() -> str:
 
     label = f"{detect().label}-{device()}-{mx.__version__}"
     return "".join(c if c.isalnum() else "-" for c in label)
-
-
-def gpu_cores_in(registry: str) -> int | None:
-    """The GPU's cores in what ``ioreg -rc AGXAccelerator -d1`` prints."""
-    found = re.search(r'"gpu-core-count" = (\d+)|"num_cores"=(\d+)', registry)
-    return int(found[1] or found[2]) if found else None
 
 
 def _apple(name: str, clock: _Marked, slc: _Marked | None,

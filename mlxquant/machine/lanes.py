@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlxquant.base.errors import BadValue
 from mlxquant.machine import chips
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.replica_limits import search
@@ -49,6 +48,10 @@ class Cost:
         shared = chip.name.startswith(_SHARED_PIPES)
         return self.floating + self.integer if shared else max(self.floating, self.integer)
 
+    def seconds(self, chip: Chip, weights: float) -> float:
+        """What ``weights`` take, if nothing else does; raises ``BadValue`` as ``chip.known``."""
+        return weights * self.on(chip) / chip.known("lane_operations_per_s")
+
 
 def stock(bits: int, vectors: int = 1) -> Cost:
     """MLX's own affine product: AND, convert and multiply-add for a weight (none of them at 16
@@ -68,11 +71,8 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
     """The time of one product; raises ``BadValue`` where the chip's figures are not known."""
-    lanes = chip.lane_operations_per_s
-    if lanes is None or chip.headline_gb_per_s is None:
-        raise BadValue(f"{chip.label}: its GPU cores, clock or bandwidth are not in the table")
-    reading = stored_bytes / (BANDWIDTH_SHARE * chip.headline_gb_per_s * 1e9)
-    return max(reading, weights * cost.on(chip) / lanes)
+    reading = stored_bytes / (BANDWIDTH_SHARE * chip.known("headline_gb_per_s") * 1e9)
+    return max(reading, cost.seconds(chip, weights))
 
 
 def free_replicas(chip: Chip, bits: int) -> tuple[int, dict[str, int | None]]:

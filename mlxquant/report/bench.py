@@ -1,9 +1,7 @@
 """Tokens per second against the ceiling, by llama-bench's conventions.
 
 ``pp512`` processes 512 random tokens at once, ``tg128`` generates 128 one by one after none,
-``tg128 @ d4096`` after 4,096; nothing ends early. Each is warmed up and repeated. A record says
-what one token reads and so how close the run came to the headline and to the measured ceiling;
-``fit.py`` splits the time of a token over several records.
+``tg128 @ d4096`` after 4,096; nothing ends early. Each is warmed up and repeated.
 """
 
 import math
@@ -58,7 +56,7 @@ class Record:
     Rates count the tokens of all sequences; bytes are those of weights, scales and keys and values
     that a token reads (a share, in a batch). ``ttft_ms`` is the time to the first token after the
     prompt, in tg that of the depth. Of a mixture ``active_parameters`` are those that a token uses.
-    The four fields from ``fixed_ms_per_token`` on are a fit over several records (``fit.py``).
+    The fields from ``fixed_ms_per_token`` to ``fit_over`` split its time over several records.
     """
 
     model: str
@@ -96,24 +94,19 @@ class Record:
         return asdict(self)
 
 
-def tests_of(prompt: int, generated: int, depths: Sequence[int] = (0,),
-             batches: Sequence[int] = (1,)) -> list[Test]:
-    """All tests of one call: prompt and generation for every depth and batch; of 0 tokens none."""
-    return [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
-            for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
-
-
 def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 512,
           generated: int = 128, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,),
           repetitions: int = 5, memory: str | None = None,
           on_record: Callable[[list[Record]], None] = lambda _: None,
           progress: Callable[[int, int, float], None] = lambda *_: None) -> list[Record]:
-    """Measure every test of every model: a name for ``load`` (with ``memory``), or what opens one.
+    """Measure prompt and generation (none of 0 tokens) for every model, batch and depth.
 
-    ``on_record`` gets all records so far after each, ``progress`` tests done, of how many, and the
-    last tokens/s. Raises ``BadValue`` for what is not allowed, and what ``load`` raises.
+    A model is a name for ``load`` (with ``memory``), or a function that opens one. ``on_record``
+    gets all records so far after each, ``progress`` tests done, of how many, and the last
+    tokens/s. Raises ``BadValue`` for what is not allowed, and what ``load`` raises.
     """
-    tests = tests_of(prompt, generated, depths, batches)
+    tests = [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
+             for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
     if not tests or repetitions < 1:
         raise BadValue("at least one test and one repetition are needed")
     probe.read_ceiling()
@@ -187,18 +180,15 @@ class _Runner:
 
     def times(self, repetitions: int) -> Iterator[float]:
         """Seconds of each repetition, after a warm-up."""
-        short = self.test.tokens if self.test.kind == "pp" else min(self.test.tokens, _WARM_UP)
-        self._once(short)
-        for _ in range(repetitions):
-            yield self._once(self.test.tokens)
-
-    def _once(self, tokens: int) -> float:
-        self._to_depth()
-        before = traffic.kv_bytes(self.cache)
-        asked = (tokens, 0) if self.test.kind == "pp" else (1, tokens)
-        seconds = self._timed(*asked)
-        self.kv = (before + traffic.kv_bytes(self.cache)) / 2
-        return seconds
+        tokens, prompt = self.test.tokens, self.test.kind == "pp"
+        for run in range(repetitions + 1):
+            self._to_depth()
+            before = traffic.kv_bytes(self.cache)
+            asked = (tokens, 0) if prompt else (1, tokens if run else min(tokens, _WARM_UP))
+            seconds = self._timed(*asked)
+            self.kv = (before + traffic.kv_bytes(self.cache)) / 2
+            if run:
+                yield seconds
 
     def _to_depth(self) -> None:
         held = max((getattr(layer, "offset", 0) for layer in self.cache), default=0)
@@ -210,16 +200,14 @@ class _Runner:
             self.depth_s = self._timed(self.test.depth, 0)
 
     def _timed(self, prompt: int, generated: int) -> float:
-        """Seconds until the last of ``generated`` tokens after a random prompt is there; for 0 of
-        them, until the first is."""
+        """Seconds until the last of ``generated`` tokens, or for 0 the first, follows a random
+        prompt."""
         tokens = mx.random.randint(0, self.model.vocabulary, (prompt,))
         steps = generate_step(tokens, self.network, max_tokens=generated, prompt_cache=self.cache,
                               prefill_step_size=CHUNK)
         start = time.perf_counter()
-        for _ in zip(range(generated), steps):
-            pass
-        if not generated:
-            next(steps, None)  # nothing comes, but the first token is computed
+        for _ in range(generated or 1):
+            next(steps, None)  # of 0 nothing comes, but the first token is computed
         seconds = time.perf_counter() - start
         for _ in steps:  # the step after the last one is under way
             pass
@@ -230,13 +218,11 @@ class _Runner:
         """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but
         the head once for each chunk, and everything once more for the last token, which mlx-lm
         takes by itself."""
-        network, test = self.model.network, self.test
+        network, test, head = self.model.network, self.test, traffic.head_of(self.model.network)
         last = traffic.weight_bytes(network, batch=test.batch) + self.kv
         if test.kind == "tg":
             return last / test.batch
-        head = traffic.head_of(network)
-        at_once = min(test.tokens, CHUNK) * test.batch
-        chunk = traffic.weight_bytes(network, batch=at_once) + self.kv
+        chunk = traffic.weight_bytes(network, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
         chunk -= traffic.own_bytes(head) if head else 0
         return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
 

@@ -4,8 +4,7 @@ Both models read the same token windows as for perplexity; what the tokenizer pu
 (BOS) is read and not compared. After each block the hidden state h of the reference and h_q of the
 model are compared by ‖h_q − h‖ / ‖h‖: once with Frobenius norms over all positions of all windows,
 and once position by position. The two part where one position outweighs the rest, as a first token
-does with its massive activations in the middle of most networks (Sun et al., arXiv 2402.17762); the
-second then tells of the others.
+does with its massive activations in the middle of most networks (Sun et al., arXiv 2402.17762).
 
 Kurtosis over the channels shows how much of a state sits in few of them: 3 for normally distributed
 values, near the number of channels where a single one carries everything (Elhage et al.,
@@ -14,6 +13,7 @@ values, near the number of channels where a single one carries everything (Elhag
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,9 +41,8 @@ class Channel:
 class LayerError:
     """The hidden state after one block; ``layer`` counts from 0.
 
-    ``position_error`` is the mean over positions of each one's relative error, and ``kurtosis``
-    is a mean over positions too; ``largest_channels`` come largest first. ``reference_`` marks
-    what belongs to the original.
+    ``position_error`` and ``kurtosis`` are means over positions; ``largest_channels`` come largest
+    first. ``reference_`` marks what belongs to the original.
     """
 
     layer: int
@@ -65,27 +64,30 @@ def by_layer(model: LanguageModel, reference: LanguageModel, text: str | Path, *
     ``divergence`` does, and ``BadValue`` for networks of different depth or width.
     """
     batches = paired_windows(model, reference, text, context, windows)
-    layers: list[_Sums] = []
+    sums: Any = 0.0  # (layers, 5)
+    peaks: Any = 0.0  # (layers, 2, channels)
     for done, window in enumerate(batches, 1):
         states, original = (hidden_states(x.network, window.tokens) for x in (model, reference))
         if [x.shape for x in states] != [x.shape for x in original]:
-            depth, width, theirs, other = (value for x in (states, original)
-                                           for value in (len(x), x[0].shape[-1]))
-            raise BadValue(f"{model.name} has {depth} blocks of width {width}, {reference.name} "
-                           f"has {theirs} of width {other}; they must be the same")
-        layers = layers or [_Sums() for _ in states]
-        for sums, *pair in zip(layers, states, original):
-            sums.add(*(state[..., window.lead:, :].astype(mx.float32) for state in pair))
-        del states, original, pair
-        progress(done, len(batches), layers[-1].relative_error)
-    return [sums.result(index) for index, sums in enumerate(layers)]
+            raise BadValue(f"{model.name} has {len(states)} blocks of width {states[0].shape[-1]}, "
+                           f"{reference.name} has {len(original)} of width "
+                           f"{original[0].shape[-1]}; they must be the same")
+        found = [_compared(*(x[..., window.lead:, :].astype(mx.float32) for x in pair))
+                 for pair in zip(states, original)]
+        del states, original
+        sums = sums + np.array([numbers for numbers, _ in found])
+        peaks = np.maximum(peaks, [largest for _, largest in found])
+        progress(done, len(batches), float(sums[-1, 0] / sums[-1, 1]) ** 0.5)
+    return [LayerError(index, (error / norm) ** 0.5, *(x / len(batches) for x in means),
+                       *map(_largest_channels, largest))
+            for index, ((error, norm, *means), largest) in enumerate(zip(sums.tolist(), peaks))]
 
 
 def hidden_states(network: nn.Module, window: mx.array) -> list[mx.array]:
     """The states after each block for a window of shape (1, context), in the order of running.
 
-    Each is of shape (1, context − 1, channels), in the network's own precision. The head is
-    not run. Raises ``Unsupported`` for an architecture whose blocks cannot be observed.
+    Each is of shape (1, context − 1, channels), in the network's own precision. Raises
+    ``Unsupported`` for an architecture whose blocks cannot be observed.
     """
     states: list[mx.array] = []
 
@@ -95,11 +97,36 @@ def hidden_states(network: nn.Module, window: mx.array) -> list[mx.array]:
 
     with after_each_block(network, record):
         network(window[:, :-1])
-    mx.eval(states)
+    mx.eval(states)  # and so the head is not run
     return states
 
 
-def plot(layers: list[LayerError], path: str | Path) -> None:
+def _compared(state: mx.array, reference: mx.array) -> tuple[list[float], list[np.ndarray]]:
+    """Of one window's states after one block, (…, channels) float32: what adds up over windows
+    (squared error and norm, mean error by position, mean kurtosis of both), and the largest
+    absolute value of every channel of both."""
+    error, norm = (mx.square(x).sum(axis=-1) for x in (state - reference, reference))
+    both = state, reference
+    numbers = [error.sum(), norm.sum(), mx.sqrt(error / norm).mean(),
+               *(_kurtosis(h).mean() for h in both)]
+    return ([x.item() for x in numbers],
+            [np.array(mx.abs(h).max(axis=tuple(range(h.ndim - 1)))) for h in both])
+
+
+def _kurtosis(h: mx.array) -> mx.array:
+    """E[(x − μ)⁴] / σ⁴ over the last axis: shape (…, channels) gives (…)."""
+    centred = h - h.mean(axis=-1, keepdims=True)
+    # Scaled before the fourth power, which would overflow float32 where one channel is huge.
+    scale = mx.rsqrt(mx.maximum(mx.square(centred).mean(axis=-1, keepdims=True), 1e-30))
+    return mx.square(mx.square(centred * scale)).mean(axis=-1)
+
+
+def _largest_channels(peak: np.ndarray) -> list[Channel]:
+    order = np.argsort(-peak, kind="stable")[:_CHANNELS]
+    return [Channel(int(index), float(peak[index])) for index in order]
+
+
+def plot(layers: list[LayerError], path: Path) -> None:
     """Draw relative error and kurtosis over depth into ``path``, a PNG or SVG file by its name."""
     from matplotlib.ticker import MaxNLocator  # slow to import
 
@@ -128,46 +155,3 @@ def table(layers: list[LayerError]) -> list[list[str]]:
          f"{100 * layer.position_error:.2f} %", f"{layer.kurtosis:.4g}",
          f"{layer.reference_kurtosis:.4g}", largest(layer.largest_channels),
          largest(layer.reference_largest_channels)] for layer in layers)]
-
-
-class _Sums:
-    """What is added up for one block over the windows: index 0 the model's, 1 the reference's."""
-
-    def __init__(self) -> None:
-        self.error = self.norm = self.position_error = 0.0
-        self.kurtosis, self.largest = np.zeros(2), [np.zeros(1), np.zeros(1)]
-        self.windows = 0
-
-    def add(self, state: mx.array, reference: mx.array) -> None:
-        error = mx.square(state - reference).sum(axis=-1)
-        norm = mx.square(reference).sum(axis=-1)
-        self.error += error.sum().item()
-        self.norm += norm.sum().item()
-        self.position_error += mx.sqrt(error / norm).mean().item()
-        for side, h in enumerate((state, reference)):
-            self.kurtosis[side] += _kurtosis(h).mean().item()
-            peak = np.array(mx.abs(h).max(axis=tuple(range(h.ndim - 1))))
-            self.largest[side] = np.maximum(self.largest[side], peak)
-        self.windows += 1
-
-    @property
-    def relative_error(self) -> float:
-        return (self.error / self.norm) ** 0.5
-
-    def result(self, index: int) -> LayerError:
-        return LayerError(index, self.relative_error, self.position_error / self.windows,
-                          *(self.kurtosis / self.windows).tolist(),
-                          *map(_largest_channels, self.largest))
-
-
-def _kurtosis(h: mx.array) -> mx.array:
-    """E[(x − μ)⁴] / σ⁴ over the last axis: shape (…, channels) gives (…)."""
-    centred = h - h.mean(axis=-1, keepdims=True)
-    # Scaled before the fourth power, which would overflow float32 where one channel is huge.
-    scale = mx.rsqrt(mx.maximum(mx.square(centred).mean(axis=-1, keepdims=True), 1e-30))
-    return mx.square(mx.square(centred * scale)).mean(axis=-1)
-
-
-def _largest_channels(peak: np.ndarray) -> list[Channel]:
-    order = np.argsort(-peak, kind="stable")[:_CHANNELS]
-    return [Channel(int(index), float(peak[index])) for index in order]

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -85,13 +85,6 @@ class Row:
     peak_memory_gb: float | None
 
 
-def check(methods: list[str]) -> None:
-    """Raise ``BadValue`` for a method that is not known."""
-    for name in methods:
-        if name not in METHODS:
-            raise BadValue(f"no method {name!r}; allowed are {', '.join(METHODS)}")
-
-
 def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list[Width],
             job: Job | None = None, keep: Path | None = None, original: bool = True,
             progress: Callable[[str], None] = lambda *_: None) -> Iterator[Row]:
@@ -99,9 +92,12 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
 
     All run densely in float32, so that rows differ by their weights alone. The results go to
     ``keep``, or are deleted; ``job`` says what the methods have in common, such as calibration
-    text and group size. Activation-quantising methods run at 8 bits only, per channel.
+    text and group size. Activation-quantising methods run at 8 bits only, per channel. Raises
+    ``BadValue`` for a method that is not known.
     """
-    check(methods)
+    for method in methods:
+        if method not in METHODS:
+            raise BadValue(f"no method {method!r}; allowed are {', '.join(METHODS)}")
     teacher = load(name, dense=True)
     measure = partial(divergence, reference=teacher, text=evaluation.text,
                       context=evaluation.context, windows=evaluation.windows)
@@ -125,10 +121,10 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
 def _job(method: str, width: Width, common: Job) -> Job:
     """What a method asks of ``quantize`` at one width."""
     settings = METHODS[method] | {"bits": width}
-    if not settings.pop("mixed", False):
-        return common.changed(**settings)
+    mixed = settings.pop("mixed", False)
     asked = common.changed(**settings)
-    return asked.changed(target=Target(width.code_bits + 32 / asked.spec.group_for(1 << 20)))
+    target = Target(width.code_bits + 32 / asked.spec.group_for(1 << 20))
+    return asked.changed(target=target) if mixed else asked
 
 
 def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | None = None) -> Row:
@@ -136,15 +132,13 @@ def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | 
     spec: dict[str, Any] = {"bits": 16, "group_size": None, "rotation": None}
     if job is not None:
         spec = job.spec.as_dict()
-    replicated = job is not None and job.spec.method == "replica"
-    return Row(
-        method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
-        replicas=spec["replicas"] if replicated else None,
-        replica_group=spec["replica_group"] if replicated else None,
-        bits_per_weight=quality.bits_per_weight, file_bytes=quality.file_bytes,
-        perplexity=quality.perplexity, kl_mean=quality.kl_mean,
-        top1_agreement=quality.top1_agreement, seconds=made.seconds if made else None,
-        peak_memory_gb=made.peak_memory / 1e9 if made else None)
+    replicated = spec if spec.get("method") == "replica" else {}
+    measured = ("bits_per_weight", "file_bytes", "perplexity", "kl_mean", "top1_agreement")
+    return Row(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
+               replicas=replicated.get("replicas"), replica_group=replicated.get("replica_group"),
+               **{key: getattr(quality, key) for key in measured},
+               seconds=made.seconds if made else None,
+               peak_memory_gb=made.peak_memory / 1e9 if made else None)
 
 
 def table(rows: list[Row]) -> list[list[str]]:
@@ -167,7 +161,3 @@ def plot(rows: list[Row], path: Path) -> None:
             points = sorted((r.file_bytes / 1e6, r.perplexity) for r in rows if r.method == method)
             axes.plot(*zip(*points), marker="o", label=method)
         axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
-
-
-def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]

@@ -36,7 +36,6 @@ REPLICATED = tuple((bits, k, g) for bits in (4, 3, 2, "ternary", 1)
 KV_BITS = (16, 8, 4)
 EMBEDDING_BITS = 8
 _AS_GOOD = 1.02  # times the best perplexity: then the faster is recommended
-_Candidate = tuple["Form", nn.Module, lanes.Cost]
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
     machine = host(chip, memory)
     model, remarks = _model(name, config, context), list(machine.remarks)
     rows = [row for candidate in _candidates(model, config, machine, remarks)
-            for row in _rows(candidate, model, machine)]
+            for row in _rows(*candidate, model, machine)]
     rows.sort(key=lambda row: (-row.bits_per_weight, -row.kv_bits))
     return Plan(name, traffic.parameters(model.original), traffic.active_parameters(model.original),
                 context, machine.memory, machine.name, rows, recommend(rows, min_tps), remarks)
@@ -145,16 +144,14 @@ def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
     """The fastest row whose expected perplexity is within 2 % of the best, of those that fit, are
     fast enough and do not slow down by their replicas. Qualities are compared only where they come
     from one kind of source: this model's, else another's, else published ones."""
-    able = [row for row in rows if row.fits and row.free_replicas is not False
-            and (not min_tps or (row.tps or 0) >= min_tps)]
-    for rank in (0, 1, 2):
-        known = [(row.quality, row) for row in able
-                 if row.quality is not None and row.quality_rank in (None, rank)]
-        if known and (rank == 2 or any(row.quality_rank == rank for _, row in known)):
-            best = min(quality for quality, _ in known)
-            close = [row for quality, row in known if quality <= _AS_GOOD * best]
-            return max(close, key=lambda row: (row.kv_bits, row.tps or 0, -row.total_bytes))
-    return None
+    known = [(row.quality, row) for row in rows
+             if row.fits and row.free_replicas is not False and row.quality is not None
+             and (not min_tps or (row.tps or 0) >= min_tps)]
+    first = min((row.quality_rank for _, row in known if row.quality_rank is not None), default=0)
+    alike = [(quality, row) for quality, row in known if row.quality_rank in (None, first)]
+    best = min((quality for quality, _ in alike), default=0)
+    close = [row for quality, row in alike if quality <= _AS_GOOD * best]
+    return max(close, key=lambda row: (row.kv_bits, row.tps or 0, -row.total_bytes), default=None)
 
 
 def _model(name: str, config: dict[str, Any], context: int) -> _Model:
@@ -172,7 +169,7 @@ def _model(name: str, config: dict[str, Any], context: int) -> _Model:
 
 
 def _candidates(model: _Model, config: dict[str, Any], machine: Host,
-                remarks: list[str]) -> Iterator[_Candidate]:
+                remarks: list[str]) -> Iterator[tuple[Form, nn.Module, lanes.Cost]]:
     """The forms to choose from, the network of each and what a weight costs; ``remarks`` gets why
     there are none of a kind."""
     yield (Form("original", 16, quality=1.0, quality_source="the original"), model.original,
@@ -180,30 +177,22 @@ def _candidates(model: _Model, config: dict[str, Any], machine: Host,
     if outline.quantization_of(config):
         form, cost = _stored(config)
         yield form, outline.network_of(config), cost
-    for bits, group in AFFINE:
-        spec = Spec(bits=Width.of(bits), group_size=group, method="rtn")
-        form = Form("affine", bits, group=group)
-        if network := _made(model, spec, remarks):
-            yield _judged(model.name, form), network, lanes.stock(bits)
-    for width, replicas, group in REPLICATED:
-        spec = Spec(bits=Width.of(width), method="replica", rotation="online", replicas=replicas,
-                    replica_group=group)
-        free = machine.limits.free(width, replicas, group) if machine.limits else None
-        form = Form("replicas", width, replicas, group, free)
-        if network := _made(model, spec, remarks):
-            yield _judged(model.name, form), network, lanes.replicated(width, replicas, group)
-
-
-def _made(model: _Model, spec: Spec, remarks: list[str]) -> nn.Module | None:
-    """The network that ``quantize`` makes, None where it cannot, or most layers cannot take it."""
-    try:
-        return planned(model.original, model.config, Job(spec, embedding_bits=EMBEDDING_BITS))
-    except BadValue:
-        return None
-    except MlxquantError as error:
-        if str(error) not in remarks:
-            remarks.append(str(error))
-        return None
+    made = [(Form("affine", bits, group=group), lanes.stock(bits),
+             Spec(bits=Width.of(bits), group_size=group, method="rtn")) for bits, group in AFFINE]
+    for shape in REPLICATED:
+        free = machine.limits.free(*shape) if machine.limits else None
+        spec = Spec(bits=Width.of(shape[0]), method="replica", rotation="online",
+                    replicas=shape[1], replica_group=shape[2])
+        made.append((Form("replicas", *shape, free), lanes.replicated(*shape), spec))
+    for form, cost, spec in made:
+        try:
+            job = Job(spec, embedding_bits=EMBEDDING_BITS)
+            yield _judged(model.name, form), planned(model.original, model.config, job), cost
+        except BadValue:  # most layers cannot take it
+            continue
+        except MlxquantError as error:
+            if str(error) not in remarks:
+                remarks.append(str(error))
 
 
 def _stored(config: dict[str, Any]) -> tuple[Form, lanes.Cost]:
@@ -219,37 +208,37 @@ def _stored(config: dict[str, Any]) -> tuple[Form, lanes.Cost]:
 def _judged(name: str, form: Form) -> Form:
     """The form with what is known of its quality, and the command that makes it."""
     known = lookup(name, form.bits, form.replicas, form.group)
-    flags = known[0].flags if known else "--method gptq" if form.replicas is None else (
+    flags = known.flags if known else "--method gptq" if form.replicas is None else (
         f"--method replica --replicas {form.replicas} --replica-group {form.group} --rotate")
     if form.replicas is None:
         flags += f" --group-size {form.group}"
-    label = f"{form.bits}" if form.bits == "ternary" else f"{form.bits}bit"
-    base = Path(name).name.removesuffix(".gguf").removesuffix(".json")
-    folder = f"{base}-{label}" + (f"-k{form.replicas}" if form.replicas else "")
+    folder = Path(name).name.removesuffix(".gguf").removesuffix(".json") + (
+        f"-{form.bits}" + "bit" * (form.bits != "ternary"))
+    folder += f"-k{form.replicas}" if form.replicas else ""
     source = "MODEL" if name.endswith(".json") else shlex.quote(name)
     form = replace(form, command=f"mlxquant quantize {source} -o {shlex.quote(folder)} "
                                  f"--bits {form.bits} {flags} --embedding-bits {EMBEDDING_BITS}")
-    return form if not known else replace(
-        form, quality=known[0].ratio, quality_source=known[0].source, quality_rank=known[0].rank)
+    return form if known is None else replace(
+        form, quality=known.ratio, quality_source=known.source, quality_rank=known.rank)
 
 
-def _rows(candidate: _Candidate, model: _Model, machine: Host) -> Iterator[Row]:
+def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
+          machine: Host) -> Iterator[Row]:
     """A form with each format of keys and values."""
-    form, network, cost = candidate
-    held, read = held_bytes(network), traffic.weight_bytes(network)
+    stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
+    held, read = stored, traffic.weight_bytes(network)
     if machine.dense and traffic.dense_bytes(network) <= DENSE_SHARE * machine.memory:
         held, read = traffic.dense_bytes(network), traffic.weight_bytes(network, dense=True)
-    held += model.workspace
-    stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
     for bits, size in model.kv.items():
         size *= 2 if machine.dense and bits == 16 else 1
-        row = Row(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
-                  kv_bytes=size, total_bytes=held + size, bytes_per_token=read + size,
-                  fits=held + size <= machine.memory)
+        total, moved = held + model.workspace + size, read + size
+        tps = source = None
         if machine.chip is not None:
-            speed = predict(machine.chip, bytes_per_token=read + size, total_bytes=held + size,
-                            layers=model.layers, weights=model.weights, cost=cost)
-            row = replace(row, tps=speed.tps, tps_source="predicted")
+            source, tps = "predicted", predict(
+                machine.chip, bytes_per_token=moved, total_bytes=total, layers=model.layers,
+                weights=model.weights, cost=cost).tps
         elif machine.ceiling is not None:
-            row = replace(row, tps=1e9 * machine.ceiling / (read + size), tps_source="ceiling")
-        yield row
+            source, tps = "ceiling", 1e9 * machine.ceiling / moved
+        yield Row(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
+                  kv_bytes=size, total_bytes=total, bytes_per_token=moved,
+                  fits=total <= machine.memory, tps=tps, tps_source=source)

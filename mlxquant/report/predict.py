@@ -32,15 +32,9 @@ class Coefficients:
     ms_per_layer: dict[str, float]
     bytes_factor: float
 
-    def reading(self, chip: Chip, bytes_per_token: float) -> float:
-        """Milliseconds that the bytes of a token take."""
-        return self.bytes_factor * bytes_per_token / _known(chip, "headline_gb_per_s") / 1e6
-
-    def milliseconds(self, chip: Chip, bytes_per_token: float, layers: int, lane_ms: float,
-                     engine: str) -> float:
-        """Milliseconds of a token."""
-        reading = self.reading(chip, bytes_per_token)
-        return layers * self.ms_per_layer[engine] + max(reading, lane_ms)
+    def milliseconds(self, engine: str, layers: int, headline_ms: float, lane_ms: float) -> float:
+        """Of a token whose bytes take ``headline_ms`` at the headline."""
+        return layers * self.ms_per_layer[engine] + max(self.bytes_factor * headline_ms, lane_ms)
 
 
 @dataclass(frozen=True)
@@ -84,32 +78,20 @@ def predict(chip: Chip, *, bytes_per_token: float, total_bytes: float, layers: i
         raise BadValue(f"no published measurements to predict {chip.label} from; "
                        "allowed are Apple's chips")
     learnt, band = _learnt(), error_band(chip)
-    lane_ms = _lane_ms(chip, weights, cost) if cost else 0.0
-    tps = 1e3 / learnt.milliseconds(chip, bytes_per_token, layers, lane_ms, _OURS)
-    ceiling, memory = 1e9 * chip.headline_gb_per_s / bytes_per_token, chip.max_memory_gb
+    headline_ms, memory = bytes_per_token / chip.headline_gb_per_s / 1e6, chip.max_memory_gb
+    lane_ms = 1e3 * cost.seconds(chip, weights) if cost else 0.0
+    tps = 1e3 / learnt.milliseconds(_OURS, layers, headline_ms, lane_ms)
     return Prediction(
         chip=chip.name, gpu_cores=chip.gpu_cores, tps=tps, low=tps / (1 + band),
-        high=tps * (1 + band), ceiling_tps=ceiling, percent_of_headline=100 * tps / ceiling,
+        high=tps * (1 + band), ceiling_tps=1e3 / headline_ms,
+        percent_of_headline=tps * headline_ms / 10,
         bytes_per_token=bytes_per_token, total_bytes=total_bytes, max_memory_gb=memory,
         fits=None if memory is None else total_bytes <= working_set(memory * 2**30),
-        bound_by="arithmetic" if lane_ms > learnt.reading(chip, bytes_per_token) else "bytes",
-        assumptions=assumptions(chip, learnt))
+        bound_by="arithmetic" if lane_ms > learnt.bytes_factor * headline_ms else "bytes",
+        assumptions=_assumptions(chip, learnt))
 
 
-def _lane_ms(chip: Chip, weights: float, cost: lanes.Cost) -> float:
-    return 1e3 * weights * cost.on(chip) / _known(chip, "lane_operations_per_s")
-
-
-def _known(chip: Chip, figure: str) -> float:
-    """A figure of the chip; raises ``BadValue`` where the table lacks it."""
-    value: float | None = getattr(chip, figure)
-    if value is None:
-        raise BadValue(f"the {figure} of {chip.label} are not in the table")
-    return value
-
-
-def assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
-    """What a prediction for ``chip`` rests on."""
+def _assumptions(chip: Chip, learnt: Coefficients) -> tuple[str, ...]:
     others = [c.label for c in chips.every()
               if c.name == chip.name and c.gpu_cores != chip.gpu_cores]
     cores = f"{chip.gpu_cores} GPU cores (there is also {', '.join(others)}), " if others else ""
@@ -132,9 +114,8 @@ def learn(rows: Rows) -> Coefficients:
     """Least squares of relative errors over rows of ``published.json`` of at least 4 bits."""
     rows = [row for row in rows if row["bits"] >= 4]
     times = np.array([1e3 / row["tokens_per_s"] for row in rows])
-    terms = np.array([[row["layers"] * (row["engine"] == engine) for engine in ENGINES]
-                      + [Coefficients({}, 1.0).reading(_chip(row), 1e9 * row["gb_per_token"])]
-                      for row in rows])
+    terms = np.array([[*(row["layers"] * (row["engine"] == engine) for engine in ENGINES),
+                       _headline_ms(row)] for row in rows])
     solution, *_ = np.linalg.lstsq(terms / times[:, None], np.ones(len(rows)), rcond=None)
     return Coefficients(dict(zip(ENGINES, map(float, solution))), float(solution[-1]))
 
@@ -147,10 +128,9 @@ def backtest() -> tuple[dict[str, Any], ...]:
     result = []
     for row in rows:
         learnt = learn([other for other in rows if other["chip"] != row["chip"]])
-        chip = _chip(row)
-        lane_ms = _lane_ms(chip, 1e9 * row["weights_billion"], lanes.stock(row["bits"]))
-        predicted = 1e3 / learnt.milliseconds(chip, 1e9 * row["gb_per_token"], row["layers"],
-                                              lane_ms, row["engine"])
+        lane_s = lanes.stock(row["bits"]).seconds(_chip(row), 1e9 * row["weights_billion"])
+        predicted = 1e3 / learnt.milliseconds(row["engine"], row["layers"], _headline_ms(row),
+                                              1e3 * lane_s)
         result.append(row | {"predicted": predicted, "error": predicted / row["tokens_per_s"] - 1,
                              "family": family(row["chip"])})
     return tuple(result)
@@ -158,13 +138,9 @@ def backtest() -> tuple[dict[str, Any], ...]:
 
 def backtest_summary() -> Rows:
     """Median and worst relative error by family of chips and by engine, all together last."""
-    sets: dict[str, Rows] = {}
-    for row in backtest():
-        sets.setdefault(row["family"], []).append(row)
-    for engine in ENGINES:
-        sets[engine] = [row for row in backtest() if row["engine"] == engine]
-    summary = []
-    for name, chosen in (sets | {"all": list(backtest())}).items():
+    rows, summary = backtest(), []
+    for name in dict.fromkeys([*(row["family"] for row in rows), *ENGINES, "all"]):
+        chosen = [row for row in rows if name in (row["family"], row["engine"], "all")]
         worst = max(chosen, key=lambda row: abs(row["error"]))
         summary.append({
             "chips": name, "runs": len(chosen),
@@ -196,3 +172,8 @@ def working_set(memory: float) -> float:
 
 def _chip(row: dict[str, Any]) -> Chip:
     return chips.of(row["chip"], row["gpu_cores"])
+
+
+def _headline_ms(row: dict[str, Any]) -> float:
+    """Milliseconds that the bytes of a published run's token take at the headline."""
+    return 1e3 * row["gb_per_token"] / _chip(row).known("headline_gb_per_s")

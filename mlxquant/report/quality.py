@@ -19,8 +19,8 @@ class Quality:
     rank: int
 
 
-def lookup(model: str, bits: int | str, replicas: int | None, group: int | None) -> list[Quality]:
-    """What is known of a width with its replicas and group, the most trustworthy first."""
+def lookup(model: str, bits: int | str, replicas: int | None, group: int | None) -> Quality | None:
+    """The most trustworthy that is known of a width with its replicas and group."""
     found = []
     for row in _rows():
         if (row["bits"], row["replicas"], row["group"]) == (bits, replicas, group):
@@ -28,7 +28,7 @@ def lookup(model: str, bits: int | str, replicas: int | None, group: int | None)
             rank = 2 if row["source"].startswith("published") else 0 if same else 1
             source = row["source"] + (", not on this model" if rank == 1 else "")
             found.append(Quality(row["ratio"], source, row["flags"], rank))
-    return sorted(found, key=lambda quality: quality.rank)
+    return min(found, key=lambda quality: quality.rank, default=None)
 
 
 def _plain(name: str) -> str:
