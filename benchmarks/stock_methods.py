@@ -24,7 +24,6 @@ from mlx_lm.quant.gptq import gptq_quantize
 
 import mlxquant
 from mlxquant.layers.dense import to_dense
-from mlxquant.model.windows import vocabulary_of
 from mlxquant.quantise import calibration
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
@@ -71,7 +70,7 @@ def main() -> None:
     a = options.parse_args()
     teacher = mlxquant.load(a.model, dense=True)
     tokens = calibration.from_files(teacher.tokenizer, a.data, a.samples,
-                                    vocabulary=vocabulary_of(teacher.network))
+                                    vocabulary=teacher.vocabulary)
     rows = []
     for step in a.plan:
         method, _, bits = step.partition(":")

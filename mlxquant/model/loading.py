@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,10 @@ class LanguageModel:
         text = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
-        """Token ids that the embedding has rows for; MLX never checks an index itself."""
-        config = self.config.get("text_config") or self.config
-        size = config.get("vocab_size") or self.config.get("vocab_size")
-        if isinstance(size, int):  # the shape of the embedding has been held against it
-            return size
-        return max((m.weight.shape[0] for m in self.network.modules()
-                    if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
+        """Token ids that the network knows; MLX never checks an index itself."""
+        return vocabulary_of(self.network)
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -63,16 +59,20 @@ class LanguageModel:
         return traffic.weight_bytes(self.network)
 
 
+def vocabulary_of(network: nn.Module) -> int:
+    """How many token ids ``network`` tells apart. Its graph is laid out, never computed."""
+    return network(mx.zeros((1, 1), mx.int32)).shape[-1]
+
+
 def load(name: str, *, revision: str | None = None, memory: str | float | None = None,
          dense: bool | None = None, trust_remote_code: bool = False) -> LanguageModel:
     """Load a model by name: a folder, a GGUF file, a recipe or a hub repository.
 
-    ``memory`` limits what the model may take: bytes, or text such as "8GB"
-    (default: what the device recommends, or what is free). ``dense`` expands the
-    weights to float32 (default: on a plain CPU, where it fits). Code from a model
-    folder runs only with ``trust_remote_code``. Under ``mlx.launch`` each machine keeps
-    its part of the weights (``distributed.py``). Raises ``ModelNotFound``,
-    ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
+    ``memory`` limits what the model may take: bytes, or text such as "8GB" (default: what the
+    device recommends, or what is free). ``dense`` expands the weights to float32 (default: on a
+    plain CPU, where it fits). Code from a model folder runs only with ``trust_remote_code``. Under
+    ``mlx.launch`` each machine keeps its part of the weights (``distributed.py``). Raises
+    ``ModelNotFound``, ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
     """
     return load_folder(resolve(name, revision=revision), name, memory=memory, dense=dense,
                        trust_remote_code=trust_remote_code)

@@ -53,7 +53,7 @@ def first_windows(model: LanguageModel, text: str | Path, context: int,
     lead = beginning(model.tokenizer)
     check_context(model, context, len(lead))
     text = text if isinstance(text, str) else read_text(str(text))
-    tokens = encode(model.tokenizer, text, vocabulary_of(model.network))
+    tokens = encode(model.tokenizer, text, model.vocabulary)
     available = len(tokens) // context
     if available < (windows or 1):
         raise BadValue(f"the text has {len(tokens)} tokens, {windows or 1} windows of {context} "
@@ -80,11 +80,6 @@ def beginning(tokenizer: Any) -> list[int]:
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a", add_special_tokens=True)
     return next((full[:i] for i in range(len(full)) if full[i:i + len(plain)] == plain), [])
-
-
-def vocabulary_of(network: nn.Module) -> int:
-    """How many token ids ``network`` tells apart. Its graph is laid out, never computed."""
-    return network(mx.zeros((1, 1), mx.int32)).shape[-1]
 
 
 def encode(tokenizer: Any, text: str, vocabulary: int) -> np.ndarray:

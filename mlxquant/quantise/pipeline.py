@@ -22,8 +22,7 @@ from mlxquant.base.storage import holds_output, refuse_existing, working_folder
 from mlxquant.base.version import __version__
 from mlxquant.layers import repeated
 from mlxquant.layers.blocks import Block
-from mlxquant.model.loading import load, open_lazily, open_tokenizer
-from mlxquant.model.windows import vocabulary_of
+from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.assembly import (
     Body,

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxquant.layers import outline
 from mlxquant.machine.memory import memory_limit
 from mlxquant.model.loading import LanguageModel
-from mlxquant.model.windows import beginning, vocabulary_of
+from mlxquant.model.windows import beginning
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
 
 _MOST_AT_ONCE = 512  # a GPU's pass over a small model takes no longer for hundreds than for a few
@@ -45,7 +45,7 @@ def _drawn(keys: Iterator[mx.array], logits: mx.array) -> mx.array:
 
 def _beginnings(model: LanguageModel, rows: int, key: mx.array) -> mx.array:
     """One random token in each row, behind what the tokenizer puts before a text (BOS)."""
-    known = min(len(model.tokenizer), vocabulary_of(model.network))
+    known = min(len(model.tokenizer), model.vocabulary)
     drawn, lead = mx.random.randint(0, known, (rows, 1), key=key), beginning(model.tokenizer)
     return mx.concatenate([mx.array([lead] * rows), drawn], axis=1) if lead else drawn
 

@@ -24,7 +24,7 @@ import numpy as np
 from mlxquant.base.errors import BadValue
 from mlxquant.model.blocks import after_each_block
 from mlxquant.model.loading import LanguageModel
-from mlxquant.model.windows import Window, check_context, first_windows, vocabulary_of
+from mlxquant.model.windows import Window, check_context, first_windows
 from mlxquant.report.perplexity import Perplexity, Progress, described, loss
 
 _FLOOR_WINDOWS = 4  # enough for an order of magnitude; each costs one more run of the reference
@@ -106,7 +106,7 @@ def paired_windows(model: LanguageModel, reference: LanguageModel, text: str | P
     """``first_windows`` of a text that mean the same to both models; raises as ``divergence``."""
     batches = first_windows(model, text, context, windows)
     check_context(reference, context, batches[0].lead)
-    sizes = [vocabulary_of(x.network) for x in (model, reference)]
+    sizes = [x.vocabulary for x in (model, reference)]
     if sizes[0] != sizes[1]:
         raise BadValue(f"the vocabulary of {model.name} has {sizes[0]} entries, "
                        f"that of {reference.name} {sizes[1]}; they must be the same")

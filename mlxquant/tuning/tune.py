@@ -13,8 +13,7 @@ import numpy as np
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.layers.trainable import Parts, Trainable
-from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer
-from mlxquant.model.windows import vocabulary_of
+from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import card
 from mlxquant.quantise.calibration import Calibration, held_apart
 from mlxquant.quantise.conversations import converse
@@ -84,7 +83,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
 
 
 def _common_vocabulary(name: str, network: nn.Module, teacher: LanguageModel) -> int:
-    ours, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
+    ours, theirs = vocabulary_of(network), teacher.vocabulary
     if ours != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {ours}; "
                        "a teacher needs the same vocabulary")
