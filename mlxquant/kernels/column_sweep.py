@@ -68,11 +68,12 @@ def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: 
     return run(weight, wanted, scales, biases, feedback, levels)
 
 
-def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, feedback: mx.array,
+def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, factor: mx.array,
                   levels: int) -> mx.array:
     """Codes (m, n) float32 of ``weight`` (m, n), given elementwise scales and biases (m, n) and the
-    strictly upper ``feedback`` (n, n): column j is rounded from w_j − Σ_{i<j} e_i F_ij."""
-    return _sweep(weight, weight, scales, biases, feedback, levels)
+    upper triangular ``factor`` V (n, n) of H = V Vᵀ: column j is rounded from
+    w_j − Σ_{i<j} e_i V_ij / V_jj."""
+    return _sweep(weight, weight, scales, biases, factor, levels)
 
 
 def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx.array,
@@ -84,13 +85,18 @@ def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx
     """
     values, curvature = scales * codes + biases, hessian.diagonal()
     best = values - (values - weight) @ hessian / curvature  # half the loss's gradient
-    return _sweep(values, best, scales, biases, hessian / curvature, levels)
+    return _sweep(values, best, scales, biases, hessian, levels)
 
 
 def _sweep(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
-           feedback: mx.array, levels: int) -> mx.array:
-    """Codes (m, n) as if ``round_columns`` took all columns at once; of ``feedback`` (n, n) only
-    what lies above the diagonal counts. Columns far ahead hear of errors once in ``_FAR``."""
+           matrix: mx.array, levels: int) -> mx.array:
+    """Codes (m, n) as if ``round_columns`` took all columns at once, with M_ij / M_jj of ``matrix``
+    M (n, n) as feedback. Columns far ahead hear of errors once in ``_FAR``."""
+    diagonal = matrix.diagonal()
+
+    def feedback(rows: slice, later: slice) -> mx.array:
+        return matrix[rows, later] / diagonal[later]
+
     found, columns = [], weight.shape[1]
     for start in range(0, columns, _FAR):
         stop, errors = min(start + _FAR, columns), []
@@ -99,15 +105,16 @@ def _sweep(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.arra
             inside = slice(at, min(at + BLOCK, stop))
             width = inside.stop - at
             codes, error = round_columns(weight[:, inside], near[:, :width], scales[:, inside],
-                                         biases[:, inside], mx.triu(feedback[inside, inside], 1),
+                                         biases[:, inside], mx.triu(feedback(inside, inside), 1),
                                          levels)
             if inside.stop < stop:  # MLX 0.32.4 writes freed memory at an empty product
-                near = near[:, width:] - error @ feedback[inside, inside.stop:stop]
+                near = near[:, width:] - error @ feedback(inside, slice(inside.stop, stop))
             found.append(codes)
             errors.append(error)
             mx.async_eval(near, codes, error)
         if stop < columns:
-            wanted = wanted - mx.concatenate(errors, axis=1) @ feedback[start:stop, stop:]
+            further = feedback(slice(start, stop), slice(stop, None))
+            wanted = wanted - mx.concatenate(errors, axis=1) @ further
         mx.eval(wanted, codes)
     return mx.concatenate(found, axis=1)
 

@@ -31,10 +31,6 @@ class Factor:
             return cls(mx.array(exact.astype(np.float32)),
                        tuple(_inverse(exact[part, part]) for part in _parts(len(exact))))
 
-    def feedback(self) -> mx.array:
-        """Strictly upper V_ij / V_jj: what an error in column i adds to column j's target."""
-        return mx.triu(self.upper / self.upper.diagonal(), 1)
-
     def divide(self, rows: mx.array) -> mx.array:
         """``rows`` · H⁻¹ of rows (m, n): two substitutions by blocks."""
         parts = _parts(len(self.upper))

@@ -21,6 +21,7 @@ from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
 _GRADIENT_STEPS = 8
+_AT_ONCE = 1 << 25  # numbers in one array: rows are independent, and a few at a time take less
 
 
 @step("refine")
@@ -42,14 +43,23 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Set
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:
     """B for fixed codes and A, under all of H; a row that rounding makes worse keeps its own."""
-    levels, inside = found.levels(), found.inputs()
-    scaled = [levels * inside[:, k] for k in range(inside.shape[1])]
-    seen = [part @ hessian for part in scaled]
-    matrix = mx.stack([mx.stack([(a * b).sum(1) for b in scaled], axis=1) for a in seen], axis=1)
-    target = mx.stack([(part * weight).sum(1) for part in seen], axis=1)
-    moved = replace(found, replica_out=envelope.solve(matrix, target)).rounded(dtype)
+    rows = max(1, _AT_ONCE // (weight.shape[1] * found.replica_out.shape[1]))
+    parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    solved = [_solved(weight[part], found.rows(part), hessian) for part in parts]
+    moved = replace(found, replica_out=mx.concatenate(solved)).rounded(dtype)
     better = (row_errors(weight, moved, hessian) < row_errors(weight, found, hessian))[:, None]
     return replace(found, replica_out=mx.where(better, moved.replica_out, found.replica_out))
+
+
+def _solved(weight: mx.array, found: Replicas, hessian: mx.array) -> mx.array:
+    """The B (m, K) that is best for some rows: K equations for each."""
+    inside = found.inputs().T
+    scaled = found.levels() * inside[:, None]  # (K, m, n)
+    seen = scaled @ hessian
+    matrix = mx.stack([(seen * part).sum(2) for part in scaled])
+    solved = envelope.solve(matrix.transpose(2, 1, 0), (seen * weight).sum(2).T)
+    mx.eval(solved)
+    return solved
 
 
 def fit_inputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

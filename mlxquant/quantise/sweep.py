@@ -46,7 +46,7 @@ class Sweep:
         """Codes (m, n) uint8 of ``weight`` (m, n) float32, each on the grid of its own scale and
         bias (m, n)."""
         weight, scales, biases = (x[:, self.order] for x in (weight, scales, biases))
-        codes = sweep_columns(weight, scales, biases, self.factor.feedback(), levels)
+        codes = sweep_columns(weight, scales, biases, self.factor.upper, levels)
         return codes[:, self.back].astype(mx.uint8)
 
     def correct(self, weight: mx.array, cross: mx.array | None, amount: float) -> mx.array:

@@ -132,7 +132,7 @@ def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, *, quan
     """
     places = {id(block.module): index for index, block in enumerate(blocks)}
     order = call_order(network, blocks)
-    batches = tokens.batches(16 if mx.default_device() == mx.gpu else 2)
+    batches = tokens.batches(8 if mx.default_device() == mx.gpu else 2)
     with intercepted((block.module for block in blocks), _stand):
         behind, before = ([Task(network, b) for b in batches] if wanted else []
                           for wanted in (quantised, floats))
@@ -188,6 +188,7 @@ def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Ca
         return
     _drop_old(kept.parent)
     seen: dict[int, Observation | None] = {}
+    left = set(range(len(blocks)))
     for visit in visits(network, blocks, tokens, quantised=False, floats=True, turn=turn):
         index = visit.index
         if index in seen:  # a block that is called again: its first call has been watched
@@ -197,10 +198,10 @@ def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Ca
             seen[index] = _observe(blocks[index], visit, idle, turn)
             _keep(files[index], seen[index], len(blocks))
         if not visit.left:
-            yield index, seen[index]
-    for index, block in enumerate(blocks):
-        if index not in seen:  # no text reaches it
-            yield index, Watch(dense_block(block, turn)).seen
+            left.remove(index)
+            yield index, seen.pop(index)
+    for index in sorted(left):  # no text reaches them
+        yield index, Watch(dense_block(blocks[index], turn)).seen
 
 
 @step("observing")
