@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 
+import architectures
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -286,6 +287,13 @@ def test_the_fused_rotation_of_an_untied_model_with_biases(tmp_path, text):
     source = write_folder(tmp_path / "untied", network, config)
     quantise(source, tmp_path / "out", text, bits=8, rotation="fused")
     assert distance(mlxquant.load(str(tmp_path / "out")).network(TOKENS), network(TOKENS)) < 1e-2
+
+
+def test_the_fused_rotation_unties_a_head_that_no_configuration_mentions(tmp_path, text):
+    source = architectures.write("qwen2", tmp_path / "source")  # Qwen 2 ties it by default
+    quantise(source, tmp_path / "out", text, bits=8, rotation="fused")
+    logits = mlxquant.load(str(tmp_path / "out")).network(TOKENS)
+    assert distance(logits, mlxquant.load(str(source)).network(TOKENS)) < 1e-2
 
 
 def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, text, monkeypatch):

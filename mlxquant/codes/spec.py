@@ -53,7 +53,7 @@ class ReplicaShape:
         _check("replica_group", self.replica_group, REPLICA_GROUPS)
         _check("rotation_block", self.rotation_block, ROTATION_BLOCKS)
 
-    def check(self, inputs: int, path: str) -> None:
+    def check_inputs(self, inputs: int, path: str) -> None:
         """Raises ``BadValue`` unless group and rotation block divide the ``inputs`` of ``path``."""
         for name, sizes in (("replica_group", REPLICA_GROUPS), ("rotation_block", ROTATION_BLOCKS)):
             size = getattr(self, name)
@@ -122,17 +122,6 @@ class Spec:
             raise BadValue(f"group_size {group} does not divide the {columns} inputs of {path}; "
                            f"sizes that do: {', '.join(map(str, fitting)) or columns}")
         return group
-
-    def check(self, columns: int, path: str) -> None:
-        """Raise ``BadValue`` unless groups or replicas divide ``path``'s ``columns`` inputs."""
-        if self.method == "replica":
-            self.replica_shape(0).check(columns, path)
-            groups = columns // (self.replica_group or 1)
-            if self.replicas > groups:  # they would say the same thing twice
-                raise BadValue(f"{self.replicas} replicas are more than the {groups} groups of "
-                               f"{path}; allowed are 1 to {groups}")
-        else:
-            self.group_for(columns, path)
 
     def replica_shape(self, rotation_block: int) -> ReplicaShape:
         """The shape of a replicated layer of this spec; raises ``BadValue`` as that does."""

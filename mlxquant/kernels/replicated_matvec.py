@@ -119,8 +119,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
              experts: mx.array | None = None) -> mx.array:
     """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``; with
     ``experts`` (tokens,), the matrix each is to be multiplied by."""
-    spec, rows, chosen = matrix.scales.spec, matrix.rows, [] if experts is None else [
-        at_least(experts)]
+    spec, rows = matrix.scales.spec, matrix.rows
+    chosen = [] if experts is None else [at_least(experts)]
     together = 1 if experts is not None else max(1, min(tokens, _USES // spec.replicas))
     height = 4 if together * spec.replicas <= 8 else 2
     blocks = -(-rows // (_SIMDGROUPS * height))

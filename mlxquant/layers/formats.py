@@ -8,7 +8,7 @@ as if they were plain; the architecture is in ``base_model_type``, and
 ``mlxquant.repeats`` the ranges of blocks that run more than once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,21 +18,24 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import _get_classes
 
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import repeated
+from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.repeated import Repeat
+from mlxquant.layers.replicated import install_group
+from mlxquant.layers.transformed import TransformedLinear
 
 FORMAT = 1
-Entry = dict[str, Any]  # how config.json describes one layer
+Entries = dict[str, dict[str, Any]]
 
 
-def config_with(config: dict[str, Any], layers: dict[str, Entry],
-                replicas: dict[str, Entry] | None = None,
+def config_with(config: dict[str, Any], layers: Entries, replicas: Entries | None = None,
                 repeats: Sequence[Repeat] = ()) -> dict[str, Any]:
     """``config`` marked as ours, or unchanged where nothing of ours is in it.
 
-    ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the
-    siblings share, such as ``model.layers.0.self_attn.qkv``, are those of a
-    ``ReplicaShape`` and the names of its ``"linears"`` beside that path.
+    ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the siblings
+    share, such as ``model.layers.0.self_attn.qkv``, are those of a ``ReplicaShape`` and the names
+    of its ``"linears"`` beside that path: linear layers, or stacks of a mixture's experts.
     """
     if not layers and not replicas and not repeats:
         return config
@@ -42,10 +45,11 @@ def config_with(config: dict[str, Any], layers: dict[str, Entry],
                                   "repeats": [asdict(repeat) for repeat in repeats]}}
 
 
-def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+def model_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
     """mlx-lm's hook: the model class and argument class for a configuration."""
     if config.get("model_type") != "mlxquant":
-        return _get_classes(config)
+        classes: tuple[Callable[[Any], nn.Module], Any] = _get_classes(config)
+        return classes
     block = config.get("mlxquant")
     if not isinstance(block, dict) or "base_model_type" not in config:
         raise BadCheckpoint("config.json says mlxquant but lacks its block or base_model_type")
@@ -58,11 +62,11 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
         """Reads the configuration under the architecture's own name."""
 
         @staticmethod
-        def from_dict(_: Entry) -> Any:
+        def from_dict(_: dict[str, Any]) -> Any:
             return arguments_class.from_dict(base)
 
     def build(arguments: Any) -> nn.Module:
-        network = model_class(arguments)
+        network: nn.Module = model_class(arguments)
         install(network, block.get("layers", {}), block.get("replicas", {}))
         _install_repeats(network, block.get("repeats", []))
         return network
@@ -70,29 +74,25 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     return build, Arguments
 
 
-def install(module: nn.Module, layers: dict[str, Entry],
-            replicas: dict[str, Entry] | None = None) -> None:
+def install(module: nn.Module, layers: Entries, replicas: Entries | None = None) -> None:
     """Put the described layers, with empty parameters, in the place of the linear ones.
 
-    Paths are those below ``module``: a whole network or one block. Raises
-    ``BadCheckpoint`` for a description that does not fit it.
+    Paths are those below ``module``: a whole network or one block. Raises ``BadCheckpoint`` or
+    ``Unsupported`` for a description that does not fit it.
     """
     found = dict(module.named_modules())
     made = []
     for path, entry in layers.items():
         linear = found.get(path)
         if not isinstance(linear, nn.Linear):
-            raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of "
-                                "the model")
+            raise BadCheckpoint(f"config.json describes {path}, which is no linear layer of the "
+                                "model")
         made.append((path, make(linear, entry)))
     module.update_modules(tree_unflatten(made))
     _install_replicas(module, replicas or {})
 
 
-def _install_replicas(module: nn.Module, replicas: dict[str, Entry]) -> None:
-    from mlxquant.codes.spec import ReplicaShape
-    from mlxquant.layers.replicated import install_group
-
+def _install_replicas(module: nn.Module, replicas: Entries) -> None:
     keys = {field.name for field in fields(ReplicaShape)} | {"linears"}
     found = dict(module.named_modules())
     for path, entry in replicas.items():
@@ -111,13 +111,14 @@ def _install_replicas(module: nn.Module, replicas: dict[str, Entry]) -> None:
         try:
             install_group(found[above], name, linears, ReplicaShape(**shape))
         except BadValue as error:
-            raise BadCheckpoint(f"config.json describes the replicas of {path}: {error}") from error
+            raise BadCheckpoint(f"config.json describes the replicas of {path}: "
+                                f"{error}") from error
 
 
-def _install_repeats(network: nn.Module, repeats: list[Entry]) -> None:
+def _install_repeats(network: nn.Module, repeats: list[dict[str, Any]]) -> None:
     keys = {field.name for field in fields(Repeat)}
-    if not isinstance(repeats, list) or any(not isinstance(r, dict) or r.keys() != keys
-                                            for r in repeats):
+    if not isinstance(repeats, list) or any(not isinstance(entry, dict) or entry.keys() != keys
+                                            for entry in repeats):
         raise BadCheckpoint(f"config.json describes repeated blocks as {repeats!r}; "
                             f"needed is a list with {', '.join(sorted(keys))} each")
     try:
@@ -126,14 +127,11 @@ def _install_repeats(network: nn.Module, repeats: list[Entry]) -> None:
         raise BadCheckpoint(f"config.json describes repeated blocks: {error}") from error
 
 
-def make(linear: nn.Linear, entry: Entry) -> nn.Module:
+def make(linear: nn.Linear, entry: dict[str, Any]) -> nn.Module:
     """The layer that ``entry`` describes, shaped like ``linear``; raises ``Unsupported``."""
-    from mlxquant.layers.grouped import GroupedLinear
-    from mlxquant.layers.transformed import TransformedLinear
-
     if unknown := entry.keys() - {"grouped", "transform"}:
         raise Unsupported(f"a layer is stored with {', '.join(sorted(unknown))}, which this "
-                          "version does not read; its layers may be grouped or have a transform")
+                          "version does not read; it knows grouped and transform")
     inner = linear
     outputs, inputs = linear.weight.shape
     if grouped := entry.get("grouped"):

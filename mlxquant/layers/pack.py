@@ -1,6 +1,8 @@
 """Put the packed form in the place of every replicated layer, when a model is loaded on a GPU."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +10,7 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.kernels.first_step import Norm
 from mlxquant.layers.blocks import blocks_or_itself
-from mlxquant.layers.graph import gates_by_swiglu, norm_before
+from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.packed import (
     NormInReader,
     PackedCodes,
@@ -24,80 +26,104 @@ from mlxquant.layers.packed_experts import (
     can_fuse,
 )
 from mlxquant.layers.replicated import ReplicaInput, Replicated
+from mlxquant.layers.siblings import Siblings, find_siblings
 
 
 def pack(network: nn.Module) -> nn.Module:
     """Pack a network in place, one group after the other, so that the stored codes of one group at
     most are held beside the packed ones."""
     modules = dict(network.named_modules())
-    model_type = getattr(network, "model_type", "")
-    for path, shared in list(modules.items()):
-        if isinstance(shared, ReplicaInput):
-            _pack_group(network, path, shared, modules, model_type)
-    network.update_modules(tree_unflatten([
-        (path, PackedSwitchGLU(module)) for path, module in network.named_modules()
-        if can_fuse(module)]))
+    inputs = {path: m for path, m in modules.items() if isinstance(m, ReplicaInput)}
+    siblings = find_siblings(network) if inputs else []
+    for path, shared in inputs.items():
+        _pack_group(network, path, shared, modules)
+    modules = dict(network.named_modules())
+    for group in siblings:
+        _take_norm(network, modules, group)
+    made: list[tuple[str, nn.Module]] = [(path, PackedSwitchGLU(module)) for path, module
+                                         in modules.items() if can_fuse(module)]
+    made += [mlp for group in siblings for mlp in _gated(modules, group)]
+    network.update_modules(tree_unflatten(made))
     for block in blocks_or_itself(network):
         for name, child in block.module.children().items():
             if isinstance(child, nn.Module) and _can_trace(child):
-                block.module[name] = TracedForFew(_without_a_step_between(child, model_type))
+                block.module[name] = TracedForFew(child)
     return network
 
 
 def _pack_group(network: nn.Module, path: str, shared: ReplicaInput,
-                modules: dict[str, nn.Module], model_type: str) -> None:
+                modules: dict[str, nn.Module]) -> None:
     """Pack what reads ``shared``, the module at ``path``, and let go of it in ``modules``."""
     linears = {p: m for p, m in sorted(modules.items())  # gate before up
                if isinstance(m, Replicated) and m.input is shared}
-    made: list[tuple[str, nn.Module]] = []
-    group: PackedCodes
     if shared.experts is None:
-        group = PackedGroup(shared, list(linears.values()))
-        made += [(below, PackedLinear(group, index, linear.get("bias")))
-                 for index, (below, linear) in enumerate(linears.items())]
-        made += _take_norm(group, modules, list(linears), model_type)
+        group: PackedCodes = (own := PackedGroup(shared, list(linears.values())))
+        made = [PackedLinear(own, index, linear.get("bias"))
+                for index, linear in enumerate(linears.values())]
     else:
-        group = PackedExperts(shared, list(linears.values()))
-        made += [(below, PackedSwitchLinear(group, index, linear.get("bias")))
-                 for index, (below, linear) in enumerate(linears.items())]
+        group = (stack := PackedExperts(shared, list(linears.values())))
+        made = [PackedSwitchLinear(stack, index, linear.get("bias"))
+                for index, linear in enumerate(linears.values())]
     mx.eval(group.parameters())
     for below in linears:
         del modules[below]
-    network.update_modules(tree_unflatten([(path, group), *made]))
+    network.update_modules(tree_unflatten([(path, group), *zip(linears, made)]))
     mx.clear_cache()
 
 
-def _take_norm(group: PackedGroup, modules: dict[str, nn.Module], readers: list[str],
-               model_type: str) -> list[tuple[str, nn.Module]]:
-    """Have ``group``, the layers at the paths ``readers``, do the norm that feeds it alone; what
-    then takes the norm's place, by path, or nothing."""
-    above = readers[0].rpartition(".")[0].rpartition(".")[0]
-    if above not in modules:
+def _take_norm(network: nn.Module, modules: dict[str, nn.Module], siblings: Siblings) -> None:
+    """Have the groups that alone read a norm's output, with all their layers, do the norm."""
+    readers = [modules[path] for path in siblings.paths]
+    if siblings.norm is None or not all(isinstance(reader, PackedLinear) for reader in readers):
+        return
+    groups = {id(reader.group): reader.group for reader in readers}
+    if sum(group.siblings for group in groups.values()) > len(readers):
+        return
+    norm = modules[siblings.norm]
+    for group in groups.values():
+        group.first = Norm(norm.weight, norm.eps)
+    network.update_modules(tree_unflatten([(siblings.norm, NormInReader(norm))]))
+
+
+def _gated(modules: dict[str, nn.Module], siblings: Siblings) -> list[tuple[str, nn.Module]]:
+    """A ``PackedMLP`` by the path of the MLP whose last layer ``siblings`` is, where it is one."""
+    paths = [siblings.gate or "", siblings.up or "", *siblings.paths]
+    layers = [m for path in paths if isinstance(m := modules.get(path), PackedLinear)]
+    above = {path.rpartition(".")[0] for path in paths}
+    if len(paths) != 3 or len(layers) != 3 or len(above) > 1:
         return []
-    name = norm_before(modules[above], [p.removeprefix(f"{above}.") for p in readers], model_type)
-    if name is None:
+    gate, up, down = layers
+    if ("bias" in gate or "bias" in up or gate.group is not up.group
+            or (gate.index, up.index) != (0, 1) or gate.group.siblings != 2
+            or down.group.siblings != 1):
         return []
-    norm = modules[f"{above}.{name}"]
-    group.first = Norm(norm.weight, norm.eps)
-    return [(f"{above}.{name}", NormInReader(norm))]
+    mlp = modules[place := above.pop()]
+    return [(place, PackedMLP(mlp, gate.group, down))] if _is_all(mlp, gate, up, down) else []
+
+
+def _is_all(mlp: nn.Module, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> bool:
+    """Whether ``mlp`` hands its input to gate and up as it is, and what down makes on."""
+    calls: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def through(layer: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> mx.array:
+        calls[id(layer)] = args[0], (y := own(*args, **kwargs))
+        return y
+
+    if not _takes_one_array(mlp):
+        return False
+    x = mx.zeros((1, 1, gate.group.inputs), gate.group.replica_out.dtype)
+    with intercepted((gate, up, down), through):
+        y = mlp(x)  # never computed
+    return calls[id(gate)][0] is x and calls[id(up)][0] is x and y is calls[id(down)][1]
+
+
+def _takes_one_array(module: nn.Module) -> bool:
+    """Whether ``module`` is called with one array alone."""
+    return callable(module) and len(inspect.signature(type(module).__call__).parameters) == 2
 
 
 def _can_trace(module: nn.Module) -> bool:
     """Whether ``module`` holds packed layers and is called with one array alone."""
-    if not callable(module) or not any(isinstance(inner, PackedCodes)
-                                       for inner in module.modules()):
-        return False
-    return len(inspect.signature(type(module).__call__).parameters) == 2  # with ``self``
-
-
-def _without_a_step_between(mlp: nn.Module, model_type: str) -> nn.Module:
-    """``mlp`` as a ``PackedMLP`` where it can be one, else ``mlp`` itself."""
-    if not gates_by_swiglu(mlp, model_type):
-        return mlp
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    if (not all(isinstance(linear, PackedLinear) for linear in (gate, up, down))
-            or "bias" in gate or "bias" in up or gate.group is not up.group
-            or [gate.index, up.index] != [0, 1] or gate.group.siblings != 2
-            or down.group.siblings != 1):
-        return mlp
-    return PackedMLP(gate.group, down)
+    return _takes_one_array(module) and any(isinstance(inner, PackedCodes)
+                                            for inner in module.modules())

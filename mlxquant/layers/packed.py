@@ -89,8 +89,8 @@ class PackedCodes(nn.Module):
 
 
 class PackedGroup(PackedCodes):
-    """Siblings of which every token uses all. ``first`` is done to what it is called with before
-    anything else: x is (…, n), or (…, 2 n) where ``first`` is a gate."""
+    """Siblings of which every token uses all. ``first`` is done to what they are called with before
+    anything else."""
 
     def __init__(self, shared: ReplicaInput, linears: list[Replicated]):
         super().__init__(shared, linears)
@@ -104,18 +104,18 @@ class PackedGroup(PackedCodes):
                                               self._few if is_few(x) else self._multiply)
         return made[sibling]
 
-    def stacked(self, x: mx.array) -> mx.array:
-        """All siblings' outputs (…, m) of ``x``, one behind the other."""
-        flat = x.reshape(-1, x.shape[-1])
-        y = self._by_kernel(flat) if is_few(flat) else self._by_product(self.first(flat))
+    def stacked(self, x: mx.array, first: AsIs | None = None) -> mx.array:
+        """All siblings' outputs (…, m), one behind the other, of ``x`` (…, n), or (…, 2 n) where
+        ``first``, in the place of its own, is a gate."""
+        flat, first = x.reshape(-1, x.shape[-1]), first or self.first
+        y = self._by_kernel(flat, first) if is_few(flat) else self._by_product(first(flat))
         return y.reshape(*x.shape[:-1], -1)
 
     def _multiply(self, x: mx.array) -> list[mx.array]:
         return mx.split(self.stacked(x), list(self._ends), axis=-1)
 
-    def _by_kernel(self, x: mx.array) -> mx.array:
-        matrix, first = self.matrix, self.first
-        dtype = first.dtype(x)
+    def _by_kernel(self, x: mx.array, first: AsIs) -> mx.array:
+        matrix, dtype = self.matrix, first.dtype(x)
         if not trusted(first.kernel):
             x, first = first(x), AS_IS
         if not self.suits("prepare_input"):
@@ -172,20 +172,19 @@ class NormInReader(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """down(silu(gate x) ∘ up x), where gate and up are one group and nothing runs between it and
-    down's.
+    """``module``, which computes down(silu(gate x) ∘ up x), where gate and up are one group:
+    nothing runs between it and down's."""
 
-    ``down_proj`` holds down's bias, if there is one.
-    """
-
-    def __init__(self, gate_up: PackedGroup, down_proj: PackedLinear):
+    def __init__(self, module: nn.Module, gate_up: PackedGroup, down: PackedLinear):
         super().__init__()
-        self.gate_up, self.down, self.down_proj = gate_up, down_proj.group, down_proj
-        self.down.first = Gate()
+        self.module = module
+        self._gate_up, self._down = Elsewhere(gate_up), Elsewhere(down)
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.gate_up.stacked(x))
+        down = self._down.module
+        y = down.group.stacked(self._gate_up.module.stacked(x), Gate())
+        return y + down.bias.astype(y.dtype) if "bias" in down else y
 
 
 class TracedForFew(nn.Module):

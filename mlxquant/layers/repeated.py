@@ -17,12 +17,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MethodType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.repeated_cache import caching, has_cache_for_each_block, of_pass
 
 MOST_PASSES = 8
@@ -32,7 +34,7 @@ MOST_PASSES = 8
 class Repeat:
     """Blocks ``first`` to ``last``, counted from 0, run ``passes`` times in all, as one range.
 
-    Raises ``BadValue`` for what is not allowed; whether a network has the blocks ``check`` says.
+    Raises ``BadValue`` for what is not allowed; ``check_repeats`` knows a network's blocks.
     """
 
     first: int
@@ -71,24 +73,46 @@ def parse_repeat(text: str) -> Repeat:
     return Repeat(first, end - 1, passes)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """How a block was called, beside the hidden state."""
+
+    function: MethodType
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def on(self, hidden: mx.array, number: int) -> mx.array:
+        """Run the block on another state, with the caches of pass ``number``."""
+        output = self.function(hidden, *(of_pass(a, number) for a in self.args),
+                               **{name: of_pass(a, number) for name, a in self.kwargs.items()})
+        if not isinstance(output, mx.array):
+            raise Unsupported(f"{type(self.function.__self__).__name__} returns more than a hidden "
+                              "state; repeats cover only blocks that return that alone")
+        return output
+
+
 @dataclass
 class _Span:
     """What the blocks of one range share: the calls of the pass under way."""
 
     repeat: Repeat
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
 
 
-class RepeatedBlock(nn.Module):
+class RepeatedBlock:
     """Put before a block's own class, it runs the block as part of a range.
 
     In the first pass every block notes how it was called: mlx-lm gives each the mask
     and the cache that fit its kind of attention. The last one, which holds
     ``repeat_gates`` (passes − 1,), then calls all of them again in turn.
+
+    The class of a block is exchanged, because Python looks a call up in the class, and a
+    wrapper in the list of blocks would move the paths of all parameters.
     """
 
+    repeat_gates: mx.array
     _span: _Span
-    _is_first: bool
+    _index: int
 
     @property
     def passes(self) -> int:
@@ -102,12 +126,13 @@ class RepeatedBlock(nn.Module):
         ``Unsupported`` where that returns more than the state.
         """
         span = self._span
-        if self._is_first:
+        if self._index == span.repeat.first:
             span.calls = []
         # The own class's call, past hooks: those see a block once, as in any other network.
-        span.calls.append((super().__call__, args, kwargs))
-        hidden = _call(span.calls[-1], hidden, 0)
-        if "repeat_gates" not in self:
+        own: MethodType = super().__call__  # type: ignore[misc]
+        span.calls.append(_Call(own, args, kwargs))
+        hidden = span.calls[-1].on(hidden, 0)
+        if self._index < span.repeat.last:
             return hidden
         calls, span.calls = span.calls, []  # so that no cache or tracer outlives the pass
         if len(calls) <= span.repeat.last - span.repeat.first:
@@ -115,26 +140,17 @@ class RepeatedBlock(nn.Module):
         for number, gate in enumerate(self.repeat_gates.astype(hidden.dtype), 1):
             again = hidden
             for call in calls:
-                again = _call(call, again, number)
+                again = call.on(again, number)
             hidden = hidden + gate * (again - hidden)
         return hidden
 
 
-def _call(call: tuple[Any, ...], hidden: mx.array, number: int) -> mx.array:
-    """Run a noted call on another state, with the caches of pass ``number``."""
-    function, args, kwargs = call
-    output = function(hidden, *(of_pass(a, number) for a in args),
-                      **{name: of_pass(a, number) for name, a in kwargs.items()})
-    if not isinstance(output, mx.array):
-        raise Unsupported(f"{type(function.__self__).__name__} returns more than a hidden state; "
-                          "repeats cover only blocks that return that alone")
-    return output
-
-
-def check(network: nn.Module, repeats: Sequence[Repeat]) -> None:
+def check_repeats(network: nn.Module, repeats: Sequence[Repeat]) -> None:
     """Raise ``BadValue`` unless the network has the blocks, and no two ranges the same one;
     ``Unsupported`` for an architecture whose caches do not go by block."""
-    blocks = len(network.layers)
+    if not repeats:
+        return
+    blocks = len(find_blocks(network))
     for repeat in repeats:
         if repeat.last >= blocks:
             raise BadValue(f"blocks {repeat.span} are to be repeated, the model has {blocks}; "
@@ -143,22 +159,22 @@ def check(network: nn.Module, repeats: Sequence[Repeat]) -> None:
         if other.first <= one.last:
             raise BadValue(f"the repeated blocks {one.span} and {other.span} overlap; "
                            "allowed are ranges without a block in common")
-    if repeats and not has_cache_for_each_block(network):
+    if not has_cache_for_each_block(network):
         raise Unsupported(f"{type(network).__module__} shares caches between blocks; "
                           "repeats do not cover that")
 
 
 def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
-    """Make blocks of the network repeat, in place, with gates of 0; raises what ``check`` does."""
-    check(network, repeats)
+    """Make blocks of the network repeat, in place, with gates of 0; raises as ``check_repeats``."""
+    check_repeats(network, repeats)
+    blocks = [block.module for block in find_blocks(network)] if repeats else []
+    passes: dict[int, int] = {}
     for repeat in repeats:
         span = _Span(repeat)
         for index in range(repeat.first, repeat.last + 1):
-            block = network.layers[index]
+            block, passes[index] = blocks[index], repeat.passes
             block.__class__ = type(type(block).__name__, (RepeatedBlock, type(block)), {})
-            block._span, block._is_first = span, index == repeat.first
+            block._span, block._index = span, index
         block.repeat_gates = mx.zeros(repeat.passes - 1)
-    passes = {index: repeat.passes for repeat in repeats
-              for index in range(repeat.first, repeat.last + 1)}
     if passes:
         network.__class__ = caching(type(network), passes)

@@ -8,12 +8,12 @@ whose offset and mask are also those of the others.
 
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import CacheList, KVCache
 
 from mlxquant.base.errors import BadValue
+from mlxquant.layers.blocks import find_blocks
 
 
 class PassesCache(CacheList):
@@ -29,14 +29,14 @@ class PassesCache(CacheList):
 
     @property
     def offset(self) -> int:
-        return self.caches[0].offset
+        return int(self.caches[0].offset)
 
     @property
     def bits(self) -> int:
         """The width of quantised keys and values; other caches have no such attribute."""
-        return self.caches[0].bits
+        return int(self.caches[0].bits)
 
-    def make_mask(self, *args: Any, **kwargs: Any) -> mx.array | str | None:
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.caches[0].make_mask(*args, **kwargs)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PassesCache":
@@ -53,8 +53,8 @@ mlx_lm_cache.PassesCache = PassesCache
 
 
 def caching(network_class: type[nn.Module], passes: dict[int, int]) -> type[nn.Module]:
-    """``network_class`` with caches for as many passes of each block, by index, as
-    ``passes`` says."""
+    """``network_class`` with caches for as many passes of each block, by index, as ``passes``
+    says."""
     def make_cache(self: nn.Module) -> list[Any]:
         made = [_caches(network_class, self) for _ in range(max(passes.values()))]
         return [PassesCache(*(caches[index] for caches in made[:passes[index]]))
@@ -66,7 +66,7 @@ def caching(network_class: type[nn.Module], passes: dict[int, int]) -> type[nn.M
 
 def has_cache_for_each_block(network: nn.Module) -> bool:
     """Whether the network's caches go by block: some architectures share them between blocks."""
-    return len(_caches(type(network), network)) == len(network.layers)
+    return len(_caches(type(network), network)) == len(find_blocks(network))
 
 
 def of_pass(argument: Any, number: int) -> Any:
@@ -86,5 +86,6 @@ def of_pass(argument: Any, number: int) -> Any:
 def _caches(network_class: type[nn.Module], network: nn.Module) -> list[Any]:
     """New caches of one pass, as ``network_class`` or else mlx-lm makes them."""
     if hasattr(network_class, "make_cache"):
-        return network_class.make_cache(network)
-    return [KVCache() for _ in network.layers]
+        made: list[Any] = network_class.make_cache(network)
+        return made
+    return [KVCache() for _ in find_blocks(network)]

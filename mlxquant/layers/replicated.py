@@ -41,7 +41,7 @@ class ReplicaInput(nn.Module):
     def __init__(self, inputs: int, spec: ReplicaShape, path: str = "the layer",
                  experts: int | None = None):
         super().__init__()
-        spec.check(inputs, path)
+        spec.check_inputs(inputs, path)
         self.inputs, self.spec, self.experts = inputs, spec, experts
         stack = () if experts is None else (experts,)
         self.replica_in = mx.zeros((*stack, inputs // (spec.replica_group or 1), spec.replicas))

@@ -17,8 +17,8 @@ from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
-from mlxquant.layers.graph import linear_before, norm_before, shared_factors
 from mlxquant.layers.replicated import stacked
+from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise import awq
 from mlxquant.quantise.envelope import Replicas
@@ -44,7 +44,7 @@ class Context:
     """What is the same for every block of a job."""
 
     settings: Settings
-    model_type: str
+    siblings: dict[str, Siblings]  # of the network, by the path of each
     seed: int
 
 
@@ -133,12 +133,16 @@ def _fold(work: _Work, paths: list[str], factors: mx.array,
           around: Around) -> tuple[mx.array, Around]:
     """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front
     of the layers. Returns the factors as that place takes them."""
-    block, model_type = work.block.module, work.context.model_type
-    if norm := norm_before(block, paths, model_type):
-        getattr(block, norm).weight = getattr(block, norm).weight / factors
-    elif before := linear_before(block, paths, model_type):
-        factors, rows = shared_factors(block, before, factors)
-        _divide_rows(linears(block)[before], rows)
+    known = work.context.siblings.get(work.block.full(paths[0]), Siblings(()))
+    modules = {}
+    if {work.block.full(path) for path in paths} == set(known.paths):  # and none of them is kept
+        modules = {work.block.full(path): module for path, module in leaf_modules(work.block.module)
+                   if f"{path}.weight" not in work.plan.kept}
+    if norm := modules.get(known.norm or ""):
+        norm.weight = norm.weight / factors
+    elif before := modules.get(known.before or ""):
+        factors, rows = _shared(factors, len(before.weight), known.heads)
+        _divide_rows(before, rows)
     else:
         stored = work.context.settings.dtype
         factors = 1 / (1 / factors).astype(stored).astype(mx.float32)  # as it will be stored
@@ -284,6 +288,19 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
         shared = made.shared_bits()
         own = [part.stored_bits() - shared for part in made.split(rows)]
         yield made.dequantise() - weight, moments, own, shared + turned
+
+
+def _shared(factors: mx.array, rows: int, heads: int | None) -> tuple[mx.array, mx.array]:
+    """Factors (n,) that the layer before can take: (for the reader's inputs, for its rows).
+
+    Grouped-query heads share the rows of v, so the factors of the heads that read one of the
+    key-value ``heads`` are replaced by their geometric mean.
+    """
+    if heads is None:
+        return factors, factors
+    grouped = factors.reshape(heads, -1, rows // heads)
+    shared = mx.exp(mx.log(grouped).mean(1, keepdims=True))
+    return mx.broadcast_to(shared, grouped.shape).reshape(-1), shared.reshape(-1)
 
 
 def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:

@@ -22,6 +22,7 @@ from mlxquant.base.storage import holds_output, refuse_existing, working_folder
 from mlxquant.base.version import __version__
 from mlxquant.layers import repeated
 from mlxquant.layers.blocks import Block
+from mlxquant.layers.siblings import find_siblings
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.assembly import (
@@ -91,7 +92,7 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
         raise Unsupported("the model is already quantised by mlxquant; start from the original")
     if job.spec.rotation == "fused":
         rotation.check(config)
-    repeated.check(network, job.repeats)
+    repeated.check_repeats(network, job.repeats)
     paths = list(layer_paths(blocks))
     for glob, _ in job.rules:
         if not any(fnmatchcase(path, glob) for path in paths):
@@ -123,7 +124,7 @@ class Run:
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         work = _Work(network, blocks, plans, files, turn_of(config, job),
-                     self._context(blocks, config))
+                     self._context(network, blocks))
         body = Body()
         with _unchanged(self.folder, source, partial) as check:
             for done, (index, result) in enumerate(self._results(work), 1):
@@ -172,11 +173,12 @@ class Run:
         job = replace(self.job, text=Text(), target=None)
         return identity(self.folder, repr(job), self.tokens.digest, __version__)
 
-    def _context(self, blocks: list[Block], config: dict[str, Any]) -> Context:
+    def _context(self, network: nn.Module, blocks: list[Block]) -> Context:
         job = self.job
         correction = CORRECTION if job.propagation == "corrected" else 0.0
         return Context(Settings(stored_dtype(blocks[0]), correction, job.activation, job.alpha),
-                       config["model_type"], job.seed)
+                       {path: group for group in find_siblings(network) for path in group.paths},
+                       job.seed)
 
     def _results(self, work: "_Work") -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:

@@ -19,8 +19,6 @@ from mlxquant.base.errors import Unsupported
 from mlxquant.layers.dense import expanded_weight, to_dense
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
-_READERS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"),
-            "post_attention_layernorm": ("gate_proj", "up_proj")}
 
 
 def orthogonal(width: int, seed: int) -> mx.array:
@@ -51,8 +49,7 @@ def rotate_ends(network: nn.Module, config: dict[str, Any],
     the head untied."""
     model = network.model
     embedding, norm = expanded_weight(model.embed_tokens), model.norm.weight.astype(mx.float32)
-    head = (embedding if config.get("tie_word_embeddings", False)
-            else expanded_weight(network.lm_head))
+    head = expanded_weight(network.lm_head) if "lm_head" in network else embedding
     tensors = {"model.embed_tokens.weight": embedding @ q.T,
                "model.norm.weight": mx.ones_like(norm), "lm_head.weight": (head * norm) @ q.T}
     mx.eval(tensors)
@@ -62,13 +59,14 @@ def rotate_ends(network: nn.Module, config: dict[str, Any],
 def rotate_block(block: nn.Module, q: mx.array) -> nn.Module:
     """Fold norms and rotation into a block's matrices, in place; dense float32 afterwards."""
     block = to_dense(block)
-    for norm_name, readers in _READERS.items():
-        norm = getattr(block, norm_name)
-        for name in readers:
-            linear = getattr(block.self_attn if name in block.self_attn else block.mlp, name)
+    attention, mlp = block.self_attn, block.mlp
+    for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
+        for linear in readers:
             linear.weight = (linear.weight * norm.weight) @ q.T
         norm.weight = mx.ones_like(norm.weight)
-    for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+    for writer in (attention.o_proj, mlp.down_proj):
         writer.weight = q @ writer.weight
         if "bias" in writer:
             writer.bias = q @ writer.bias
