@@ -255,6 +255,7 @@ def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
     return kinds
 
 
+@step("rounding")
 def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec: Spec,
               settings: Settings) -> dict[str, Codes]:
     """Siblings of one spec as one matrix: rows are independent, the input is shared."""
