@@ -37,8 +37,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.machine.memory import peak_resident
-from mlxquant.model.loading import open_lazily, open_tokenizer
-from mlxquant.model.windows import vocabulary_of
+from mlxquant.model.loading import open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import calibration
 from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.assignment import assign
