@@ -37,6 +37,13 @@ def state_dir(*parts: str) -> Path:
     return Path(os.environ.get("MLXQUANT_STATE") or above / "mlxquant").joinpath(*parts)
 
 
+def shipped(installed: str, checkout: str) -> Path:
+    """Data of the package: where it is installed, or else where a checkout has it."""
+    package = Path(__file__).parents[1]
+    path = package / installed
+    return path if path.exists() else package.parent / checkout
+
+
 @contextmanager
 def if_writable() -> Iterator[None]:
     """For writing into the cache what only saves time: a failure is a warning, once."""
@@ -53,10 +60,10 @@ def cached(file: Path, make: Callable[[], Any]) -> Any:
     """The JSON value in ``file``, a part of the cache, else the one that ``make`` returns."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
-    text = json_text(make())
+    value = make()
     with if_writable():
-        _write_text(file, text)
-    return json.loads(text)
+        write_json(file, value)
+    return json.loads(json_text(value))
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
@@ -150,10 +157,9 @@ def drop_stale(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``target`` if the block succeeds.
 
-    The scratch folder sits beside the target, so the last step is one rename;
-    on any failure, Ctrl-C included, it is removed and ``target`` is untouched.
-    Raises ``MlxquantError`` where ``target`` already holds something, another
-    process is writing it, or the disk is full or read-only.
+    The scratch folder sits beside the target, so the last step is one rename; on any failure,
+    Ctrl-C included, it is removed. Raises ``MlxquantError`` where ``target`` already holds
+    something, another process is writing it, or the disk is full or read-only.
     """
     with exclusive(target), _scratch(target) as scratch:
         refuse_existing(target)
@@ -173,7 +179,7 @@ def new_file(target: Path) -> Iterator[Path]:
     with _scratch(target) as scratch:
         yield scratch
         _sync(scratch)
-        os.replace(scratch, target)
+        scratch.replace(target)
 
 
 @contextmanager
@@ -202,17 +208,13 @@ def _not_finite(value: Any, key: str) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
         yield key
     elif isinstance(value, (dict, list, tuple)):
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, part in parts:
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _not_finite(part, f"{key}.{name}" if key else str(name))
 
 
 def write_json(target: Path, value: Any) -> None:
     """Write ``json_text`` of ``value``, replacing ``target`` in one step."""
-    _write_text(target, json_text(value))
-
-
-def _write_text(target: Path, text: str) -> None:
+    text = json_text(value)
     with new_file(target) as scratch:
         scratch.write_text(text, encoding="utf-8")
 

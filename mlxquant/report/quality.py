@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlxquant.base.storage import shipped
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -37,8 +39,5 @@ def _plain(name: str) -> str:
 
 @cache
 def _rows() -> list[dict[str, Any]]:
-    """``benchmarks/quality.json`` of a checkout, or the copy of it inside an installed package."""
-    here = Path(__file__).parent
-    installed = here / "quality.json"
-    path = installed if installed.is_file() else here.parents[1] / "benchmarks" / "quality.json"
+    path = shipped("report/quality.json", "benchmarks/quality.json")
     return json.loads(path.read_text(encoding="utf-8"))["rows"]

@@ -51,23 +51,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def validate(folder: Path) -> dict[str, TensorHeader]:
-    """Check a model folder and return the header of every tensor by name.
-
-    Raises ``BadCheckpoint``: no config or weights, a shard missing, a link or an
-    index that leads outside the folder, a header that contradicts its file.
-    """
-    _require_inside(folder, _side_files(folder))
+    """The header of every tensor of a model folder by name. Raises ``BadCheckpoint``: no config or
+    weights, a shard missing, a link or an index that leads outside, a header that contradicts its
+    file."""
+    _side_files(folder)
     config = read_config(folder)
     if "quantization" not in config and "quant_method" not in config.get(
             "quantization_config", "quant_method"):
         raise BadCheckpoint(f"{folder / 'config.json'}: quantization_config lacks quant_method")
     tensors: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
-        for name, header in _read_header(file).items():
-            if name in tensors:
-                raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and "
-                                    f"{file.name}")
-            tensors[name] = header
+        headers = _read_header(file)
+        for name in headers.keys() & tensors.keys():
+            raise BadCheckpoint(f"tensor {name} is in both {tensors[name].file} and {file.name}")
+        tensors |= headers
     if (folder / _INDEX).exists():
         _check_index(folder / _INDEX, tensors)
     return tensors
@@ -97,13 +94,14 @@ def folder_bytes(folder: Path) -> int:
 def side_files(folder: Path) -> dict[str, bytes]:
     """Tokenizer and other files that go with the weights, by name: all but config, index and
     the record of how long the making took."""
-    files = [p for p in _side_files(folder) if p.name not in ("config.json", _INDEX, MAKING)]
-    _require_inside(folder, files)
-    return {p.name: p.read_bytes() for p in files}
+    return {p.name: p.read_bytes() for p in _side_files(folder)
+            if p.name not in ("config.json", _INDEX, MAKING)}
 
 
 def _side_files(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix in _SIDE and (p.is_file() or p.is_symlink())]
+    files = [p for p in folder.iterdir() if p.suffix in _SIDE and (p.is_file() or p.is_symlink())]
+    _require_inside(folder, files)
+    return files
 
 
 def _require_inside(folder: Path, files: Iterable[Path]) -> None:
@@ -122,12 +120,12 @@ def _require_inside(folder: Path, files: Iterable[Path]) -> None:
 def write(folder: Path, config: dict[str, Any] | Callable[[], dict[str, Any]],
           tensors: Iterable[tuple[str, "mx.array"]], others: Mapping[str, str | bytes],
           finish: Callable[[Path], None] = lambda _: None) -> None:
-    """Write a model folder in one step, holding at most one shard in memory.
+    """Write a model folder, new or empty, in one step, holding at most one shard in memory.
 
-    ``tensors`` may be a generator, and ``config`` a function that is called when it
-    is through; ``others`` are further files (tokenizer, templates) by name. ``finish``
-    is called with the finished folder before it takes its place. ``folder`` must not
-    exist or be empty. Raises ``BadCheckpoint`` for a tensor with values that are not finite.
+    ``tensors`` may be a generator, and ``config`` a function that is called when it is through;
+    ``others`` are further files (tokenizer, templates) by name. ``finish`` is called with the
+    finished folder before it takes its place. Raises ``BadCheckpoint`` for a tensor with values
+    that are not finite.
     """
     with new_folder(folder) as scratch:
         index: dict[str, str] = {}
@@ -157,11 +155,11 @@ def _shards(tensors: Iterable[tuple[str, "mx.array"]]) -> Iterator[dict[str, "mx
 def _name_shards(folder: Path, index: dict[str, str]) -> None:
     """Give the shards the names that other tools expect, now that their number is known."""
     files = sorted(set(index.values()))
+    total = sum((folder / file).stat().st_size for file in files)
     final = {f: "model.safetensors" if len(files) == 1 else
              f"model-{n:05d}-of-{len(files):05d}.safetensors" for n, f in enumerate(files, 1)}
     for old, new in final.items():
         (folder / old).rename(folder / new)
-    total = sum((folder / f).stat().st_size for f in final.values())
     write_json(folder / _INDEX,
                {"metadata": {"total_size": total},
                 "weight_map": {name: final[file] for name, file in sorted(index.items())}})
@@ -193,20 +191,21 @@ def read_object(path: Path, *required: str) -> dict[str, Any]:
 
 def _read_header(file: Path) -> dict[str, TensorHeader]:
     """The tensors of a safetensors file, whose header is held against the file's size."""
+    headers = {}
     try:
         with safe_open(file, framework="numpy") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            found = {name: (part.get_dtype(), tuple(part.get_shape()))
-                     for name, part in parts.items()}
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in _ITEM_BYTES:
+                    raise Unsupported(f"{file}: tensor {name} is of type {dtype}, which MLX does "
+                                      "not read; store it as F32 or BF16")
+                size = prod(shape) * _ITEM_BYTES[dtype]
+                headers[name] = TensorHeader(file.name, dtype, shape, size)
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise BadCheckpoint(f"{file} is truncated or no safetensors file: {reason}") from error
-    for name, (dtype, _) in found.items():
-        if dtype not in _ITEM_BYTES:
-            raise Unsupported(f"{file}: tensor {name} is of type {dtype}, which MLX does not read; "
-                              "store it as F32 or BF16")
-    return {name: TensorHeader(file.name, dtype, shape, prod(shape) * _ITEM_BYTES[dtype])
-            for name, (dtype, shape) in found.items()}
+    return headers
 
 
 def _check_index(index: Path, tensors: dict[str, TensorHeader]) -> None:

@@ -1,8 +1,5 @@
-"""From a model's name to a local folder that mlx-lm can load.
-
-A name is, in this order: a folder, a GGUF file, a recipe (``models/*.toml``),
-or a Hugging Face repository (``owner/name``).
-"""
+"""From a model's name to a local folder that mlx-lm can load: the name of a folder, a GGUF file, a
+recipe (``models/*.toml``) or a Hugging Face repository (``owner/name``), in this order."""
 
 import difflib
 import re
@@ -19,11 +16,10 @@ _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)(?<!\.json)")
 
 def resolve(name: str, *, revision: str | None = None,
             progress: gguf.Progress = lambda *_: None) -> Path:
-    """Return the local, validated folder of the model called ``name``.
+    """The local, validated folder of the model called ``name``.
 
-    Downloads and GGUF imports happen once and are kept in the cache; ``progress`` is that
-    of an import. Raises ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or
-    ``Unsupported``.
+    Downloads and GGUF imports are kept in the cache; ``progress`` is that of an import. Raises
+    ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``.
     """
     path = Path(name).expanduser()
     if path.is_dir():

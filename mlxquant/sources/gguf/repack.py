@@ -46,12 +46,11 @@ class Packed:
 
 
 def repacked(name: str, type_: Type, blocks: np.ndarray) -> Packed:
-    """Raw blocks (rows, row bytes) of tensor ``name``, some rows on each core; raises what
-    ``packed`` raises."""
+    """Raw blocks (rows, row bytes) of tensor ``name`` in MLX's form; raises as ``packed`` does."""
     layout = LAYOUTS[type_]
     step = max(1, _CHUNK // blocks.shape[1])
     parts = [blocks[start:start + step] for start in range(0, len(blocks), step)]
-    with ThreadPoolExecutor() as pool:  # NumPy lets others run
+    with ThreadPoolExecutor() as pool:  # NumPy lets other threads run
         return joined(list(pool.map(lambda p: packed(name, layout.read(p), layout.bits), parts)))
 
 
@@ -68,11 +67,9 @@ def packed(name: str, groups: Groups, bits: int) -> Packed:
 
 def joined(parts: list[Packed]) -> Packed:
     """Matrices below one another as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Packed(np.concatenate([p.weight for p in parts]),
-                  np.concatenate([p.scales for p in parts]),
-                  np.concatenate([p.biases for p in parts]), parts[0].bits,
+    weight, scales, biases = (np.concatenate([getattr(p, key) for p in parts])
+                              for key in ("weight", "scales", "biases"))
+    return Packed(weight, scales, biases, parts[0].bits,
                   sum(p.lost for p in parts), sum(p.whole for p in parts))
 
 
