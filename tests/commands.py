@@ -16,13 +16,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import mlxquant
+import mlxquant  # first: it loads the BLAS before MLX
+
+# isort: split
+
+import mlx.core as mx
+
+from mlxquant.runtime import probe
 
 _PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 _PROCESSES.set_forkserver_preload(["mlx_lm.generate", *(
     module.name for module in pkgutil.walk_packages(mlxquant.__path__, "mlxquant.")
     if not module.name.endswith("__main__"))])
 _STREAMS = ("stdin", "stdout", "stderr")
+
+
+def measured(**_) -> probe.Probe:
+    """Of this machine, in place of ``probe.measured``, which takes half a minute."""
+    ceiling = probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
+    return probe.Probe(ceiling, {ceiling.kernel: ceiling.gb_per_s}, 0.1)
 
 
 def command_line() -> None:
@@ -92,6 +104,7 @@ def _main(streams: list[Path], arguments: list[str], cwd: Path, environment: dic
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv[:] = ["mlxquant", *arguments]
+    probe.measured = measured
     if before:
         before()
     program()

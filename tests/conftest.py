@@ -1,5 +1,6 @@
 """A small random Llama with a byte-level tokenizer, as folders and as GGUF."""
 
+import itertools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 
 # isort: split
 
+import commands
 import fused
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +31,7 @@ from mlxquant.quantise.job import Job, Text
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.sources import checkpoint, recipes
 
+_numbers = itertools.count()
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -121,7 +124,8 @@ def own_statistics(monkeypatch, tmp_path_factory):
     """Statistics and sensitivities of test models stay out of the user's cache."""
     from mlxquant.quantise import assignment, walk
 
-    folder = tmp_path_factory.mktemp("cache")
+    # made when it is needed: pytest's own numbered folders take longer than most tests
+    folder = tmp_path_factory.getbasetemp() / f"cache{next(_numbers)}"
     for module in (assignment, walk):
         monkeypatch.setattr(module, "cache_dir", folder.joinpath)
 
@@ -129,11 +133,10 @@ def own_statistics(monkeypatch, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fixed_ceiling(monkeypatch, request):
     """Tests never wait for the probe, except those of the probe itself."""
-    if "probe" not in request.node.nodeid:
+    if "test_probe" not in request.node.nodeid:
         from mlxquant.runtime import probe
 
-        ceiling = probe.Ceiling(100.0, 0.01, "mlx product", "test", mx.__version__)
-        monkeypatch.setattr(probe, "read_ceiling", lambda **_: ceiling)
+        monkeypatch.setattr(probe, "measured", commands.measured)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import pytest
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.chat import Conversation, Session, run
-from mlxquant.runtime import probe
 
 REPLIES = [
     "<think>The user greets me. I should be friendly, and show what I can do.</think>\n\n"
@@ -64,8 +63,6 @@ def scripted(folder, replies=REPLIES, seconds: float = 0.0) -> mlxquant.Language
 
 def chat_here(folder, seconds: float) -> None:
     """A chat in this terminal."""
-    probe.read_ceiling = lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test",
-                                                   mx.__version__)
     model = scripted(folder, seconds=seconds)
     run(Session(Conversation(model), scripted))
 

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 
+import commands
 import pytest
 from conftest import CONFIG
 
@@ -11,6 +12,7 @@ import mlxquant
 from mlxquant import MlxquantError
 from mlxquant.machine import chips
 from mlxquant.report import bench, bench_output
+from mlxquant.runtime import probe
 
 KEYS = ["model", "test", "tps_mean", "tps_stdev", "ttft_ms", "bytes_per_token", "gb_per_s",
         "headline_gb_per_s", "probe_gb_per_s", "percent_of_headline", "percent_of_probe",
@@ -20,11 +22,8 @@ KEYS = ["model", "test", "tps_mean", "tps_stdev", "ttft_ms", "bytes_per_token", 
 
 @pytest.fixture(scope="module")
 def records(tiny_folder):
-    from mlxquant.runtime import probe
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "read_ceiling",
-                      lambda **_: probe.Ceiling(100.0, 0.01, "mlx product", "test", "0"))
+        patch.setattr(probe, "measured", commands.measured)
         return mlxquant.bench([str(tiny_folder)], prompt=16, generated=6, depths=(0, 40),
                               batches=(1, 3), repetitions=2)
 

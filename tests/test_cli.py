@@ -168,11 +168,6 @@ def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
-def test_probe_json():
-    value = json.loads(run("probe", "--json").stdout)
-    assert value["ceiling"]["gb_per_s"] > 0 and value["readers"] and value["replicas"]["reason"]
-
-
 def test_each_part_of_a_job_has_a_bar_of_its_own(monkeypatch):
     from rich.progress import Progress
 

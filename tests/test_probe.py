@@ -4,7 +4,9 @@ import json
 
 import mlx.core as mx
 import pytest
+from typer.testing import CliRunner
 
+from mlxquant.cli import app
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import gpu_clock
 from mlxquant.machine import replica_limits
@@ -60,6 +62,11 @@ def test_the_ceiling_is_the_best_reader(small):
     fastest = max(found.readers.values())
     assert found.ceiling.gb_per_s == fastest == found.readers[found.ceiling.kernel]
     assert {"mlx reduction", "mlx product"} <= set(found.readers)
+
+
+def test_the_verb_prints_all_of_it(small):
+    value = json.loads(CliRunner().invoke(app, ["probe", "--json"]).stdout)
+    assert value["ceiling"]["gb_per_s"] > 0 and value["readers"] and value["replicas"]["reason"]
 
 
 def test_probe_reads_more_than_any_cache_holds():

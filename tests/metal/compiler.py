@@ -15,10 +15,10 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from .source import NotEmulated, Source
@@ -68,12 +68,18 @@ class Compiler:
         (place / "kernel.cpp").write_text(text)
         cache = {f"ZIG_{kind}_CACHE_DIR": str(place / "zig") for kind in ("GLOBAL", "LOCAL")}
         done = subprocess.run(
-            [sys.executable, "-m", "ziglang", "c++", *_COMPILE, *options,
+            [_zig(), "c++", *_COMPILE, *options,
              str(place / "kernel.cpp"), "-o", str(place / output)],
             env=os.environ | cache, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise Rejected(done.stderr)
         return place / output
+
+
+@cache
+def _zig() -> Path:
+    """The program that ``python -m ziglang`` starts, after Python itself."""
+    return Path(find_spec("ziglang").origin).with_name("zig")
 
 
 @cache
