@@ -17,7 +17,9 @@ from mlxquant.layers.packed import (
     PackedGroup,
     PackedLinear,
     PackedMLP,
+    PackedSibling,
     TracedForFew,
+    are_gated,
 )
 from mlxquant.layers.packed_experts import (
     PackedExperts,
@@ -56,14 +58,12 @@ def _pack_group(network: nn.Module, path: str, shared: ReplicaInput,
     """Pack what reads ``shared``, the module at ``path``, and let go of it in ``modules``."""
     linears = {p: m for p, m in sorted(modules.items())  # gate before up
                if isinstance(m, Replicated) and m.input is shared}
-    if shared.experts is None:
-        group: PackedCodes = (own := PackedGroup(shared, list(linears.values())))
-        made = [PackedLinear(own, index, linear.get("bias"))
-                for index, linear in enumerate(linears.values())]
-    else:
-        group = (stack := PackedExperts(shared, list(linears.values())))
-        made = [PackedSwitchLinear(stack, index, linear.get("bias"))
-                for index, linear in enumerate(linears.values())]
+    kind: type[PackedCodes] = PackedGroup if shared.experts is None else PackedExperts
+    sibling: type[PackedSibling[Any]] = (
+        PackedLinear if shared.experts is None else PackedSwitchLinear)
+    group = kind(shared, list(linears.values()))
+    made = [sibling(group, index, linear.get("bias"))
+            for index, linear in enumerate(linears.values())]
     mx.eval(group.parameters())
     for below in linears:
         del modules[below]
@@ -93,12 +93,9 @@ def _gated(modules: dict[str, nn.Module], siblings: Siblings) -> list[tuple[str,
     if len(paths) != 3 or len(layers) != 3 or len(above) > 1:
         return []
     gate, up, down = layers
-    if ("bias" in gate or "bias" in up or gate.group is not up.group
-            or (gate.index, up.index) != (0, 1) or gate.group.siblings != 2
-            or down.group.siblings != 1):
-        return []
     mlp = modules[place := above.pop()]
-    return [(place, PackedMLP(mlp, gate.group, down))] if _is_all(mlp, gate, up, down) else []
+    fits = are_gated(gate, up, down) and _is_all(mlp, gate, up, down)
+    return [(place, PackedMLP(mlp, gate.group, down))] if fits else []
 
 
 def _is_all(mlp: nn.Module, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> bool:

@@ -14,6 +14,7 @@ in ``packed_experts.py``.
 """
 
 import itertools
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -88,6 +89,9 @@ class PackedCodes(nn.Module):
                 and self.codes.size >= backend.SMALLEST)
 
 
+Group = TypeVar("Group", bound=PackedCodes)
+
+
 class PackedGroup(PackedCodes):
     """Siblings of which every token uses all. ``first`` is done to what they are called with before
     anything else."""
@@ -139,10 +143,10 @@ class PackedGroup(PackedCodes):
         return rotated.astype(x.dtype) @ expand_codes.expand(matrix, x.dtype).T
 
 
-class PackedLinear(nn.Module):
-    """The sibling of number ``index`` in what its group computes, plus its ``bias``."""
+class PackedSibling(nn.Module, Generic[Group]):
+    """The sibling of number ``index`` in what its ``group`` computes, plus its ``bias``."""
 
-    def __init__(self, group: PackedGroup, index: int, bias: mx.array | None):
+    def __init__(self, group: Group, index: int, bias: mx.array | None):
         super().__init__()
         self._group, self.index = Elsewhere(group), index
         if bias is not None:
@@ -150,12 +154,25 @@ class PackedLinear(nn.Module):
         self.freeze()
 
     @property
-    def group(self) -> PackedGroup:
+    def group(self) -> Group:
         return self._group.module
+
+
+class PackedLinear(PackedSibling[PackedGroup]):
+    """In the place of a ``ReplicatedLinear``."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.group.outputs(x, self.index)
         return y + self.bias.astype(y.dtype) if "bias" in self else y
+
+
+def are_gated(gate: PackedSibling[Group], up: PackedSibling[Group],
+              down: PackedSibling[Group]) -> bool:
+    """Whether what gate's group computes, gate and up and no bias, is all that the gate of down's
+    group takes."""
+    return ("bias" not in gate and "bias" not in up and gate.group is up.group
+            and (gate.index, up.index) == (0, 1) and gate.group.siblings == 2
+            and down.group.siblings == 1)
 
 
 class NormInReader(nn.Module):

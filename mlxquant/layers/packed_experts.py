@@ -18,8 +18,7 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlxquant.kernels import expand_codes, prepare_input, replicated_matvec
 from mlxquant.kernels.check import MIXTURE, trusted
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate
-from mlxquant.layers.memo import Elsewhere
-from mlxquant.layers.packed import PackedCodes
+from mlxquant.layers.packed import PackedCodes, PackedSibling, are_gated
 
 # Pairs to an expert up to which each is multiplied by itself. To expand a matrix at 2 bits writes
 # and reads some 30 times its codes, and these lie in the caches when an expert's next pair comes.
@@ -87,20 +86,8 @@ class PackedExperts(PackedCodes):
         return mx.concatenate(made)[mx.argsort(order), 0]
 
 
-class PackedSwitchLinear(nn.Module):
-    """The sibling of number ``index`` in what its group of experts computes, plus its ``bias``
-    (E, rows); called as mlx-lm's ``SwitchLinear``."""
-
-    def __init__(self, group: PackedExperts, index: int, bias: mx.array | None):
-        super().__init__()
-        self._group, self.index = Elsewhere(group), index
-        if bias is not None:
-            self.bias = bias
-        self.freeze()
-
-    @property
-    def group(self) -> PackedExperts:
-        return self._group.module
+class PackedSwitchLinear(PackedSibling[PackedExperts]):
+    """In the place of a ``ReplicatedSwitchLinear``; its ``bias`` is (E, rows)."""
 
     @property
     def num_experts(self) -> int:
@@ -143,6 +130,4 @@ def can_fuse(module: nn.Module) -> bool:
         return False
     gate, up, down = module.gate_proj, module.up_proj, module.down_proj
     return (all(isinstance(layer, PackedSwitchLinear) for layer in (gate, up, down))
-            and "bias" not in gate and "bias" not in up and gate.group is up.group
-            and (gate.index, up.index) == (0, 1) and gate.group.siblings == 2
-            and down.group.siblings == 1)
+            and are_gated(gate, up, down))
