@@ -173,18 +173,22 @@ def test_each_part_of_a_job_has_a_bar_of_its_own(monkeypatch):
 
     from mlxquant.cli.common import progress
 
-    shown = {}
+    shown, until = {}, {}
     plain = Progress.update
 
     def update(bar, task, **values):
         plain(bar, task, **values)
         shown[task] = (values["description"], values["completed"], values["total"])
+        until[values["description"]] = values["until"]
 
     monkeypatch.setattr(Progress, "update", update)
     with progress("tuning:") as advance:
         advance(1, 2, None, "talking")
         advance(2, 2, None, "talking")
+        assert until["talking"] == pytest.approx(time.monotonic(), abs=9)
         advance(3, 9, 0.5)
+        advance(3, 9, 0.5, left=1000)
+        assert until["tuning: 0.50"] == pytest.approx(time.monotonic() + 1000, abs=9)
     assert sorted(shown.values()) == [("talking", 2, 2), ("tuning: 0.50", 3, 9)]
 
 

@@ -52,7 +52,11 @@ def test_the_verbs(tiny_folder, text, tmp_path):
                "--data", text, "--samples", 4, "--sequence-length", 64, "--override",
                "*.down_proj:bits=8", "--json")
     assert made.returncode == 0, made.stderr
-    value = json.loads(made.stdout)
+    *blocks, value = map(json.loads, made.stdout.splitlines())
+    assert [(line["stage"], line["blocks_done"], line["blocks"]) for line in blocks] == [
+        ("quantising", 1, 2), ("quantising", 2, 2)]
+    assert blocks[0]["seconds_left"] > 0 == blocks[1]["seconds_left"]
+    assert value["profile"]["seconds"]["total"] >= value["seconds"]
     assert 4 < value["bits_per_weight"] < 9 and value["file_bytes"] > 0 and value["seconds"] > 0
     table = run("compare", tiny_folder, "--text", text, "--data", text, "--methods", "rtn",
                 "--bits", 4, "--samples", 2, "--sequence-length", 64, "--context", 64, "--windows",

@@ -10,7 +10,7 @@ from conftest import job
 import mlxquant
 from mlxquant.model.inspection import inspect
 from mlxquant.quantise.job import Target
-from mlxquant.quantise.profile import Profile, current, recording, step
+from mlxquant.quantise.profile import Pace, Profile, current, recording, step
 from mlxquant.sources import checkpoint
 
 STEPS = {"loading", "float pass", "observing", "factor", "sweep", "fit", "refine", "storing",
@@ -80,6 +80,14 @@ def test_a_job_that_goes_on_adds_to_what_its_first_run_took(tmp_path, clock):
     second = Profile(peaks={"fit": 1 << 40})
     second.go_on_from(tmp_path / "making.json")
     assert (second.seconds["fit"], second.runs, second.peaks["fit"]) == (1, 2, 1 << 40)
+
+
+def test_time_left_is_known_from_the_first_block_on_and_by_those_made_in_this_run():
+    fresh, resumed = Pace(), Pace()
+    assert [fresh.left(done, 4, 30.0 * done) for done in (1, 2, 4)] == [90, 60, 0]
+    resumed.left(1, 10, 0.1)
+    resumed.left(2, 10, 0.2)
+    assert resumed.left(3, 10, 20.2) == pytest.approx(7 * 20)
 
 
 @pytest.mark.parametrize("method", ["gptq", "replica"])

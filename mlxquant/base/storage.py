@@ -195,10 +195,10 @@ def _scratch(target: Path) -> Iterator[Path]:
             raise
 
 
-def json_text(value: Any) -> str:
-    """Indented JSON; raises ``MlxquantError`` naming the key of a number that is not finite."""
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """JSON, indented; raises ``MlxquantError`` naming the key of a number that is not finite."""
     try:
-        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         key = next(_not_finite(value, ""), "")
         raise MlxquantError(f"{key or 'a value'} is not a finite number: {error}") from error

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from threading import TIMEOUT_MAX, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from mlxquant.base.text import clean
 if TYPE_CHECKING:
     from mlxquant.model.loading import LanguageModel
 
-Advance = Callable[..., None]  # (done, total, value | None, title of the part)
+Advance = Callable[..., None]  # (done, total, value | None, title of the part, seconds left)
 
 PANELS = {
     "Talk with a model": ("chat", "generate", "serve"),
@@ -69,30 +71,42 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
 def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
     """A progress bar on stderr, where that is a terminal.
 
-    The context gives a function of (done, total, value, part): a part of the work with
-    another title gets a bar of its own. The bar appears with the function's first call, or
-    ``after`` so many seconds.
+    The context gives a function of (done, total, value, part, left): a part of the work with
+    another title gets a bar of its own, and ``left`` are its seconds to come where they are known
+    better than from the time since the part before. The bar appears with the function's first
+    call, or ``after`` so many seconds.
     """
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.text import Text
+
+    class TimeLeft(bars.ProgressColumn):
+        """Counts down from the first part on; rich's own forgets what took over half a minute."""
+
+        def render(self, task: bars.Task) -> Text:
+            if (until := task.fields["until"]) is None:
+                return Text("-:--:--")
+            return Text(str(timedelta(seconds=max(0, round(until - time.monotonic())))))
 
     console = Console(stderr=True)
-    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
-                   MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True,
-                   redirect_stdout=False, disable=not console.is_terminal)
-    tasks = {title: bar.add_task(clean(title), total=None)}
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
+        bars.MofNCompleteColumn(), TimeLeft(), console=console, transient=True,
+        redirect_stdout=False, disable=not console.is_terminal)
+    tasks = {title: bar.add_task(clean(title), total=None, until=None)}
+    began, latest = dict[str, float](), time.monotonic()
 
-    def advance(done: int, total: int, value: float | None, part: str = title) -> None:
+    def advance(done: float, total: float, value: float | None, part: str = title,
+                left: float | None = None) -> None:
+        nonlocal latest
+        start, latest = began.setdefault(part, latest), time.monotonic()
         if part not in tasks:
-            tasks[part] = bar.add_task("", total=None)
+            tasks[part] = bar.add_task("", total=None, until=None)
         shown = part if value is None else f"{part} {value:.2f}"
-        bar.update(tasks[part], completed=done, total=total, description=clean(shown))
+        if left is None and done:
+            left = (latest - start) * (total - done) / done
+        bar.update(tasks[part], completed=done, total=total, description=clean(shown),
+                   until=None if left is None else latest + left)
         bar.start()
 
     timer = Timer(after, bar.start)
@@ -105,14 +119,15 @@ def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
         bar.stop()
 
 
-def print_json(value: Any) -> None:
-    """A result on stdout, exact in any encoding; raises ``MlxquantError`` for NaN or infinity."""
-    text = json_text(value)
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A result on stdout, exact in any encoding, on one line where ``indent`` is None; raises
+    ``MlxquantError`` for NaN or infinity."""
+    text = json_text(value, indent)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2) + "\n"
-    print(text, end="")
+        text = json.dumps(value, indent=indent) + "\n"
+    print(text, end="", flush=True)
 
 
 def print_table(rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:

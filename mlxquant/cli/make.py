@@ -63,7 +63,10 @@ def quantize(
         help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; "
              "repeatable.")] = None,
     data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
-    seed: option.ByteSeed = 0, revision: option.Revision = None, as_json: option.AsJson = False,
+    seed: option.ByteSeed = 0, revision: option.Revision = None,
+    as_json: Annotated[bool, Option(
+        "--json", help="Print JSON on stdout: a line when a block is done, and one at the end.",
+    )] = False,
 ) -> None:
     """Quantise a model block by block; a killed run goes on where it was."""
     from mlxquant.codes.spec import Spec, parse_override
@@ -73,6 +76,7 @@ def quantize(
     from mlxquant.model.inspection import inspect
     from mlxquant.quantise.job import Job, Target, Text
     from mlxquant.quantise.pipeline import quantize as run
+    from mlxquant.quantise.profile import Pace
 
     if rotate and rotate_fused:
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
@@ -93,16 +97,24 @@ def quantize(
         alpha=alpha, repeats=tuple(repeats), seed=seed)
     _warn_of_slow_replicas(spec)
     titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:"}
+    paces = {stage: Pace() for stage in titles}
     with progress(titles["quantising"]) as advance:
-        made = run(model, output, job, revision=revision,
-                   progress=lambda done, total, seconds, stage: advance(
-                       done, total, seconds, titles[stage]))
+
+        def tell(done: int, total: int, seconds: float, stage: str) -> None:
+            left = paces[stage].left(done, total, seconds)
+            advance(done, total, seconds, titles[stage], left)
+            if as_json:
+                print_json({"stage": stage, "blocks_done": done, "blocks": total,
+                            "seconds": seconds, "seconds_left": left}, indent=None)
+
+        made = run(model, output, job, revision=revision, progress=tell)
     result = inspect(str(output))
     if as_json:
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
                     "file_bytes": result.file_bytes, "seconds": made.seconds,
                     "peak_memory_gb": made.peak_memory / 1e9, "added_error": made.added,
-                    "inherited_error": made.inherited, "notes": made.notes})
+                    "inherited_error": made.inherited, "notes": made.notes,
+                    "profile": made.profile}, indent=None)
         return
     for note in made.notes:
         remark(note)

@@ -88,6 +88,20 @@ class Profile:
         self.runs += record["runs"]
 
 
+class Pace:
+    """How long the rest of a stage takes, from the blocks done so far. Those that an earlier run
+    made go by in a moment and do not count."""
+
+    def __init__(self) -> None:
+        self._took: list[float] = []
+
+    def left(self, done: int, total: int, seconds: float) -> float:
+        """Seconds to come, ``seconds`` after the stage began, with ``done`` of ``total`` blocks."""
+        self._took.append(seconds - sum(self._took))
+        made = [took for took in self._took if took >= max(self._took) / 10]
+        return (total - done) * sum(made) / len(made)
+
+
 # Steps lie deep in the methods, which would all have to hand a profile on. Threads and greenlets
 # start without one, so what they do is counted for the step that waits for them.
 _current: ContextVar[Profile | None] = ContextVar("profile", default=None)
