@@ -18,7 +18,7 @@ from rich.console import Console
 from scripted import chat_here
 
 from mlxquant.base.text import clean
-from mlxquant.chat import keyboard, markdown, status, terminal
+from mlxquant.chat import keyboard, markdown, session, terminal
 from mlxquant.chat.screen import LiveScreen
 from mlxquant.runtime.reply import Part
 
@@ -122,9 +122,9 @@ def test_blocks_are_finished_once_another_begins(text, blocks):
 
 def test_the_status_line_fits_any_width():
     parts = ["a-long-model", "2.15 bits", "context 12/512", "9.0 tokens/s"]
-    assert status.fit(parts, 80) == "a-long-model · 2.15 bits · context 12/512 · 9.0 tokens/s"
-    assert {status.fit(parts, width) for width in (27, 28, 30)} == {"a-long-model · 2.15 bits"}
-    assert status.fit(parts, 23) == "a-long-model" and status.fit(parts, 5) == "a-lon"
+    assert session.fit(parts, 80) == "a-long-model · 2.15 bits · context 12/512 · 9.0 tokens/s"
+    assert {session.fit(parts, width) for width in (27, 28, 30)} == {"a-long-model · 2.15 bits"}
+    assert session.fit(parts, 23) == "a-long-model" and session.fit(parts, 5) == "a-lon"
 
 
 def test_completion_of_commands_arguments_and_paths(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ class Chat:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def until(self, pattern: str, patience: float = 20) -> str:
+    def until(self, pattern: str, patience: float = 60) -> str:
         deadline = time.monotonic() + patience
         while not re.search(pattern, self.text(), re.DOTALL | re.MULTILINE):
             assert time.monotonic() < deadline, self.text()

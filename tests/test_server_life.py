@@ -17,6 +17,7 @@ from test_distributed import free_ports
 
 import mlxquant
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.runtime.loop import Loop
 from mlxquant.server import Options, serve
 from mlxquant.server.engine import Engine
 
@@ -124,13 +125,13 @@ def test_a_draft_model_guesses_for_the_server(tiny):
 
         threading.Thread(target=ask).start()
 
-    serve(tiny, Options(port=0, draft=tiny), ready)
+    serve(tiny, Options(port=0, loop=Loop(draft=tiny)), ready)
     text = result["choices"][0]["message"]["content"]
     assert text == mlxquant.generate(tiny, CHAT, max_tokens=12).text
 
 
 def test_quantised_keys_and_values(tiny):
-    with running(tiny, kv_bits=8) as (_, address), \
+    with running(tiny, loop=Loop(kv_bits=8)) as (_, address), \
             post(address, {"messages": CHAT, "max_tokens": 8}) as answer:
         text = json.loads(answer.read())["choices"][0]["message"]["content"]
     assert text == mlxquant.generate(tiny, CHAT, max_tokens=8, kv_bits=8).text
@@ -139,17 +140,18 @@ def test_quantised_keys_and_values(tiny):
 def test_options_are_checked(tiny):
     for wrong, message in ((dict(port=99999), "port is 99999"), (dict(port="x"), "port is 'x'"),
                            (dict(max_tokens=0), "max_tokens is 0"),
-                           (dict(prompt_caches=-1), "prompt_caches is -1"),
-                           (dict(kv_bits=8, draft=tiny), "exclude each other")):
+                           (dict(prompt_caches=-1), "prompt_caches is -1")):
         with pytest.raises(BadValue, match=message):
             Options(**wrong)
+    with pytest.raises(BadValue, match="exclude each other"):
+        Options(loop=Loop(kv_bits=8, draft=tiny))
     with pytest.raises(MlxquantError, match="cannot listen on 203.0.113.1:80"):
         serve(tiny, Options(host="203.0.113.1", port=80))
     with socket.create_server(("127.0.0.1", 0)) as taken, \
             pytest.raises(MlxquantError, match="the port is taken"):
         serve(tiny, Options(port=taken.getsockname()[1]))
     with pytest.raises(BadValue, match="kv_bits is 7"):
-        serve(tiny, Options(kv_bits=7))
+        serve(tiny, Options(loop=Loop(kv_bits=7)))
 
 
 def test_what_the_model_cannot_do_is_said_at_start(tiny_folder):
@@ -158,9 +160,9 @@ def test_what_the_model_cannot_do_is_said_at_start(tiny_folder):
     model = mlxquant.load(str(tiny_folder))
     model.network.make_cache = lambda: [RotatingKVCache(8) for _ in model.network.layers]
     with pytest.raises(Unsupported, match="cannot keep its keys and values"):
-        serve(model, Options(port=0, kv_bits=4))
+        serve(model, Options(port=0, loop=Loop(kv_bits=4)))
     with pytest.raises(Unsupported, match="cannot take tokens back"):
-        serve(model, Options(port=0, draft=model))
+        serve(model, Options(port=0, loop=Loop(draft=model)))
 
 
 def test_two_machines_answer_as_one(tiny, tiny_folder, tmp_path):

@@ -115,10 +115,6 @@ def _clear(session: Session, _: str) -> None:
     session.say("(conversation cleared)")
 
 
-def _retry(session: Session, _: str) -> None:
-    _ask_again(session, "")
-
-
 def _ask_again(session: Session, text: str) -> None:
     """Answer ``text`` or the last message in place of the last exchange; keep that on an error."""
     talk = session.conversation
@@ -222,7 +218,7 @@ TABLE = {command.name: command for command in (
             lambda: ["thoughts"]),
     Command("/system [TEXT]", "set the system prompt and start over; alone: show it", _system),
     Command("/clear", "forget the conversation, keep the system prompt", _clear),
-    Command("/retry", "answer the last message again", _retry),
+    Command("/retry", "answer the last message again", lambda session, _: _ask_again(session, "")),
     Command("/undo", "take the last exchange back", _undo),
     Command("/edit [TEXT]", "change the last message and ask again", _edit),
     Command("/save FILE", "keep the conversation, with its keys and values", _save, None),

@@ -9,10 +9,9 @@ from mlxquant.base.errors import BadValue, TooLarge
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.generation import answer
 from mlxquant.runtime.loop import Loop, PromptProgress
-from mlxquant.runtime.prompt import Message, encode
+from mlxquant.runtime.prompt import Message, Request, encode
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
-from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
 

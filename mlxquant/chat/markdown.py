@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 from mlxquant.base.text import clean
 
 _PARSER = MarkdownIt().enable("table")
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Code(CodeBlock):
@@ -57,11 +58,8 @@ def render(console: Console, block: str) -> list[str]:
     with console.capture() as capture:
         console.print(_Markdown(block), width=width)
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    while lines and not _visible(lines[0]):
-        lines.pop(0)
-    while lines and not _visible(lines[-1]):
-        lines.pop()
-    return lines
+    shown = [i for i, line in enumerate(lines) if _ESCAPE.sub("", line).strip()]
+    return lines[shown[0]:shown[-1] + 1] if shown else []
 
 
 def plain(console: Console, text: str, style: str) -> list[str]:
@@ -69,7 +67,3 @@ def plain(console: Console, text: str, style: str) -> list[str]:
     with console.capture() as capture:
         console.print(text, style=style, markup=False, width=max(console.width - 1, 10))
     return capture.get().splitlines()
-
-
-def _visible(line: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadCheckpoint, MlxquantError
-from mlxquant.base.storage import write_json
+from mlxquant.base.storage import disk_errors, write_json
 from mlxquant.base.version import __version__
 from mlxquant.chat.conversation import Conversation
 from mlxquant.model.loading import LanguageModel
@@ -36,10 +36,8 @@ def save(conversation: Conversation, path: Path) -> list[Path]:
     if conversation.cache.tokens:
         conversation.cache.save(beside)
         return [path, beside]
-    try:
+    with disk_errors(beside):
         beside.unlink(missing_ok=True)  # those of an earlier conversation
-    except OSError as error:
-        raise MlxquantError(f"cannot remove {beside}: {error.strerror}") from error
     return [path]
 
 

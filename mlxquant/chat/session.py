@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
+from mlxquant.base.errors import MlxquantError
 from mlxquant.base.text import clean
-from mlxquant.chat import status
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.screen import LiveScreen, PlainScreen
 from mlxquant.model import loading
+from mlxquant.model.inspection import inspect_folder
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
@@ -41,7 +42,7 @@ class Session:
         self._load = load
         self._notes = Console(stderr=True, highlight=False, emoji=False,
                               soft_wrap=not sys.stderr.isatty())
-        self._bits = status.bits_per_weight(conversation.model)
+        self._bits = _bits_per_weight(conversation.model)
         self._screen = self._make_screen()
         self._progress = ""
 
@@ -50,8 +51,17 @@ class Session:
         self._notes.print(clean(text), style="dim", markup=False)
 
     def status(self, width: int) -> str:
-        """The line under the prompt."""
-        return status.fit(status.segments(self.conversation, self._bits), width)
+        """The line under the prompt: what is most important first, what is not known left out."""
+        talk = self.conversation
+        report = talk.last_report
+        parts = [talk.model.name.rstrip("/").rpartition("/")[2]]
+        if self._bits is not None:
+            parts.append(f"{self._bits:.2f} bits")
+        parts.append(f"context {talk.used()}")
+        if report is not None and report.generation_tps is not None:
+            parts += [f"{report.generation_tps:.1f} tokens/s",
+                      f"{report.percent_of_ceiling:.0f} % of ceiling"]
+        return fit(parts, width)
 
     def answer(self, text: str) -> None:
         """Let the model answer; Ctrl-C ends the reply and keeps what came."""
@@ -81,11 +91,11 @@ class Session:
         self._screen.begin()
         try:
             with closing(pieces):
-                start, count = time.perf_counter(), 0
+                start = 0.0
                 for count, chunk in enumerate(pieces):
-                    if not count:
-                        start = time.perf_counter()
-                    self._progress = _speed(count, time.perf_counter() - start)
+                    now = time.perf_counter()
+                    start = start or now
+                    self._progress = f"{count / (now - start):.1f} tokens/s" if count else "…"
                     self._screen.feed(chunk.parts)
                     reason = chunk.finish_reason
                     if interrupted():
@@ -108,7 +118,7 @@ class Session:
             talk.model = self._load(old.name)
             raise
         finally:
-            self._bits = status.bits_per_weight(talk.model)
+            self._bits = _bits_per_weight(talk.model)
         talk.last_report = None
 
     def _make_screen(self) -> PlainScreen | LiveScreen:
@@ -116,7 +126,7 @@ class Session:
         if not console.is_terminal or console.is_dumb_terminal:
             return PlainScreen(lambda: self.thoughts == "shown", self.say)
         return LiveScreen(console, lambda: self.thoughts == "shown",
-                          lambda: status.fit([self._progress], console.width - 1))
+                          lambda: fit([self._progress], console.width - 1))
 
     def _reading(self, interrupted: Callable[[], bool]) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -128,8 +138,21 @@ class Session:
         return progress
 
 
-def _speed(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:.1f} tokens/s" if tokens and seconds > 0 else "…"
+def fit(parts: list[str], width: int) -> str:
+    """Those of ``parts`` that fit into one line; the first one is cut rather than left out."""
+    line = parts[0][:width]
+    for part in parts[1:]:
+        if len(line) + len(part) + 3 <= width:
+            line += f" · {part}"
+    return line
+
+
+def _bits_per_weight(model: LanguageModel) -> float | None:
+    """Stored bits per weight of the body; None where the folder cannot be read again."""
+    try:
+        return inspect_folder(model.folder).bits_per_weight
+    except MlxquantError:
+        return None
 
 
 @contextmanager

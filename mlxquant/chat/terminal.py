@@ -39,14 +39,11 @@ def is_open(text: str) -> bool:
 
 
 def _lines(_: str) -> str:
-    text = ""
-    while not text or is_open(text):
-        line = sys.stdin.readline()
-        if not line and not text:
-            raise EOFError
+    text = sys.stdin.readline()
+    if not text:
+        raise EOFError
+    while is_open(text) and (line := sys.stdin.readline()):
         text += line
-        if not line:
-            break
     return text
 
 

@@ -104,6 +104,7 @@ def serve(
     """Serve a model to any OpenAI client, until Ctrl-C."""
     import signal
 
+    from mlxquant.runtime.loop import Loop
     from mlxquant.runtime.sampling import Sampling
     from mlxquant.server import Options
     from mlxquant.server import serve as run
@@ -116,9 +117,8 @@ def serve(
     sampling = Sampling(temp, top_p, top_k, min_p)
     Options(port=port, max_tokens=max_tokens)  # refused before the model is loaded
     loaded = load_model(model or DEFAULT_MODEL, revision, memory, trust_remote_code)
-    guesser = _load_draft(draft, memory, trust_remote_code)
-    options = Options(host, port, max_tokens, sampling, kv_bits, guesser, tuple(origin or ()),
-                      verbose=verbose)
+    loop = Loop(kv_bits, _load_draft(draft, memory, trust_remote_code))
+    options = Options(host, port, max_tokens, sampling, loop, tuple(origin or ()), verbose=verbose)
     run(loaded, options, lambda address: remark(f"{loaded.name} at {address}, Ctrl-C stops"))
 
 

@@ -13,10 +13,9 @@ from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
-from mlxquant.runtime.prompt import Prompt
+from mlxquant.runtime.prompt import Prompt, Request
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk, FinishReason, joined
-from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
 from mlxquant.runtime.writer import Writer

@@ -12,10 +12,9 @@ from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
 from mlxquant.runtime.loop import DRAFT_TOKENS, Loop, PromptProgress
-from mlxquant.runtime.prompt import Prompt, Tool
+from mlxquant.runtime.prompt import Prompt, Request, Tool
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk, Response
-from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.writer import Writer
 

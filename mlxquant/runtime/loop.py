@@ -26,8 +26,8 @@ from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers.outline import KV_GROUP
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.prompt_cache import PromptCache, takes_back
-from mlxquant.runtime.request import Request
 from mlxquant.runtime.sampling import Processor
 
 PromptProgress = Callable[[int, int], None]

@@ -1,4 +1,8 @@
-"""From a prompt to token ids: raw text, chat messages through the model's template, or ids."""
+"""What one reply is made from: a prompt in token ids, and what decides the tokens after it.
+
+A prompt is raw text, chat messages, which go through the model's template, or token ids.
+Everything is checked before anything is computed.
+"""
 
 import ctypes
 import json
@@ -7,17 +11,63 @@ import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.sampling import GREEDY, Sampling
 
 Message = dict[str, Any]
 Tool = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
+MOST_LOGPROBS = 20
 TEMPLATE_SECONDS = 10.0
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Request:
+    """``prompt`` in token ids, and what decides the tokens after it.
+
+    ``continues``: the prompt was raw text or ids, so that the reply goes on where it ends,
+    with a space or without. ``logprobs``: so many likeliest tokens are told with each token
+    chosen; None for none of it.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+    continues: bool = False
+    logprobs: int | None = None
+
+    @classmethod
+    def of(cls, model: LanguageModel, prompt: Prompt, *, max_tokens: int,
+           sampling: Sampling = GREEDY, stop: str | Sequence[str] = (),
+           tools: Sequence[Tool] | None = None, logprobs: int | None = None,
+           template_options: Mapping[str, Any] | None = None) -> "Request":
+        """The request as ``stream_generate`` takes it; raises as that does."""
+        checks.integer("max_tokens", max_tokens, 1)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise BadValue("a stop string is empty" if "" in stops else
+                           "stop must be text, or a list of texts")
+        if logprobs is not None:
+            checks.integer("logprobs", logprobs, 0, MOST_LOGPROBS)
+        largest = max(sampling.logit_bias or (0,))
+        if largest >= model.vocabulary:
+            raise BadValue(f"logit_bias names token {largest}, {model.name} has 0 to "
+                           f"{model.vocabulary - 1}")
+        tokens = encode(model, prompt, tools, template_options)
+        if context := model.context_length:
+            if len(tokens) >= context:
+                raise TooLarge(f"the prompt has {len(tokens)} tokens, "
+                               f"the context of {model.name} holds {context}")
+            max_tokens = min(max_tokens, context - len(tokens))
+        return cls(tokens, max_tokens, sampling, stops, not is_chat(prompt), logprobs)
 
 
 def encode(model: LanguageModel, prompt: Prompt, tools: Sequence[Tool] | None = None,
@@ -52,17 +102,6 @@ def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a list of messages rather than text or token ids."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes)) and any(
         isinstance(message, Mapping) for message in prompt)
-
-
-def room(model: LanguageModel, prompt: int, wanted: int) -> int:
-    """How many tokens may follow a prompt within the context; raises ``TooLarge`` for none."""
-    context = model.context_length
-    if context is None:
-        return wanted
-    if prompt >= context:
-        raise TooLarge(f"the prompt has {prompt} tokens, "
-                       f"the context of {model.name} holds {context}")
-    return min(wanted, context - prompt)
 
 
 def plain_messages(messages: Any) -> list[Message]:

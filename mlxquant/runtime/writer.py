@@ -8,8 +8,8 @@ from mlx_lm.generate import TextStateMachine
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.reply import Chunk, FinishReason, Scored, Splitter
-from mlxquant.runtime.request import Request
 
 _CONTEXT = 6  # tokens before the new ones, which decide about spaces between words
 _PENDING = 64  # tokens without a whole character in them: then they are no text

@@ -6,5 +6,5 @@
 """
 
 from mlxquant.server.forms import BODY_LIMIT as BODY_LIMIT
-from mlxquant.server.options import Options as Options
+from mlxquant.server.forms import Options as Options
 from mlxquant.server.serving import serve as serve

@@ -5,7 +5,7 @@ import ipaddress
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
@@ -22,12 +22,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.prompt import Request as Wanted
 from mlxquant.runtime.reply import Chunk, joined
-from mlxquant.runtime.request import Request as Wanted
-from mlxquant.server import forms
-from mlxquant.server.answers import Answer, Choice, Piece
+from mlxquant.server import answers, forms
 from mlxquant.server.engine import Engine, Job, Told
-from mlxquant.server.options import Options
+from mlxquant.server.forms import Options
 
 _BODY_SECONDS = 60.0
 _CLIENT_GONE = 499  # as nginx has it; nobody reads it
@@ -43,8 +42,7 @@ def make_app(model: LanguageModel, options: Options, engine: Engine) -> ASGIApp:
                 Route("/v1/completions", text, methods=["POST"]),
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/chat/completions", chat, methods=["POST"])],
-        exception_handlers={HTTPException: _refused, MlxquantError: _wrong,
-                            Exception: _failed})
+        exception_handlers=dict.fromkeys((HTTPException, MlxquantError, Exception), _failed))
     app = CORSMiddleware(app, allow_origins=options.origins, allow_methods=["*"],
                          allow_headers=["*"])
     return Boundary(app, options)
@@ -108,7 +106,7 @@ class _Service:
             raise HTTPException(404, f"there is no model of this name, only {self._model.name}")
         return JSONResponse(model)
 
-    async def answer(self, kind: type[forms.Form], request: Request) -> Response:
+    async def answer(self, kind: type[forms.AnyForm], request: Request) -> Response:
         """A completion of either kind, whole or as a stream."""
         form = forms.read(kind, await _body(request))
         wanted = await asyncio.get_running_loop().run_in_executor(
@@ -117,65 +115,65 @@ class _Service:
             raise HTTPException(503, "the server is stopping")
         if form.stream:
             return _Stream(self._streamed(form, wanted))
-        work = asyncio.ensure_future(self._whole(form, wanted))
-        gone = asyncio.ensure_future(_disconnected(request))
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if work.done():
-            return work.result()
-        work.cancel()
-        with suppress(asyncio.CancelledError):
-            await work
-        return Response(status_code=_CLIENT_GONE)
+        work = asyncio.create_task(self._whole(form, wanted))
+        watch = asyncio.create_task(_disconnected(request))
+        watch.add_done_callback(lambda _: work.cancel())
+        try:
+            return await work
+        except asyncio.CancelledError:
+            return Response(status_code=_CLIENT_GONE)
+        finally:
+            watch.cancel()
 
-    async def _whole(self, form: forms.Form, wanted: Sequence[Wanted]) -> Response:
+    async def _whole(self, form: forms.AnyForm, wanted: Sequence[Wanted]) -> Response:
         jobs: list[Job] = []
         chunks: list[list[Chunk]] = [[] for _ in wanted]
         async with aclosing(self._told(wanted, jobs)) as told:
             async for index, event in told:
-                if isinstance(event, MlxquantError):
-                    return _error(500, str(event))
                 if isinstance(event, Chunk):
                     chunks[index].append(event)
-        pieces = [Choice(form, self._model).take(joined(reply)) for reply in chunks]
-        return JSONResponse(Answer(form).whole(pieces, jobs))
+        choices = [answers.Choice(i, form, self._model).take(joined(reply), "message")
+                   for i, reply in enumerate(chunks)]
+        return JSONResponse(
+            {**answers.head(form), "choices": choices, "usage": answers.usage(jobs)})
 
-    async def _streamed(self, form: forms.Form, wanted: Sequence[Wanted]) -> AsyncGenerator[str]:
+    async def _streamed(self, form: forms.AnyForm, wanted: Sequence[Wanted]) -> AsyncGenerator[str]:
         jobs: list[Job] = []
-        choices, answer = [Choice(form, self._model) for _ in wanted], Answer(form)
-        async with aclosing(self._told(wanted, jobs)) as told:
-            async for index, event in told:
-                if isinstance(event, MlxquantError):
-                    yield _event({"error": str(event)})
-                    return
-                if isinstance(event, Chunk):
-                    piece = choices[index].take(event)
-                    if piece != Piece():
-                        yield _event(answer.part(index, piece))
-                else:  # a comment, so that nobody takes a long prompt for a lost connection
-                    yield f": keepalive {event[0]}/{event[1]}\n\n"
+        choices = [answers.Choice(i, form, self._model) for i in range(len(wanted))]
+        head = answers.head(form)
+        try:
+            async with aclosing(self._told(wanted, jobs)) as told:
+                async for index, event in told:
+                    if not isinstance(event, Chunk):  # so that a long prompt is no lost connection
+                        yield f": keepalive {event[0]}/{event[1]}\n\n"
+                    elif made := choices[index].take(event):
+                        yield _event({**head, "choices": [made]})
+        except HTTPException as failure:
+            yield _event({"error": failure.detail})
+            return
         if form.stream_options.include_usage:
-            yield _event(answer.usage(jobs))
+            yield _event({**head, "choices": [], "usage": answers.usage(jobs)})
         yield "data: [DONE]\n\n"
 
     async def _told(self, wanted: Sequence[Wanted], jobs: list[Job]
-                    ) -> AsyncGenerator[tuple[int, Told]]:
-        """What becomes of each request, until all are answered or the caller leaves off."""
+                    ) -> AsyncGenerator[tuple[int, Chunk | tuple[int, int]]]:
+        """What becomes of each request, until all are answered or the caller leaves off; raises
+        what fails one of them as status 500. Puts into ``jobs`` what counts their tokens."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Told]]()
 
-        def teller(index: int) -> Callable[[Told], None]:
-            def tell(told: Told) -> None:
-                with suppress(RuntimeError):  # the loop has ended, and with it who waited
-                    loop.call_soon_threadsafe(events.put_nowait, (index, told))
-            return tell
+        def tell(index: int, told: Told) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it who waited
+                loop.call_soon_threadsafe(events.put_nowait, (index, told))
 
-        jobs += [Job(request, teller(i)) for i, request in enumerate(wanted)]
+        jobs += [Job(request, partial(tell, i)) for i, request in enumerate(wanted)]
         try:
             for job in jobs:
                 self._engine.submit(job)
             running = len(jobs)
             while running:
                 index, told = await events.get()
+                if isinstance(told, MlxquantError):
+                    raise HTTPException(500, str(told))
                 yield index, told
                 running -= isinstance(told, Chunk) and told.finish_reason is not None
         finally:
@@ -243,14 +241,9 @@ def _error(status: int, reason: str) -> Response:
     return JSONResponse({"error": reason}, status)
 
 
-async def _refused(request: Request, error: Any) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _wrong(request: Request, error: Exception) -> Response:
-    return _error(400, str(error))
-
-
 async def _failed(request: Request, error: Exception) -> Response:
-    """A fault of ours; its traceback is on stderr."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if isinstance(error, MlxquantError):
+        return _error(400, str(error))
     return _error(500, f"the server failed over this request: {type(error).__name__}")

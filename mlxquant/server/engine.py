@@ -1,12 +1,12 @@
 """The one thread that computes: requests side by side where they can be, else one by one."""
 
-import contextlib
 import pickle
 import queue
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -18,32 +18,34 @@ from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.batch import Batch, batchable
 from mlxquant.runtime.generation import answer
 from mlxquant.runtime.loop import Loop
-from mlxquant.runtime.prompt_cache import PromptCaches
+from mlxquant.runtime.prompt import Request
+from mlxquant.runtime.prompt_cache import PromptCache, PromptCaches
 from mlxquant.runtime.reply import Chunk
-from mlxquant.runtime.request import Request
-from mlxquant.server.options import Options
+from mlxquant.server.forms import Options
 
 _POLL = 0.1  # seconds between words to other machines
 Told = Chunk | tuple[int, int] | MlxquantError  # a piece, prompt tokens read, or a failure
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A reply that somebody waits for.
 
     ``tell`` is called in the computing thread. ``gone`` is set by whoever no longer waits.
     ``usage`` is there with the last piece: tokens of the prompt, of it cached, and made.
+    ``number`` is the same on every machine.
     """
 
     request: Request
     tell: Callable[[Told], None]
     gone: bool = False
     usage: tuple[int, int, int] = (0, 0, 0)
+    number: int = 0
 
 
 @dataclass
 class _News:
-    """What came since the last turn, the same for every machine."""
+    """What came since the last turn, the same for every machine; ``gone`` are jobs' numbers."""
 
     requests: dict[int, Request] = field(default_factory=dict)
     gone: list[int] = field(default_factory=list)
@@ -61,14 +63,14 @@ class Engine:
                  ended: Callable[[], None] = lambda: None):
         self.error: Exception | None = None
         self._model, self._ended = model, ended
-        self._loop = Loop(options.kv_bits, options.draft)
+        self._loop = options.loop
         self._caches = PromptCaches(options.prompt_caches)
-        self._side_by_side = options.kv_bits is None and options.draft is None and batchable(model)
+        self._side_by_side = options.loop == Loop() and batchable(model)
         self._batch = Batch(model, keep=self._caches.keep)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
-        self._waiting: deque[int] = deque()
-        self._rows: dict[int, int] = {}  # of the batch, to the number of its job
+        self._waiting: deque[Job] = deque()
+        self._rows: dict[int, Job] = {}  # by their number in the batch
         self._count, self._stopping = 0, False
         self._group = mx.distributed.init()
         self._thread = threading.Thread(target=self.run, name="generation")
@@ -112,8 +114,8 @@ class Engine:
     def _turn(self) -> bool:
         news = self._shared(self._collect() if self._group.rank() == 0 else _News())
         for number, request in news.requests.items():
-            self._jobs.setdefault(number, Job(request, lambda told: None))
-            self._waiting.append(number)
+            self._waiting.append(self._jobs.setdefault(
+                number, Job(request, lambda told: None, number=number)))
         for number in news.gone:
             self._drop(number)
         if news.stop:
@@ -126,19 +128,14 @@ class Engine:
     def _collect(self) -> _News:
         """What clients have sent; waits for it where there is nothing else to do."""
         news = _News()
-        timeout: float | None = 0
-        if not self._jobs:
-            timeout = _POLL if self._group.size() > 1 else None
-        while True:
-            try:
-                job = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            timeout = 0
-            if job is not None:
-                self._count += 1
-                self._jobs[self._count] = job
-                news.requests[self._count] = job.request
+        timeout = 0 if self._jobs else _POLL if self._group.size() > 1 else None
+        with suppress(queue.Empty):
+            while True:
+                job = self._inbox.get(timeout=timeout)
+                timeout = 0
+                if job is not None:
+                    job.number = self._count = self._count + 1
+                    self._jobs[job.number], news.requests[job.number] = job, job.request
         news.gone = [number for number, job in self._jobs.items() if job.gone]
         news.stop = self._stopping
         return news
@@ -156,36 +153,24 @@ class Engine:
     def _begin(self) -> None:
         """Begin what waits, in the order it came: one that must be alone waits for the others."""
         while self._waiting:
-            number = self._waiting[0]
-            job = self._jobs[number]
-            if self._must_be_alone(job.request):
-                if self._rows:
-                    return
-                self._guarded(number, self._answer_alone)
-            else:
-                self._guarded(number, self._add_row)
-            self._waiting.popleft()
+            request = self._waiting[0].request
+            # A seed decides over all that is drawn, so its reply shares no pass with others.
+            drawn = request.sampling.seed is not None and request.sampling.temperature > 0
+            alone = drawn or not self._side_by_side
+            if alone and self._rows:
+                return
+            job = self._waiting.popleft()
+            try:
+                cache = self._caches.nearest(request.prompt)
+                if alone:
+                    self._answer_alone(job, cache)
+                else:
+                    self._rows[self._batch.add(request, cache)] = job
+                    job.usage = (len(request.prompt), len(cache.tokens), 0)
+            except Exception as error:
+                self._end(job, error)
 
-    def _must_be_alone(self, request: Request) -> bool:
-        """A seed decides over all that is drawn, so its reply shares no pass with others."""
-        drawn = request.sampling.seed is not None and request.sampling.temperature > 0
-        return drawn or not self._side_by_side
-
-    def _guarded(self, number: int, work: Callable[[int, Job], None]) -> None:
-        try:
-            work(number, self._jobs[number])
-        except Exception as error:
-            self._end(number, error)
-
-    def _add_row(self, number: int, job: Job) -> None:
-        cache = self._caches.nearest(job.request.prompt)
-        row = self._batch.add(job.request, cache)
-        job.usage = (len(job.request.prompt), len(cache.tokens), 0)
-        self._rows[row] = number
-
-    def _answer_alone(self, number: int, job: Job) -> None:
-        cache = self._caches.nearest(job.request.prompt)
-
+    def _answer_alone(self, job: Job, cache: PromptCache) -> None:
         def unwanted() -> bool:  # several machines go on together, to the end
             return self._group.size() == 1 and (job.gone or self._stopping)
 
@@ -205,7 +190,7 @@ class Engine:
         chunks.close()
         self._caches.keep(cache)
         if not self._stopping:  # else it is told so with all others
-            del self._jobs[number]
+            del self._jobs[job.number]
 
     def _advance(self) -> None:
         try:
@@ -214,24 +199,21 @@ class Engine:
             self._end_rows(error)
             return
         for event in events:
-            job = self._jobs[self._rows[event.row]]
+            job = self._rows[event.row]
             if event.error is not None:
                 self._end(self._rows.pop(event.row), event.error)
-                continue
-            if event.cache is not None:
+            elif event.cache is not None:
                 job.usage = (*job.usage[:2], event.tokens)
                 self._caches.keep(event.cache)
-                del self._jobs[self._rows.pop(event.row)]
-            told = event.chunk or event.progress
-            if told is not None:
+                del self._rows[event.row], self._jobs[job.number]
+            if told := event.chunk or event.progress:
                 job.tell(told)
 
     def _drop(self, number: int) -> None:
         """Compute no more of a reply that nobody waits for."""
-        self._jobs.pop(number, None)
-        if number in self._waiting:
-            self._waiting.remove(number)
-        for row in [row for row, of in self._rows.items() if of == number]:
+        job = self._jobs.pop(number, None)
+        self._waiting = deque(other for other in self._waiting if other is not job)
+        for row in [row for row, other in self._rows.items() if other is job]:
             del self._rows[row]
             try:
                 self._batch.remove(row)
@@ -240,26 +222,27 @@ class Engine:
 
     def _end_rows(self, error: Exception) -> None:
         """A pass failed, for all that were in it: begin with a new batch."""
-        for number in self._rows.values():
-            self._end(number, error)
+        for job in self._rows.values():
+            self._end(job, error)
         self._rows.clear()
         self._batch.close()
         self._batch = Batch(self._model, keep=self._caches.keep)
 
-    def _end(self, number: int, error: Exception) -> None:
+    def _end(self, job: Job, error: Exception) -> None:
         if not isinstance(error, MlxquantError):
             traceback.print_exception(error)
             error = MlxquantError(
                 f"generation failed: {type(error).__name__}: {str(error).strip()[:300]}")
-        self._jobs.pop(number).tell(error)
+        del self._jobs[job.number]
+        job.tell(error)
 
     def _refuse_all(self) -> None:
         error = MlxquantError("the server is stopping" if self.error is None else
                               f"the server has failed: {type(self.error).__name__}: {self.error}")
-        with contextlib.suppress(queue.Empty):
+        with suppress(queue.Empty):
             while True:
                 if job := self._inbox.get_nowait():
                     job.tell(error)
-        with contextlib.suppress(KeyError):  # the last one has gone
+        with suppress(KeyError):  # the last one has gone
             while True:
                 self._jobs.popitem()[1].tell(error)

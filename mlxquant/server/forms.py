@@ -1,4 +1,5 @@
-"""What clients may ask: every field of every body, checked in one place.
+"""What clients may ask, every field of every body checked, and what a server does where they
+do not say.
 
 A field of null is absent. What is not understood is refused by name, never dropped.
 """
@@ -6,8 +7,8 @@ A field of null is absent. What is not understood is refused by name, never drop
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -16,19 +17,20 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     model_validator,
 )
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.prompt import Prompt
-from mlxquant.runtime.request import MOST_LOGPROBS, Request
+from mlxquant.runtime.loop import Loop
+from mlxquant.runtime.prompt import MOST_LOGPROBS, Prompt, Request
 from mlxquant.runtime.sampling import Sampling
-from mlxquant.server.options import Options
 
 BODY_LIMIT = 16 << 20  # bytes
 MOST_CHOICES = 128  # replies to one body
-_SAMPLING = {field.name for field in fields(Sampling)}
+_SAMPLING = get_type_hints(Sampling)
 # What transformers itself takes where a template's variables are given.
 _RESERVED = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
@@ -45,16 +47,30 @@ _WORDING = {
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must not be empty", "value_error": "{error}"}
 
-AnyForm = TypeVar("AnyForm", bound="Form")
 
+@dataclass(frozen=True)
+class Options:
+    """``origins`` are those of web pages that may call it, ``*`` any; ``prompt_caches`` is how
+    many conversations keep their keys and values. Raises ``BadValue`` outside the ranges."""
 
-def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_tokens: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+    loop: Loop = field(default_factory=Loop)
+    origins: tuple[str, ...] = ()
+    prompt_caches: int = 10
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        checks.integer("port", self.port, 0, 65535)
+        checks.integer("max_tokens", self.max_tokens, 1)
+        checks.integer("prompt_caches", self.prompt_caches, 0)
 
 
 def _text_only(value: Any) -> Any:
-    if not isinstance(value, dict) or value.get("type") != "text":
-        kind = value.get("type") if isinstance(value, dict) else value
+    kind = value.get("type") if isinstance(value, dict) else value
+    if not isinstance(value, dict) or kind != "text":
         raise ValueError(f"is {str(kind)[:40]!r}; only text is supported")
     return value
 
@@ -89,33 +105,24 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class Form(BaseModel):
-    """What both kinds of completion take; ranges of sampling are ``Sampling``'s own."""
+# The fields of ``Sampling``, which also checks their ranges; absent ones are the server's own.
+_FIELDS: dict[str, Any] = {
+    name: (kind, None) for name, kind in _SAMPLING.items() if name != "logit_bias"}
+_SamplingForm: Any = create_model("_SamplingForm", **_FIELDS)
+
+
+class Form(_SamplingForm, BaseModel):
+    """What both kinds of completion take."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    chat: ClassVar[bool] = False
-
     model: str = "default"
     max_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]],
-                    BeforeValidator(_several), Field(max_length=16)] = []
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-
-    temperature: float = 0
-    top_p: float = 0
-    top_k: int = 0
-    min_p: float = 0
-    seed: int = 0
-    repetition_penalty: float = 0
-    repetition_context_size: int = 0
-    presence_penalty: float = 0
-    presence_context_size: int = 0
-    frequency_penalty: float = 0
-    frequency_context_size: int = 0
-    xtc_probability: float = 0
-    xtc_threshold: float = 0
     logit_bias: Annotated[dict[int, float], BeforeValidator(_tokens)] = {}
 
     # These say nothing about the reply.
@@ -129,32 +136,21 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: Any) -> Any:
-        return {name: field for name, field in value.items() if field is not None}
+        return {name: given for name, given in value.items() if given is not None}
 
-    def requests(self, model: LanguageModel, options: Options) -> list[Request]:
-        """One request for each reply that is asked for; raises as ``Request.of``."""
-        given = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING}
+    def requests_for(self, model: LanguageModel, options: Options, prompts: Sequence[Prompt],
+                     max_tokens: int | None, **further: Any) -> list[Request]:
+        """One request for each reply to each prompt; raises as ``Request.of``."""
+        given = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING.keys()}
         sampling = replace(options.sampling, **given)
-        if len(self.prompts()) * self.n > MOST_CHOICES:
-            raise BadValue(f"prompt and n ask for {len(self.prompts()) * self.n} replies, "
+        if len(prompts) * self.n > MOST_CHOICES:
+            raise BadValue(f"prompt and n ask for {len(prompts) * self.n} replies, "
                            f"allowed are {MOST_CHOICES}")
-        made = []
-        for prompt in self.prompts():
-            first = Request.of(
-                model, prompt, sampling=sampling, stop=self.stop,
-                max_tokens=self.limit() or options.max_tokens, **self.further(model))
-            made += [first] + [_with_another_seed(first, i) for i in range(1, self.n)]
-        return made
-
-    def prompts(self) -> Sequence[Prompt]:
-        raise NotImplementedError
-
-    def limit(self) -> int | None:
-        return self.max_tokens
-
-    def further(self, model: LanguageModel) -> dict[str, Any]:
-        """Arguments of ``Request.of`` for this kind of body."""
-        raise NotImplementedError
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(self.n)]
+        requests = [Request.of(model, prompt, max_tokens=max_tokens or options.max_tokens,
+                               sampling=sampling, stop=self.stop, **further) for prompt in prompts]
+        return [replace(request, sampling=replace(sampling, seed=seed))
+                for request in requests for seed in seeds]
 
 
 class TextForm(Form):
@@ -165,23 +161,19 @@ class TextForm(Form):
     echo: Literal[False] = False
     best_of: int = 1
 
-    def prompts(self) -> Sequence[Prompt]:
+    def requests(self, model: LanguageModel, options: Options) -> list[Request]:
         if self.best_of not in (1, self.n):
             raise BadValue("best_of is not supported; n gives several replies")
-        several = isinstance(self.prompt, list) and any(
-            isinstance(prompt, (str, list)) for prompt in self.prompt)
-        if several and not all(isinstance(prompt, (str, list)) for prompt in self.prompt):
+        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        several = [isinstance(prompt, (str, list)) for prompt in prompts]
+        if any(several) and not all(several):
             raise BadValue("prompt must be text, token ids, or a list of either")
-        return self.prompt if several else [self.prompt]
-
-    def further(self, model: LanguageModel) -> dict[str, Any]:
-        return {"logprobs": self.logprobs}
+        return self.requests_for(model, options, prompts if any(several) else [prompts],
+                                 self.max_tokens, logprobs=self.logprobs)
 
 
 class ChatForm(Form):
     """A body of /v1/chat/completions."""
-
-    chat: ClassVar[bool] = True
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -199,17 +191,13 @@ class ChatForm(Form):
         """The functions that the model may call."""
         return [] if self.tool_choice == "none" else self.tools
 
-    def prompts(self) -> Sequence[Prompt]:
-        return [self.messages]
-
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    def further(self, model: LanguageModel) -> dict[str, Any]:
+    def requests(self, model: LanguageModel, options: Options) -> list[Request]:
         if self.top_logprobs is not None and not self.logprobs:
             raise BadValue("top_logprobs needs logprobs to be true")
-        return {"tools": self.offered or None, "template_options": self._variables(model),
-                "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        return self.requests_for(
+            model, options, [self.messages], self.max_completion_tokens or self.max_tokens,
+            tools=self.offered or None, template_options=self._variables(model),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
     def _variables(self, model: LanguageModel) -> dict[str, Any]:
         """Variables for the template, which must have a place for each."""
@@ -223,6 +211,9 @@ class ChatForm(Form):
         if not _is_in("reasoning_effort", template):
             raise BadValue(f"reasoning_effort is not supported by the template of {model.name}")
         return {"reasoning_effort": self.reasoning_effort, **self.chat_template_kwargs}
+
+
+AnyForm = TextForm | ChatForm
 
 
 def read(form: type[AnyForm], body: bytes) -> AnyForm:
@@ -258,9 +249,3 @@ def _is_in(name: str, template: Any) -> bool:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _with_another_seed(request: Request, index: int) -> Request:
-    sampling = request.sampling
-    seed = None if sampling.seed is None else sampling.seed + index
-    return replace(request, sampling=replace(sampling, seed=seed))

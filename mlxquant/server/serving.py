@@ -9,11 +9,10 @@ import uvicorn
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.loop import Loop
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.server.app import make_app
 from mlxquant.server.engine import Engine
-from mlxquant.server.options import Options
+from mlxquant.server.forms import Options
 
 
 def serve(model: LanguageModel, options: Options | None = None,
@@ -25,24 +24,25 @@ def serve(model: LanguageModel, options: Options | None = None,
     failed for good. On several machines the first one listens, and all others compute with it.
     """
     options = options or Options()
-    Loop(options.kv_bits, options.draft).check(model, PromptCache())
+    options.loop.check(model, PromptCache())
     if mx.distributed.init().rank() > 0:
-        follower = Engine(model, options)
-        follower.run()
-        _raise(follower)
-        return
-    with listen(options) as listener:
-        engine, server = make_server(model, options)
-        engine.start()
-        try:
-            if ready is not None:
-                ready(address_of(options.host, listener))
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            pass
-        finally:
-            engine.stop()
-    _raise(engine)
+        engine = Engine(model, options)
+        engine.run()
+    else:
+        with listen(options) as listener:
+            engine, server = make_server(model, options)
+            engine.start()
+            try:
+                if ready is not None:
+                    ready(address_of(options.host, listener))
+                server.run(sockets=[listener])
+            except KeyboardInterrupt:
+                pass
+            finally:
+                engine.stop()
+    if (error := engine.error) is not None:
+        raise MlxquantError(
+            f"computing has failed for good: {type(error).__name__}: {error}") from error
 
 
 def make_server(model: LanguageModel, options: Options) -> "tuple[Engine, _Server]":
@@ -83,9 +83,3 @@ def listen(options: Options) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = "the port is taken" if getattr(error, "errno", 0) == errno.EADDRINUSE else error
         raise MlxquantError(f"cannot listen on {options.host}:{options.port}: {reason}") from error
-
-
-def _raise(engine: Engine) -> None:
-    if engine.error is not None:
-        raise MlxquantError(f"computing has failed for good: {type(engine.error).__name__}: "
-                            f"{engine.error}") from engine.error
