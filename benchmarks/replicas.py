@@ -2,7 +2,7 @@
 
     python benchmarks/replicas.py --text WIKITEXT --other C4 --data FILE [FILE …] [--model NAME]
         [--out NAME] [--plan NAME …] [--steps 300] [--batch-size 32] [--codes 0] [--written 0]
-        [--conversations 0] [--samples 128] [--windows 40] [--keep FOLDER]
+        [--conversations 0] [--tune-blocks N] [--samples 128] [--windows 40] [--keep FOLDER]
 
 Every row is quantised, measured, tuned for the same number of steps, and measured again, on the
 text of the protocol wt2-40 and on one that took no part. Rows are saved one by one; what lies in
@@ -82,9 +82,11 @@ def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
                  replica_group=options.get("replica_group"))
     if not (folder / name).exists():
         start = time.perf_counter()
-        job = Job(text=Text(tuple(a.data), a.samples)).changed(**options)
+        job = Job(text=Text(tuple(a.data), a.samples)).changed(
+            tune_blocks=a.tune_blocks > 0, tune_steps=a.tune_blocks or None, **options)
         mlxquant.quantize(a.model, folder / name, job, progress=tell("block"))
-        about_run = dict(tuned=False, seconds=time.perf_counter() - start, steps=0)
+        about_run = dict(tuned=False, block_steps=a.tune_blocks, steps=0,
+                         seconds=time.perf_counter() - start)
         yield about | about_run | quality(folder / name, teacher, a)
     if not a.steps:
         return
@@ -122,6 +124,7 @@ def main() -> None:
     options.add_argument("--codes", type=float, default=0.0)
     options.add_argument("--written", type=int, default=0)
     options.add_argument("--conversations", type=int, default=0)
+    options.add_argument("--tune-blocks", type=int, default=0, metavar="STEPS")
     options.add_argument("--samples", type=int, default=128)
     options.add_argument("--windows", type=int, default=40)
     options.add_argument("--keep", type=Path)

@@ -45,9 +45,10 @@ CONFIG = {
 
 
 def job(text=None, samples=8, length=64, **changes):
-    """A job on the text file ``text`` (None: self-written), its other fields by name."""
+    """A job on the text file ``text`` (None: self-written), its other fields by name. Blocks are
+    not trained unless that is asked for."""
     files = () if text is None else (str(text),)
-    return Job(text=Text(files, samples, length)).changed(**changes)
+    return Job(text=Text(files, samples, length)).changed(**{"tune_blocks": False} | changes)
 
 
 def replicated(config: dict, shape: ReplicaShape) -> nn.Module:

@@ -98,6 +98,7 @@ def _recommendation(result: "Plan") -> str:
 def inspect(model: option.Model, revision: option.Revision = None,
             as_json: option.AsJson = False) -> None:
     """Show a model's formats, size and bytes read per token."""
+    from mlxquant.model.inspection import gain_line
     from mlxquant.model.inspection import inspect as look
 
     result = look(model, revision=revision)
@@ -114,6 +115,8 @@ def inspect(model: option.Model, revision: option.Revision = None,
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "
           f"({result.bytes_per_token_cpu / 1e6:.1f} MB as dense float32 on a plain CPU)")
+    if result.tuned_blocks:
+        print(f"tuned: {gain_line(result.tuned_blocks)}")
     if result.making:
         print(f"\n{clean(_making(result.making))}")
 

@@ -62,6 +62,12 @@ def quantize(
     repeat_span: Annotated[list[str] | None, Option(
         help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; "
              "repeatable.")] = None,
+    tune_blocks: Annotated[bool | None, Option(
+        "--tune-blocks/--no-tune-blocks", show_default=False,
+        help="Train each block's scales and codes until it gives what the original's does; "
+             "default: blocks with layers below 4 bits.")] = None,
+    tune_steps: Annotated[int | None, Option(
+        help="Steps for each block; default: 320 on a GPU, 48 without one.")] = None,
     data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
     seed: option.ByteSeed = 0, revision: option.Revision = None,
     as_json: Annotated[bool, Option(
@@ -73,10 +79,11 @@ def quantize(
     from mlxquant.codes.width import Width
     from mlxquant.layers.repeated import parse_repeat
     from mlxquant.layers.transformed import ActivationSpec
-    from mlxquant.model.inspection import inspect
+    from mlxquant.model.inspection import gain_line, inspect
     from mlxquant.quantise.job import Job, Target, Text
     from mlxquant.quantise.pipeline import quantize as run
     from mlxquant.quantise.profile import Pace
+    from mlxquant.quantise.settings import BlockTuning
 
     if rotate and rotate_fused:
         raise BadValue("--rotate and --rotate-fused are two forms of one thing; give one")
@@ -94,13 +101,18 @@ def quantize(
         propagation=propagation, embedding_bits=embedding_bits,
         activation=None if activation_bits is None else (
             ActivationSpec(activation_bits, activation_granularity)),
-        alpha=alpha, repeats=tuple(repeats), seed=seed)
+        alpha=alpha, repeats=tuple(repeats), seed=seed,
+        tuning=BlockTuning(tune_blocks, tune_steps))
     _warn_of_slow_replicas(spec)
-    titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:"}
+    titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
+              "tuning": "tuning the block, % error left:"}
     paces = {stage: Pace() for stage in titles}
     with progress(titles["quantising"]) as advance:
 
         def tell(done: int, total: int, seconds: float, stage: str) -> None:
+            if stage == "tuning":  # of one block, and what it tells are no seconds
+                advance(done, total, seconds, titles[stage])
+                return
             left = paces[stage].left(done, total, seconds)
             advance(done, total, seconds, titles[stage], left)
             if as_json:
@@ -113,12 +125,14 @@ def quantize(
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
                     "file_bytes": result.file_bytes, "seconds": made.seconds,
                     "peak_memory_gb": made.peak_memory / 1e9, "added_error": made.added,
-                    "inherited_error": made.inherited, "notes": made.notes,
-                    "profile": made.profile}, indent=None)
+                    "inherited_error": made.inherited, "tuned_blocks": made.tuned,
+                    "notes": made.notes, "profile": made.profile}, indent=None)
         return
     for note in made.notes:
         remark(note)
     print(clean(_errors(made)))
+    if made.tuned:
+        print(f"tuned: {gain_line(made.tuned)}")
     print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
           f"{result.file_bytes / 1e6:.1f} MB on disk, {made.seconds:.0f} s, "
           f"peak {made.peak_memory / 1e9:.2f} GB")

@@ -106,10 +106,13 @@ class Body:
     layers: Entries = field(default_factory=dict)
     replicas: Entries = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    tuned: Entries = field(default_factory=dict)
 
     def add(self, block: Block, result: BlockResult) -> None:
         """Take in one block's."""
         prefix = f"{block.path}." if block.path else ""
+        if result.tuned:
+            self.tuned[block.path] = result.tuned
         for kind in ("plain", "layers", "replicas", "errors"):
             getattr(self, kind).update({f"{prefix}{path}": entry
                                         for path, entry in getattr(result, kind).items()})

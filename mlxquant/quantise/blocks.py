@@ -36,6 +36,7 @@ from mlxquant.quantise.storing import (
 )
 from mlxquant.quantise.sweep import Sweep
 
+_INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
 _MEASURED = 2e10  # rows · columns²: above it, measuring would take longer than rounding
 
 
@@ -46,6 +47,7 @@ class Context:
     settings: Settings
     siblings: dict[str, Siblings]  # of the network, by the path of each
     seed: int
+    remainders: bool = False
 
 
 @dataclass
@@ -122,6 +124,8 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
     for kind, paths in _by_spec(specs).items():
         made = _quantise({path: weights[path] for path in paths}, statistics, kind, settings)
         work.result.errors |= {p: _relative_error(weights[p], made[p], statistics) for p in paths}
+        if work.context.remainders:
+            work.result.remainders |= {p: _remainder(weights[p], made[p]) for p in paths}
         replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
         affines = {p: codes for p, codes in made.items() if isinstance(codes, Affine)}
         if replicas:
@@ -248,6 +252,15 @@ def _relative_error(weight: mx.array, made: Codes, statistics: Statistics | None
     return parts[0] / parts[1] if parts[1] > 0 else 0.0
 
 
+def _remainder(weight: mx.array, made: Codes) -> mx.array:
+    """How far each weight is from its code, in 256ths of a level: int8, cut inside the cell."""
+    scale, _ = made.grid()
+    away = (weight - made.dequantise()) / mx.where(scale == 0, 1.0, scale)
+    cut = mx.round(256 * mx.clip(away, -_INSIDE, _INSIDE)).astype(mx.int8)
+    mx.eval(cut)
+    return cut
+
+
 def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
     kinds: dict[Spec, list[str]] = {}
     for path, spec in specs.items():
@@ -335,9 +348,8 @@ def _rotation(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
     return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
-@step("rebuilding")
-def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
-    """Load a result into ``block``, which then computes in float32 what the checkpoint will."""
+def restore(block: nn.Module, result: BlockResult) -> nn.Module:
+    """Put the layers that a result holds in place of the dense ones of ``block``."""
     formats.install(block, result.layers, result.replicas)
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, object]:
@@ -345,4 +357,10 @@ def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
 
     nn.quantize(block, class_predicate=predicate)
     block.load_weights(list(result.tensors.items()), strict=True)
-    return to_dense(block)
+    return block
+
+
+@step("rebuilding")
+def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
+    """Load a result into ``block``, which then computes in float32 what the checkpoint will."""
+    return to_dense(restore(block, result))

@@ -1,6 +1,6 @@
 """What is asked of ``quantize``: everything that decides the bytes of a quantised checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from mlxquant.codes.spec import Overrides, Rule, Spec
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
+from mlxquant.quantise.settings import BlockTuning
 
 PROPAGATIONS = ("float", "quantised", "corrected")
 Progress = Callable[[int, int, float, str], None]
@@ -18,7 +19,8 @@ Progress = Callable[[int, int, float, str], None]
 
 def silent(done: int, total: int, seconds: float, stage: str) -> None:
     """A ``Progress`` that tells nobody: blocks done, of how many, seconds so far, and in which
-    stage ("weighing" or "quantising")."""
+    stage ("weighing" or "quantising"); or steps done on a block, of how many, its error so far, and
+    "tuning"."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Job:
     target ``corrected`` for the error already made. ``embedding_bits`` None keeps embedding and
     head as stored. ``activation`` rounds the inputs of all layers as well, ``alpha`` is
     SmoothQuant's strength (None: searched). Blocks in ``repeats`` run more than once in the
-    result, which changes nothing before their gates are tuned. The same ``seed`` gives the same
+    result, which changes nothing before their gates are tuned. ``tuning`` trains each block towards
+    the float block's output once its codes are found. The same ``seed`` gives the same
     bytes. Raises ``BadValue`` for an impossible combination.
     """
 
@@ -74,6 +77,7 @@ class Job:
     alpha: float | None = None
     repeats: tuple[Repeat, ...] = ()
     seed: int = 0
+    tuning: BlockTuning = field(default_factory=BlockTuning)
 
     def __post_init__(self) -> None:
         if self.propagation not in PROPAGATIONS:
@@ -88,11 +92,11 @@ class Job:
             raise BadValue("smoothquant quantises activations too: give --activation-bits 8")
 
     def changed(self, **values: Any) -> "Job":
-        """The job with fields of its own, of its spec or of its text changed, by their names."""
-        spec, text = ({f.name: values.pop(f.name) for f in fields(kind) if f.name in values}
-                      for kind in (Spec, Text))
+        """The job with fields of its own, of its spec, text or tuning changed, by their names."""
+        spec, text, tuning = ({f.name: values.pop(f.name) for f in fields(kind) if f.name in values}
+                      for kind in (Spec, Text, BlockTuning))
         return replace(self, spec=replace(self.spec, **spec), text=replace(self.text, **text),
-                       **values)
+                       tuning=replace(self.tuning, **tuning), **values)
 
     @property
     def overrides(self) -> Overrides:
@@ -103,7 +107,14 @@ class Job:
     def calibrated(self) -> bool:
         """Whether the text plays a part: rounding alone looks at nothing."""
         return (bool(self._methods() - {"rtn"}) or self.activation is not None
-                or self.target is not None)
+                or self.target is not None or self.tuning.tune_blocks is True)
+
+    def tunes(self, specs: Iterable[Spec]) -> bool:
+        """Whether a block whose layers are quantised so is to be trained."""
+        asked = self.tuning.tune_blocks
+        if asked is None:
+            return self.activation is None and any(spec.bits.levels < 16 for spec in specs)
+        return asked
 
     def _methods(self) -> set[str]:
         return {self.spec.method, *(changes.get("method", self.spec.method)
@@ -129,7 +140,8 @@ class Made:
     before (``sources/gguf``), None where the model was no such file; what the file itself lost of
     its original cannot be known from it. ``notes`` are layers that were stored in another way
     than asked for, and why. ``profile`` are seconds and peaks by step, calibration text and
-    budget too (``Profile.as_dict``).
+    budget too (``Profile.as_dict``). ``tuned`` are the errors of tuned blocks before and after, by
+    path.
     """
 
     folder: Path
@@ -139,3 +151,4 @@ class Made:
     inherited: dict[str, Any] | None
     notes: tuple[str, ...] = ()
     profile: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlxquant.base.storage import save_arrays
 from mlxquant.quantise.storing import BlockResult
 
-_ENTRIES = ("plain", "layers", "replicas", "errors")
+_ENTRIES = ("plain", "layers", "replicas", "errors", "tuned")
 
 
 def write_result(file: Path, path: str, result: BlockResult) -> None:

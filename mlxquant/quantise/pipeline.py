@@ -35,6 +35,7 @@ from mlxquant.quantise.assembly import (
     turn_of,
 )
 from mlxquant.quantise.assignment import assign
+from mlxquant.quantise.block_tuning import BlockTuner, Call, summary
 from mlxquant.quantise.blocks import Context, quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.gptq import CORRECTION
@@ -63,6 +64,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     does not fit, and what ``resolve`` raises.
     """
     job, output = job or Job(), Path(output)
+    job = job.changed(tune_steps=job.tuning.steps)
     with step("opening"):
         folder = resolve(name, revision=revision)
         network, config = open_lazily(folder)
@@ -123,8 +125,10 @@ class Run:
         partial, profile = working_folder(self.output, self._identity(), record), current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
+        tuner = self._tuner(plans, progress)
         work = _Work(network, blocks, plans, files, turn_of(config, job),
-                     self._context(network, blocks))
+                     self._context(network, blocks, tuner is not None), tuner,
+                     job.propagation == "float")
         body = Body()
         with _unchanged(self.folder, source, partial) as check:
             for done, (index, result) in enumerate(self._results(work), 1):
@@ -133,14 +137,16 @@ class Run:
                 check()
                 profile.write(partial / checkpoint.MAKING)
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
-            notes = [note for plan in plans for note in plan.notes]
+            tuned, left = summary(body.tuned)
+            record |= {"tuned_blocks": tuned} if tuned else {}
+            notes = [note for plan in plans for note in plan.notes] + left
             with step("writing"):
                 config = self._write(work, body, record | ({"notes": notes} if notes else {}),
                                      check)
         shutil.rmtree(partial)
         return Made(self.output, time.perf_counter() - start, profile.peak_memory,
                     body.output_error(), config.get("mlxquant_import"), tuple(notes),
-                    profile.as_dict())
+                    profile.as_dict(), tuned)
 
     def _write(self, work: "_Work", body: Body, record: dict[str, Any],
                check: Callable[[], None]) -> dict[str, Any]:
@@ -173,17 +179,24 @@ class Run:
         job = replace(self.job, text=Text(), target=None)
         return identity(self.folder, repr(job), self.tokens.digest, __version__)
 
-    def _context(self, network: nn.Module, blocks: list[Block]) -> Context:
+    def _tuner(self, plans: list[Plan], progress: Progress) -> BlockTuner | None:
+        """What trains the blocks, where there is text and any is to be trained."""
+        job = self.job
+        wanted = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
+        return BlockTuner(job, lambda done, steps, error: progress(
+            done, steps, error, "tuning")) if wanted else None
+
+    def _context(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Context:
         job = self.job
         correction = CORRECTION if job.propagation == "corrected" else 0.0
         return Context(Settings(stored_dtype(blocks[0]), correction, job.activation, job.alpha),
                        {path: group for group in find_siblings(network) for path in group.paths},
-                       job.seed)
+                       job.seed, tuned)
 
     def _results(self, work: "_Work") -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:
             return work.rounded()
-        if self.job.propagation == "float":
+        if work.floats and work.tuner is None:
             return work.on_float(self.folder, self.tokens)
         return work.on_quantised(self.tokens)
 
@@ -191,7 +204,8 @@ class Run:
 @dataclass
 class _Work:
     """The blocks under way: what is asked of each, where its result is kept, how the residual
-    stream is turned, and what is the same for all."""
+    stream is turned, what is the same for all, what trains them, and whether they are calibrated on
+    what the float model gives them."""
 
     network: nn.Module
     blocks: list[Block]
@@ -199,6 +213,8 @@ class _Work:
     files: list[Path]
     turn: mx.array | None
     context: Context
+    tuner: BlockTuner | None = None
+    floats: bool = False
 
     def rounded(self) -> Iterator[tuple[int, BlockResult]]:
         """The result of every block, by its weights alone: the network does not run."""
@@ -216,24 +232,27 @@ class _Work:
         """The result of every block, each calibrated on what the quantised blocks before give it,
         and with a correction beside what the float ones would."""
         corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
-        for visit in visits(self.network, self.blocks, tokens, quantised=True, floats=corrected,
-                            turn=self.turn):
+        for visit in visits(self.network, self.blocks, tokens, quantised=True,
+                            floats=corrected or self.tuner is not None, turn=self.turn):
             index, block = visit.index, self.blocks[visit.index]
             first, idle = index not in seen, self.files[index].exists()
             watch = Watch(dense_block(block, self.turn) if first else block.module)
+            calls = list[Call]()
             for task, beside in zip_longest(visit.quantised, visit.floats):
                 target = None
                 if beside is not None:
                     with step("float pass"):
                         output, target = watch.run(beside.stand.run)
+                        calls += [Call(task.stand, output)] if self.tuner and first else []
                         beside.go_on(output)
                 if first and not idle:
                     with step("observing"):
-                        watch.take(watch.run(task.stand.run)[1], target)
+                        inputs = target if self.floats else watch.run(task.stand.run)[1]
+                        watch.take(inputs or {}, target if corrected else None)
             if first:
                 seen[index] = watch.seen
             if not visit.left:  # a block that is called again stays as it was until its last call
-                result = self._result(index, seen[index])
+                result = self._result(index, seen[index], calls)
                 rebuild(block.module, result)
             with step("quantised pass"):
                 for task in visit.quantised:
@@ -244,12 +263,16 @@ class _Work:
             if index not in seen:  # no text reaches it
                 yield index, self._result(index, Watch(dense_block(self.blocks[index])).seen)
 
-    def _result(self, index: int, seen: Observation | None) -> BlockResult:
+    def _result(self, index: int, seen: Observation | None,
+                calls: list[Call] | None = None) -> BlockResult:
         """A block's result from its file, or made and put there."""
         block, file = self.blocks[index], self.files[index]
         if file.exists() or seen is None:
             return read_result(file, block.path)
         result = quantise_block(block, self.plans[index], seen, self.context)
+        if self.tuner is not None and calls is not None:
+            with step("tuning"):
+                self.tuner.tune(block, self.plans[index], result, calls)
         with step("writing"):
             write_result(file, block.path, result)
         return result

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlxquant.base.errors import BadValue
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.sweep import Sweep
 
@@ -19,3 +20,23 @@ class Settings:
     activation: ActivationSpec | None = None
     alpha: float | None = None
     sweep: Sweep | None = None
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """Whether each block is trained towards the float block's output (``block_tuning.py``), and in
+    how many steps: by default those with layers below 4 bits, in 320 steps on a GPU, in 48 without
+    one. Raises ``BadValue``."""
+
+    tune_blocks: bool | None = None
+    tune_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tune_steps is not None and (type(self.tune_steps) is not int
+                                            or self.tune_steps < 1):
+            raise BadValue(f"tune_steps is {self.tune_steps!r}, allowed is a whole number of at "
+                           "least 1")
+
+    @property
+    def steps(self) -> int:
+        return self.tune_steps or (320 if mx.default_device() == mx.gpu else 48)

@@ -66,6 +66,8 @@ class Training:
 
         def step(*data: mx.array) -> mx.array:
             value, gradients = mx.value_and_grad(loss)(state.moved, *data)
+            # The length of a vector of zeros has no derivative: what comes by way of it stays.
+            gradients = {path: mx.nan_to_num(g, 0, 0, 0) for path, g in gradients.items()}
             state.moved.update(state.optimizer.apply_gradients(gradients, state.moved))
             return value
 

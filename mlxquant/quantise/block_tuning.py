@@ -1,0 +1,182 @@
+"""Train a block's scales, norms and codes until it gives what the float block would.
+
+As in BRECQ (Li et al. 2021, https://arxiv.org/abs/2102.05426), OmniQuant (Shao et al. 2023,
+https://arxiv.org/abs/2308.13137) and the first phase of EfficientQAT (Chen et al. 2024,
+https://arxiv.org/abs/2407.11062) one block after the other is trained on the calibration text, so
+that memory holds one block and its optimiser. The block reads what the quantised blocks before it
+give and aims at the output of the float block behind float ones: so it also makes up for what those
+before it did wrong. A code starts as far from the middle of its cell as the float weight is, and
+may end in another cell.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.utils import dequantize_model
+
+from mlxquant.base.errors import MlxquantError
+from mlxquant.layers.blocks import Block
+from mlxquant.layers.traffic import leaf_modules, weight_count
+from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.machine.memory import memory_limit
+from mlxquant.quantise.blocks import restore
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.plans import Plan
+from mlxquant.quantise.storing import BlockResult
+from mlxquant.quantise.training import Training
+from mlxquant.quantise.walk import Halt
+
+RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels
+_CHECKS = 8
+_HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
+_BYTES = 32  # a weight: u, two moments, gradient, best state, start, the matrix and its gradient
+Report = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch's call of a block behind quantised blocks, and what the float block returned for
+    the same batch behind float blocks."""
+
+    halt: Halt
+    wanted: Any
+
+    def arrays(self) -> list[mx.array]:
+        """All arrays of the arguments, then those of the outputs to meet."""
+        return [*_arrays((self.halt.args, self.halt.kwargs)), *_floats(self.wanted)]
+
+    def numbers(self) -> list[Any]:
+        """What else is in the arguments."""
+        leaves = tree_flatten((self.halt.args, self.halt.kwargs))
+        return [None if isinstance(leaf, mx.array) else leaf for _, leaf in leaves]
+
+    def error(self, *data: mx.array) -> mx.array:
+        """The mean over tokens of ‖y − ŷ‖² / ‖y‖² for a call with ``data`` in place of this one's
+        ``arrays``. Each token counts alike, as it does to the norm that the next block begins with:
+        a few tokens are hundreds of times as large as all others."""
+        left = iter(data)
+        args, kwargs = tree_map(lambda leaf: next(left) if isinstance(leaf, mx.array) else leaf,
+                                (self.halt.args, self.halt.kwargs))
+        given, errors = _floats(self.halt.own(*args, **kwargs)), []
+        for y, wanted in zip(given, left, strict=True):
+            energy = mx.square(wanted).sum(-1)
+            floor = 1e-3 * energy.mean() + 1e-20
+            errors.append((mx.square(y - wanted).sum(-1) / (energy + floor)).mean())
+        return mx.stack(errors).mean()
+
+
+@dataclass(frozen=True)
+class BlockTuner:
+    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, error) of each."""
+
+    job: Job
+    report: Report
+
+    def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
+        """Train what ``result`` holds of a block, and note there what that gained, or why it cannot
+        be trained. The block's module keeps its structure."""
+        if not plan.specs or not self.job.tunes(plan.specs.values()):
+            return
+        weights = sum(weight_count(m) for _, m in leaf_modules(block.module))
+        reason = None
+        if not calls:
+            reason = "it is called more than once"
+        elif not block.path:
+            reason = "the network is one block"
+        elif _BYTES * weights > memory_limit():
+            reason = f"training takes {_BYTES * weights / 1e9:.1f} GB"
+        else:
+            try:
+                self._train(block, result, calls)
+            except (MlxquantError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+        if reason is not None:
+            result.tuned = {"left": reason}
+
+    def _train(self, block: Block, result: BlockResult, calls: list[Call]) -> None:
+        with _as_stored(block.module, result):
+            parts = Parts(codes=CODES_RATE / RATE, experts=True, starts={
+                path: away.astype(mx.float32) / 256 for path, away in result.remainders.items()})
+            student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
+            dequantize_model(block.module)  # what else is quantised
+            training = self._training(student, calls)
+            random, order = np.random.default_rng(self.job.seed), list[int]()
+            used, _ = _apart(calls)
+            steps = self.job.tuning.steps
+            for step in range(1, steps + 1):
+                order = order or random.permutation(len(used)).tolist()
+                training.step(*used[order.pop()].arrays())
+                if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
+                    training.check()
+                    self.report(step, steps, training.state.best_loss)
+            state, tensors = training.state, student.tensors(training.state.best)
+            mx.eval(tensors)
+        if state.best_loss < state.first_loss:
+            result.tensors |= tensors
+        result.tuned = {"before": state.first_loss, "after": state.best_loss}
+
+    def _training(self, student: Trainable, calls: list[Call]) -> Training:
+        first, (_, held) = calls[0], _apart(calls)
+        numbers = first.numbers()
+        alike = all(type(n) in (type(None), str, int, float, bool) for n in numbers) and all(
+            call.numbers() == numbers for call in calls)
+        return Training(
+            student, lambda network, *data: first.error(*data),
+            lambda network: float(np.mean([call.error(*call.arrays()).item() for call in held])),
+            optim.cosine_decay(RATE, self.job.tuning.steps),
+            compiled=alike and mx.default_device() == mx.gpu)
+
+
+def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What tuning gained by block, for config.json, and a note for each reason to leave blocks."""
+    gains = {path: found for path, found in tuned.items() if "left" not in found}
+    left: dict[str, list[str]] = {}
+    for path, found in tuned.items():
+        if "left" in found:
+            left.setdefault(found["left"], []).append(path)
+    notes = [f"{len(paths)} blocks left untuned, {paths[0]} the first: {reason}"
+             for reason, paths in left.items()]
+    return gains, notes
+
+
+def _apart(calls: list[Call]) -> tuple[list[Call], list[Call]]:
+    """Those to train on and those to check with; one alone does both."""
+    held = max(1, len(calls) // _HELD_OUT)
+    return calls[:-held] or calls, calls[-held:]
+
+
+@contextmanager
+def _as_stored(module: nn.Module, result: BlockResult) -> Iterator[None]:
+    """The block with the layers of ``result`` in place of its dense ones, ready to be trained;
+    afterwards dense layers again, whose weights are no longer needed and gone."""
+    leaves, training = leaf_modules(module), module.training
+    for _, leaf in leaves:
+        if "weight" in leaf and leaf.weight.ndim > 1:
+            leaf.weight = mx.zeros(leaf.weight.shape)  # not computed, so it takes no memory
+    try:
+        restore(module, result).train()
+        yield
+    finally:
+        for path in result.replicas:
+            above, _, name = path.rpartition(".")
+            holder = dict(module.named_modules())[above]
+            if name in holder:
+                delattr(holder, name)
+        module.update_modules(tree_unflatten(leaves))
+        module.train(training)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def _floats(tree: Any) -> list[mx.array]:
+    return [array for array in _arrays(tree) if mx.issubdtype(array.dtype, mx.floating)]

@@ -1,0 +1,148 @@
+"""Blocks trained one by one: nearer to the original, never worse, the same in every run."""
+
+import json
+
+import commands
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import write
+from conftest import job
+
+import mlxquant  # first: it loads the BLAS before MLX
+from mlxquant.base.errors import BadValue
+from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.model.loading import load
+from mlxquant.quantise import block_tuning
+from mlxquant.quantise.job import Job
+
+TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 16, 250, 44]])
+KINDS = {
+    "replicas": dict(method="replica", bits=2, rotation="online", refine=0),
+    "grouped replicas": dict(method="replica", bits="ternary", replicas=2, replica_group=16,
+                             propagation="corrected", refine=0),
+    "groups": dict(method="gptq", bits=2, refine=0),
+    "rows": dict(method="gptq", bits=3, group_size=0, rotation="online", refine=0),
+    "awq": dict(method="awq", bits=2, propagation="float"),
+    "rounded": dict(method="rtn", bits=2),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
+                                            4000)
+    path.write_text(" ".join(words))
+    return str(path)
+
+
+def quantise(source, output, text, progress=lambda *_: None, **options):
+    asked = {"tune_blocks": True, "tune_steps": 24, "samples": 8, "length": 64} | options
+    return mlxquant.quantize(str(source), output, job(text, **asked), progress=progress)
+
+
+def record(folder):
+    return json.loads((folder / "config.json").read_text())["mlxquant_record"]
+
+
+def distance(folder, source):
+    tokens = mx.array([load(str(source)).tokenizer.encode("a cat sat on the mat and the cat ran")])
+    logits, wanted = (load(str(f)).network(tokens) for f in (folder, source))
+    return (mx.square(logits - wanted).mean() / mx.square(wanted).mean()).item()
+
+
+def same(folder, other):
+    return all((folder / file).read_bytes() == (other / file).read_bytes()
+               for file in ("model.safetensors", "config.json"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_comes_nearer_to_the_original(tmp_path, tiny_folder, text, kind):
+    made = quantise(tiny_folder, tmp_path / "tuned", text, **KINDS[kind])
+    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS[kind])
+    gains = record(tmp_path / "tuned")["tuned_blocks"]
+    assert list(gains) == ["model.layers.0", "model.layers.1"] and gains == made.tuned
+    assert all(gain["after"] < 0.95 * gain["before"] for gain in gains.values())
+    assert distance(tmp_path / "tuned", tiny_folder) < distance(tmp_path / "plain", tiny_folder)
+    assert "tuned_blocks" not in record(tmp_path / "plain")
+    sizes = [mlxquant.inspect(str(tmp_path / name)).bytes_per_token for name in ("tuned", "plain")]
+    assert sizes[0] == sizes[1]
+
+
+def test_codes_end_in_other_cells(tmp_path, tiny_folder, text):
+    quantise(tiny_folder, tmp_path / "tuned", text, **KINDS["replicas"])
+    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS["replicas"])
+    tuned, plain = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("tuned", "plain"))
+    assert tuned.keys() == plain.keys()
+    codes = [path for path in plain if path.endswith(".codes")]
+    assert any(not mx.array_equal(tuned[path], plain[path]) for path in codes)
+    assert all(tuned[path].dtype == plain[path].dtype for path in plain)
+
+
+def test_training_that_spoils_a_block_leaves_it_as_it_was(tmp_path, tiny_folder, text, monkeypatch):
+    monkeypatch.setattr(block_tuning, "RATE", 30.0)
+    made = quantise(tiny_folder, tmp_path / "tuned", text, **KINDS["groups"])
+    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS["groups"])
+    assert all(gain["after"] == gain["before"] for gain in made.tuned.values())
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("tuned", "plain")]
+    assert files[0] == files[1]
+
+
+def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder, text):
+    quantise(tiny_folder, tmp_path / "whole", text, **KINDS["grouped replicas"])
+    seen = []
+
+    def stop(done, total, value, stage):
+        seen.append(stage)
+        if stage == "tuning" and "quantising" in seen:  # amid the second block
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantise(tiny_folder, tmp_path / "again", text, progress=stop, **KINDS["grouped replicas"])
+    assert not (tmp_path / "again").exists()
+    resumed = []
+    quantise(tiny_folder, tmp_path / "again", text, **KINDS["grouped replicas"],
+             progress=lambda done, total, value, stage: resumed.append(stage))
+    assert resumed[0] == "quantising" and resumed.count("tuning") == 8
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("qwen3_moe", KINDS["replicas"]), ("gpt_oss", KINDS["groups"] | dict(group_size=32)),
+    ("gemma3n", KINDS["replicas"]), ("phixtral", KINDS["groups"] | dict(group_size=32)),
+    ("rwkv7", KINDS["replicas"]), ("deepseek_v3", KINDS["groups"] | dict(group_size=32)),
+])
+def test_blocks_of_any_signature_are_trained(tmp_path, text, name, options):
+    source = write(name, tmp_path / "source")
+    made = quantise(source, tmp_path / "tuned", text, tune_steps=8, length=32, **options)
+    assert len(made.tuned) == 4 and not any("untuned" in note for note in made.notes)
+    assert any(gain["after"] < gain["before"] for gain in made.tuned.values())
+    assert mx.isfinite(load(str(tmp_path / "tuned")).network(TOKENS)).all()
+
+
+def test_a_block_that_cannot_be_trained_is_noted_and_made(tmp_path, tiny_folder, text):
+    made = quantise(tiny_folder, tmp_path / "out", text, method="smoothquant", bits=8,
+                    activation=ActivationSpec())
+    assert not made.tuned and len(made.notes) == 1
+    assert made.notes[0].startswith("2 blocks left untuned, model.layers.0 the first: ")
+    assert "rounds activations" in made.notes[0] and record(tmp_path / "out")["notes"]
+
+
+@pytest.mark.parametrize("options, tuned", [
+    (dict(bits=3), True), (dict(bits=4), False), (dict(bits=2, method="rtn"), False),
+    (dict(bits=2, tune_blocks=False), False), (dict(bits=4, tune_blocks=True), True)])
+def test_by_default_blocks_below_4_bits_are_trained(tmp_path, tiny_folder, text, options, tuned):
+    asked = {"tune_blocks": None, "tune_steps": 1} | options
+    made = quantise(tiny_folder, tmp_path / "out", text, samples=2, length=16, refine=0, **asked)
+    assert bool(made.tuned) is tuned
+
+
+def test_the_command_says_what_it_gained(tmp_path, tiny_folder, text):
+    options = ["--bits", "2", "--data", text, "--samples", "4", "--sequence-length", "32"]
+    done = commands.run("quantize", str(tiny_folder), "-o", str(tmp_path / "out"), *options,
+                        "--tune-steps", "8")
+    assert "tuned: the outputs of 2 blocks are off the original's by " in done.stdout
+    assert "tuned: the outputs of 2 blocks" in commands.run("inspect", str(tmp_path / "out")).stdout
+    with pytest.raises(BadValue, match="tune_steps is 0"):
+        Job().changed(tune_steps=0)
