@@ -125,7 +125,7 @@ def test_a_block_that_cannot_be_trained_is_noted_and_made(tmp_path, tiny_folder,
     made = quantise(tiny_folder, tmp_path / "out", text, method="smoothquant", bits=8,
                     activation=ActivationSpec())
     assert not made.tuned and len(made.notes) == 1
-    assert made.notes[0].startswith("2 blocks left untuned, model.layers.0 the first: ")
+    assert made.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: ")
     assert "rounds activations" in made.notes[0] and record(tmp_path / "out")["notes"]
 
 

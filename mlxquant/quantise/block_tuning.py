@@ -31,13 +31,15 @@ from mlxquant.quantise.blocks import restore
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import Plan
 from mlxquant.quantise.storing import BlockResult
-from mlxquant.quantise.training import Training
+from mlxquant.quantise.training import State, Training
 from mlxquant.quantise.walk import Halt
 
 RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
 _BYTES = 32  # a weight: u, two moments, gradient, best state, start, the matrix and its gradient
+# What a block raises that MLX cannot trace, differentiate or hold.
+_UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
 Report = Callable[[int, int, float], None]
 
 
@@ -75,7 +77,7 @@ class Call:
 
 @dataclass(frozen=True)
 class BlockTuner:
-    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, error) of each."""
+    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, % of error) of each."""
 
     job: Job
     report: Report
@@ -96,7 +98,7 @@ class BlockTuner:
         else:
             try:
                 self._train(block, result, calls)
-            except (MlxquantError, RuntimeError, ValueError) as error:
+            except _UNTRAINABLE as error:
                 reason = str(error).splitlines()[0]
         if reason is not None:
             result.tuned = {"left": reason}
@@ -107,32 +109,31 @@ class BlockTuner:
                 path: away.astype(mx.float32) / 256 for path, away in result.remainders.items()})
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
-            training = self._training(student, calls)
-            random, order = np.random.default_rng(self.job.seed), list[int]()
-            used, _ = _apart(calls)
-            steps = self.job.tuning.steps
-            for step in range(1, steps + 1):
-                order = order or random.permutation(len(used)).tolist()
-                training.step(*used[order.pop()].arrays())
-                if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
-                    training.check()
-                    self.report(step, steps, training.state.best_loss)
-            state, tensors = training.state, student.tensors(training.state.best)
+            state = self._best(student, calls)
+            tensors = student.tensors(state.best)
             mx.eval(tensors)
         if state.best_loss < state.first_loss:
             result.tensors |= tensors
         result.tuned = {"before": state.first_loss, "after": state.best_loss}
 
-    def _training(self, student: Trainable, calls: list[Call]) -> Training:
-        first, (_, held) = calls[0], _apart(calls)
-        numbers = first.numbers()
-        alike = all(type(n) in (type(None), str, int, float, bool) for n in numbers) and all(
-            call.numbers() == numbers for call in calls)
-        return Training(
-            student, lambda network, *data: first.error(*data),
-            lambda network: float(np.mean([call.error(*call.arrays()).item() for call in held])),
-            optim.cosine_decay(RATE, self.job.tuning.steps),
-            compiled=alike and mx.default_device() == mx.gpu)
+    def _best(self, student: Trainable, calls: list[Call]) -> State:
+        """Train on the calls in random order, again and again; the state where that ends."""
+        held = max(1, len(calls) // _HELD_OUT)
+        used, held_out, steps = calls[:-held] or calls, calls[-held:], self.job.tuning.steps
+        random, order = np.random.default_rng(self.job.seed), list[int]()
+        call = calls[0]  # the one at hand; to a compiled step all are this one with other arrays
+        training = Training(
+            student, lambda network, *data: call.error(*data),
+            lambda network: float(np.mean([c.error(*c.arrays()).item() for c in held_out])),
+            optim.cosine_decay(RATE, steps), mx.default_device() == mx.gpu and _alike(calls))
+        for step in range(1, steps + 1):
+            order = order or random.permutation(len(used)).tolist()
+            call = used[order.pop()]
+            training.step(*call.arrays())
+            if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
+                training.check()
+                self.report(step, steps, 100 * training.state.best_loss)
+        return training.state
 
 
 def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -142,15 +143,17 @@ def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
     for path, found in tuned.items():
         if "left" in found:
             left.setdefault(found["left"], []).append(path)
-    notes = [f"{len(paths)} blocks left untuned, {paths[0]} the first: {reason}"
+    notes = [f"{len(paths)} of {len(tuned)} blocks left untuned"
+             + f", {paths[0]} the first" * bool(paths[0]) + f": {reason}"
              for reason, paths in left.items()]
     return gains, notes
 
 
-def _apart(calls: list[Call]) -> tuple[list[Call], list[Call]]:
-    """Those to train on and those to check with; one alone does both."""
-    held = max(1, len(calls) // _HELD_OUT)
-    return calls[:-held] or calls, calls[-held:]
+def _alike(calls: list[Call]) -> bool:
+    """Whether calls differ in arrays alone, which a compiled step is handed."""
+    numbers = calls[0].numbers()
+    return all(isinstance(n, (type(None), str, int, float)) for n in numbers) and all(
+        call.numbers() == numbers for call in calls)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ Progress = Callable[[int, int, float, str], None]
 
 def silent(done: int, total: int, seconds: float, stage: str) -> None:
     """A ``Progress`` that tells nobody: blocks done, of how many, seconds so far, and in which
-    stage ("weighing" or "quantising"); or steps done on a block, of how many, its error so far, and
+    stage ("weighing" or "quantising"); or steps done on a block, of how many, its error in %, and
     "tuning"."""
 
 
