@@ -18,7 +18,12 @@ from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
-from mlxquant.layers.unpacked import MovingReplica, UnpackedAffine, UnpackedExperts
+from mlxquant.layers.unpacked import (
+    AffineCodes,
+    MovingReplica,
+    UnpackedAffine,
+    UnpackedExperts,
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def _trained(network: nn.Module, parts: Parts
     root mean square; of a gate, which starts at 0, one."""
     base, size = {}, {}
     for path, module in network.named_modules():
-        if isinstance(module, UnpackedAffine):
+        if isinstance(module, AffineCodes):
             names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
         elif isinstance(module, (Replicated, MovingReplica)):
             names = {"replica_out": _rms(module.replica_out, -2)}

@@ -73,12 +73,9 @@ class MovingReplica(MovableCodes):
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
-class UnpackedAffine(MovableCodes):
-    """y = x Wᵀ with W = scale·q + bias by groups of inputs; differentiable by scales and biases.
-
-    Takes the place of a ``QuantizedLinear`` or ``GroupedLinear``; other parameters than the codes
-    keep their names.
-    """
+class AffineCodes(MovableCodes):
+    """W = scale·q + bias by groups of inputs, differentiable by scales and biases, of a layer whose
+    other parameters than the codes keep their names."""
 
     def __init__(self, layer: nn.Module, start: mx.array | None = None):
         grouped = isinstance(layer, GroupedLinear)
@@ -100,12 +97,16 @@ class UnpackedAffine(MovableCodes):
         scales, biases = (a.astype(dtype)[..., None] for a in (self.scales, self.biases))
         return (scales * levels.reshape(*self.scales.shape, -1) + biases).reshape(levels.shape)
 
+
+class UnpackedAffine(AffineCodes):
+    """y = x Wᵀ + bias, in the place of a ``QuantizedLinear`` or ``GroupedLinear``."""
+
     def __call__(self, x: mx.array) -> mx.array:
         y = x @ self.dense(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
-class UnpackedExperts(UnpackedAffine):
+class UnpackedExperts(AffineCodes):
     """The same for a stack of experts, in the place of mlx-lm's ``QuantizedSwitchLinear``."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
