@@ -104,7 +104,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder,
     resumed = []
     quantise(tiny_folder, tmp_path / "again", text, **KINDS["grouped replicas"],
              progress=lambda done, total, value, stage: resumed.append(stage))
-    assert resumed[0] == "quantising" and resumed.count("tuning") == 8
+    assert resumed[0] == "quantising" and resumed.count("tuning") == 9
     assert same(tmp_path / "whole", tmp_path / "again")
 
 

@@ -3,6 +3,7 @@
 What a verb needs is imported when it runs, so that the help is quick.
 """
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,12 +107,15 @@ def quantize(
     _warn_of_slow_replicas(spec)
     titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
               "tuning": "tuning the block, % error left:"}
-    paces = {stage: Pace() for stage in titles}
+    paces, began = {stage: Pace() for stage in titles}, time.monotonic()
     with progress(titles["quantising"]) as advance:
 
         def tell(done: int, total: int, seconds: float, stage: str) -> None:
-            if stage == "tuning":  # of one block, and what it tells are no seconds
-                advance(done, total, seconds, titles[stage])
+            nonlocal began
+            if stage == "tuning":  # steps of one block, and no seconds but its error
+                began = time.monotonic() if not done else began
+                left = (time.monotonic() - began) * (total - done) / done if done else None
+                advance(done, total, seconds, titles[stage], left)
                 return
             left = paces[stage].left(done, total, seconds)
             advance(done, total, seconds, titles[stage], left)

@@ -126,6 +126,7 @@ class BlockTuner:
             student, lambda network, *data: call.error(*data),
             lambda network: float(np.mean([c.error(*c.arrays()).item() for c in held_out])),
             optim.cosine_decay(RATE, steps), mx.default_device() == mx.gpu and _alike(calls))
+        self.report(0, steps, 100 * training.state.first_loss)
         for step in range(1, steps + 1):
             order = order or random.permutation(len(used)).tolist()
             call = used[order.pop()]
