@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from conftest import job, write_folder
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -22,6 +23,10 @@ METHODS = {
     "awq": dict(method="awq", bits=8, group_size=32),
     "replica": dict(method="replica", bits=4, replicas=2, rotation="online", refine=0),
 }
+# One of each kind of trouble: sliced lists of blocks, wrappers, tuples, siblings under different
+# parents, experts in stacks and in lists, recurrent states, matrices by head, shared caches.
+FEW = ("qwen3_moe", "gpt_oss", "gemma3", "gemma4", "cohere", "dbrx", "mamba", "qwen3_next",
+       "deepseek_v3", "falcon_h1", "gemma3n", "rwkv7", "phixtral", "iquestloopcoder")
 # What cannot be made, and why.
 REFUSED = {
     "prism_hadamard_qwen35": "its layers are packed and rotated already: mlx-lm loads 2 bits in "
@@ -91,3 +96,8 @@ def distance(a: mx.array, b: mx.array) -> float:
     """‖a − b‖² / ‖b‖²; 0 where both are zero everywhere."""
     error, size = mx.square(a - b).sum().item(), mx.square(b).sum().item()
     return error / size if size else error
+
+
+def slow_unless(few: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """Marks of a row that only ``make test-all`` runs, unless it is one of a few."""
+    return () if few else (pytest.mark.slow,)

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import pytest
-from architectures import CONFIGURATIONS, METHODS, REFUSED, attempt, write
+from architectures import CONFIGURATIONS, FEW, METHODS, REFUSED, attempt, slow_unless, write
 
 from mlxquant import MlxquantError
 
-# One of each kind of trouble: sliced lists of blocks, wrappers, tuples, siblings under different
-# parents, experts in stacks and in lists, recurrent states, matrices by head, shared caches.
-FEW = ("qwen3_moe", "gpt_oss", "gemma3", "gemma4", "cohere", "dbrx", "mamba", "qwen3_next",
-       "deepseek_v3", "falcon_h1", "gemma3n", "rwkv7", "phixtral", "iquestloopcoder")
-ROWS = [pytest.param(name, method,
-                     marks=() if name in FEW and method != "awq" else pytest.mark.slow)
+# GPTQ's statistics are the replicas' too: it runs where experts, tuples and states are its own.
+GPTQ = ("qwen3_moe", "gemma4", "mamba", "falcon_h1", "iquestloopcoder")
+REPLICA = set(FEW) - {"qwen3_moe", "gpt_oss"}  # test_experts.py chats with those two
+QUICK = {"rtn": FEW, "gptq": GPTQ, "awq": (), "replica": REPLICA}
+ROWS = [pytest.param(name, method, marks=slow_unless(name in QUICK[method]))
         for name in CONFIGURATIONS if name not in REFUSED for method in METHODS]
 
 

@@ -65,7 +65,8 @@ def test_each_template_is_compiled_once(emulation, tmp_path):
 
 
 @pytest.mark.parametrize("correct, wrong, complaint, says", [
-    ("if (row >= sizes[0]) return;", "", OutOfBounds, r"thread \(20\d\d, 0, 0\).* past the end of `"),
+    ("if (row >= sizes[0]) return;", "", OutOfBounds,
+     r"thread \(20\d\d, 0, 0\).* past the end of `"),
     ("= wanted[at];", "= wanted[at - 1];", OutOfBounds, "4 bytes before `wanted`"),
     ("= wanted[at];", "= wanted[at + 1];", OutOfBounds,
      r"thread \(20\d\d, 0, 0\).* 0 bytes past the end of `wanted`"),

@@ -152,8 +152,8 @@ def test_a_group_that_most_layers_cannot_take_is_no_form():
 
 
 def test_a_stored_form_is_a_row_of_its_own():
-    config = LLAMA | {"quantization": {"group_size": 32, "bits": 4,
-                                       "lm_head": {"group_size": 32, "bits": 8}}}
+    form = {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 8}}
+    config = LLAMA | {"num_hidden_layers": 2, "quantization": form}
     found = plan.plan("x", config=config, chip="M4 Max", context=100)
     stored = next(r for r in found.rows if r.method == "as stored")
     assert stored.bits_per_weight == 5.0 and (stored.bits, stored.group) == (4, 32)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from architectures import CONFIGURATIONS
+from architectures import CONFIGURATIONS, FEW, REFUSED, slow_unless
 from conftest import job
 
 from mlxquant import MlxquantError
@@ -75,12 +75,14 @@ def test_the_form_that_openai_publishes_is_known():
     assert held_bytes(network) == pytest.approx(13.76e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=slow_unless(name in FEW or name in REFUSED))
+    for name in CONFIGURATIONS])
 def test_every_architecture_is_planned_for(monkeypatch, name):
     monkeypatch.setattr(plan, "AFFINE", ((4, 64),))
     monkeypatch.setattr(plan, "REPLICATED", ((2, 2, 0),))
     config = CONFIGURATIONS[name]
-    if name == "prism_hadamard_qwen35":  # has one form, and no original to plan from
+    if name in REFUSED:  # it has one form, and no original to plan from
         with pytest.raises(MlxquantError, match="Hadamard packs require 2-bit"):
             plan.plan("x", config=config, chip="M1", context=64)
         return

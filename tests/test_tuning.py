@@ -75,8 +75,9 @@ def test_it_predicts_more_like_the_teacher_and_keeps_its_codes(places, tuned, na
             assert mx.array_equal(array, after[path])
 
 
-@pytest.mark.parametrize("name, stored", [("replica", ".codes"), ("affine", ".weight"),
-                                          ("rows", ".codes")])
+@pytest.mark.parametrize("name, stored", [
+    ("replica", ".codes"), ("affine", ".weight"),
+    pytest.param("rows", ".codes", marks=pytest.mark.slow)])
 def test_codes_move_where_they_are_let_to(places, tuned, tmp_path, name, stored):
     still, _ = tuned(name)
     result = run(places, name, tmp_path / "out", codes=0.15)
