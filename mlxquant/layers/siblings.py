@@ -133,9 +133,10 @@ class _Graph:
         read = next(name for name in node.inputs if name != mark)
         if path in self.norms:
             self.norms[path].append(_Call(read, output, node.number))
-        else:  # marked through a slice of what it reads
-            part = self.makers[read]
-            call = _Call(part.inputs[0], output, part.number)
+        else:  # marked through a slice of what it reads, unless that has one column
+            part = self.makers.get(read)
+            call = _Call(part.inputs[0], output, part.number) if part and part.name == "Slice" \
+                else _Call(read, output, node.number)
             self.linears.setdefault(path, []).append(call)
             self.layers[output] = path
         del self.makers[output]  # nothing is to look into a layer
