@@ -22,10 +22,8 @@ _KEYS = {"format", "model", "weights", "system", "sampling", "max_tokens", "mess
 
 
 def save(conversation: Conversation, path: Path) -> list[Path]:
-    """Write a conversation and return the files made, each in one step; keys and values are large.
-
-    Raises ``MlxquantError`` where they cannot be written.
-    """
+    """Write a conversation, each file in one step, and return the files; keys and values are
+    large. Raises ``MlxquantError`` where they cannot be written."""
     path = _with_ending(path)
     write_json(path, {
         "format": FORMAT, "model": conversation.model.name,

@@ -28,10 +28,8 @@ Load = Callable[[str], LanguageModel]
 
 
 class Session:
-    """A conversation and what is around it: the screen, attached files, the model's loader.
-
-    ``draft`` is what the next prompt begins with; ``over`` ends the sitting.
-    """
+    """A conversation and what is around it: the screen, attached files, the model's loader;
+    ``draft`` is what the next prompt begins with, ``over`` ends the sitting."""
 
     def __init__(self, conversation: Conversation, load: Load = loading.load):
         self.conversation = conversation

@@ -16,11 +16,8 @@ Completions = Mapping[str, Callable[[], list[str]] | None]
 
 
 def reader(completions: Completions, status: Callable[[int], str]) -> Read:
-    """A function that reads one message.
-
-    ``completions`` gives, by a command's name, the words that may follow it, or None for
-    paths. ``status`` gives the line under the prompt for a width.
-    """
+    """A function that reads one message; ``status`` gives the line under the prompt for a width,
+    ``completions``, by a command's name, the words that may follow it, or None for paths."""
     return _editor(completions, status) if sys.stdin.isatty() else _lines
 
 

@@ -23,23 +23,17 @@ _TOKENS = "tokens"
 
 @dataclass
 class PromptCache:
-    """Keys and values of a conversation, kept between calls.
-
-    Give the same object to successive calls: only the tokens after the longest
-    prefix shared with the last call are processed again. ``draft_layers`` are
-    those of the draft model, where one guesses ahead.
-    """
+    """Keys and values of a conversation: where successive calls get the same object, only what
+    follows the longest prefix shared with the last call is processed. ``draft_layers`` are those
+    of a draft model."""
 
     tokens: list[int] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
     draft_layers: list[Any] = field(default_factory=list)
 
     def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None) -> int:
-        """Trim to what ``prompt`` shares with the held tokens; returns how many remain.
-
-        At least one prompt token is left to process. A cache that cannot be
-        trimmed (a sliding window that has wrapped) is started afresh.
-        """
+        """Trim to what ``prompt``, but for its last token, shares with the held tokens; returns how
+        many remain. What cannot be trimmed (a window that has wrapped) is started afresh."""
         if draft is None:
             self.draft_layers = []
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
@@ -68,10 +62,8 @@ class PromptCache:
 
     @classmethod
     def load(cls, path: Path) -> "PromptCache":
-        """Read what ``save`` wrote; raises ``BadCheckpoint`` for anything else.
-
-        It fits the model it was made with, and no other; only the caller can know.
-        """
+        """Read what ``save`` wrote, which fits the model it was made with and no other; raises
+        ``BadCheckpoint`` for anything else."""
         try:
             layers, metadata = load_prompt_cache(str(path), return_metadata=True)
             tokens = [int(token) for token in metadata[_TOKENS].split()]
@@ -93,8 +85,7 @@ class PromptCaches:
         self._held: list[PromptCache] = []
 
     def nearest(self, prompt: list[int]) -> PromptCache:
-        """A copy of what shares most with ``prompt`` and can be cut back to that; else an empty
-        one."""
+        """A copy of what shares most with ``prompt`` and can be cut back to that, or nothing."""
         best, most = None, 0
         for known in self._held:
             shared = min(common_prefix_len(known.tokens, prompt), len(prompt) - 1)
@@ -118,10 +109,8 @@ class PromptCaches:
 
 
 def takes_back(layers: list[Any]) -> bool:
-    """Whether tokens can be taken back at any length, as guessing ahead needs.
-
-    A sliding window cannot once it has wrapped, nor can a recurrent state.
-    """
+    """Whether tokens can be taken back at any length, as guessing ahead needs; a sliding window
+    that has wrapped cannot, nor can a recurrent state."""
     return can_trim_prompt_cache(layers) and not any(hasattr(layer, "max_size") for layer in layers)
 
 

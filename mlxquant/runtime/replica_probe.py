@@ -41,31 +41,23 @@ def measure_replicas(ceiling_gb_per_s: float,
     groups: dict[str, dict[str, int | None] | None] = {}
     timings: list[dict[str, Any]] = []
     slow = []
-    for done, bits in enumerate(REPLICA_WIDTHS):
-        found, (largest[str(bits)], groups[str(bits)]) = _search_width(
-            bits, _LEAST_SHARE * ceiling_gb_per_s, partial(progress, done, len(REPLICA_WIDTHS)))
-        if largest[str(bits)] is None:
-            slow.append(f"{bits} ({found[0]['gb_per_s']:.0f} GB/s)")
-        timings += found
+
+    def timed(bits: Width, replicas: int, group: int) -> float:
+        timings.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
+        progress(len(largest), len(REPLICA_WIDTHS), timings[-1]["microseconds"])
+        return float(timings[-1]["microseconds"])
+
+    for bits in REPLICA_WIDTHS:
+        one, rate, width = timed(bits, 1, 0), timings[-1]["gb_per_s"], str(bits)
+        if rate < _LEAST_SHARE * ceiling_gb_per_s:
+            largest[width] = groups[width] = None
+            slow.append(f"{width} ({rate:.0f} GB/s)")
+        else:
+            largest[width], groups[width] = search(one, partial(timed, bits))
     reason = (f"one replica reads less than {100 * _LEAST_SHARE:.0f} % of {ceiling_gb_per_s:.0f} "
               f"GB/s at {', '.join(slow)} bits: there it is not reading that takes the time"
               ) if slow else None
     return ReplicaLimits(reason, largest, groups, timings)
-
-
-def _search_width(bits: Width, least_gb_per_s: float, tell: Callable[[float], None]
-                  ) -> tuple[list[dict[str, Any]], Any]:
-    """The timings of one width, and its limits, (None, None) where one replica reads slower than
-    ``least_gb_per_s``."""
-    found: list[dict[str, Any]] = []
-
-    def timer(replicas: int, group: int) -> float:
-        found.append(time_layers(ReplicaShape(bits, replicas, group), _SHAPE))
-        tell(found[-1]["microseconds"])
-        return float(found[-1]["microseconds"])
-
-    one = timer(1, 0)
-    return found, search(one, timer) if found[0]["gb_per_s"] >= least_gb_per_s else (None, None)
 
 
 def time_layers(shape: ReplicaShape, size: tuple[int, int],

@@ -23,11 +23,8 @@ class Part:
 
 
 class Splitter:
-    """Sorts a reply, as it comes, into answer, reasoning and tool calls.
-
-    Markers are the tokenizer's, or ``<think>`` where it names none. ``prompt`` tells
-    whether the template has already opened the reasoning.
-    """
+    """Sorts a reply, as it comes, into answer, reasoning and tool calls, by the tokenizer's markers
+    or ``<think>``; ``prompt`` tells whether the template has already opened the reasoning."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
         known = (tokenizer.has_thinking or tokenizer.has_tool_calling

@@ -19,9 +19,9 @@ def serve(model: LanguageModel, options: Options | None = None,
           ready: Callable[[str], None] | None = None) -> None:
     """Answer requests until Ctrl-C; ``ready`` is told the address once it can be called.
 
-    Raises ``MlxquantError`` where the address cannot be taken, ``Unsupported`` for keys and
-    values or guesses that the model cannot do, and ``MlxquantError`` where computing has
-    failed for good. On several machines the first one listens, and all others compute with it.
+    On several machines the first one listens, and all others compute with it. Raises
+    ``MlxquantError`` where the address cannot be taken or computing has failed for good, and
+    what ``Loop.check`` does.
     """
     options = options or Options()
     options.loop.check(model, PromptCache())
