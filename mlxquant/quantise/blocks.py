@@ -35,6 +35,7 @@ from mlxquant.quantise.storing import (
     store_stack,
 )
 from mlxquant.quantise.sweep import Sweep
+from mlxquant.quantise.walk import release
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
 _MEASURED = 2e10  # rows · columns²: above it, measuring would take longer than rounding
@@ -363,4 +364,10 @@ def restore(block: nn.Module, result: BlockResult) -> nn.Module:
 @step("rebuilding")
 def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
     """Load a result into ``block``, which then computes in float32 what the checkpoint will."""
-    return to_dense(restore(block, result))
+    before = [module for _, module in leaf_modules(block)]
+    restore(block, result)
+    held = {id(module) for _, module in leaf_modules(block)}
+    for module in before:  # what was replaced may be held by others, such as those that watched it
+        if id(module) not in held:
+            release(module)
+    return to_dense(block)
