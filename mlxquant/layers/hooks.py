@@ -20,17 +20,21 @@ def intercepted(modules: Iterable[nn.Module], through: Through) -> Iterator[None
     blocks.
     """
     originals = {id(module): (module, type(module)) for module in modules}
+    lead = [through]
     try:
         for module, own_class in originals.values():
-            module.__class__ = _led(own_class, through)
+            module.__class__ = _led(own_class, lead)
         yield
     finally:
         for module, own_class in originals.values():
             module.__class__ = own_class
+        # A class refers to itself and so stays until Python looks for such circles: what the
+        # function holds, all inputs of a block perhaps, must not stay with it.
+        lead.clear()
 
 
-def _led(own_class: type, through: Through) -> type:
+def _led(own_class: type, lead: list[Through]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return through(self, partial(own_class.__call__, self), args, kwargs)
+        return lead[0](self, partial(own_class.__call__, self), args, kwargs)
 
     return type(own_class.__name__, (own_class,), {"__call__": call})
