@@ -6,6 +6,7 @@ import shutil
 
 import architectures
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import CONFIG, job, random_network, write_folder
@@ -15,7 +16,7 @@ import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
-from mlxquant.quantise import assignment, awq, pipeline, walk
+from mlxquant.quantise import assignment, awq, observe, pipeline, walk
 from mlxquant.quantise.budget import choose
 from mlxquant.quantise.job import PROPAGATIONS, Target, silent
 from mlxquant.quantise.methods import METHODS, Method
@@ -143,6 +144,19 @@ def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, pr
     assert not (tmp_path / "killed.partial").exists()
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_the_inputs_of_a_block_are_let_go_when_it_has_run():
+    layer, x = nn.Linear(1 << 10, 4), mx.zeros((1 << 10, 1 << 10))
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        for _ in range(8):
+            mx.eval(observe.Watch(layer).run(lambda: layer(x + 1))[0])
+        assert mx.get_active_memory() - before < 2 * x.nbytes
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
