@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_to_identical_bytes(tmp_path, tiny_folder, text, pr
 
 
 def test_the_inputs_of_a_block_are_let_go_when_it_has_run():
-    layer, x = nn.Linear(1 << 10, 4), mx.zeros((1 << 10, 1 << 10))
+    layer, x = nn.Sequential(nn.Linear(1 << 10, 4)), mx.zeros((1 << 10, 1 << 10))
     gc.collect()
     gc.disable()
     try:
