@@ -49,9 +49,10 @@ from mlxquant.sources.names import resolve
 
 SHAPES = {"tiny": "tiny", "0.1b": "smollm2-135m", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b",
           "8b": "llama-3.1-8b", "mixture": "qwen3-30b-a3b"}
-REPLICA = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"),
-              propagation="corrected")
-OURS = {"replica": REPLICA, "gptq": Job(Spec(bits=4, method="gptq")),
+TUNED = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"),
+            propagation="corrected")
+REPLICA = TUNED.changed(tune_blocks=False)
+OURS = {"replica": REPLICA, "tuned": TUNED, "gptq": Job(Spec(bits=4, method="gptq")),
         "rtn": Job(Spec(bits=4, method="rtn")),
         "budget": REPLICA.changed(target=Target(bits_per_weight=2.4))}
 THEIRS = ("mlx-gptq", "mlx-rtn")  # 4 bits in groups of 64, like ours
