@@ -4,6 +4,7 @@ What a verb needs is imported when it runs, so that the help is quick.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +13,15 @@ from typer import Argument, Option
 from mlxquant.base.errors import BadValue, ModelNotFound
 from mlxquant.base.text import clean
 from mlxquant.cli import options as option
-from mlxquant.cli.common import app, print_json, print_table, progress, remark
+from mlxquant.cli.common import Advance, app, print_json, print_table, progress, remark
 
 if TYPE_CHECKING:
     from mlxquant.codes.spec import Spec
     from mlxquant.quantise.job import Made
+
+# Titles of the bars of what quantising does, by stage.
+_STAGES = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
+           "tuning": "tuning the block, % error left:"}
 
 
 @app.command(epilog="Example: mlxquant quantize smollm2-135m -o small --bits 3 --data text.txt")
@@ -83,7 +88,6 @@ def quantize(
     from mlxquant.model.inspection import gain_line, inspect
     from mlxquant.quantise.job import Job, Target, Text
     from mlxquant.quantise.pipeline import quantize as run
-    from mlxquant.quantise.profile import Pace
     from mlxquant.quantise.settings import BlockTuning
 
     if rotate and rotate_fused:
@@ -105,25 +109,8 @@ def quantize(
         alpha=alpha, repeats=tuple(repeats), seed=seed,
         tuning=BlockTuning(tune_blocks, tune_steps))
     _warn_of_slow_replicas(spec)
-    titles = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
-              "tuning": "tuning the block, % error left:"}
-    paces, began = {stage: Pace() for stage in titles}, time.monotonic()
-    with progress(titles["quantising"]) as advance:
-
-        def tell(done: int, total: int, seconds: float, stage: str) -> None:
-            nonlocal began
-            if stage == "tuning":  # steps of one block, and no seconds but its error
-                began = time.monotonic() if not done else began
-                left = (time.monotonic() - began) * (total - done) / done if done else None
-                advance(done, total, seconds, titles[stage], left)
-                return
-            left = paces[stage].left(done, total, seconds)
-            advance(done, total, seconds, titles[stage], left)
-            if as_json:
-                print_json({"stage": stage, "blocks_done": done, "blocks": total,
-                            "seconds": seconds, "seconds_left": left}, indent=None)
-
-        made = run(model, output, job, revision=revision, progress=tell)
+    with progress(_STAGES["quantising"]) as advance:
+        made = run(model, output, job, revision=revision, progress=_teller(advance, as_json))
     result = inspect(str(output))
     if as_json:
         print_json({"folder": str(output), "bits_per_weight": result.bits_per_weight,
@@ -140,6 +127,28 @@ def quantize(
     print(f"{output}: {result.bits_per_weight:.2f} bits per weight of the body, "
           f"{result.file_bytes / 1e6:.1f} MB on disk, {made.seconds:.0f} s, "
           f"peak {made.peak_memory / 1e9:.2f} GB")
+
+
+def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str], None]:
+    """A function of (done, total, value, stage) that moves the bars, and prints a line of JSON for
+    each block: the value is a block's seconds, or the error left in one that is tuned."""
+    from mlxquant.quantise.profile import Pace
+
+    paces, began = {stage: Pace() for stage in _STAGES}, time.monotonic()
+
+    def tell(done: int, total: int, value: float, stage: str) -> None:
+        nonlocal began
+        if stage == "tuning":  # steps of one block
+            began = time.monotonic() if not done else began
+            left = (time.monotonic() - began) * (total - done) / done if done else None
+        else:
+            left = paces[stage].left(done, total, value)
+        advance(done, total, value, _STAGES[stage], left)
+        if as_json and stage != "tuning":
+            print_json({"stage": stage, "blocks_done": done, "blocks": total,
+                        "seconds": value, "seconds_left": left}, indent=None)
+
+    return tell
 
 
 def _warn_of_slow_replicas(spec: "Spec") -> None:

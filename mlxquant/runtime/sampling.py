@@ -73,13 +73,13 @@ class Sampling:
         """
         if self.temperature == 0:
             return _greedy
-        ends = model.tokenizer.eos_token_ids
-        newlines = model.tokenizer.encode("\n", add_special_tokens=False)
+        tokenizer = model.tokenizer
+        newlines = tokenizer.encode("\n", add_special_tokens=False) if self.xtc_probability else []
         choose = make_sampler(
             temp=self.temperature, top_p=self.top_p or 1e-9, min_p=self.min_p,
             top_k=self.top_k if self.top_k < model.vocabulary else 0,
             xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold,
-            xtc_special_tokens=[*newlines, *ends])
+            xtc_special_tokens=[*newlines, *tokenizer.eos_token_ids])
         return lambda logprobs: _finite(logprobs, choose(logprobs))
 
     def processors(self, before: Sequence[int] = ()) -> list[Processor]:
