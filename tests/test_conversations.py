@@ -22,15 +22,15 @@ def talker(tmp_path_factory):
 
 def test_rows_are_conversations_in_the_models_template(talker):
     told = []
-    rows = conversations.converse(talker, 3, 300, seed=1, batch=4,
+    rows = conversations.converse(talker, 3, 160, seed=1, batch=4,
                                   progress=lambda *done: told.append(done))
-    assert rows.shape == (3, 300) and rows.dtype == np.int64 and told[-1] == (3, 3)
+    assert rows.shape == (3, 160) and rows.dtype == np.int64 and told[-1] == (3, 3)
     for row in rows:
         text = talker.tokenizer.decode(row.tolist())
         assert text.startswith("<|im_start|>user\n")
         assert "<|im_start|>assistant\n" in text[:700]
-    assert (rows == conversations.converse(talker, 3, 300, seed=1, batch=4)).all()
-    assert (rows != conversations.converse(talker, 3, 300, seed=2, batch=4)).any()
+    assert (rows == conversations.converse(talker, 3, 160, seed=1, batch=4)).all()
+    assert (rows != conversations.converse(talker, 3, 160, seed=2, batch=4)).any()
 
 
 def test_what_has_no_room_to_talk_is_refused(tiny):
