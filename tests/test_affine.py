@@ -128,9 +128,9 @@ def test_overrides_apply_by_glob_first_match_first():
     rules = (parse_override("*.down_proj:bits=4,group_size=32"),
              parse_override("model.layers.0.*:bits=8"))
     chosen = Overrides(Spec(bits=2), rules)
-    assert chosen.spec_for("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
-    assert chosen.spec_for("model.layers.0.mlp.up_proj").bits is Width.EIGHT
-    assert chosen.spec_for("model.layers.1.mlp.up_proj").bits is Width.TWO
+    assert chosen.ruled("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
+    assert chosen.ruled("model.layers.0.mlp.up_proj").bits is Width.EIGHT
+    assert chosen.ruled("model.layers.1.mlp.up_proj") is None
 
 
 @pytest.mark.parametrize("text", ["*.q_proj", "*:bits=7", "*:colour=red", "*:bits"])

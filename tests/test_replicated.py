@@ -16,7 +16,6 @@ from mlxquant.layers import traffic
 from mlxquant.layers.replicated import (
     ReplicaInput,
     ReplicatedLinear,
-    bits_per_weight,
     install_group,
 )
 
@@ -112,7 +111,7 @@ def test_kept_levels_follow_the_codes():
     layer, codes = make()
     x = mx.array(draw(2, 192))
     before = np.array(layer(x))
-    assert layer.keep_levels() == layer.weight_count
+    assert layer.keep_levels() == 7 * 192
     np.testing.assert_array_equal(np.array(layer(x)), before)
     layer.codes = pack_codes(mx.array(3 - codes), Width.TWO)  # the mirror image of every level
     np.testing.assert_array_equal(np.array(layer(x)), -before)
@@ -196,7 +195,10 @@ def test_bits_per_weight_and_operations_follow_their_formulas(bits, code_bits, g
         module.set_dtype(mx.float16)
     scales, per_weight = (k * m + k * n / group + n, 1 + k / group) if group else (k * (m + n), k)
     assert (layer.operations(), layer.input.operations()) == (per_weight * m * n, 6 * n)
-    assert bits_per_weight([layer]) == pytest.approx(code_bits + (16 * scales + n) / (m * n))
+    parent = nn.Module()
+    parent.layer, parent.shared = layer, layer.input
+    stored = code_bits + (16 * scales + n) / (m * n)
+    assert traffic.body_bits_per_weight(parent) == pytest.approx(stored)
 
 
 def test_siblings_claim_the_bytes_that_their_file_holds(tmp_path):
@@ -204,7 +206,7 @@ def test_siblings_claim_the_bytes_that_their_file_holds(tmp_path):
     parent.save_weights(file := str(tmp_path / "siblings.safetensors"))
     held, biases = sum(array.nbytes for array in mx.load(file).values()), 4 * (6 + 4)
     assert traffic.weight_bytes(parent) == held
-    assert bits_per_weight(parent[name] for name in "qkv") == 8 * (held - biases) / (15 * 64)
+    assert traffic.body_bits_per_weight(parent) == 8 * (held - biases) / (15 * 64)
     assert traffic.dense_bytes(parent) == 4 * 15 * 64 + biases
 
 

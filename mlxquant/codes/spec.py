@@ -138,14 +138,10 @@ Rule = tuple[str, dict[str, Any]]  # a glob over layer paths, and what it change
 
 @dataclass(frozen=True)
 class Overrides:
-    """Specs by layer path: the first glob that matches wins, else the default."""
+    """Specs by layer path: the default, as the first glob that matches changes it."""
 
     default: Spec
     rules: tuple[Rule, ...] = ()
-
-    def spec_for(self, path: str) -> Spec:
-        """The spec of the layer at ``path``."""
-        return self.ruled(path) or self.default
 
     def ruled(self, path: str) -> Spec | None:
         """What the first rule that matches makes of the default, or None."""

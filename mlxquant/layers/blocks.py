@@ -33,6 +33,14 @@ def held_bytes(module: nn.Module) -> int:
     return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
 
 
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """(m, n) of what holds a matrix, packed or not, or (E, m, n) of a stack of experts."""
+    if "codes" in module:
+        return tuple(module.shape)
+    *rows, columns = module.weight.shape
+    return *rows, columns * 32 // module.bits if hasattr(module, "bits") else columns
+
+
 def find_blocks(network: nn.Module) -> list[Block]:
     """The network's blocks in the order in which they run.
 

@@ -27,7 +27,7 @@ def to_dense(network: nn.Module) -> nn.Module:
     # MLX's CUDA back end has no 1-bit kernels.
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
-        network = expand_replicated(expand_grouped(dequantize_model(to_float32(network))))
+        network = _expand(dequantize_model(to_float32(network)), (GroupedLinear, Replicated))
         network = _fold_transforms(network)
         mx.eval(network.parameters())
     return network
@@ -47,18 +47,7 @@ def expanded_weight(module: nn.Module) -> mx.array:
 
 def expand_grouped(network: nn.Module) -> nn.Module:
     """Replace every grouped layer by a dense one in the type of its scales, in place."""
-    return _expand(network, GroupedLinear)
-
-
-def expand_replicated(network: nn.Module) -> nn.Module:
-    """Replace every replicated layer by a dense float32 one, in place, and remove what
-    siblings share: the parameters are then those of a plain model."""
-    modules = dict(network.named_modules())
-    for path, module in modules.items():
-        if isinstance(module, ReplicaInput):
-            above, _, name = path.rpartition(".")
-            del modules[above][name]
-    return _expand(network, Replicated)
+    return _expand(network, (GroupedLinear,))
 
 
 def _fold_transforms(network: nn.Module) -> nn.Module:
@@ -73,19 +62,24 @@ def _fold_transforms(network: nn.Module) -> nn.Module:
     return network
 
 
-def _expand(network: nn.Module, kind: type[GroupedLinear] | type[Replicated]) -> nn.Module:
-    made = []
-    for path, module in network.named_modules():
-        if isinstance(module, kind):
+def _expand(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Dense layers for those of ``kinds``; what siblings share goes, so that the parameters are
+    those of a plain model."""
+    made, modules = [], dict(network.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, kinds):
             linear = _dense_linear(module)
             if "bias" in module:
                 linear.bias = module.bias
             made.append((path, linear))
+        elif isinstance(module, ReplicaInput) and Replicated in kinds:
+            above, _, name = path.rpartition(".")
+            del modules[above][name]
     network.update_modules(tree_unflatten(made))
     return network
 
 
-def _dense_linear(module: GroupedLinear | Replicated) -> nn.Module:
+def _dense_linear(module: nn.Module) -> nn.Module:
     """The layer of mlx-lm that computes the same from dense weights, but for the bias."""
     *experts, rows, columns = module.shape
     if not isinstance(module, ReplicatedSwitchLinear):

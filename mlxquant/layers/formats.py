@@ -10,6 +10,7 @@ as if they were plain; the architecture is in ``base_model_type``, and
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.nn as nn
@@ -56,14 +57,7 @@ def model_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], A
     if block.get("format") != FORMAT:
         raise Unsupported(f"checkpoint format {block.get('format')!r}; this version reads {FORMAT}")
     base = config | {"model_type": config["base_model_type"]}
-    model_class, arguments_class = _get_classes(base)
-
-    class Arguments:
-        """Reads the configuration under the architecture's own name."""
-
-        @staticmethod
-        def from_dict(_: dict[str, Any]) -> Any:
-            return arguments_class.from_dict(base)
+    model_class, arguments = _get_classes(base)
 
     def build(arguments: Any) -> nn.Module:
         network: nn.Module = model_class(arguments)
@@ -71,7 +65,7 @@ def model_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], A
         _install_repeats(network, block.get("repeats", []))
         return network
 
-    return build, Arguments
+    return build, SimpleNamespace(from_dict=lambda _: arguments.from_dict(base))
 
 
 def install(module: nn.Module, layers: Entries, replicas: Entries | None = None) -> None:

@@ -30,10 +30,6 @@ class GroupedLinear(nn.Module):
         self.freeze()
 
     @property
-    def weight_count(self) -> int:
-        return self.codes.shape[0] * self._inputs
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self._inputs
 

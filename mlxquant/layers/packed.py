@@ -14,6 +14,7 @@ in ``packed_experts.py``.
 """
 
 import itertools
+from math import prod
 from typing import Generic, TypeVar
 
 import mlx.core as mx
@@ -63,8 +64,9 @@ class PackedCodes(nn.Module):
         self.freeze()
 
     @property
-    def weight_count(self) -> int:
-        return int(self.replica_out.size // self.spec.replicas * self.inputs)
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), or (E, m, n)."""
+        return *self.replica_out.shape[:-1], self.inputs
 
     @property
     def siblings(self) -> int:
@@ -81,7 +83,7 @@ class PackedCodes(nn.Module):
         """Multiply-adds per token that the definition takes: K per weight, grouped 1 + K / G, and
         the rotation's; of experts those of all."""
         rotation = self.spec.rotation_additions(self.inputs) * (self.experts or 1)
-        return self.spec.multiply_adds(self.weight_count) + rotation
+        return self.spec.multiply_adds(prod(self.shape)) + rotation
 
     def suits(self, kernel: str) -> bool:
         """Whether ``kernel`` is to be trusted, and takes these codes and their rotation."""
@@ -119,21 +121,19 @@ class PackedGroup(PackedCodes):
         return mx.split(self.stacked(x), list(self._ends), axis=-1)
 
     def _by_kernel(self, x: mx.array, first: AsIs) -> mx.array:
-        matrix, dtype = self.matrix, first.dtype(x)
+        matrix, tokens, dtype = self.matrix, len(x), first.dtype(x)
         if not trusted(first.kernel):
             x, first = first(x), AS_IS
-        if not self.suits("prepare_input"):
+        prepared = self.suits("prepare_input")
+        on_tensor_cores = (prepared and replicated_tensor_cores.fits(matrix, tokens, dtype)
+                           and trusted("replicated_tensor_cores"))
+        if not prepared or not (on_tensor_cores or trusted("replicated_matvec")):
             return matrix.product(matrix.scales.rotated(first(x)), dtype)
-        if (replicated_tensor_cores.fits(matrix, len(x), dtype)
-                and trusted("replicated_tensor_cores")):
-            layout = replicated_tensor_cores.layout(matrix.code_bits, dtype)
-            prepared = prepare_input.prepare(x, matrix.scales, layout, first)
-            return replicated_tensor_cores.multiply(prepared, matrix, len(x), dtype)
-        if not trusted("replicated_matvec"):
-            return matrix.product(matrix.scales.rotated(first(x)), dtype)
-        layout = replicated_matvec.layout(self.spec.replica_group)
-        prepared = prepare_input.prepare(x, matrix.scales, layout, first)
-        return replicated_matvec.multiply(prepared, matrix, len(x), dtype)
+        kernel = replicated_tensor_cores if on_tensor_cores else replicated_matvec
+        layout = (replicated_tensor_cores.layout(matrix.code_bits, dtype) if on_tensor_cores
+                  else replicated_matvec.layout(self.spec.replica_group))
+        x = prepare_input.prepare(x, matrix.scales, layout, first)
+        return kernel.multiply(x, matrix, tokens, dtype)
 
     def _by_product(self, x: mx.array) -> mx.array:
         matrix = self.matrix

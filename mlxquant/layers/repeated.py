@@ -2,15 +2,19 @@
 
     h ← pass(h), then for each further pass p:  h ← h + g_p (pass(h) − h)
 
-A range of blocks is passed through as a whole, again and again; a range of one
-block repeats that block. The gates g_p start at 0, where the network computes
-exactly what it does without repeats, and are trained (``tuning/``). One number a
-pass is enough: which channels a pass moves is up to the scales in the block. Depth
-by repetition follows the Universal Transformer (https://arxiv.org/abs/1807.03819),
-a gate that starts at 0 ReZero (https://arxiv.org/abs/2003.04887).
+A range of blocks is passed through as a whole, again and again; a range of one block repeats that
+block. The gates g_p start at 0, where the network computes exactly what it does without repeats,
+and are trained (``tuning/``). One number a pass is enough: which channels a pass moves is up to the
+scales in the block. Depth by repetition follows the Universal Transformer
+(https://arxiv.org/abs/1807.03819), a gate that starts at 0 ReZero
+(https://arxiv.org/abs/2003.04887).
 
-Nothing is put into the list of blocks, so that the path of every parameter stays:
-the blocks of a range get another class, and the last of them the gates.
+Nothing is put into the list of blocks, so that the path of every parameter stays: the blocks of a
+range get another class, and the last of them the gates.
+
+Every pass of a block attends to what that same pass saw of earlier tokens, so a block that runs P
+times has P caches. mlx-lm's models and its generation loop want one cache a block: they get a list
+that answers as the first pass's would, whose offset and mask are also those of the others.
 """
 
 import re
@@ -22,10 +26,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import CacheList, KVCache
 
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers.blocks import find_blocks
-from mlxquant.layers.repeated_cache import caching, has_cache_for_each_block, of_pass
 
 MOST_PASSES = 8
 
@@ -73,6 +78,56 @@ def parse_repeat(text: str) -> Repeat:
     return Repeat(first, end - 1, passes)
 
 
+class PassesCache(CacheList):
+    """The caches of one block, one for each pass; ``caches[0]`` is the first one's.
+
+    What mlx-lm does to a cache (trimming, quantising, batching, saving) is done to
+    all; what a model asks one about (``offset`` in tokens, the mask, its parts) the
+    first answers.
+    """
+
+    def __getitem__(self, index: int) -> Any:
+        return self.caches[0][index]
+
+    @property
+    def offset(self) -> int:
+        return int(self.caches[0].offset)
+
+    @property
+    def bits(self) -> int:
+        """The width of quantised keys and values; other caches have no such attribute."""
+        return int(self.caches[0].bits)
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        return self.caches[0].make_mask(*args, **kwargs)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "PassesCache":
+        """mlx-lm asks again at every token: caches that are quantised stay as they are."""
+        return PassesCache(*(cache.to_quantized(group_size=group_size, bits=bits)
+                             if hasattr(cache, "to_quantized") else cache for cache in self.caches))
+
+    def extract(self, idx: int) -> "PassesCache":
+        return PassesCache(*(cache.extract(idx) for cache in self.caches))
+
+
+# load_prompt_cache finds the class of a saved cache by its name in that module.
+mlx_lm_cache.PassesCache = PassesCache
+
+
+def _of_pass(argument: Any, number: int) -> Any:
+    """What pass ``number`` (from 0) is given where the block was given ``argument``.
+
+    Raises ``BadValue`` for a cache that has no entry for it.
+    """
+    if isinstance(argument, PassesCache):
+        return argument.caches[number]
+    if number and isinstance(argument, mlx_lm_cache._BaseCache):
+        raise BadValue(f"a repeated block was given a {type(argument).__name__} for one pass; "
+                       "allowed are caches made for this very network, by "
+                       "make_prompt_cache(network)")
+    return argument
+
+
 @dataclass(frozen=True)
 class _Call:
     """How a block was called, beside the hidden state."""
@@ -83,8 +138,8 @@ class _Call:
 
     def on(self, hidden: mx.array, number: int) -> mx.array:
         """Run the block on another state, with the caches of pass ``number``."""
-        output = self.function(hidden, *(of_pass(a, number) for a in self.args),
-                               **{name: of_pass(a, number) for name, a in self.kwargs.items()})
+        output = self.function(hidden, *(_of_pass(a, number) for a in self.args),
+                               **{name: _of_pass(a, number) for name, a in self.kwargs.items()})
         if not isinstance(output, mx.array):
             raise Unsupported(f"{type(self.function.__self__).__name__} returns more than a hidden "
                               "state; repeats cover only blocks that return that alone")
@@ -159,7 +214,7 @@ def check_repeats(network: nn.Module, repeats: Sequence[Repeat]) -> None:
         if other.first <= one.last:
             raise BadValue(f"the repeated blocks {one.span} and {other.span} overlap; "
                            "allowed are ranges without a block in common")
-    if not has_cache_for_each_block(network):
+    if len(_caches(type(network), network)) != blocks:
         raise Unsupported(f"{type(network).__module__} shares caches between blocks; "
                           "repeats do not cover that")
 
@@ -167,7 +222,9 @@ def check_repeats(network: nn.Module, repeats: Sequence[Repeat]) -> None:
 def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
     """Make blocks of the network repeat, in place, with gates of 0; raises as ``check_repeats``."""
     check_repeats(network, repeats)
-    blocks = [block.module for block in find_blocks(network)] if repeats else []
+    if not repeats:
+        return
+    blocks, own_class = [block.module for block in find_blocks(network)], type(network)
     passes: dict[int, int] = {}
     for repeat in repeats:
         span = _Span(repeat)
@@ -176,5 +233,19 @@ def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
             block.__class__ = type(type(block).__name__, (RepeatedBlock, type(block)), {})
             block._span, block._index = span, index
         block.repeat_gates = mx.zeros(repeat.passes - 1)
-    if passes:
-        network.__class__ = caching(type(network), passes)
+
+    def make_cache(self: nn.Module) -> list[Any]:
+        made = [_caches(own_class, self) for _ in range(max(passes.values()))]
+        return [PassesCache(*(caches[index] for caches in made[:passes[index]]))
+                if index in passes else first for index, first in enumerate(made[0])]
+
+    network.__class__ = type(own_class.__name__, (own_class,), {
+        "make_cache": make_cache, "__module__": own_class.__module__})
+
+
+def _caches(network_class: type[nn.Module], network: nn.Module) -> list[Any]:
+    """New caches of one pass, as ``network_class`` or else mlx-lm makes them."""
+    if hasattr(network_class, "make_cache"):
+        made: list[Any] = network_class.make_cache(network)
+        return made
+    return [KVCache() for _ in find_blocks(network)]

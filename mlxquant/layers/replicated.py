@@ -15,7 +15,7 @@ The experts of a mixture are a stack: each has C, B and A of its own, with the
 number E of experts in front of their shapes, and R is one for all.
 """
 
-from collections.abc import Iterable
+from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,11 +51,6 @@ class ReplicaInput(nn.Module):
             self.rotation_signs = hadamard.pack_signs(mx.ones(inputs))
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
         self._signs, self._rotated = Kept(), MadeOnce()
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all its tensors, as held."""
-        return sum(array.nbytes for array in self.parameters().values())
 
     def operations(self) -> int:
         """Additions per token: those of the rotation, n·log₂(block); for each expert again."""
@@ -129,18 +124,9 @@ class Replicated(nn.Module):
         """(m, n), or (E, m, n)."""
         return *self.replica_out.shape[:-1], self.input.inputs
 
-    @property
-    def weight_count(self) -> int:
-        return int(self.replica_out.size // self.input.spec.replicas * self.input.inputs)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of its codes and scales, as held; what it shares and its bias apart."""
-        return int(self.codes.nbytes + self.replica_out.nbytes)
-
     def operations(self) -> int:
         """Multiply-adds per token: K per weight, grouped 1 + K / G; of a stack those of all."""
-        return self.input.spec.multiply_adds(self.weight_count)
+        return self.input.spec.multiply_adds(prod(self.shape))
 
     def keep_levels(self) -> int:
         """Unpack the codes once and for all, as training wants; returns the bytes that takes.
@@ -149,7 +135,7 @@ class Replicated(nn.Module):
         """
         self._levels = Kept()
         mx.eval(self._doubled_levels(None))
-        return self.weight_count
+        return prod(self.shape)
 
     def scaled_levels(self, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
         """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: what takes R x. Of a stack (E, m, n), or
@@ -189,19 +175,11 @@ class ReplicatedLinear(Replicated):
 
 class ReplicatedSwitchLinear(Replicated):
     """y = W_e x + bias_e for the experts e that are chosen, in the place of mlx-lm's
-    ``SwitchLinear``, whose call and attributes it has."""
+    ``SwitchLinear``, whose call it has."""
 
     @property
     def num_experts(self) -> int:
         return int(self.codes.shape[0])
-
-    @property
-    def output_dims(self) -> int:
-        return int(self.codes.shape[1])
-
-    @property
-    def input_dims(self) -> int:
-        return self.input.inputs
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """y (…, l, m) of ``x`` (…, l, n), in its dtype, with the matrices that ``indices`` (…)
@@ -228,15 +206,6 @@ def stacked(experts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
     return {name: array if name.endswith("rotation_signs") else
             mx.stack([tensors[name] for tensors in experts])
             for name, array in experts[0].items()}
-
-
-def bits_per_weight(linears: Iterable[Replicated]) -> float:
-    """Stored bits per weight of ``linears``, what they share counted once; biases apart."""
-    linears = list(linears)
-    inputs = {id(linear.input): linear.input for linear in linears}
-    stored = sum(linear.stored_bytes for linear in linears)
-    stored += sum(shared.stored_bytes for shared in inputs.values())
-    return 8 * stored / sum(linear.weight_count for linear in linears)
 
 
 def install_group(parent: nn.Module, name: str, linears: dict[str, nn.Module],

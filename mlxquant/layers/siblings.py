@@ -19,9 +19,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.hooks import intercepted
-from mlxquant.layers.replicated import Replicated, ReplicatedLinear, ReplicatedSwitchLinear
+from mlxquant.layers.replicated import ReplicatedLinear, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 
 _STACKS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear)
@@ -200,7 +201,7 @@ def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> list[dict[str, 
     """The exported graph of one token, with a mark in the place of each of ``modules``: an input
     behind the token's, in the same order."""
     weights = tree_flatten(network.parameters())
-    marks = [mx.ones(_rows(module)) for module in modules.values()]
+    marks = [mx.ones(_outputs(module)) for module in modules.values()]
     traced: dict[int, mx.array] = {}
     made: list[mx.array] = []
     exported: list[dict[str, Any]] = []
@@ -232,10 +233,6 @@ def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> list[dict[str, 
     return exported
 
 
-def _rows(module: nn.Module) -> int:
-    """Outputs of a layer."""
-    if isinstance(module, TransformedLinear):
-        return _rows(module.linear)
-    if isinstance(module, (GroupedLinear, Replicated)):
-        return module.shape[-2]
-    return int(module.weight.shape[0 if isinstance(module, nn.RMSNorm) else -2])
+def _outputs(module: nn.Module) -> int:
+    linear = module.linear if isinstance(module, TransformedLinear) else module
+    return len(module.weight) if isinstance(module, nn.RMSNorm) else shape_of(linear)[-2]

@@ -11,15 +11,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxquant.layers.blocks import blocks_or_itself
-from mlxquant.layers.grouped import GroupedLinear
+from mlxquant.layers.blocks import blocks_or_itself, shape_of
 from mlxquant.layers.packed import PackedCodes
 from mlxquant.layers.packed_experts import PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 
-_OURS = (GroupedLinear, PackedCodes, Replicated)
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedSwitchLinear)
 # How configurations and routers call the number of experts that a token is sent to.
@@ -91,7 +89,7 @@ def float32_bytes(module: nn.Module) -> int:
     """Bytes of a module's own parameters as float32, packed codes expanded, signs still as bits."""
     if isinstance(module, ReplicaInput):
         return 0  # dense weights hold it
-    if isinstance(module, _OURS) or _is_quantised(module):
+    if "codes" in module or ("scales" in module and hasattr(module, "bits")):
         return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
     return sum(4 * array.size if mx.issubdtype(array.dtype, mx.floating) else array.nbytes
                for array in own_arrays(module).values())
@@ -99,11 +97,7 @@ def float32_bytes(module: nn.Module) -> int:
 
 def weight_count(module: nn.Module) -> int:
     """Number of weights of a module, counting packed codes one by one."""
-    if isinstance(module, _OURS):
-        return module.weight_count
-    if _is_quantised(module):
-        return int(module.weight.size * 32 // module.bits)
-    return int(module.weight.size) if "weight" in module else 0
+    return prod(shape_of(module)) if "codes" in module or "weight" in module else 0
 
 
 def parameters(network: nn.Module) -> int:
@@ -180,11 +174,6 @@ def kv_bytes(cache: list[Any]) -> int:
             grown = offset is not None and array.ndim == 4
             total += array.nbytes * (min(offset / array.shape[-2], 1.0) if grown else 1.0)
     return round(total)
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """Whether ``weight`` holds packed codes of MLX's own."""
-    return "scales" in module and "weight" in module and hasattr(module, "bits")
 
 
 def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int:

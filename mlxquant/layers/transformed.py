@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
+from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.memo import Kept
 
@@ -114,15 +115,20 @@ class TransformedLinear(nn.Module):
             signs = _checked("rotation_signs", rotation_signs, self.inputs)
             self.rotation_signs = pack_signs(signs)
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
-        if activation is not None and not activation.off:
-            self._set_activation(activation)
+        if activation is None or activation.off:
+            return
+        self.activation = replace(activation, scale=None)  # the parameter holds it
+        if activation.granularity == "static":
+            if activation.scale is None:
+                raise BadValue("a static activation needs its scale, a positive number")
+            self.activation_scale = mx.array([float(activation.scale)])
 
     @classmethod
     def from_config(cls, inner: nn.Module, entry: dict[str, Any]) -> "TransformedLinear":
         """The layer that ``entry``, from ``describe``, stands for, around ``inner``.
 
-        Its parameters are zeros of the right shapes, to be loaded by name. Raises
-        ``BadValue`` or ``Unsupported`` for an entry that makes no layer.
+        Its parameters are zeros of the right shapes, to be loaded by name. Raises ``BadValue`` or
+        ``Unsupported`` for an entry that makes no layer.
         """
         if not isinstance(entry, dict) or entry.keys() - set(_ENTRY):
             raise Unsupported(f"transform {entry!r} is not known; "
@@ -171,23 +177,12 @@ class TransformedLinear(nn.Module):
         return self._signs.get(self.rotation_signs, lambda bits: unpack_signs(
             bits, self.inputs, dtype), dtype)
 
-    def _set_activation(self, activation: ActivationSpec) -> None:
-        self.activation = replace(activation, scale=None)  # the parameter holds it
-        if activation.granularity == "static":
-            if activation.scale is None:
-                raise BadValue("a static activation needs its scale, a positive number")
-            self.activation_scale = mx.array([float(activation.scale)])
-
 
 def _inputs(linear: nn.Module) -> int:
-    if isinstance(linear, nn.QuantizedLinear):
-        return linear.weight.shape[-1] * 32 // linear.bits
-    if isinstance(linear, nn.Linear):
-        return linear.weight.shape[-1]
-    if isinstance(linear, GroupedLinear):
-        return linear.shape[1]
-    raise Unsupported(f"a transform cannot wrap {type(linear).__name__}; "
-                      "it wraps Linear, QuantizedLinear and GroupedLinear")
+    if not isinstance(linear, (nn.Linear, nn.QuantizedLinear, GroupedLinear)):
+        raise Unsupported(f"a transform cannot wrap {type(linear).__name__}; "
+                          "it wraps Linear, QuantizedLinear and GroupedLinear")
+    return shape_of(linear)[-1]
 
 
 def _checked(name: str, array: mx.array, n: int) -> mx.array:
