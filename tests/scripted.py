@@ -43,8 +43,6 @@ class Scripted(nn.Module):
 
     def __call__(self, inputs: mx.array, cache=None) -> mx.array:
         logits = self.inner(inputs, cache=cache)
-        if cache is None:  # asked for the width of its logits
-            return logits
         if inputs.shape[1] > 1 or (not self._next and inputs.item() != self._end):
             self._next = [*next(self._replies, []), self._end]
         if inputs.shape[1] > 1:  # a prompt but for its last token, whose turn it then is

@@ -10,8 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,16 @@ class LanguageModel:
     network: nn.Module
     tokenizer: Any
     config: dict[str, Any]
+    vocabulary: int = field(init=False)  # token ids that the network knows: MLX checks no index
+
+    def __post_init__(self) -> None:
+        self.vocabulary = vocabulary_of(self.network)
 
     @property
     def context_length(self) -> int | None:
         """Longest sequence in tokens, or None where the configuration does not say."""
         text = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Token ids that the network knows; MLX never checks an index itself."""
-        return vocabulary_of(self.network)
 
     @property
     def weight_bytes_per_token(self) -> int:
