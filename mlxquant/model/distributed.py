@@ -1,10 +1,9 @@
 """One model over several machines, each holding a part of every matrix (tensor parallelism).
 
-Started by ``mlx.launch``, which MLX brings, each machine runs the same command: all
-compute the same tokens, and the first one prints them. mlx-lm knows for each
-architecture which layers give a part of the outputs (q, k, v, gate, up) and which take
-a part of the inputs and add their results up (o, down); here are the same two splits for
-replicated layers. See https://arxiv.org/abs/1909.08053, section 3.
+Started by ``mlx.launch``, each machine runs the same command: all compute the same tokens, and the
+first one prints them. mlx-lm knows for each architecture which layers give a part of the outputs
+(q, k, v, gate, up) and which take a part of the inputs and add their results up (o, down); here are
+the same two splits for replicated layers. See https://arxiv.org/abs/1909.08053, section 3.
 """
 
 from typing import Any
@@ -33,7 +32,14 @@ def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
     size = group.size()
     if not hasattr(network, "shard"):
         raise Unsupported(f"mlx-lm cannot split the architecture of {name} over machines")
-    _check_divides(network.args, name, size)
+    heads = getattr(network.args, "num_attention_heads", size)
+    for what, count in (
+            ("key-value heads", getattr(network.args, "num_key_value_heads", None) or heads),
+            ("attention heads", heads),
+            ("inputs of an MLP's last layer", getattr(network.args, "intermediate_size", size))):
+        if count % size:
+            raise Unsupported(f"{name} has {count} {what}, which {size} machines cannot share "
+                              "evenly")
     modules = dict(network.named_modules())
     for path, module in modules.items():
         if isinstance(module, _WHOLE):
@@ -48,17 +54,14 @@ def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
         network.shard(group)
     except ValueError as error:
         raise Unsupported(f"{name} cannot be split over {size} machines: {error}") from error
-    ways = dict(network.named_modules())
-    made: list[tuple[str, nn.Module]] = []
+    ways, made = dict(network.named_modules()), dict[str, nn.Module](replicated)
     for path, module in replicated.items():
         if isinstance(ways[path], AllToShardedLinear):
-            made.append((path, _rows(module, path, group)))
+            made[path] = _rows(module, path, group)
         elif isinstance(ways[path], ShardedToAllLinear):
-            part = _columns(module, path, group)
-            made += [(path, part), (inputs[id(module.input)], part.linear.input)]
-        else:
-            made.append((path, module))
-    network.update_modules(tree_unflatten(made))
+            made[path] = part = _columns(module, path, group)
+            made[inputs[id(module.input)]] = part.linear.input
+    network.update_modules(tree_unflatten(list(made.items())))
     return network
 
 
@@ -122,14 +125,3 @@ def _columns(module: ReplicatedLinear, path: str, group: Any) -> AddedReplicated
     part.codes = pack_codes(codes.astype(mx.uint8), spec.bits)
     part.replica_out = module.replica_out
     return AddedReplicated(part, module.bias if "bias" in module else None, group)
-
-
-def _check_divides(arguments: Any, name: str, size: int) -> None:
-    heads = getattr(arguments, "num_attention_heads", size)
-    parts = {"key-value heads": getattr(arguments, "num_key_value_heads", None) or heads,
-             "attention heads": heads,
-             "inputs of an MLP's last layer": getattr(arguments, "intermediate_size", size)}
-    for what, count in parts.items():
-        if count % size:
-            raise Unsupported(f"{name} has {count} {what}, which {size} machines cannot share "
-                              "evenly")

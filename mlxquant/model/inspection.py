@@ -60,21 +60,18 @@ def inspect(name: str, *, revision: str | None = None) -> Inspection:
 def inspect_folder(folder: Path) -> Inspection:
     """Describe a validated model folder."""
     network, config = open_lazily(folder)
-    modules = traffic.leaf_modules(network)
-    matrices = [(path, m) for path, m in modules if isinstance(m, (GroupedLinear, Replicated))
-                or ("weight" in m and m.weight.ndim >= 2)]
     transformed = {path for path, m in network.named_modules() if isinstance(m, TransformedLinear)}
-    layers = [_layer(path, module, transformed) for path, module in matrices]
-    stored = traffic.weight_bytes(network)
     return Inspection(
         architecture=config.get("base_model_type", config["model_type"]),
         parameters=traffic.parameters(network),
         active_parameters=traffic.active_parameters(network),
         bits_per_weight=traffic.body_bits_per_weight(network),
         file_bytes=checkpoint.folder_bytes(folder),
-        bytes_per_token=stored,
+        bytes_per_token=traffic.weight_bytes(network),
         bytes_per_token_cpu=traffic.weight_bytes(network, dense=True),
-        layers=layers,
+        layers=[_layer(path, m, transformed) for path, m in traffic.leaf_modules(network)
+                if isinstance(m, (GroupedLinear, Replicated))
+                or ("weight" in m and m.weight.ndim >= 2)],
         making=_making(folder / checkpoint.MAKING),
         tuned_blocks=config.get("mlxquant_record", {}).get("tuned_blocks", {}))
 
@@ -110,8 +107,10 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
         width = group.name.lower() if isinstance(group, Whole) else f"g{group}"
         return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
     if isinstance(module, Replicated):
-        bits = module.input.spec.bits.value
-        return Layer(path, _replicated(module), bits, list(module.shape), size)
+        spec = module.input.spec
+        parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
+                 "rotated" * bool(spec.rotation_block)]
+        return Layer(path, " ".join(filter(None, parts)), spec.bits.value, list(module.shape), size)
     shape = list(module.weight.shape)
     bits = getattr(module, "bits", None)
     if bits is None:
@@ -119,10 +118,3 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
         return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
     shape[-1] = shape[-1] * 32 // bits
     return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)
-
-
-def _replicated(module: Replicated) -> str:
-    spec = module.input.spec
-    parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
-             "rotated" * bool(spec.rotation_block)]
-    return " ".join(filter(None, parts))

@@ -1,8 +1,7 @@
 """Load a model folder into memory through mlx-lm's architectures.
 
-On Metal and CUDA the weights run as stored. On a plain CPU MLX is quick only
-in float32, and quickest with dense matrices, so there every parameter becomes
-float32 and quantised layers are expanded when memory allows.
+On Metal and CUDA the weights run as stored. On a plain CPU MLX is quick only in float32, and
+quickest with dense matrices: there parameters become float32, and dense where memory allows.
 """
 
 import logging

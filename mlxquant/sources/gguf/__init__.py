@@ -1,8 +1,4 @@
-"""GGUF files become MLX checkpoints: ``reader`` → ``model`` (``config``, ``weights``) → a folder.
-
-An import is made once per file and kept in the cache, so that everything
-downstream sees one kind of model folder.
-"""
+"""GGUF files become MLX checkpoints: ``reader`` → ``model`` (``config``, ``weights``) → folder."""
 
 import hashlib
 import sys

@@ -49,8 +49,7 @@ def scaling(file: GGUFModel, architecture: Architecture, config: _Config, field:
 def _longrope(file: GGUFModel, made: _Config, config: _Config, field: Fields) -> _Config:
     half = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
     original = field("rope.scaling.original_context_length")
-    factor = config["max_position_embeddings"] / original
-    expected = 1.0
+    expected, factor = 1.0, config["max_position_embeddings"] / original
     if factor > 1 and original > 1:
         expected = math.sqrt(1 + math.log(factor) / math.log(original))
     stated = field("rope.scaling.attn_factor", float, default=expected)

@@ -19,11 +19,9 @@ _Roles = dict[str, str | None]
 
 
 def files(file: GGUFModel) -> dict[str, str]:
-    """``tokenizer.json`` and ``tokenizer_config.json`` as text, by file name.
-
-    Raises ``Unsupported`` for a kind of tokenizer or splitting rule that is not known by name, and
-    ``BadCheckpoint`` for metadata that contradict themselves.
-    """
+    """``tokenizer.json`` and ``tokenizer_config.json`` as text, by file name. Raises
+    ``Unsupported`` for a kind of tokenizer or splitting rule that is not known by name,
+    ``BadCheckpoint`` for metadata that contradict themselves."""
     fields = _Fields(file)
     kinds = {"gpt2": _byte_level, "llama": _sentence_piece}
     kind = fields.get("model")
@@ -31,9 +29,9 @@ def files(file: GGUFModel) -> dict[str, str]:
         raise Unsupported(f"{file.path}: tokenizer {kind!r}; supported: {', '.join(kinds)}")
     try:
         tokenizer, roles, begins = kinds[kind](fields)
-        for type_, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-            add([AddedToken(fields.tokens[index], normalized=False, special=special)
+        for type_, add in ((_CONTROL, tokenizer.add_special_tokens),
+                           (_USER_DEFINED, tokenizer.add_tokens)):
+            add([AddedToken(fields.tokens[index], normalized=False, special=type_ == _CONTROL)
                  for index in np.flatnonzero(fields.types == type_)])
         _frame(tokenizer, fields, roles, begins)
         text = tokenizer.to_str(pretty=True)
@@ -71,10 +69,7 @@ class _Fields:
     """The metadata of a tokenizer, checked as they are asked for."""
 
     def __init__(self, file: GGUFModel) -> None:
-        prefix = "tokenizer.ggml."
-        self.path = file.path
-        self._fields = {key.removeprefix(prefix): value for key, value in file.metadata.items()
-                        if key.startswith(prefix)}
+        self.path, self._metadata = file.path, file.metadata
         tokens = self.strings("tokens")
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
         self.vocabulary = {token: number for number, token in enumerate(self.tokens)}
@@ -82,33 +77,31 @@ class _Fields:
             self.refuse("a token is there twice")
         if max(map(len, self.tokens)) > _LONGEST:
             self.refuse(f"a token has more than {_LONGEST} characters")
-        self.types = np.zeros(len(tokens), np.int32)
-        if "token_type" in self._fields:
-            self.types = self.numbers("token_type")
+        self.types = (np.zeros(len(tokens), np.int32) if self.get("token_type") is None else
+                      self.numbers("token_type"))
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._fields.get(key, default)
+        return self._metadata.get(f"tokenizer.ggml.{key}", default)
 
     def refuse(self, reason: str) -> NoReturn:
         raise BadCheckpoint(f"{self.path}: tokenizer metadata is inconsistent: {reason}")
 
     def strings(self, key: str) -> list[str]:
-        values = self._fields.get(key)
-        if (not isinstance(values, list) or not values
-                or not all(isinstance(v, str) for v in values)):
+        values = self.get(key)
+        if not isinstance(values, list) or {type(value) for value in values} != {str}:
             self.refuse(f"tokenizer.ggml.{key} is no list of strings")
         return values
 
     def numbers(self, key: str) -> np.ndarray:
         """One number for each token."""
-        values = self._fields.get(key)
+        values = self.get(key)
         if not isinstance(values, np.ndarray) or len(values) != len(self.tokens):
             self.refuse(f"tokenizer.ggml.{key} has no number for each of {len(self.tokens)} tokens")
         return values
 
     def number(self, role: str, default: int | None = None) -> int | None:
         """The number of a special token."""
-        value = self._fields.get(f"{role}_token_id", default)
+        value = self.get(f"{role}_token_id", default)
         if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
             self.refuse(f"{role}_token_id {value!r} is outside the vocabulary of "
                         f"{len(self.tokens)}")

@@ -1,6 +1,7 @@
 """A tensor of a GGUF file as MLX arrays: repacked, kept as numbers, or decoded and rounded anew."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -38,18 +39,14 @@ class Plan:
 
 
 @cache
-def decodable(type_: Type) -> bool:
-    """Whether the ``gguf`` package has a decoder for the type."""
-    try:
-        gguf.dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
-    except NotImplementedError:
-        return False
-    return True
-
-
 def known() -> list[Type]:
-    """The types that can be imported."""
-    return [type_ for type_ in Type if decodable(type_)]
+    """The types that can be imported: the ``gguf`` package has decoders for them."""
+    found = []
+    for type_ in Type:
+        with suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
+            found.append(type_)
+    return found
 
 
 def width_for(type_: Type) -> int:
@@ -66,7 +63,7 @@ def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> 
     if bits not in (None, UNROUNDED, *WIDTHS):
         allowed = ", ".join(map(str, (*WIDTHS, UNROUNDED)))
         raise BadValue(f"bits is {bits}, allowed are {allowed}")
-    if not decodable(type_):
+    if type_ not in known():
         raise Unsupported(f"tensor {name} has type {type_.name}; types that can be imported: "
                           f"{', '.join(t.name for t in known())}")
     if type_ in PLAIN or not quantisable:
