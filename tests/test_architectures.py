@@ -7,7 +7,8 @@ from architectures import CONFIGURATIONS, FEW, METHODS, REFUSED, attempt, slow_u
 
 from mlxquant import MlxquantError
 
-# GPTQ's statistics are the replicas' too: it runs where experts, tuples and states are its own.
+# Replicas need GPTQ's statistics and sweep too: it runs itself on a mixture, on shared caches, on
+# recurrent states and on blocks that are called in parts.
 GPTQ = ("qwen3_moe", "gemma4", "mamba", "falcon_h1", "iquestloopcoder")
 REPLICA = set(FEW) - {"qwen3_moe", "gpt_oss"}  # test_experts.py chats with those two
 QUICK = {"rtn": FEW, "gptq": GPTQ, "awq": (), "replica": REPLICA}

@@ -16,9 +16,8 @@ import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
-from mlxquant.quantise import assignment, awq, observe, pipeline, walk
-from mlxquant.quantise.budget import choose
-from mlxquant.quantise.job import PROPAGATIONS, Target, silent
+from mlxquant.quantise import awq, observe, pipeline, walk
+from mlxquant.quantise.job import PROPAGATIONS, silent
 from mlxquant.quantise.methods import METHODS, Method
 from mlxquant.quantise.observe import Observation
 
@@ -218,53 +217,6 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, 
     with pytest.raises(BadValue, match=message):
         quantise(tiny_folder, tmp_path / "out", text, **options)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("target,size", [
-    (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5),
-    (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
-])
-def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, size):
-    quantise(tiny_folder, tmp_path / "out", text, target=target,
-             rules=(("*.0.mlp.down_proj", {"bits": 6}),))
-    result = inspect(str(tmp_path / "out"))
-    assert 0.9 < size(result) <= 1
-    bits = {layer.path: layer.bits for layer in result.layers if "layers" in layer.path}
-    assert bits["model.layers.0.mlp.down_proj"] == 6 and len(set(bits.values())) > 1
-    stock_load(str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize("options", [dict(method="replica", rotation="online"),
-                                     dict(method="gptq", rotation="online")])
-def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, options,
-                                                   monkeypatch):
-    """Siblings that are stored alike share their input's scales, others do not: both occur here."""
-    taken = []
-    monkeypatch.setattr(assignment, "choose",
-                        lambda *given: taken.append(choose(*given)) or taken[-1])
-    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=4.3), refine=0,
-             **options)
-    result, (chosen,) = inspect(str(tmp_path / "out")), taken
-    weights = 2 * (64 * (128 + 2 * 64) + 128 * 64 + 3 * 64 * 128)
-    assert (result.bits_per_weight
-            == pytest.approx(sum(option.bits for option in chosen.values()) / weights, rel=1e-12))
-    if options["method"] == "replica":
-        kinds = {len(set(option.choice)) for paths, option in chosen.items() if "," in paths}
-        assert 1 in kinds and len(kinds) > 1
-        assert mlxquant.generate(mlxquant.load(str(tmp_path / "out")), "the cat", max_tokens=2).text
-        quantise(tiny_folder, tmp_path / "alike", text, target=Target(4.3, alike=True), refine=0,
-                 **options)
-        assert all(len(set(option.choice)) == 1 for option in taken[1].values())
-        assert inspect(str(tmp_path / "alike")).bits_per_weight <= 4.3
-
-
-def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
-    with pytest.raises(BadValue, match="at least 2.5 bits per weight"):
-        quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=1.5))
-    with pytest.raises(BadValue, match="at least 0.0001"):
-        quantise(tiny_folder, tmp_path / "out", text, target=Target(gigabytes=0.0001))
-    with pytest.raises(BadValue, match="one positive number"):
-        Target(bits_per_weight=3, gigabytes=1)
 
 
 def test_statistics_of_the_float_model_are_kept_for_the_next_width(tmp_path, tiny_folder, text,
