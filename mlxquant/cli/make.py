@@ -73,7 +73,7 @@ def quantize(
         help="Train each block's scales and codes until it gives what the original's does; "
              "default: blocks with layers below 4 bits.")] = None,
     tune_steps: Annotated[int | None, Option(
-        help="Steps for each block; default: 320 on a GPU, 48 without one.")] = None,
+        help="Steps for each block; default: 320 on a GPU, 32 without one.")] = None,
     data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
     seed: option.ByteSeed = 0, revision: option.Revision = None,
     as_json: Annotated[bool, Option(

@@ -35,6 +35,7 @@ from mlxquant.quantise.training import State, Training
 from mlxquant.quantise.walk import Halt
 
 RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels
+_FULL = 320  # steps that the rates were chosen for
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
 _BYTES = 32  # a weight: u, two moments, gradient, best state, start, the matrix and its gradient
@@ -125,7 +126,8 @@ class BlockTuner:
         training = Training(
             student, lambda network, *data: call.error(*data),
             lambda network: float(np.mean([c.error(*c.arrays()).item() for c in held_out])),
-            optim.cosine_decay(RATE, steps), mx.default_device() == mx.gpu and _alike(calls))
+            optim.cosine_decay(RATE * _faster(steps), steps),
+            compiled=mx.default_device() == mx.gpu and _alike(calls))
         self.report(0, steps, 100 * training.state.first_loss)
         for step in range(1, steps + 1):
             order = order or random.permutation(len(used)).tolist()
@@ -134,7 +136,7 @@ class BlockTuner:
             if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
                 training.check()
                 self.report(step, steps, 100 * training.state.best_loss)
-        return training.state
+        return training.end()
 
 
 def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -148,6 +150,11 @@ def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
              + f", {paths[0]} the first" * bool(paths[0]) + f": {reason}"
              for reason, paths in left.items()]
     return gains, notes
+
+
+def _faster(steps: int) -> float:
+    """How many times the rate is to be in fewer steps than it was chosen for."""
+    return min(2.0, max(1.0, math.sqrt(_FULL / steps)))
 
 
 def _alike(calls: list[Call]) -> bool:

@@ -253,6 +253,7 @@ class _Work:
                 seen[index] = watch.seen
             if not visit.left:  # a block that is called again stays as it was until its last call
                 result = self._result(index, seen[index], calls)
+                calls.clear()
                 rebuild(block.module, result)
             with step("quantised pass"):
                 for task in visit.quantised:

@@ -25,7 +25,7 @@ class Settings:
 @dataclass(frozen=True)
 class BlockTuning:
     """Whether each block is trained towards the float block's output (``block_tuning.py``), and in
-    how many steps: by default those with layers below 4 bits, in 320 steps on a GPU, in 48 without
+    how many steps: by default those with layers below 4 bits, in 320 steps on a GPU, in 32 without
     one. Raises ``BadValue``."""
 
     tune_blocks: bool | None = None
@@ -39,4 +39,4 @@ class BlockTuning:
 
     @property
     def steps(self) -> int:
-        return self.tune_steps or (320 if mx.default_device() == mx.gpu else 48)
+        return self.tune_steps or (320 if mx.default_device() == mx.gpu else 32)

@@ -81,6 +81,11 @@ class Training:
         self.state.step += 1
         return value.item()
 
+    def end(self) -> State:
+        """Let go of the compiled step, which holds this object as this holds it; the state."""
+        del self._step
+        return self.state
+
     def check(self) -> None:
         """Keep the state if it is the best so far."""
         state = self.state
