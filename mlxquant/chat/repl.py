@@ -3,7 +3,7 @@
 from mlxquant.base.errors import MlxquantError, one_line
 from mlxquant.base.storage import state_dir
 from mlxquant.base.text import require_unicode
-from mlxquant.chat import commands, keyboard, saved, terminal
+from mlxquant.chat import commands, saved, terminal
 from mlxquant.chat.session import Session
 from mlxquant.runtime.prompt_cache import PromptCache
 
@@ -12,7 +12,7 @@ def run(session: Session) -> None:
     """Talk until Ctrl-D, ``/exit`` or the end of the pipe."""
     takes = {name: command.takes for name, command in commands.TABLE.items()}
     reader = terminal.reader(takes, session.status)
-    with keyboard.quiet() as typed:
+    with terminal.quiet() as typed:
         while not session.over:
             session.draft += typed()
             try:

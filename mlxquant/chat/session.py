@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -147,10 +147,9 @@ def fit(parts: list[str], width: int) -> str:
 
 def _bits_per_weight(model: LanguageModel) -> float | None:
     """Stored bits per weight of the body; None where the folder cannot be read again."""
-    try:
+    with suppress(MlxquantError):
         return inspect_folder(model.folder).bits_per_weight
-    except MlxquantError:
-        return None
+    return None
 
 
 @contextmanager

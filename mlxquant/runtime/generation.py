@@ -22,9 +22,8 @@ from mlxquant.runtime.writer import Writer
 def generate(model: LanguageModel, prompt: Prompt, *, tools: Sequence[Tool] | None = None,
              **options: Any) -> Response:
     """The whole reply to a prompt; the options are those of ``stream_generate``."""
-    parse = model.tokenizer.tool_parser
     return Response.of(stream_generate(model, prompt, tools=tools, **options),
-                       parse and (lambda text: parse(text, tools)))
+                       model.tokenizer.tool_parser, tools)
 
 
 def stream_generate(  # noqa: PLR0913 - a public call: each option by its own name

@@ -10,6 +10,7 @@ from mlxquant.runtime.speed import Report
 
 Kind = Literal["answer", "thought", "tool"]
 FinishReason = Literal["stop", "length"]
+ToolParser = Callable[[str, Any], Any]
 _KINDS: dict[str | None, Kind] = {"reasoning": "thought", "tool": "tool"}  # mlx-lm's names for ours
 _TAGS = {"normal": [("<think>", "reasoning")], "reasoning": [("</think>", "normal")]}
 
@@ -103,12 +104,12 @@ class Response:
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk],
-           parse_call: Callable[[str], Any] | None = None) -> "Response":
-        """The reply that ``chunks`` make up; ``parse_call`` reads the text of a tool call."""
+           parse: ToolParser | None = None, tools: Any = None) -> "Response":
+        """The reply that ``chunks`` make up; the rest is as for ``CallReader``."""
         whole = joined(list(chunks))
         if whole.finish_reason is None or whole.report is None:
             raise ValueError("the chunks of a reply end with the one that carries its report")
-        calls = CallReader(parse_call)
+        calls = CallReader(parse, tools)
         found = [call for part in whole.parts for call in calls.feed(part)] + calls.finish()
         return cls(whole.text, whole.finish_reason, whole.report, whole.stopped_by,
                    whole.text_of("answer"), whole.text_of("thought"), tuple(found), whole.scored)
@@ -124,11 +125,12 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 class CallReader:
     """Finds calls of tools in the parts of a reply, whatever pieces they come in.
 
-    ``parse`` reads the text between a call's markers; a call cut off in the middle is none.
+    ``parse`` reads the text between a call's markers, given the ``tools`` that were offered; a
+    call cut off in the middle is none.
     """
 
-    def __init__(self, parse: Callable[[str], Any] | None):
-        self._parse, self._written = parse, ""
+    def __init__(self, parse: ToolParser | None, tools: Any):
+        self._parse, self._tools, self._written = parse, tools, ""
 
     def feed(self, part: Part) -> list[dict[str, Any]]:
         """The calls that ``part`` completes: one text may hold several."""
@@ -143,7 +145,7 @@ class CallReader:
         if self._parse is None or not written.strip():
             return []
         try:
-            found = self._parse(written)
+            found = self._parse(written, self._tools)
         except Exception:  # a model wrote it, and mlx-lm's parsers raise whatever they meet
             return []
         return list(found) if isinstance(found, list) else [found]

@@ -44,7 +44,7 @@ class Choice:
         self._index, self._form = index, form
         self._offered = form.offered if isinstance(form, ChatForm) else []
         parse = model.tokenizer.tool_parser if self._offered else None
-        self._calls = CallReader(parse and (lambda text: parse(text, self._offered)))
+        self._calls = CallReader(parse, self._offered)
         self._called = self._offset = 0
 
     def take(self, chunk: Chunk, key: str = "delta") -> dict[str, Any] | None:
