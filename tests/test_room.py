@@ -1,18 +1,71 @@
-"""What cannot fit is refused before anything is written."""
+"""What cannot fit is refused before anything is written, and what is said to be needed is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import job
+from conftest import CONFIG, job, write_folder
 
 import mlxquant
 from mlxquant.base.errors import TooLarge
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import room
+from mlxquant.quantise.assembly import blocks_of
+
+# A process of its own, whose peaks are those of the job.
+MEASURE = """
+import json, sys
+import mlxquant
+from mlxquant.machine.memory import peak_resident
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise import room
+from mlxquant.quantise.assembly import blocks_of
+from mlxquant.quantise.job import Job, Text
+folder, output, text, changes = *sys.argv[1:4], json.loads(sys.argv[4])
+job = Job(text=Text((text,))).changed(tune_blocks=False, **changes)
+network, _ = open_lazily(__import__("pathlib").Path(folder))
+predicted, before = room.peak_bytes(network, blocks_of(network), job), peak_resident()
+made = mlxquant.quantize(folder, output, job)
+print(json.dumps([predicted, made.peak_memory, peak_resident() - before]))
+"""
 
 
-def test_a_block_takes_its_float32_weights_and_its_widest_inputs_moments(tiny_folder):
-    network, _ = open_lazily(tiny_folder)
-    weights = 64 * 128 * 2 + 64 * 64 * 2 + 3 * 64 * 128 + 2 * 64
-    assert room.working_bytes(network.layers[0]) == 4 * (weights + 128**2)
+def measured(tmp_path: Path, hidden: int, inner: int, **changes) -> tuple[float, float, float]:
+    """Bytes predicted for a job on one block, MLX's peak, and what the process grew by."""
+    config = CONFIG | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
+                       "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
+                       "head_dim": 64, "torch_dtype": "float16"}
+    folder = write_folder(tmp_path / "model", config=config)
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 400)
+    environment = os.environ | {
+        "MLXQUANT_CACHE": str(tmp_path / "cache"), "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed goes back at once
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, folder, tmp_path / "out", text, json.dumps(changes)],
+        env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("hidden,inner,changes", [
+    (256, 704, dict(bits=4, refine=1, propagation="corrected", samples=16, length=256)),
+    (512, 512, dict(bits=4, refine=1, samples=4, length=32)),
+])
+def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
+    predicted, peak, _ = measured(tmp_path, hidden, inner, **changes)
+    assert predicted == pytest.approx(peak, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "replica"])
+def test_the_peak_of_a_large_block_is_predicted_for_the_whole_process(tmp_path, method):
+    predicted, peak, grown = measured(tmp_path, 1024, 2816, method=method, bits=2, refine=1,
+                                      rotation="online", samples=4, length=32)
+    assert predicted == pytest.approx(peak, rel=0.2)
+    assert predicted == pytest.approx(grown, rel=0.2)
 
 
 @pytest.mark.parametrize("bits,method", [(4, "rtn"), (2, "rtn"), (3, "gptq")])
@@ -30,10 +83,25 @@ def test_the_estimate_is_near_what_is_written(tiny_folder, tmp_path, monkeypatch
 
 def test_too_little_disk_or_memory_is_said_before_the_start(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "memory_limit", lambda: 1000)
-    with pytest.raises(TooLarge,
-                       match="the largest block with its statistics needs 0.00 GB of memory"):
+    with pytest.raises(TooLarge, match=r"quantising needs 0.00 GB of memory, 0.00 GB may be used; "
+                                       "no option would fit"):
         mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="rtn"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(TooLarge, match="quantising into out needs 0.00 GB on the disk"):
         mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(method="rtn"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes,smaller,said", [
+    (dict(samples=128, length=512), dict(samples=32), "--samples 32"),
+    (dict(samples=8, propagation="corrected"), dict(propagation="quantised"),
+     "--propagation quantised"),
+    (dict(samples=2, length=32), dict(method="rtn"), "--method rtn"),
+])
+def test_a_refusal_names_what_would_fit(tiny_folder, tmp_path, monkeypatch, changes, smaller, said):
+    network, _ = open_lazily(tiny_folder)
+    asked = job("text.txt", bits=4, **changes)
+    needed = room.peak_bytes(network, blocks_of(network), asked.changed(**smaller))
+    monkeypatch.setattr(room, "memory_limit", lambda: needed + 1)
+    with pytest.raises(TooLarge, match=f"{said}.* would fit"):
+        mlxquant.quantize(str(tiny_folder), tmp_path / "out", asked)

@@ -16,7 +16,7 @@ from mlxquant.codes.width import Width
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(15))
 _ROUNDS = 8
-_SEARCHED = 1 << 24  # weights at a time: what the search computes in between is ten times as large
+SEARCHED = 1 << 24  # weights at a time: what the search computes in between is ten times as large
 _Found = tuple[mx.array, mx.array, mx.array]  # scale, bias and error of each group
 
 
@@ -99,7 +99,7 @@ def fit(weight: mx.array, spec: Spec, importance: mx.array | None = None,
     if spec.group_size is Whole.MATRIX:
         found = _search(weight.reshape(1, 1, -1), mx.tile(h, rows)[None], spec, dtype)
     else:
-        step = max(1, _SEARCHED // columns)
+        step = max(1, SEARCHED // columns)
         parts = [_search(weight[i:i + step].reshape(-1, columns // group, group),
                          h.reshape(-1, group), spec, dtype) for i in range(0, rows, step)]
         found = tuple(mx.concatenate(each) for each in zip(*parts))

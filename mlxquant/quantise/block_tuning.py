@@ -38,7 +38,8 @@ RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in
 _FULL = 320  # steps that the rates were chosen for
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
-_BYTES = 32  # a weight: u, two moments, gradient, best state, start, the matrix and its gradient
+# Of a weight: u, two moments, gradient, best state, start, the matrix and its gradient.
+TRAINING_BYTES = 32
 # What a block raises that MLX cannot trace, differentiate or hold.
 _UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
 Report = Callable[[int, int, float], None]
@@ -94,8 +95,8 @@ class BlockTuner:
             reason = "it is called more than once"
         elif not block.path:
             reason = "the network is one block"
-        elif _BYTES * weights > memory_limit():
-            reason = f"training takes {_BYTES * weights / 1e9:.1f} GB"
+        elif TRAINING_BYTES * weights > memory_limit():
+            reason = f"training takes {TRAINING_BYTES * weights / 1e9:.1f} GB"
         else:
             try:
                 self._train(block, result, calls)

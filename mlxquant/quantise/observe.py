@@ -23,6 +23,11 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
             if type(module) in (nn.Linear, SwitchLinear)}
 
 
+def keeps_experts_apart(experts: int, width: int) -> bool:
+    """Whether each of so many experts has moments (width, width) of its own tokens."""
+    return 4 * experts * width**2 <= _EXPERT_BYTES
+
+
 @dataclass
 class Routed:
     """Statistics of an input that a mixture routes: of each expert's tokens, and of all of them.
@@ -36,7 +41,7 @@ class Routed:
 
     @classmethod
     def empty(cls, experts: int, width: int) -> "Routed":
-        apart = 4 * experts * width**2 <= _EXPERT_BYTES
+        apart = keeps_experts_apart(experts, width)
         return cls(Statistics.empty(width),
                    [Statistics.empty(width) for _ in range(experts)] if apart else [])
 

@@ -71,6 +71,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         blocks = blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
+    room.check(network, blocks, output, job)
     with step("calibration text"):
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
@@ -120,7 +121,6 @@ class Run:
         start, source, job = time.perf_counter(), identity(self.folder), self.job
         plans = plan_blocks(network, blocks, job.overrides)
         rehearse(network, config, blocks, plans, job)
-        room.check(network, blocks, plans, self.output)
         record = job.record(self.tokens, self.base)
         partial, profile = working_folder(self.output, self._identity(), record), current()
         profile.go_on_from(partial / checkpoint.MAKING)

@@ -28,7 +28,7 @@ def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], pl
              job: Job) -> nn.Module:
     """The network that a job makes, without weights, embedding and head as they are stored. Raises
     ``Unsupported`` where it would not load."""
-    inputs = _inputs(network, blocks) if job.calibrated else {}
+    inputs = given_inputs(network, blocks) if job.calibrated else {}
     body = Body()
     for block, plan in zip(blocks, plans):
         body.add(block, _described(block, plan, inputs, job))
@@ -68,7 +68,7 @@ def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
     return made
 
 
-def _inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
+def given_inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
     """What each layer of the blocks was first given, by its path: not computed, but itself."""
     paths = {id(module): block.full(path) for block in blocks
              for path, module in leaf_modules(block.module)}

@@ -21,7 +21,7 @@ from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
 _GRADIENT_STEPS = 8
-_AT_ONCE = 1 << 25  # numbers in one array: rows are independent, and a few at a time take less
+AT_ONCE = 1 << 25  # numbers in one array: rows are independent, and a few at a time take less
 
 
 @step("refine")
@@ -43,7 +43,7 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Set
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:
     """B for fixed codes and A, under all of H; a row that rounding makes worse keeps its own."""
-    rows = max(1, _AT_ONCE // (weight.shape[1] * found.replica_out.shape[1]))
+    rows = max(1, AT_ONCE // (weight.shape[1] * found.replica_out.shape[1]))
     parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
     solved = [_solved(weight[part], found.rows(part), hessian) for part in parts]
     moved = replace(found, replica_out=mx.concatenate(solved)).rounded(dtype)

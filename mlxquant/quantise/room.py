@@ -1,39 +1,183 @@
-"""Whether a job fits on the disk and in memory, before it starts."""
+"""Whether a job fits on the disk and in memory, before it starts.
 
+What a job holds at once is counted in arrays: hidden states of the whole text, a block in float32,
+moments of its inputs, and what finding the codes of its largest siblings takes in between. How many
+arrays of a size a step holds is measured; ``tests/test_room.py`` holds the sum against real jobs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
-from mlxquant.codes.spec import Whole
+from mlxquant.codes.affine import SEARCHED
+from mlxquant.codes.spec import Spec, Whole
 from mlxquant.layers.blocks import Block
-from mlxquant.layers.traffic import float32_bytes, leaf_modules, own_bytes, weight_count
+from mlxquant.layers.traffic import (
+    dense_bytes,
+    float32_bytes,
+    leaf_modules,
+    own_bytes,
+    weight_count,
+)
 from mlxquant.machine.memory import memory_limit
-from mlxquant.quantise.plans import LAYERS, Plan, inputs_of
+from mlxquant.quantise.block_tuning import TRAINING_BYTES
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.observe import keeps_experts_apart
+from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
+from mlxquant.quantise.rehearsal import given_inputs
+from mlxquant.quantise.replica import AT_ONCE
+from mlxquant.quantise.walk import batch_size
+from mlxquant.sources.checkpoint import SHARD_BYTES
+
+_HIDDEN_BYTES = 6  # a number of a hidden state: in float32, and at first in the model's 16 bits too
+_PASSING, _BACKWARD = 2, 5  # arrays of a batch's inputs and outputs, and where gradients go back
+# Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
+_KEPT, _FACTORING = 2.2, 1.7
+_CORRECTED = 1.0  # more of them, where the target is corrected
+# Arrays of the siblings' (m, n): the search for scales, rounds of refinement, and the equations of
+# replicas, of which K copies go into one array.
+_FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 
 
-def check(network: nn.Module, blocks: list[Block], plans: list[Plan], output: Path) -> None:
-    """Raises ``TooLarge`` where the result, or the largest block and its statistics, cannot fit."""
-    inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
-    stored = sum(map(_stored_bytes, blocks, plans))
-    ends = sum(a.nbytes for name, a in tree_flatten(network.parameters())
-               if not name.startswith(inside))
+def check(network: nn.Module, blocks: list[Block], output: Path, job: Job) -> None:
+    """Raises ``TooLarge`` where the result does not fit on the disk, or the job in memory; the
+    latter names what would fit."""
+    stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job.overrides)))
     # The finished blocks and the shards made of them lie side by side for a moment.
-    require_space(output, int(2 * stored + ends), f"quantising into {output.name}")
-    needed = max(working_bytes(block.module) for block in blocks)
-    if needed > memory_limit():
-        raise TooLarge(f"the largest block with its statistics needs {needed / 1e9:.2f} GB of "
-                       f"memory, {memory_limit() / 1e9:.2f} GB may be used")
+    require_space(output, int(2 * stored + _ends(network, blocks)),
+                  f"quantising into {output.name}")
+    needed, limit = peak_bytes(network, blocks, job), memory_limit()
+    if needed > limit:
+        fitting = [next((name for name, other in others
+                         if peak_bytes(network, blocks, other) <= limit), None)
+                   for others in _smaller(job)]
+        said = " or ".join(filter(None, fitting)) or "no option"
+        raise TooLarge(f"quantising needs {needed / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB "
+                       f"may be used; {said} would fit")
 
 
-def working_bytes(block: nn.Module) -> int:
-    """The least that a block takes in memory: its weights in float32, and the moments of its widest
-    input."""
-    modules = [module for _, module in leaf_modules(block)]
-    widest = max((inputs_of(m) for m in modules if type(m) in LAYERS), default=0)
-    return sum(map(float32_bytes, modules)) + 4 * widest**2
+def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
+    """Jobs that take less, by the options that make them so; of each kind the nearest first."""
+    if job.calibrated:
+        yield [(f"--samples {job.text.samples >> half}",
+                job.changed(samples=job.text.samples >> half))
+               for half in range(1, job.text.samples.bit_length())]
+        yield [(f"--sequence-length {job.text.length >> half}",
+                job.changed(length=job.text.length >> half)) for half in (1, 2, 3)
+               if job.text.length >> half >= 32]
+    if job.propagation == "corrected":
+        yield [("--propagation quantised", replace(job, propagation="quantised"))]
+    yield [(f"--method {method}", job.changed(method=method, rotation=None))
+           for method in {"replica": ("gptq", "rtn"), "rtn": ()}.get(job.spec.method, ("rtn",))]
+
+
+@dataclass(frozen=True)
+class _Siblings:
+    """Layers of a block that are quantised as one matrix (rows, inputs) in float32, each of so many
+    ``experts`` by itself; ``moments`` are the bytes of their input's."""
+
+    rows: int
+    inputs: int
+    experts: int
+    spec: Spec | None
+    moments: float
+
+    def work(self, job: Job) -> float:
+        """Bytes that finding their codes takes at once, beside the moments as observed."""
+        spec, square, matrix = self.spec, 4 * self.inputs**2, 4 * self.rows * self.inputs
+        if spec is None:
+            return 0.0
+        if spec.method == "rtn":
+            return _ROUND * matrix
+        corrected = _CORRECTED * (job.propagation == "corrected" and not self.experts)
+        if spec.method == "replica":
+            fit = _FIT * matrix
+            refine = _REPLICAS * matrix + _EQUATIONS * min(spec.replicas * matrix, 4 * AT_ONCE)
+        else:
+            fit, refine = _FIT * min(matrix, 4 * SEARCHED), _REFINE * matrix
+        refine *= spec.refine > 0
+        return (_KEPT + corrected) * square + max(_FACTORING * square, fit + corrected * square,
+                                                  refine)
+
+
+def peak_bytes(network: nn.Module, blocks: list[Block], job: Job) -> float:
+    """The most bytes that the job holds at once, the interpreter's own apart."""
+    plans = plan_blocks(network, blocks, job.overrides)
+    given = given_inputs(network, blocks) if job.calibrated else {}
+    embeddings = sum(own_bytes(m) for _, m in network.named_modules()
+                     if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
+    tuned = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
+    paths = 2 if tuned or job.propagation == "corrected" else 1
+    tokens = job.text.samples * job.text.length if job.calibrated else 2
+    width = next(iter(given.values())).shape[-1] if given else 0
+    held = embeddings + _HIDDEN_BYTES * paths * tokens * width
+    batch = min(tokens, batch_size() * job.text.length)
+    stored = sum(map(_stored_bytes, blocks, plans))
+    writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
+    weighing = _weighing_bytes(network, job) if job.target else 0
+    return max(writing, weighing, held + max(_block_bytes(block, plan, given, job, batch)
+                                             for block, plan in zip(blocks, plans)))
+
+
+def _weighing_bytes(network: nn.Module, job: Job) -> float:
+    """What the gradients of a budget take: all in float32, and one sequence's outputs with their
+    gradients, logits among them."""
+    outputs = sum(weight_count(m) // inputs_of(m) for _, m in leaf_modules(network)
+                  if type(m) in (*LAYERS, nn.Embedding, nn.QuantizedEmbedding))
+    return dense_bytes(network) + 4 * 3 * job.text.length * outputs
+
+
+def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
+                 batch: int) -> float:
+    """What one block takes, at the step that takes the most."""
+    modules = leaf_modules(block.module)
+    weights = sum(float32_bytes(module) for _, module in modules)
+    groups = list(_groups(block, plan, given, job))
+    moments = sum(group.moments for group in groups)
+    outputs = sum(weight_count(m) // inputs_of(m) for _, m in modules if type(m) in LAYERS)
+    inputs = sum(group.inputs for group in groups)
+    passing = 4 * batch * (outputs + inputs)
+    steps = [sum(own_bytes(module) for _, module in modules),
+             moments + _PASSING * passing + max((g.moments for g in groups), default=0)]
+    training = TRAINING_BYTES * sum(weight_count(m) for _, m in modules) + _BACKWARD * passing
+    if given and job.tunes(plan.specs.values()) and training <= memory_limit():
+        steps.append(training)
+    for index, group in enumerate(groups):  # the last is taken first, and its moments are freed
+        steps.append(sum(g.moments for g in groups[:index + 1]) + group.work(job))
+    return weights + _stored_bytes(block, plan) + max(steps)
+
+
+def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> Iterator[_Siblings]:
+    """The block's siblings in the order of their calls; layers by themselves where nothing is
+    calibrated."""
+    found: dict[int | str, list[str]] = {}
+    modules = {path: m for path, m in leaf_modules(block.module) if type(m) in LAYERS}
+    for path in modules:
+        x = given.get(block.full(path))
+        found.setdefault(path if x is None else id(x), []).append(path)
+    for key, paths in found.items():
+        first = modules[paths[0]]
+        experts = first.weight.shape[0] if isinstance(first, EXPERTS) else 0
+        inputs, square = inputs_of(first), 4 * inputs_of(first)**2
+        pairs = 1 + (job.propagation == "corrected" and not experts)
+        if experts and keeps_experts_apart(experts, inputs):
+            pairs += experts
+        rows = sum(weight_count(modules[path]) // inputs for path in paths) // max(1, experts)
+        yield _Siblings(rows, inputs, experts, plan.specs.get(paths[0]),
+                        0.0 if isinstance(key, str) else pairs * square)
+
+
+def _ends(network: nn.Module, blocks: list[Block]) -> int:
+    """Bytes outside the blocks, as stored."""
+    inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
+    return sum(a.nbytes for name, a in tree_flatten(network.parameters())
+               if not name.startswith(inside))
 
 
 def _stored_bytes(block: Block, plan: Plan) -> float:

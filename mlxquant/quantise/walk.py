@@ -132,7 +132,7 @@ def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, *, quan
     """
     places = {id(block.module): index for index, block in enumerate(blocks)}
     order = call_order(network, blocks)
-    batches = tokens.batches(8 if mx.default_device() == mx.gpu else 2)
+    batches = tokens.batches(batch_size())
     with intercepted((block.module for block in blocks), _stand):
         behind, before = ([Task(network, b) for b in batches] if wanted else []
                           for wanted in (quantised, floats))
@@ -145,6 +145,11 @@ def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, *, quan
                 raise Unsupported(f"{blocks[index].path} is not called for every text alike; "
                                   "calibration needs a network that calls its blocks in one order")
             yield Visit(index, order[call + 1:].count(index), behind, before)
+
+
+def batch_size() -> int:
+    """How many sequences run through a block at once."""
+    return 8 if mx.default_device() == mx.gpu else 2
 
 
 def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
