@@ -23,6 +23,7 @@ from mlxquant.layers.traffic import (
     float32_bytes,
     leaf_modules,
     own_bytes,
+    parts,
     weight_count,
 )
 from mlxquant.machine.memory import memory_limit
@@ -140,9 +141,10 @@ def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
     weights = sum(float32_bytes(module) for _, module in modules)
     groups = list(_groups(block, plan, given, job))
     moments = sum(group.moments for group in groups)
-    outputs = sum(weight_count(m) // inputs_of(m) for _, m in modules if type(m) in LAYERS)
-    inputs = sum(group.inputs for group in groups)
-    passing = 4 * batch * (outputs + inputs)
+    # Of a mixture's experts a token runs through those that it chooses.
+    passing = 4 * batch * sum(part.chosen * weight_count(part.module) // part.pool
+                              // inputs_of(part.module) + part.chosen * inputs_of(part.module)
+                              for part in parts(block.module) if type(part.module) in LAYERS)
     steps = [sum(own_bytes(module) for _, module in modules),
              moments + _PASSING * passing + max((g.moments for g in groups), default=0)]
     training = TRAINING_BYTES * sum(weight_count(m) for _, m in modules) + _BACKWARD * passing
