@@ -80,9 +80,11 @@ def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
 
 @dataclass(frozen=True)
 class _Siblings:
-    """Layers of a block that are quantised as one matrix (rows, inputs) in float32, each of so many
-    ``experts`` by itself; ``moments`` are the bytes of their input's."""
+    """Layers of a block, by the path of the ``first``, that are quantised as one matrix (rows,
+    inputs) in float32, each of so many ``experts`` by itself; ``moments`` are the bytes of their
+    input's."""
 
+    first: str
     rows: int
     inputs: int
     experts: int
@@ -142,9 +144,11 @@ def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
     groups = list(_groups(block, plan, given, job))
     moments = sum(group.moments for group in groups)
     # Of a mixture's experts a token runs through those that it chooses.
-    passing = 4 * batch * sum(part.chosen * weight_count(part.module) // part.pool
-                              // inputs_of(part.module) + part.chosen * inputs_of(part.module)
-                              for part in parts(block.module) if type(part.module) in LAYERS)
+    run = {part.path: part for part in parts(block.module) if type(part.module) in LAYERS}
+    outputs = sum(part.chosen * weight_count(part.module) // part.pool // inputs_of(part.module)
+                  for part in run.values())
+    inputs = sum(run[group.first].chosen * group.inputs for group in groups)
+    passing = 4 * batch * (outputs + inputs)
     steps = [sum(own_bytes(module) for _, module in modules),
              moments + _PASSING * passing + max((g.moments for g in groups), default=0)]
     training = TRAINING_BYTES * sum(weight_count(m) for _, m in modules) + _BACKWARD * passing
@@ -171,7 +175,7 @@ def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> I
         if experts and keeps_experts_apart(experts, inputs):
             pairs += experts
         rows = sum(weight_count(modules[path]) // inputs for path in paths) // max(1, experts)
-        yield _Siblings(rows, inputs, experts, plan.specs.get(paths[0]),
+        yield _Siblings(paths[0], rows, inputs, experts, plan.specs.get(paths[0]),
                         0.0 if isinstance(key, str) else pairs * square)
 
 
