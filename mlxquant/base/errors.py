@@ -1,15 +1,10 @@
-"""What can go wrong, said in one line: what, where, and what is allowed.
-
-Every error a user can cause is an ``MlxquantError``; the command line prints
-its message and exits with 1. Anything else that escapes is a bug of ours.
-"""
+"""What a user can cause, said in one line: what, where, and what is allowed. The command line
+prints it and exits with 1; anything that is no ``MlxquantError`` is a bug of ours."""
 
 
 class MlxquantError(Exception):
-    """Base of the errors whose message is meant for the user.
-
-    It stays one line, and harmless to a terminal, whatever names a file brings into it.
-    """
+    """Base of the errors whose message is meant for the user: one line, and harmless to a terminal,
+    whatever names a file brings into it."""
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
@@ -40,11 +35,8 @@ class CannotWrite(MlxquantError):
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user of an error that is not a bug; None where it may be one.
-
-    Beside our own these are the system's, and MLX's where memory or the device fails: their
-    message begins with the operation in brackets.
-    """
+    """What to tell the user of an error that is not a bug (ours, the system's, or MLX's where
+    memory or the device fails: "[operation] …"); None where it may be one."""
     if isinstance(error, MlxquantError):
         return str(error)
     if isinstance(error, MemoryError):

@@ -1,7 +1,6 @@
 """Write a safetensors file one array at a time, and no value that is not a number.
 
-MLX's own writer computes all arrays first, which for arrays that still lie on
-disk is a whole shard in memory, and reports a full disk in words of its own.
+MLX's own writer computes all arrays first: a whole shard in memory, where they still lie on disk.
 Format: https://huggingface.co/docs/safetensors
 """
 
@@ -39,8 +38,7 @@ def write(path: Path, arrays: dict[str, "mx.array"], metadata: dict[str, str]) -
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         while arrays:
-            name = next(iter(arrays))
-            array = arrays.pop(name)
+            array = arrays.pop(name := next(iter(arrays)))
             if array.size:
                 require_finite(name, array)
                 file.write(memoryview(_words(array)).cast("B"))

@@ -1,9 +1,5 @@
-"""Which chip this is, and what is known of it.
-
-Keyed on the brand string and the number of GPU cores: an M3 Max has 300 or 400
-GB/s. A chip or variant that is not in the table has no figures, never guessed
-ones: only the measured ceiling is shown.
-"""
+"""Which chip this is, and what is known of it: by brand string and GPU cores, as an M3 Max has 300
+or 400 GB/s. What is not in the table has no figures, never guessed ones."""
 
 import difflib
 import platform
@@ -25,12 +21,9 @@ _Marked = tuple[float, str]
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip and its figures, each None where it is not known.
-
-    ``headline_gb_per_s`` is the maker's bandwidth, ``fp32_tflops`` the peak of the GPU's
-    ordinary arithmetic, ``max_memory_gb`` the most sold, ``slc_mb`` the cache before
-    memory. ``sources`` gives a mark of ``MARKS`` for each figure.
-    """
+    """A chip and its figures, each None where it is not known, with a mark of ``MARKS`` in
+    ``sources``: the maker's bandwidth, the peak of the GPU's ordinary arithmetic, the most memory
+    sold, and the cache before memory."""
 
     name: str
     gpu_cores: int | None = None
@@ -77,9 +70,7 @@ def of(name: str, gpu_cores: int | None) -> Chip:
 
 def find(text: str) -> Chip:
     """The chip a person means by "M1 Pro" or "M1 Pro 14c"; without cores the largest variant.
-
-    Raises ``BadValue`` for what is not in the table.
-    """
+    Raises ``BadValue`` for what is not in the table."""
     parts = re.fullmatch(r"(?:apple )?(.+?)(?:[ ,]+(\d+)[ -]?c(?:ores?)?)?", text.strip(),
                          re.IGNORECASE)
     wanted, cores = (parts[1].lower(), parts[2]) if parts else ("", None)
@@ -122,15 +113,11 @@ def _apple(name: str, clock: _Marked, slc: _Marked | None,
            *variants: tuple[int, float, float | None]) -> list[Chip]:
     """Variants of (GPU cores, GB/s, most memory in GB), under one clock in GHz and cache in MB.
     Cores and bandwidths are the maker's own; FP32 is cores × 256 operations × clock."""
-    rate = "D" if clock[1] == "V" else clock[1]
-
-    def made(cores: int, bandwidth: float, memory: float | None) -> Chip:
-        marks = {"headline_gb_per_s": "V", "fp32_tflops": rate, "clock_ghz": clock[1]}
-        marks |= ({"max_memory_gb": "R"} if memory else {}) | ({"slc_mb": slc[1]} if slc else {})
-        return Chip(f"Apple {name}", cores, bandwidth, cores * 0.256 * clock[0], clock[0], memory,
-                    slc[0] if slc else None, marks)
-
-    return [made(*variant) for variant in variants]
+    marks = {"headline_gb_per_s": "V", "fp32_tflops": "D" if clock[1] == "V" else clock[1],
+             "clock_ghz": clock[1]} | ({"slc_mb": slc[1]} if slc else {})
+    return [Chip(f"Apple {name}", cores, bandwidth, cores * 0.256 * clock[0], clock[0], memory,
+                 slc[0] if slc else None, marks | ({"max_memory_gb": "R"} if memory else {}))
+            for cores, bandwidth, memory in variants]
 
 
 def _nvidia(name: str, bandwidth: float, memory: float) -> Chip:

@@ -11,13 +11,10 @@ _GROUPS = (64, 32, 16, 8)  # inputs that share a scaling
 
 @dataclass(frozen=True)
 class ReplicaLimits:
-    """``largest_replicas`` is, by width, the most that take at most 5 % longer than one.
-
-    ``smallest_group`` is, by width and replicas, the smallest group with which they do: 0 where
-    they need no groups, None where no group is enough. A width is None where reading does not
-    decide the time of its layers (no kernel of their own, or too short to fill a GPU).
-    ``reason`` says that, or why nothing was measured; ``timings`` are the single results.
-    """
+    """By width the most replicas that take at most 5 % longer than one, and by width and replicas
+    the smallest group with which they do: 0 where they need none, None where none is enough. A
+    width is None where reading does not decide the time of its layers (no kernel of their own, or
+    too short to fill a GPU). ``reason`` says that, or why nothing was measured."""
 
     reason: str | None
     largest_replicas: dict[str, int | None] | None = None
@@ -40,11 +37,8 @@ class ReplicaLimits:
 
 
 def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[str, int | None]]:
-    """(largest K, smallest G by K), given the time of one replica and a way to time others.
-
-    More replicas and smaller groups never cost less, so a search ends with the first that are
-    not free.
-    """
+    """(largest K, smallest G by K), given the time of one replica and a way to time others. More
+    replicas and smaller groups never cost less: a search ends with the first that are not free."""
     most = one * (1 + TOLERANCE)
     largest = 1
     groups: dict[str, int | None] = {}
