@@ -95,7 +95,7 @@ def free(step: Step, x: mx.array) -> gpu_clock.Steps:
 
 def layout_of(kernel: ModuleType, case: Case) -> Layout:
     if kernel is replicated_matvec:
-        return replicated_matvec.layout(case.group)
+        return replicated_matvec.layout(case.shape, case.dtype)
     return replicated_tensor_cores.layout(case.bits.code_bits, case.dtype)
 
 

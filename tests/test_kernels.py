@@ -111,7 +111,7 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
     scales = matrix.scales
     x, other = x.astype(dtype), case.draw(1)[0].astype(dtype)
     weight = case.draw(2)[0][0].astype(weight_dtype)
-    layout = replicated_matvec.layout(0)
+    layout = replicated_matvec.layout(case.shape, dtype)
     exact = [np.array(a.astype(F32), np.float64) for a in (x, other, weight)]
     normed = exact[0] / np.sqrt((exact[0] ** 2).mean(1, keepdims=True) + 0.5) * exact[2]
     gated = exact[0] / (1 + np.exp(-exact[0])) * exact[1]
@@ -148,7 +148,7 @@ def near(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
     x, matrix = case.draw()
-    prepared = prepare_input.reference(x, matrix.scales, replicated_matvec.layout(case.group))
+    prepared = prepare_input.reference(x, matrix.scales, replicated_matvec.layout(case.shape, case.dtype))
     y = replicated_matvec.multiply(prepared, matrix, case.tokens, case.dtype)
     near(y, exact_product(case, matrix, np.array(matrix.scales.rotated(x), np.float64)), case.dtype)
 
@@ -157,7 +157,7 @@ def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
 def test_each_pair_goes_through_its_own_expert(emulation, case):
     assert check._experts(case) <= ALLOWED[case.dtype]
     x, stack = case.draw()
-    layout, chosen = replicated_matvec.layout(case.group), case.chosen()
+    layout, chosen = replicated_matvec.layout(case.shape, case.dtype), case.chosen()
     prepared = prepare_input.prepare(x, stack.scales, layout, experts=chosen)
     y = replicated_matvec.multiply(prepared, stack, len(chosen), case.dtype, chosen)
     rotated = np.array(stack.scales.rotated(x), np.float64)
@@ -172,15 +172,16 @@ def test_expanded_codes_are_the_reference(emulation, case):
 
 
 @pytest.mark.parametrize("module, correct, wrong, complaint", [
-    (replicated_matvec, "chunk < chunks;", "chunk <= chunks;", OutOfBounds),
-    (replicated_matvec, "min(row0 + r, rows - 1) * chunks", "(row0 + r) * chunks", OutOfBounds),
-    (replicated_matvec, "if (lane == 0 && ", "if (lane == 0 && row && ", Unsettled),
+    (replicated_matvec, "lane, chunks - 1)", "lane, chunks)", OutOfBounds),
+    (replicated_matvec, "row = min(row0 + r, rows - 1);", "row = row0 + r;", OutOfBounds),
+    (replicated_matvec, "(chunks + 31) / 32", "(chunks + 63) / 32", OutOfBounds),
+    (replicated_matvec, "if (lane == 0 && ", "if (lane == 0 && row0 && ", Unsettled),
     (prepare_input, "if (column < n) {", "if (column < padded) {", OutOfBounds),
     (prepare_input, "if (column >= padded) continue;", "", OutOfBounds),
     (prepare_input, "at < n ? ", "at < n + 512 ? ", OutOfBounds),
     (prepare_input, "(2 * row + 1) * n", "(2 * row + 2) * n", OutOfBounds),
     (expand_codes, "if (whole) weight", "weight", Unsettled),  # the neighbour row's first element
-], ids=["chunk", "row", "unwritten", "input", "output", "square", "up", "odd"])
+], ids=["chunk", "row", "input beyond", "unwritten", "input", "output", "square", "up", "odd"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wrong, complaint):
     assert correct in module._BODY
     monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
@@ -195,7 +196,7 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
 @pytest.mark.parametrize("module, correct, wrong", [
     (replicated_matvec, "static_cast<size_t>(expert)", "static_cast<size_t>(expert + 1)"),
     (replicated_matvec, "(expert * groups", "((expert + 1) * groups"),
-    (replicated_matvec, "= expert * rows", "= (expert + 1) * rows"),
+    (replicated_matvec, "(expert * rows", "((expert + 1) * rows"),
     (prepare_input, "column_scale[expert * n", "column_scale[(expert + 1) * n"),
     (prepare_input, "token / sizes[4]", "token"),
     (expand_codes, "static_cast<size_t>(expert)", "static_cast<size_t>(expert + 1)"),

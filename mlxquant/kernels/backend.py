@@ -2,8 +2,8 @@
 reference.
 
 Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
-preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION`` and
-``UNROLL``. Buffers have at least 8 elements: Metal puts smaller ones into another address space.
+preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION``,
+``UNROLL``, ``KEEP_ORDER`` (compilers move no load across it) and ``floats_of_halves``. Buffers have at least 8 elements: Metal puts smaller ones into another address space.
 """
 
 import functools
@@ -23,6 +23,8 @@ _METAL = """
 #define THREAD thread
 #define FUNCTION inline
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define KEEP_ORDER simdgroup_barrier(mem_flags::mem_none)
+inline float2 floats_of_halves(uint word) { return float2(as_type<half2>(word)); }
 """
 _CUDA = """
 using uint = unsigned int;
@@ -30,6 +32,7 @@ using uint = unsigned int;
 #define THREAD
 #define FUNCTION inline __device__
 #define UNROLL _Pragma("unroll")
+#define KEEP_ORDER __syncwarp()
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 #define threadgroup_position_in_grid blockIdx
@@ -37,6 +40,9 @@ using uint = unsigned int;
     (uint3{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, \\
            blockIdx.z * blockDim.z + threadIdx.z})
 template <class To> inline __device__ To as_type(uint x) { return __uint_as_float(x); }
+inline __device__ float2 floats_of_halves(uint word) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+}
 template <class T> inline __device__ T simd_shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(~0u, x, mask);
 }

@@ -66,6 +66,10 @@ class Case:
         size = f"{self.experts}×" * bool(self.experts) + f"{self.rows}×{self.inputs}"
         return f"{shape}{size}, {self.tokens} tokens, {str(self.dtype).split('.')[-1]}"
 
+    @property
+    def shape(self) -> ReplicaShape:
+        return ReplicaShape(self.bits, self.replicas, self.group, self.rotation)
+
     def draw(self, seed: int = 0) -> tuple[mx.array, Matrix]:
         """x (tokens, n), and a matrix for it."""
         random = np.random.default_rng(seed)
@@ -77,8 +81,7 @@ class Case:
         rows = self.rows * (self.experts or 1)
         codes = mx.array(random.integers(0, self.bits.levels, (rows, self.inputs), np.uint8))
         scales = Scales.of(
-            self.inputs, ReplicaShape(self.bits, self.replicas, self.group, self.rotation),
-            normal(*stack, self.inputs // (self.group or 1), self.replicas),
+            self.inputs, self.shape, normal(*stack, self.inputs // (self.group or 1), self.replicas),
             normal(*stack, self.inputs) if self.group else None,
             hadamard.pack_signs(hadamard.random_signs(self.inputs, seed))
             if self.rotation else None)
@@ -129,16 +132,30 @@ def _prepare_gated(case: Case) -> float:
 
 
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
-    layouts = [replicated_matvec.layout(case.group)]
+    layouts = [replicated_matvec.layout(case.shape, case.dtype)]
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
-    return max(backend.relative_error(prepare_input.prepare(x, scales, layout, first),
-                                      prepare_input.reference(x, scales, layout, first))
-               for layout in layouts)
+    errors = []
+    for layout in layouts:
+        found = prepare_input.prepare(x, scales, layout, first)
+        expected = prepare_input.reference(x, scales, layout, first)
+        errors += _prepared_errors(found, expected, layout, scales)
+    return max(errors)
+
+
+def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
+                     scales: Scales) -> list[float]:
+    """Of X, and of the sums behind it, which must be those of the X that was found."""
+    shape = (layout.padded(scales.inputs) // layout.block, layout.run // layout.piece, -1,
+             layout.lanes, layout.piece)
+    size = len(found) * layout.padded(scales.inputs) // layout.stored(scales.inputs)
+    again = prepare_input.with_sums(found[:size].reshape(shape), layout, scales.spec.bits)
+    return [backend.relative_error(found[:size], expected[:size]),
+            backend.relative_error(found, again)]
 
 
 def _matvec(case: Case) -> float:
-    return _product(case, replicated_matvec, replicated_matvec.layout(case.group))
+    return _product(case, replicated_matvec, replicated_matvec.layout(case.shape, case.dtype))
 
 
 def _tensor_cores(case: Case) -> float:
@@ -165,16 +182,19 @@ def _expand(case: Case) -> float:
 def _experts(case: Case) -> float:
     """The preparation, of a gate too, the product and the expansion."""
     x, matrix = case.draw()
-    layout, chosen = replicated_matvec.layout(case.group), case.chosen()
+    layout, chosen = replicated_matvec.layout(case.shape, case.dtype), case.chosen()
     prepared = prepare_input.reference(x, matrix.scales, layout, AS_IS, chosen)
     y = replicated_matvec.multiply(prepared, matrix, len(chosen), case.dtype, chosen)
     gated = mx.concatenate([x, case.draw(1)[0]], axis=1)
     with mx.stream(mx.cpu):
         expected = matrix.product(matrix.scales.rotated(x), mx.float32, chosen)
-    return max(_expand(case), backend.relative_error(y, expected), *(
-        backend.relative_error(prepare_input.prepare(given, matrix.scales, layout, first, chosen),
-                               prepare_input.reference(given, matrix.scales, layout, first, chosen))
-        for given, first in ((x, AS_IS), (gated, Gate()))))
+    errors = [_expand(case), backend.relative_error(y, expected)]
+    for given, first in ((x, AS_IS), (gated, Gate())):
+        errors += _prepared_errors(
+            prepare_input.prepare(given, matrix.scales, layout, first, chosen),
+            prepare_input.reference(given, matrix.scales, layout, first, chosen), layout,
+            matrix.scales)
+    return max(errors)
 
 
 @dataclass(frozen=True)

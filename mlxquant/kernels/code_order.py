@@ -23,15 +23,6 @@ RUN = {1: 128, 2: 64, 3: 32, 4: 32}
 _AT_ONCE = 1 << 24  # codes that are held unpacked
 
 DECODE = """
-// Levels of pair p of a chunk, one to a float, from 0.5 · (1 − count) up: exponent bits make
-// an integer a float.
-template <int BITS, int LEVELS>
-FUNCTION float2 decode_floats(uint word, int shift) {
-    const uint at = uint(shift) + 1u, mask = ((1u << BITS) - 1u) << at, power = (150u - at) << 23;
-    const float offset = as_type<float>(power) + 0.5f * float(LEVELS - 1);
-    return float2{as_type<float>(((word << 1) & mask) | power) - offset,
-                  as_type<float>(((word >> 15) & mask) | power) - offset};
-}
 template <int BITS>
 FUNCTION uint pair_word(const THREAD uint* words, int pair) {
     if (BITS == 3 && pair == 15)
@@ -43,11 +34,44 @@ template <int BITS>
 FUNCTION int pair_shift(int pair) {
     return BITS == 3 ? (pair == 15 ? 0 : 3 * (pair % 5)) : BITS * (pair % (16 / BITS));
 }
+// Codes are masked where they lie into the mantissas of two float16; one shift serves all of a word
+// that lie above.
+template <int BITS>
+FUNCTION int pair_at(int pair) {
+    const int shift = pair_shift<BITS>(pair);
+    return shift + BITS > 10 ? shift - 6 : shift;
+}
+// What the floats of pair p are larger by than the levels, from 0.5 · (1 − count) up.
 template <int BITS, int LEVELS>
-FUNCTION float2 decode_pair_floats(const THREAD uint* words, int pair) {
-    return decode_floats<BITS, LEVELS>(pair_word<BITS>(words, pair), pair_shift<BITS>(pair));
+FUNCTION float pair_offset(int pair) {
+    return float(1 << (10 - pair_at<BITS>(pair))) + 0.5f * float(LEVELS - 1);
+}
+// Pair p of a chunk as floats, ``mask`` the lowest BITS of both halves: an AND, an OR, and what it
+// takes to read a float16 as a float, on Apple's GPUs nothing.
+template <int BITS>
+FUNCTION float2 pair_floats(const THREAD uint* words, int pair, uint mask) {
+    const uint at = uint(pair_at<BITS>(pair)), power = (25u - at) << 10;
+    const uint word = pair_word<BITS>(words, pair);
+    const uint moved = pair_shift<BITS>(pair) + BITS > 10 ? word >> 6 : word;
+    return floats_of_halves((moved & (mask << at)) | (power | power << 16));
 }
 """
+
+
+def pair_mask(width: int) -> int:
+    """The lowest ``width`` bits of both halves of a word."""
+    return ((1 << width) - 1) * 0x10001
+
+
+def offsets(bits: Width) -> mx.array:
+    """What a kernel's decoded floats of a chunk's 32 codes are larger by than their levels."""
+    made = []
+    for pair in range(CHUNK // 2):
+        inside = 5 if bits.code_bits == 3 else 16 // bits.code_bits
+        shift = 0 if pair == 15 and inside == 5 else bits.code_bits * (pair % inside)
+        at = shift - 6 if shift + bits.code_bits > 10 else shift
+        made += 2 * [2.0 ** (10 - at) + 0.5 * (bits.levels - 1)]
+    return mx.array(made)
 
 
 def reorder(packed: mx.array, bits: Width, columns: int) -> mx.array:

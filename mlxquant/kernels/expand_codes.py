@@ -21,6 +21,8 @@ _BODY = """
     const int chunk = pair / 16, p = pair % 16, column = 2 * pair;
     if (column >= n || row0 >= rows) return;
     const bool whole = column + 1 < n;
+    const uint mask = ((1u << BITS) - 1u) * 0x10001u;
+    const float offset = pair_offset<BITS, LEVELS>(p);
     const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
     float a[2][K];
     UNROLL for (int k = 0; k < K; ++k) {
@@ -34,7 +36,7 @@ _BODY = """
         const int at = (row * chunks + chunk) * BITS, out = expert * rows + row;
         uint words[4];
         UNROLL for (int i = 0; i < BITS; ++i) words[i] = own[at + i];
-        const float2 level = decode_pair_floats<BITS, LEVELS>(words, p);
+        const float2 level = pair_floats<BITS>(words, p, mask);
         float first = 0.0f, second = 0.0f;
         UNROLL for (int k = 0; k < K; ++k) {
             const float b = static_cast<float>(replica_out[out * K + k]);
@@ -43,8 +45,8 @@ _BODY = """
         }
         const float unit = LEVELS == 2 ? 2.0f : 1.0f;
         const auto to = static_cast<size_t>(out) * n + column;
-        weight[to] = static_cast<T>(unit * level.x * first);
-        if (whole) weight[to + 1] = static_cast<T>(unit * level.y * second);
+        weight[to] = static_cast<T>(unit * (level.x - offset) * first);
+        if (whole) weight[to + 1] = static_cast<T>(unit * (level.y - offset) * second);
     }
 """
 _INPUTS = ["codes", "replica_out", "replica_in", "column_scale", "sizes"]

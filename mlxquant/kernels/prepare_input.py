@@ -17,7 +17,9 @@ for each pair of a token and an expert, in the place of a token.
 
 ``Layout``: a matrix kernel's lane decodes ``run`` neighbouring inputs, ``lanes`` of them make a
 block of inputs, and X is [block][piece of the run][u][lane][element], so that the lanes' loads of a
-piece are neighbours.
+piece are neighbours. Where a kernel decodes codes to floats that are too large by an offset
+(``code_order.py``), it wants Σ offset · X of a chunk, or of each group in it, behind X: [block]
+[group in the chunk][u][lane].
 """
 
 import functools
@@ -27,7 +29,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxquant.kernels import backend
+from mlxquant.codes.width import Width
+from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
 from mlxquant.kernels.matrix import Scales, at_least, sizes
 
@@ -105,6 +108,14 @@ _BODY = """
             if (EXPAND && column < n) scaled *= replica_in[group * K + k];
             prepared[(piece * vectors + first + k) * LANES * PIECE + element]
                 = static_cast<O>(scaled);
+            if (SUMS) {
+                float sum = pair_offset<BITS, LEVELS>(lane / 2) * scaled;
+                UNROLL for (int stride = 1; stride < SHARED; stride *= 2)
+                    sum += simd_shuffle_xor(sum, stride);
+                const int chunk = column / 32;
+                const int at = (chunk / 32 * (32 / SHARED) + lane / SHARED) * vectors + first + k;
+                if (lane % SHARED == 0) prepared[vectors * padded + at * 32 + chunk % 32] = sum;
+            }
         }
     }
 """
@@ -114,13 +125,15 @@ _THREADS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart."""
+    """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart; ``sums``:
+    with the sums of its decoded offsets, one for so many inputs, 0 for none."""
 
     lanes: int
     run: int
     piece: int
     dtype: mx.Dtype
     expand: bool
+    sums: int = 0
 
     @property
     def block(self) -> int:
@@ -129,6 +142,11 @@ class Layout:
 
     def padded(self, inputs: int) -> int:
         return -(-inputs // self.block) * self.block
+
+    def stored(self, inputs: int) -> int:
+        """Numbers of one vector, with its sums."""
+        padded = self.padded(inputs)
+        return padded + (padded // self.sums if self.sums else 0)
 
 
 def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
@@ -142,6 +160,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
     span = max(64, spec.rotation_block)
+    decoded = spec.bits if layout.sums else Width.TWO  # one kernel where it does not matter
     vectors = pairs * (spec.replicas if layout.expand else 1)
     spans = -(-padded // span)
     prepared: mx.array = _kernel(experts is not None)(
@@ -151,9 +170,12 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
                   ("ROTATION", spec.rotation_block), ("K", spec.replicas),
                   ("GROUP", spec.replica_group), ("EXPAND", layout.expand),
-                  ("LANES", layout.lanes), ("RUN", layout.run), ("PIECE", layout.piece)],
+                  ("LANES", layout.lanes), ("RUN", layout.run), ("PIECE", layout.piece),
+                  ("SUMS", layout.sums > 0), ("SHARED", layout.sums or 32),
+                  ("BITS", decoded.code_bits), ("LEVELS", decoded.levels)],
         grid=(-(-spans * 32 // _THREADS) * _THREADS, pairs, 1), threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(vectors * padded,)], output_dtypes=[layout.dtype])[0]
+        output_shapes=[(vectors * layout.stored(inputs),)],
+        output_dtypes=[layout.dtype])[0]
     return prepared
 
 
@@ -171,7 +193,17 @@ def reference(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
         z = z * (c if experts is None else c[experts])
     z = mx.pad(z.reshape(-1, inputs), [(0, 0), (0, layout.padded(inputs) - inputs)])
     parts = z.reshape(len(z), -1, layout.lanes, layout.run // layout.piece, layout.piece)
-    return parts.transpose(1, 3, 0, 2, 4).reshape(-1).astype(layout.dtype)
+    return with_sums(parts.transpose(1, 3, 0, 2, 4).astype(layout.dtype), layout, scales.spec.bits)
+
+
+def with_sums(x: mx.array, layout: Layout, bits: Width) -> mx.array:
+    """X (blocks, pieces, u, lanes, elements), flat, and behind it the sums that ``layout`` wants
+    for codes of ``bits``."""
+    if not layout.sums:
+        return x.reshape(-1)
+    runs = x.transpose(0, 2, 3, 1, 4).reshape(len(x), x.shape[2], layout.lanes, layout.run)
+    sums = (runs * code_order.offsets(bits)).reshape(*runs.shape[:3], -1, layout.sums).sum(-1)
+    return mx.concatenate([x.reshape(-1), sums.transpose(0, 3, 1, 2).reshape(-1)])
 
 
 def _float_bits(value: float) -> int:
@@ -181,4 +213,5 @@ def _float_bits(value: float) -> int:
 
 @functools.cache
 def _kernel(mixture: bool) -> Callable[..., list[mx.array]]:
-    return backend.build("prepare_input", _INPUTS, ["prepared"], _BODY, mixture=mixture)
+    return backend.build("prepare_input", _INPUTS, ["prepared"], _BODY, code_order.DECODE,
+                         mixture=mixture)

@@ -2,13 +2,18 @@
 every token.
 
     y[t, i] = Σ_k b_ik Σ_j C_ij X_(t,k),j               plain:   X_(t,k) = a_k ∘ R x_t
-    y[t, i] = Σ_k b_ik Σ_g α_gk Σ_(j in g) C_ij X_t,j   grouped: X_t = c ∘ R x_t, and the replicas
-                                                                 share sums
+    y[t, i] = Σ_g (Σ_k b_ik α_gk) Σ_(j in g) C_ij X_t,j   grouped: X_t = c ∘ R x_t
 
 A simdgroup has a few rows; its lanes take the chunks of a row in turn (``code_order.py``), so that
 the lanes' loads are neighbours, and no two simdgroups share a row: nothing but one ``simd_sum`` per
-row and token. A weight costs, beside its b bits, an AND, an OR, a subtraction and K multiply-adds,
-grouped 1 + K/G; X, in float32, is read from the caches. It must move the codes, B and X once.
+row and token. A weight costs, beside its b bits, half an AND, half an OR and K multiply-adds,
+grouped 1 + (K + 1) / G. Decoded codes are too large by an offset: each chunk's sum, or group's,
+begins with minus that of the offsets times X, which comes with X. In float32, which asks for more
+than is left below the offsets, they are subtracted one by one.
+
+X is float32 (half precision adds 1.4e-4 to an error of 2e-4, and a bfloat16 model's may not fit);
+it is read from the caches once for all rows of a simdgroup. All loads of codes of a step stand
+before a fence, so that they are under way together. It must move the codes, B and X once.
 
 Of a mixture only the chosen experts' codes are read: a token is then a pair of a token and an
 expert, and each goes through the matrix of its own.
@@ -19,89 +24,120 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.matrix import Matrix, at_least, sizes
 from mlxquant.kernels.prepare_input import Layout
 
-_RUN = code_order.CHUNK
+_HEADER = code_order.DECODE + """
+template <int BITS>
+FUNCTION void load_chunk(const DEVICE uint* codes, int at, THREAD uint (&words)[4]) {
+    if (BITS == 2) {
+        const auto two = reinterpret_cast<const DEVICE uint2*>(codes)[at];
+        words[0] = two.x; words[1] = two.y;
+    } else if (BITS == 4) {
+        const auto four = reinterpret_cast<const DEVICE uint4*>(codes)[at];
+        words[0] = four.x; words[1] = four.y; words[2] = four.z; words[3] = four.w;
+    } else {
+        UNROLL for (int i = 0; i < BITS; ++i) words[i] = codes[at * BITS + i];
+    }
+}
+template <int K> FUNCTION void load_scales(const DEVICE float* from, THREAD float (&scales)[K]) {
+    UNROLL for (int k = 0; k < K; k += K % 4 ? 1 : 4) {
+        if (K % 4) {
+            scales[k] = from[k];
+        } else {
+            const auto four = *reinterpret_cast<const DEVICE float4*>(from + k);
+            scales[k] = four.x; scales[(k + 1) % K] = four.y;
+            scales[(k + 2) % K] = four.z; scales[(k + 3) % K] = four.w;
+        }
+    }
+}
+"""
 _BODY = """
+    constexpr int USES = GROUP ? TOKENS : TOKENS * K, SEGMENTS = 32 / SHARED;
     const int rows = sizes[0], chunks = sizes[1], tokens = sizes[2], groups = sizes[3];
+    const uint mask = uint(sizes[4]);  // were it constant, NVIDIA's would take two operations
     const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const int row0 = (int(threadgroup_position_in_grid.x) * SIMDGROUPS + simdgroup) * ROWS;
     const int token0 = int(threadgroup_position_in_grid.y) * TOKENS;
-    const int vectors = GROUP ? tokens : tokens * K;
+    const int vectors = GROUP ? tokens : tokens * K, blocks = (chunks + 31) / 32;
     const int first = GROUP ? token0 : token0 * K, last = vectors - 1;
     if (row0 >= rows) return;  // a whole simdgroup
     const int expert = EXPERT(token0);
     const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
-    const auto inputs = reinterpret_cast<const DEVICE float4*>(prepared);
-    float sums[ROWS][TOKENS * K];
-    UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int u = 0; u < TOKENS * K; ++u) sums[r][u] = 0.0f;
-
-    for (int chunk = lane; chunk < chunks; chunk += 32) {
-        uint words[ROWS][4];
-        UNROLL for (int r = 0; r < ROWS; ++r) {
-            const int at = min(row0 + r, rows - 1) * chunks + chunk;
-            if (BITS == 2) {
-                const auto two = reinterpret_cast<const DEVICE uint2*>(own)[at];
-                words[r][0] = two.x; words[r][1] = two.y;
-            } else if (BITS == 4) {
-                const auto four = reinterpret_cast<const DEVICE uint4*>(own)[at];
-                words[r][0] = four.x; words[r][1] = four.y;
-                words[r][2] = four.z; words[r][3] = four.w;
-            } else {
-                UNROLL for (int i = 0; i < BITS; ++i) words[r][i] = own[at * BITS + i];
-            }
+    const auto inputs = reinterpret_cast<const DEVICE float4*>(prepared) + lane;
+    const auto offsets = prepared + blocks * 1024 * vectors + lane;
+    float sums[ROWS][USES], y[ROWS][TOKENS], out_scales[ROWS][K];
+    int start[ROWS];
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+        const int row = min(row0 + r, rows - 1);
+        start[r] = row * chunks;
+        UNROLL for (int u = 0; u < USES; ++u) sums[r][u] = 0.0f;
+        UNROLL for (int t = 0; t < TOKENS; ++t) y[r][t] = 0.0f;
+        UNROLL for (int k = 0; k < K; ++k)
+            out_scales[r][k] = static_cast<float>(replica_out[(expert * rows + row) * K + k]);
+    }
+    for (int block0 = 0; block0 < blocks; block0 += AHEAD) {  // which divides their number
+        uint words[AHEAD][ROWS][4];
+        UNROLL for (int a = 0; a < AHEAD; ++a) {
+            const int chunk = min((block0 + a) * 32 + lane, chunks - 1);  // X is zero beyond
+            UNROLL for (int r = 0; r < ROWS; ++r)
+                load_chunk<BITS>(own, start[r] + chunk, words[a][r]);
         }
-        float partial[ROWS][TOKENS];
-        UNROLL for (int piece = 0; piece < 8; ++piece) {
+        KEEP_ORDER;  // else loads move down to their first use, and wait there for memory
+        UNROLL for (int step = 0; step < AHEAD * 8; ++step) {
+            const int a = step / 8, piece = step % 8, block = block0 + a;
+            const bool starts = piece % (SHARED / 4) == 0, ends = (piece + 1) % (SHARED / 4) == 0;
+            if (starts) {
+                const int at = (block * SEGMENTS + piece * 4 / SHARED) * vectors;
+                UNROLL for (int u = 0; u < USES; ++u) {
+                    const float offset = EXACT ? 0.0f : offsets[(at + min(first + u, last)) * 32];
+                    UNROLL for (int r = 0; r < ROWS; ++r)
+                        sums[r][u] = (GROUP ? 0.0f : sums[r][u]) - offset;
+                }
+            }
             float2 low[ROWS], high[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) {
-                low[r] = decode_pair_floats<BITS, LEVELS>(words[r], 2 * piece);
-                high[r] = decode_pair_floats<BITS, LEVELS>(words[r], 2 * piece + 1);
+                low[r] = pair_floats<BITS>(words[a][r], 2 * piece, mask);
+                high[r] = pair_floats<BITS>(words[a][r], 2 * piece + 1, mask);
+                if (EXACT) {
+                    low[r].x -= pair_offset<BITS, LEVELS>(2 * piece);
+                    low[r].y -= pair_offset<BITS, LEVELS>(2 * piece);
+                    high[r].x -= pair_offset<BITS, LEVELS>(2 * piece + 1);
+                    high[r].y -= pair_offset<BITS, LEVELS>(2 * piece + 1);
+                }
             }
-            const int at = ((chunk >> 5) * 8 + piece) * vectors;
-            if (GROUP) {
-                const int inside = piece % (SHARED / 4);
-                const bool starts = inside == 0, ends = inside == SHARED / 4 - 1;
-                UNROLL for (int t = 0; t < TOKENS; ++t) {
-                    const float4 x = inputs[(at + min(first + t, last)) * 32 + lane];
-                    UNROLL for (int r = 0; r < ROWS; ++r) {
-                        const float old = starts ? 0.0f : partial[r][t];
-                        partial[r][t] = old + low[r].x * x.x + low[r].y * x.y
-                            + high[r].x * x.z + high[r].y * x.w;
-                    }
+            UNROLL for (int u = 0; u < USES; ++u) {
+                const auto x = inputs[((block * 8 + piece) * vectors + min(first + u, last)) * 32];
+                UNROLL for (int r = 0; r < ROWS; ++r) {
+                    sums[r][u] += low[r].x * x.x;  // one by one: each is one operation then
+                    sums[r][u] += low[r].y * x.y;
+                    sums[r][u] += high[r].x * x.z;
+                    sums[r][u] += high[r].y * x.w;
                 }
-                if (ends) {
-                    const int group = (chunk * 32 + piece * 4) / (GROUP ? GROUP : 1);
-                    const int alphas = (expert * groups + min(group, groups - 1)) * K;
-                    UNROLL for (int k = 0; k < K; ++k) {
-                        const float alpha = replica_in[alphas + k];
-                        UNROLL for (int r = 0; r < ROWS; ++r)
-                            UNROLL for (int t = 0; t < TOKENS; ++t)
-                                sums[r][t * K + k] += alpha * partial[r][t];
-                    }
-                }
-            } else {
-                UNROLL for (int u = 0; u < TOKENS * K; ++u) {
-                    const float4 x = inputs[(at + min(first + u, last)) * 32 + lane];
-                    UNROLL for (int r = 0; r < ROWS; ++r)
-                        sums[r][u] += low[r].x * x.x + low[r].y * x.y
-                            + high[r].x * x.z + high[r].y * x.w;
+            }
+            if (GROUP && ends) {
+                const int group = (block * 1024 + lane * 32 + piece * 4) / (GROUP ? GROUP : 1);
+                float in_scales[K];
+                load_scales<K>(replica_in + (expert * groups + min(group, groups - 1)) * K,
+                               in_scales);
+                UNROLL for (int r = 0; r < ROWS; ++r) {
+                    float scale = 0.0f;
+                    UNROLL for (int k = 0; k < K; ++k) scale += out_scales[r][k] * in_scales[k];
+                    UNROLL for (int t = 0; t < TOKENS; ++t) y[r][t] += scale * sums[r][t];
                 }
             }
         }
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
-        const int row = expert * rows + min(row0 + r, rows - 1);
         UNROLL for (int t = 0; t < TOKENS; ++t) {
-            float y = 0.0f;
-            UNROLL for (int k = 0; k < K; ++k)
-                y += static_cast<float>(replica_out[row * K + k]) * sums[r][t * K + k];
-            y = simd_sum(y);
+            UNROLL for (int k = 0; k < (GROUP ? 0 : K); ++k)
+                y[r][t] += out_scales[r][k] * sums[r][(t * K + k) % USES];
+            const float whole = simd_sum(y[r][t]);
             if (lane == 0 && row0 + r < rows && token0 + t < tokens)
-                out[(token0 + t) * rows + row0 + r] = static_cast<T>(LEVELS == 2 ? 2.0f * y : y);
+                out[(token0 + t) * rows + row0 + r]
+                    = static_cast<T>(LEVELS == 2 ? 2.0f * whole : whole);
         }
     }
 """
@@ -110,34 +146,46 @@ _SIMDGROUPS = 2
 _USES = 16  # of a decoded code, in registers; more tokens take another pass
 
 
-def layout(group: int) -> Layout:
-    """How this kernel reads its prepared input: grouped, A apart."""
-    return Layout(lanes=32, run=_RUN, piece=4, dtype=mx.float32, expand=not group)
+def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
+    """How this kernel reads the input of a layer whose activations are ``dtype``: grouped, A
+    apart; with the sums of offsets where they are not subtracted one by one."""
+    shared = min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)
+    return Layout(lanes=32, run=code_order.CHUNK, piece=4, dtype=mx.float32,
+                  expand=not spec.replica_group, sums=0 if dtype == mx.float32 else shared)
 
 
 def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
              experts: mx.array | None = None) -> mx.array:
     """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``; with
     ``experts`` (tokens,), the matrix each is to be multiplied by."""
-    spec, rows = matrix.scales.spec, matrix.rows
+    spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     chosen = [] if experts is None else [at_least(experts)]
     together = 1 if experts is not None else max(1, min(tokens, _USES // spec.replicas))
-    height = 4 if together * spec.replicas <= 8 else 2
+    height, ahead = launch_shape(matrix, together)
     blocks = -(-rows // (_SIMDGROUPS * height))
     y: mx.array = _kernel(experts is not None)(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
-                sizes(rows, matrix.chunks, tokens, matrix.scales.groups), *chosen],
-        template=[("T", dtype), ("BITS", matrix.code_bits), ("LEVELS", spec.bits.levels),
-                  ("K", spec.replicas), ("GROUP", spec.replica_group),
-                  ("SHARED", min(spec.replica_group or _RUN, _RUN)), ("TOKENS", together),
-                  ("ROWS", height), ("SIMDGROUPS", _SIMDGROUPS)],
+                sizes(rows, matrix.chunks, tokens, matrix.scales.groups,
+                      code_order.pair_mask(bits)), *chosen],
+        template=[("T", dtype), ("EXACT", dtype == mx.float32), ("BITS", bits),
+                  ("LEVELS", spec.bits.levels), ("K", spec.replicas),
+                  ("GROUP", spec.replica_group),
+                  ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
+                  ("TOKENS", together), ("ROWS", height), ("SIMDGROUPS", _SIMDGROUPS),
+                  ("AHEAD", ahead)],
         grid=(blocks * _SIMDGROUPS * 32, -(-tokens // together), 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype])[0]
     return y
 
 
+def launch_shape(matrix: Matrix, together: int) -> tuple[int, int]:
+    """(rows of a simdgroup, chunks of each that a lane has under way)."""
+    height = 4 if together * matrix.scales.spec.replicas <= 8 else 2
+    steps = -(-matrix.chunks // 32)
+    return height, 1 if steps % 2 else 2
+
+
 @functools.cache
 def _kernel(mixture: bool) -> Callable[..., list[mx.array]]:
-    return backend.build("replicated_matvec", _INPUTS, ["out"], _BODY, code_order.DECODE,
-                         mixture=mixture)
+    return backend.build("replicated_matvec", _INPUTS, ["out"], _BODY, _HEADER, mixture=mixture)

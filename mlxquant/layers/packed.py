@@ -130,9 +130,7 @@ class PackedGroup(PackedCodes):
         if not prepared or not (on_tensor_cores or trusted("replicated_matvec")):
             return matrix.product(matrix.scales.rotated(first(x)), dtype)
         kernel = replicated_tensor_cores if on_tensor_cores else replicated_matvec
-        layout = (replicated_tensor_cores.layout(matrix.code_bits, dtype) if on_tensor_cores
-                  else replicated_matvec.layout(self.spec.replica_group))
-        x = prepare_input.prepare(x, matrix.scales, layout, first)
+        x = prepare_input.prepare(x, matrix.scales, kernel.layout(self.spec, dtype), first)
         return kernel.multiply(x, matrix, tokens, dtype)
 
     def _by_product(self, x: mx.array) -> mx.array:

@@ -60,7 +60,7 @@ class PackedExperts(PackedCodes):
         matrix, dtype = self.matrix, first.dtype(x)
         if not self.suits(MIXTURE):
             return matrix.product(matrix.scales.rotated(first(x)), dtype, experts)
-        layout = replicated_matvec.layout(self.spec.replica_group)
+        layout = replicated_matvec.layout(self.spec, dtype)
         prepared = prepare_input.prepare(x, matrix.scales, layout, first, experts)
         return replicated_matvec.multiply(prepared, matrix, len(experts), dtype, experts)
 
