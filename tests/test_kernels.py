@@ -148,7 +148,8 @@ def near(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
     x, matrix = case.draw()
-    prepared = prepare_input.reference(x, matrix.scales, replicated_matvec.layout(case.shape, case.dtype))
+    layout = replicated_matvec.layout(case.shape, case.dtype)
+    prepared = prepare_input.reference(x, matrix.scales, layout)
     y = replicated_matvec.multiply(prepared, matrix, case.tokens, case.dtype)
     near(y, exact_product(case, matrix, np.array(matrix.scales.rotated(x), np.float64)), case.dtype)
 

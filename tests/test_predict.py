@@ -86,8 +86,9 @@ def test_lane_operations_by_hand():
     assert lanes.stock(2).on(M1_PRO) == pytest.approx(5 + 1 + 0.45 + 0.25)
     assert lanes.seconds(chip, 1e9, 1, lanes.stock(2)) == pytest.approx(5e9 / 4.03968e12)
     assert lanes.seconds(chip, 1, 273e9, lanes.stock(2)) == pytest.approx(1 / 0.92)
-    assert lanes.replicated(2, 8, 16).on(chip) == pytest.approx(1 + 1.45 + 0.5)
-    assert lanes.replicated(2, 8).on(chip) == pytest.approx(1 + 8 * 1.45)
+    assert lanes.replicated(2, 8, 16).on(chip) == pytest.approx(
+        1 + 1 / 16 + 9 / 16 + 0.9 * (4 + 4 / 16 + 32 / 16) / 4)
+    assert lanes.replicated(2, 8).on(chip) == pytest.approx(8 * 33 / 32 * 1.9)
 
 
 def test_lane_operations_against_published_products():

@@ -55,7 +55,7 @@ template <int K> FUNCTION void load_scales(const DEVICE float* from, THREAD floa
 }
 """
 _BODY = """
-    constexpr int USES = GROUP ? TOKENS : TOKENS * K, SEGMENTS = 32 / SHARED;
+    constexpr int USES = GROUP ? TOKENS : TOKENS * K;
     const int rows = sizes[0], chunks = sizes[1], tokens = sizes[2], groups = sizes[3];
     const uint mask = uint(sizes[4]);  // were it constant, NVIDIA's would take two operations
     const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
@@ -66,16 +66,17 @@ _BODY = """
     if (row0 >= rows) return;  // a whole simdgroup
     const int expert = EXPERT(token0);
     const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
-    const auto inputs = reinterpret_cast<const DEVICE float4*>(prepared) + lane;
-    const auto offsets = prepared + blocks * 1024 * vectors + lane;
+    auto inputs = reinterpret_cast<const DEVICE float4*>(prepared) + first * 32 + lane;
+    auto offsets = prepared + blocks * 1024 * vectors + first * 32 + lane;
     float sums[ROWS][USES], y[ROWS][TOKENS], out_scales[ROWS][K];
-    int start[ROWS];
+    int start[ROWS], vector[USES];
+    UNROLL for (int u = 0; u < USES; ++u) vector[u] = (TOKENS == 1 ? u : min(u, last - first)) * 32;
     UNROLL for (int r = 0; r < ROWS; ++r) {
         const int row = min(row0 + r, rows - 1);
         start[r] = row * chunks;
         UNROLL for (int u = 0; u < USES; ++u) sums[r][u] = 0.0f;
         UNROLL for (int t = 0; t < TOKENS; ++t) y[r][t] = 0.0f;
-        UNROLL for (int k = 0; k < K; ++k)
+        UNROLL for (int k = 0; k < (GROUP ? K : 0); ++k)
             out_scales[r][k] = static_cast<float>(replica_out[(expert * rows + row) * K + k]);
     }
     for (int block0 = 0; block0 < blocks; block0 += AHEAD) {  // which divides their number
@@ -90,12 +91,12 @@ _BODY = """
             const int a = step / 8, piece = step % 8, block = block0 + a;
             const bool starts = piece % (SHARED / 4) == 0, ends = (piece + 1) % (SHARED / 4) == 0;
             if (starts) {
-                const int at = (block * SEGMENTS + piece * 4 / SHARED) * vectors;
                 UNROLL for (int u = 0; u < USES; ++u) {
-                    const float offset = EXACT ? 0.0f : offsets[(at + min(first + u, last)) * 32];
+                    const float offset = EXACT ? 0.0f : offsets[vector[u]];
                     UNROLL for (int r = 0; r < ROWS; ++r)
                         sums[r][u] = (GROUP ? 0.0f : sums[r][u]) - offset;
                 }
+                offsets += vectors * 32;
             }
             float2 low[ROWS], high[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -109,7 +110,7 @@ _BODY = """
                 }
             }
             UNROLL for (int u = 0; u < USES; ++u) {
-                const auto x = inputs[((block * 8 + piece) * vectors + min(first + u, last)) * 32];
+                const auto x = inputs[vector[u]];
                 UNROLL for (int r = 0; r < ROWS; ++r) {
                     sums[r][u] += low[r].x * x.x;  // one by one: each is one operation then
                     sums[r][u] += low[r].y * x.y;
@@ -117,6 +118,7 @@ _BODY = """
                     sums[r][u] += high[r].y * x.w;
                 }
             }
+            inputs += vectors * 32;
             if (GROUP && ends) {
                 const int group = (block * 1024 + lane * 32 + piece * 4) / (GROUP ? GROUP : 1);
                 float in_scales[K];
@@ -131,9 +133,11 @@ _BODY = """
         }
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
+        const int row = expert * rows + min(row0 + r, rows - 1);
         UNROLL for (int t = 0; t < TOKENS; ++t) {
             UNROLL for (int k = 0; k < (GROUP ? 0 : K); ++k)
-                y[r][t] += out_scales[r][k] * sums[r][(t * K + k) % USES];
+                y[r][t] += static_cast<float>(replica_out[row * K + k])
+                    * sums[r][(t * K + k) % USES];
             const float whole = simd_sum(y[r][t]);
             if (lane == 0 && row0 + r < rows && token0 + t < tokens)
                 out[(token0 + t) * rows + row0 + r]

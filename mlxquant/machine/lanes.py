@@ -3,9 +3,10 @@
     time = max(bytes / bandwidth, weights · lane-operations / (cores · 128 · clock))
 
 A lane-operation is one of a core's 128 lanes for a cycle: add, multiply-add, mask and OR take 1;
-converting an integer to float, and a shift by a constant, take 4. From M3 on integer work and
-conversions run beside the floating-point work, before that they take turns. Our kernels mask a
-code into the mantissa of a power of two and subtract, so they neither convert nor shift.
+converting an integer to float, and a shift by a constant, take 4; reading a half as a float takes
+nothing. From M3 on integer work and conversions run beside the floating-point work, before that
+they take turns. What our kernel does for a weight was counted in what a compiler makes of it (LLVM;
+a test counts again), and the bytes that it fetches from the caches are counted too.
 """
 
 import json
@@ -20,33 +21,40 @@ from mlxquant.machine.chips import Chip
 from mlxquant.machine.replica_limits import search
 
 BANDWIDTH_SHARE = 0.92  # of the headline, what whole models reach at the margin (``predict.py``)
-# Fetching an input costs as much as this many operations: the one number that is fitted, to how
-# the time of stock 2-bit products grows from 2 to 8 vectors on an M4 Pro (2.8 lane-operations a
-# vector, one of them the multiply-add). With one vector every fetch serves four rows.
-_FETCH = 1.8
+# Fetching a byte from the caches costs as much as this many operations, so that a core fetches 142
+# bytes a cycle: the one number that is fitted, to how the time of stock 2-bit products grows from 2
+# to 8 vectors on an M4 Pro (2.8 lane-operations a vector and weight, one of them the multiply-add,
+# the rest 2 bytes of input). With one vector every fetch serves four rows.
+_FETCH_BYTE = 0.9
 _ROWS = 4
+# Of ``replicated_matvec.py``, by the bits that a code takes: integer operations of a weight, a
+# shift as 4.
+_DECODING = {1: 1.3, 2: 1.35, 3: 2.5, 4: 1.6}
 _SHARED_PIPES = ("Apple M1", "Apple M2")
 
 ASSUMPTIONS = (
     f"memory is read at {100 * BANDWIDTH_SHARE:.0f} % of the headline",
     "128 lane-operations a core and cycle, conversions and constant shifts at a quarter of that",
     "integer work runs beside floating-point work from M3 on, in turns with it before",
-    f"an input fetched costs {_FETCH} operations and serves {_ROWS} rows; launches cost nothing",
-    "replicas: a code costs a mask, an OR and a subtraction, a replica one multiply-add a weight, "
-    "in a group of G one multiply-add a group")
+    f"a byte fetched costs {_FETCH_BYTE} operations and serves {_ROWS} rows; launches cost nothing",
+    "replicas: two codes cost a mask and an OR, a replica one multiply-add a weight, in a group of "
+    "G one multiply-add a group")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Lane-operations per weight, floating-point and integer (conversions among the latter)."""
+    """Of a weight: floating-point operations, integer ones (conversions among them), and bytes
+    fetched from the caches."""
 
-    floating: float
+    operations: float
     integer: float
+    fetched: float
 
     def on(self, chip: Chip) -> float:
         """Lane-operations per weight that ``chip`` waits for."""
+        floating = self.operations + _FETCH_BYTE * self.fetched
         shared = chip.name.startswith(_SHARED_PIPES)
-        return self.floating + self.integer if shared else max(self.floating, self.integer)
+        return floating + self.integer if shared else max(floating, self.integer)
 
     def seconds(self, chip: Chip, weights: float) -> float:
         """What ``weights`` take, if nothing else does; raises ``BadValue`` as ``chip.known``."""
@@ -58,15 +66,20 @@ def stock(bits: int, vectors: int = 1) -> Cost:
     bits), and a multiply-add and a fetch for each vector."""
     decode = 0 if bits == 16 else 5
     if vectors == 1:  # the scale multiplies sums; each fourth weight adds to a sum of inputs
-        return Cost(1 + _FETCH / _ROWS + (0.25 if decode else 0), decode)
-    return Cost((1 if decode else 0) + vectors * (1 + _FETCH), decode)
+        return Cost(1.25 if decode else 1, decode, 2 / _ROWS)
+    return Cost((1 if decode else 0) + vectors, decode, 2 * vectors)
 
 
 def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
-    """A replicated product: K multiply-adds and fetches a weight, or in groups one and K / G."""
-    fetched = 1 + _FETCH / _ROWS
-    products = fetched + replicas / group if group else replicas * fetched
-    return Cost(1 + products, 3 if str(bits) == "3" else 2)  # codes of 3 bits lie across words
+    """A replicated product by ``replicated_matvec.py``: a weight's K multiply-adds, and an addition
+    in 32 inputs each; or in groups one, and K + 1 in G. It fetches K inputs in float32 and, in 32,
+    a sum; or in groups one, and a sum and K scales in G."""
+    shared = min(group or 32, 32)
+    vectors = 1 if group else replicas
+    products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
+    fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / _ROWS
+    stored = 2 if bits == "ternary" else int(bits)
+    return Cost(products, _DECODING[stored], fetched)
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:

@@ -38,6 +38,15 @@ _COMPILE = ["-std=c++17", "-O0", "-g0", "-fPIC", "-ffp-contract=off",
             "-I", str(_INCLUDE), "-include", "mlx_preamble.h", *_CPU]
 _LIBRARY = ["-shared", "-nostdlib", "-nostdlib++",
             "-fsanitize=undefined", "-fsanitize-trap=undefined"]
+_COUNTED = ["-S", "-emit-llvm", "-O2", "-ffast-math", "-ffp-contract=fast", "-fno-vectorize",
+            "-fno-slp-vectorize", "-fno-sanitize=all"]
+_FIBERS = '#define SIMDGROUPS_MEET\n#include "fibers.h"\n'
+_MEETINGS_DECLARED = """namespace metal {
+float simd_sum(float);
+enum class mem_flags { mem_none };
+void simdgroup_barrier(mem_flags);
+}
+"""
 _PREFIX = {"*": "", "&": "*"}  # a reference is passed what its pointer points at
 
 
@@ -63,6 +72,16 @@ class Compiler:
                 self._run(Path(place), text, path.name, _LIBRARY).replace(path)
             self.compiled += 1
         return path
+
+    def llvm(self, source: Source) -> str:
+        """LLVM's own code for one thread, optimised, products and sums fused: to be counted."""
+        text = _MEETINGS_DECLARED + _cpp(source).removeprefix(_FIBERS)
+        key = hashlib.sha256(f"{_toolchain()}{_COUNTED}{text}".encode()).hexdigest()
+        path = self.folder / f"{key[:16]}.ll"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=self.folder) as place:
+                self._run(Path(place), text, path.name, _COUNTED).replace(path)
+        return path.read_text()
 
     def _run(self, place: Path, text: str, output: str, options: list[str]) -> Path:
         (place / "kernel.cpp").write_text(text)
@@ -91,11 +110,11 @@ def _toolchain() -> str:
 
 def _cpp(source: Source) -> str:
     """The kernel as C++, behind the simdgroup functions it calls, if any."""
-    text, fibers = source.text, '#define SIMDGROUPS_MEET\n#include "fibers.h"\n'
+    text = source.text
     if cast := _VECTOR_CAST.search(text):
         raise NotEmulated(f"C++ would reinterpret bits in `{cast[0]}…`: "
                           "write it as a call, `float4(x)`")
-    return fibers * bool(source.meetings()) + _VECTOR_CALL.sub(
+    return _FIBERS * bool(source.meetings()) + _VECTOR_CALL.sub(
         r"metal::make_vector<\1>(", _ATTRIBUTE.sub("", text))
 
 

@@ -1,0 +1,59 @@
+"""The operations of ``lanes.replicated`` are those of the kernel as a compiler makes it."""
+
+import re
+from collections import Counter
+
+import mlx.core as mx
+import pytest
+
+from mlxquant.codes.width import Width
+from mlxquant.kernels import replicated_matvec
+from mlxquant.kernels.check import Case
+from mlxquant.machine import lanes
+
+_INSTRUCTION = re.compile(r"\s+(?:%\S+ = )?(\w+) ")
+
+
+class Seen(Exception):
+    """The source of a call was taken; nothing is to run."""
+
+
+@pytest.fixture
+def emulation(emulate, monkeypatch):
+    made = emulate(alignment=16)
+    made.install(monkeypatch, replicated_matvec)
+    return made
+
+
+def counted(emulation, monkeypatch, case: Case) -> Counter:
+    """Instructions per weight of the loop over a row, the largest block without a branch."""
+    sources = []
+
+    def take(source):
+        sources.append(source)
+        raise Seen
+
+    _, matrix = case.draw()
+    monkeypatch.setattr(emulation.compiler, "build", take)
+    with pytest.raises(Seen):
+        replicated_matvec.multiply(mx.zeros(8), matrix, case.tokens, case.dtype)
+    blocks = re.split(r"\n\S+:", emulation.compiler.llvm(sources[0]))
+    found = Counter(match[1] for line in max(blocks, key=len).splitlines()
+                    if (match := _INSTRUCTION.match(line)))
+    rows, ahead = replicated_matvec.launch_shape(matrix, case.tokens)
+    return Counter({name: count / (32 * rows * ahead) for name, count in found.items()})
+
+
+@pytest.mark.parametrize("bits, replicas, group", [
+    (1, 4, 16), (2, 1, 0), (2, 4, 0), (2, 8, 16), (3, 2, 0), (4, 4, 16)])
+def test_a_weight_costs_what_the_model_says(emulation, monkeypatch, bits, replicas, group):
+    case = Case(Width.of(bits), replicas, group, 64, 8, 4096, 1, mx.float16)
+    found = counted(emulation, monkeypatch, case)
+    floating = max(found["fmul"], found["fadd"]) + found["fsub"]  # a sum of products is one
+    integer = sum(found[name] for name in ("and", "or", "xor", "add", "sub"))
+    integer += 4 * sum(found[name] for name in ("lshr", "ashr", "shl", "mul"))
+    said = lanes.replicated(bits, replicas, group)
+    assert floating == pytest.approx(said.operations, rel=0.02)
+    assert integer == pytest.approx(said.integer, rel=0.1)
+    # A half is read as a float by the operation that uses it: no operation of its own.
+    assert not {"uitofp", "sitofp", "zext"} & {name for name, count in found.items() if count > 0.1}
