@@ -3,7 +3,8 @@ reference.
 
 Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
 preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION``,
-``UNROLL``, ``KEEP_ORDER`` (compilers move no load across it) and ``floats_of_halves``. Buffers have at least 8 elements: Metal puts smaller ones into another address space.
+``UNROLL``, ``KEEP_ORDER`` (compilers move no load across it) and ``floats_of_halves``. Buffers
+have at least 8 elements: Metal puts smaller ones into another address space.
 """
 
 import functools

@@ -81,7 +81,8 @@ class Case:
         rows = self.rows * (self.experts or 1)
         codes = mx.array(random.integers(0, self.bits.levels, (rows, self.inputs), np.uint8))
         scales = Scales.of(
-            self.inputs, self.shape, normal(*stack, self.inputs // (self.group or 1), self.replicas),
+            self.inputs, self.shape,
+            normal(*stack, self.inputs // (self.group or 1), self.replicas),
             normal(*stack, self.inputs) if self.group else None,
             hadamard.pack_signs(hadamard.random_signs(self.inputs, seed))
             if self.rotation else None)

@@ -125,8 +125,8 @@ _THREADS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart; ``sums``:
-    with the sums of its decoded offsets, one for so many inputs, 0 for none."""
+    """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart;
+    ``sums``: with the sums of its decoded offsets, one for so many inputs, 0 for none."""
 
     lanes: int
     run: int
