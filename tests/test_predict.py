@@ -87,7 +87,7 @@ def test_lane_operations_by_hand():
     assert lanes.seconds(chip, 1e9, 1, lanes.stock(2)) == pytest.approx(5e9 / 4.03968e12)
     assert lanes.seconds(chip, 1, 273e9, lanes.stock(2)) == pytest.approx(1 / 0.92)
     assert lanes.replicated(2, 8, 16).on(chip) == pytest.approx(
-        1 + 1 / 16 + 9 / 16 + 0.9 * (4 + 4 / 16 + 32 / 16) / 4)
+        1 + 1 / 16 + 9 / 16 + 0.9 * (4 + 4 / 16 + 32 / 16) / 8)
     assert lanes.replicated(2, 8).on(chip) == pytest.approx(8 * 33 / 32 * 1.9)
 
 

@@ -3,8 +3,8 @@ reference.
 
 Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
 preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION``,
-``UNROLL``, ``KEEP_ORDER`` (compilers move no load across it) and ``floats_of_halves``. Buffers
-have at least 8 elements: Metal puts smaller ones into another address space.
+``UNROLL`` and ``floats_of_halves``. Buffers have at least 8 elements: Metal puts smaller ones into
+another address space.
 """
 
 import functools
@@ -24,7 +24,6 @@ _METAL = """
 #define THREAD thread
 #define FUNCTION inline
 #define UNROLL _Pragma("clang loop unroll(full)")
-#define KEEP_ORDER simdgroup_barrier(mem_flags::mem_none)
 inline float2 floats_of_halves(uint word) { return float2(as_type<half2>(word)); }
 """
 _CUDA = """
@@ -33,7 +32,6 @@ using uint = unsigned int;
 #define THREAD
 #define FUNCTION inline __device__
 #define UNROLL _Pragma("unroll")
-#define KEEP_ORDER __syncwarp()
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 #define threadgroup_position_in_grid blockIdx

@@ -11,9 +11,9 @@ grouped 1 + (K + 1) / G. Decoded codes are too large by an offset: each chunk's 
 begins with minus that of the offsets times X, which comes with X. In float32, which asks for more
 than is left below the offsets, they are subtracted one by one.
 
-X is float32 (half precision adds 1.4e-4 to an error of 2e-4, and a bfloat16 model's may not fit);
-it is read from the caches once for all rows of a simdgroup. All loads of codes of a step stand
-before a fence, so that they are under way together. It must move the codes, B and X once.
+X is float32: in half precision the error grows from 2.1e-4 to 3.1e-4 and the time stays, and a
+bfloat16 model's may not fit. It is read from the caches once for all rows of a simdgroup, whose
+loads of codes are under way together. It must move the codes, B and X once.
 
 Of a mixture only the chosen experts' codes are read: a token is then a pair of a token and an
 expert, and each goes through the matrix of its own.
@@ -79,16 +79,11 @@ _BODY = """
         UNROLL for (int k = 0; k < (GROUP ? K : 0); ++k)
             out_scales[r][k] = static_cast<float>(replica_out[(expert * rows + row) * K + k]);
     }
-    for (int block0 = 0; block0 < blocks; block0 += AHEAD) {  // which divides their number
-        uint words[AHEAD][ROWS][4];
-        UNROLL for (int a = 0; a < AHEAD; ++a) {
-            const int chunk = min((block0 + a) * 32 + lane, chunks - 1);  // X is zero beyond
-            UNROLL for (int r = 0; r < ROWS; ++r)
-                load_chunk<BITS>(own, start[r] + chunk, words[a][r]);
-        }
-        KEEP_ORDER;  // else loads move down to their first use, and wait there for memory
-        UNROLL for (int step = 0; step < AHEAD * 8; ++step) {
-            const int a = step / 8, piece = step % 8, block = block0 + a;
+    for (int block = 0; block < blocks; ++block) {
+        const int chunk = min(block * 32 + lane, chunks - 1);  // X is zero beyond
+        uint words[ROWS][4];
+        UNROLL for (int r = 0; r < ROWS; ++r) load_chunk<BITS>(own, start[r] + chunk, words[r]);
+        UNROLL for (int piece = 0; piece < 8; ++piece) {
             const bool starts = piece % (SHARED / 4) == 0, ends = (piece + 1) % (SHARED / 4) == 0;
             if (starts) {
                 UNROLL for (int u = 0; u < USES; ++u) {
@@ -100,8 +95,8 @@ _BODY = """
             }
             float2 low[ROWS], high[ROWS];
             UNROLL for (int r = 0; r < ROWS; ++r) {
-                low[r] = pair_floats<BITS>(words[a][r], 2 * piece, mask);
-                high[r] = pair_floats<BITS>(words[a][r], 2 * piece + 1, mask);
+                low[r] = pair_floats<BITS>(words[r], 2 * piece, mask);
+                high[r] = pair_floats<BITS>(words[r], 2 * piece + 1, mask);
                 if (EXACT) {
                     low[r].x -= pair_offset<BITS, LEVELS>(2 * piece);
                     low[r].y -= pair_offset<BITS, LEVELS>(2 * piece);
@@ -165,7 +160,7 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     chosen = [] if experts is None else [at_least(experts)]
     together = 1 if experts is not None else max(1, min(tokens, _USES // spec.replicas))
-    height, ahead = launch_shape(matrix, together)
+    height = rows_together(spec, together)
     blocks = -(-rows // (_SIMDGROUPS * height))
     y: mx.array = _kernel(experts is not None)(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
@@ -175,19 +170,20 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group),
                   ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
-                  ("TOKENS", together), ("ROWS", height), ("SIMDGROUPS", _SIMDGROUPS),
-                  ("AHEAD", ahead)],
+                  ("TOKENS", together), ("ROWS", height), ("SIMDGROUPS", _SIMDGROUPS)],
         grid=(blocks * _SIMDGROUPS * 32, -(-tokens // together), 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype])[0]
     return y
 
 
-def launch_shape(matrix: Matrix, together: int) -> tuple[int, int]:
-    """(rows of a simdgroup, chunks of each that a lane has under way)."""
-    height = 4 if together * matrix.scales.spec.replicas <= 8 else 2
-    steps = -(-matrix.chunks // 32)
-    return height, 1 if steps % 2 else 2
+def rows_together(spec: ReplicaShape, together: int) -> int:
+    """Rows of a simdgroup, for all of which it reads X once: as many as registers hold the sums
+    of (``benchmarks/LOG.md``)."""
+    uses = together * (1 if spec.replica_group else spec.replicas)
+    if together == 1 and uses <= 4 and spec.replicas <= 8:
+        return 8
+    return 4 if uses <= 8 else 2
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxquant.machine import chips
 from mlxquant.machine.chips import Chip
-from mlxquant.machine.replica_limits import search
+from mlxquant.machine.replica_limits import ReplicaLimits, search
 
 BANDWIDTH_SHARE = 0.92  # of the headline, what whole models reach at the margin (``predict.py``)
 # Fetching a byte from the caches costs as much as this many operations, so that a core fetches 142
@@ -36,7 +36,8 @@ ASSUMPTIONS = (
     f"memory is read at {100 * BANDWIDTH_SHARE:.0f} % of the headline",
     "128 lane-operations a core and cycle, conversions and constant shifts at a quarter of that",
     "integer work runs beside floating-point work from M3 on, in turns with it before",
-    f"a byte fetched costs {_FETCH_BYTE} operations and serves {_ROWS} rows; launches cost nothing",
+    f"a byte fetched costs {_FETCH_BYTE} operations and serves {_ROWS} rows, with ours up to 8; "
+    "launches cost nothing",
     "replicas: two codes cost a mask and an OR, a replica one multiply-add a weight, in a group of "
     "G one multiply-add a group")
 
@@ -76,10 +77,10 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     a sum; or in groups one, and a sum and K scales in G."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
+    rows = 8 if vectors <= 4 and replicas <= 8 else 4  # that a fetch serves
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
-    fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / _ROWS
-    stored = 2 if bits == "ternary" else int(bits)
-    return Cost(products, _DECODING[stored], fetched)
+    fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
+    return Cost(products, _DECODING[_stored_bits(bits)], fetched)
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
@@ -88,14 +89,29 @@ def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> floa
     return max(reading, cost.seconds(chip, weights))
 
 
-def free_replicas(chip: Chip, bits: int) -> tuple[int, dict[str, int | None]]:
+def free_replicas(chip: Chip, bits: int | str) -> tuple[int, dict[str, int | None]]:
     """(largest K, smallest G by K) that take at most 5 % longer than one replica: the probe's
     question, answered by prediction."""
 
     def timer(replicas: int, group: int) -> float:
-        return seconds(chip, 1e9, bits / 8 * 1e9, replicated(bits, replicas, group))
+        return seconds(chip, 1e9, 1e9 * _stored_bits(bits) / 8, replicated(bits, replicas, group))
 
     return search(timer(1, 0), timer)
+
+
+def limits(chip: Chip) -> ReplicaLimits | None:
+    """The replicas that are predicted to be free; None where the chip's figures are not known."""
+    if chip.lane_operations_per_s is None or chip.headline_gb_per_s is None:
+        return None
+    found = {str(bits): free_replicas(chip, bits) for bits in (1, "ternary", 2, 3, 4)}
+    return ReplicaLimits("predicted from counted operations",
+                         {bits: most for bits, (most, _) in found.items()},
+                         {bits: groups for bits, (_, groups) in found.items()})
+
+
+def _stored_bits(bits: int | str) -> int:
+    """What a code takes in a GPU's memory."""
+    return 2 if bits == "ternary" else int(bits)
 
 
 @cache

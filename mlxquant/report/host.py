@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine import chips, system
+from mlxquant.machine import chips, lanes, system
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.memory import memory_limit, parse_size
 from mlxquant.machine.replica_limits import ReplicaLimits
@@ -16,7 +16,7 @@ class Host:
     """``memory`` is what a model may take, in bytes. ``chip`` is None where nothing predicts its
     speed; then ``ceiling`` (GB/s) bounds it, if it is known. ``dense`` says that weights are
     expanded to float32 where that fits, as a plain CPU runs them. ``limits`` are the replicas that
-    were measured to be free, ``remarks`` what was assumed."""
+    were measured to be free, on other chips predicted, ``remarks`` what was assumed."""
 
     name: str
     memory: int
@@ -35,6 +35,7 @@ def host(chip: str | None, memory: str | None) -> Host:
     limit, remarks = _memory(found, memory) if chip or memory else (memory_limit(), ())
     limits = probe.replica_limits() if here else None
     if apple:
+        limits = limits or lanes.limits(found)
         return Host(found.label, limit, found, limits=limits, remarks=remarks)
     if chip is None and memory is not None:
         return Host("a Mac of any chip", limit, remarks=remarks)

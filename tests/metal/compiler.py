@@ -41,12 +41,7 @@ _LIBRARY = ["-shared", "-nostdlib", "-nostdlib++",
 _COUNTED = ["-S", "-emit-llvm", "-O2", "-ffast-math", "-ffp-contract=fast", "-fno-vectorize",
             "-fno-slp-vectorize", "-fno-sanitize=all"]
 _FIBERS = '#define SIMDGROUPS_MEET\n#include "fibers.h"\n'
-_MEETINGS_DECLARED = """namespace metal {
-float simd_sum(float);
-enum class mem_flags { mem_none };
-void simdgroup_barrier(mem_flags);
-}
-"""
+_MEETINGS_DECLARED = "namespace metal { float simd_sum(float); }\n"
 _PREFIX = {"*": "", "&": "*"}  # a reference is passed what its pointer points at
 
 

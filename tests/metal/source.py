@@ -18,7 +18,7 @@ import mlx.core as mx
 # What needs threads to meet. Of these, include/fibers.h has the simdgroup functions of EMULATED.
 MEETINGS = re.compile(r"\b(threadgroup|atomic\w*|simd_\w+|quad_\w+|\w+_barrier|"
                       r"simdgroup_(?!index_in_)\w+)\b")
-EMULATED = {"simd_sum", "simd_broadcast", "simd_shuffle_xor", "simdgroup_barrier"}
+EMULATED = {"simd_sum", "simd_broadcast", "simd_shuffle_xor"}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _PRINTED = re.compile(r"Generated source code for `[^`]*`:\n```\n(.*)\n```", re.DOTALL)
 _SIGNATURE = re.compile(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", re.DOTALL)

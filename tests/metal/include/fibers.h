@@ -86,10 +86,6 @@ T exchange(const char* function, T x, Pick pick) {
 
 namespace metal {
 
-enum class mem_flags { mem_none };
-
-inline void simdgroup_barrier(mem_flags) { fibers::meet("simdgroup_barrier"); }
-
 template <class T>
 T simd_shuffle_xor(T x, unsigned short mask) {
     return fibers::exchange("simd_shuffle_xor", x,
