@@ -43,7 +43,7 @@ class Form:
     """A way to store the model, and what is known of it; None where a value is not.
 
     ``quality`` is the perplexity over the original's. ``free_replicas`` says whether the replicas
-    cost less than 5 %, as measured on this machine, as predicted on another chip. ``command`` makes it.
+    cost less than 5 %, as measured here or predicted for another chip. ``command`` makes it.
     """
 
     method: str
