@@ -38,7 +38,6 @@ from mlxquant.kernels import (
 )
 from mlxquant.kernels.check import Case
 from mlxquant.kernels.matrix import Matrix
-from mlxquant.kernels.prepare_input import Layout
 from mlxquant.runtime.probe import read_ceiling
 
 COLD = 600e6  # bytes of distinct weights
@@ -93,12 +92,6 @@ def free(step: Step, x: mx.array) -> gpu_clock.Steps:
     return run
 
 
-def layout_of(kernel: ModuleType, case: Case) -> Layout:
-    if kernel is replicated_matvec:
-        return replicated_matvec.layout(case.shape, case.dtype)
-    return replicated_tensor_cores.layout(case.bits.code_bits, case.dtype)
-
-
 class Replicated:
     """Distinct random matrices of one shape, their scales, and an input."""
 
@@ -123,7 +116,8 @@ class Replicated:
 
     def times(self, kernel: ModuleType) -> dict[str, Any]:
         """Microseconds of one kernel, alone and in a chain with the preparation of its input."""
-        case, layout = self.case, layout_of(kernel, self.case)
+        case = self.case
+        layout = kernel.layout(case.shape, case.dtype)
         prepared = prepare_input.prepare(self.x, self.scales, layout)
         mx.eval(prepared)
 
@@ -177,7 +171,7 @@ def error(case: Case, kernel: ModuleType) -> float:
     """Relative error of a whole layer, one token, against a product in float64."""
     x, drawn = case.draw(1)
     scales, inputs = drawn.scales, case.inputs
-    prepared = prepare_input.prepare(x, scales, layout_of(kernel, case))
+    prepared = prepare_input.prepare(x, scales, kernel.layout(case.shape, case.dtype))
     found = kernel.multiply(prepared, drawn, 1, case.dtype)
     codes = np.array(code_order.unpack(drawn.codes, inputs), np.float64)
     matrix = case.bits.lowest + case.bits.distance * codes

@@ -135,7 +135,7 @@ def _prepare_gated(case: Case) -> float:
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
     layouts = [replicated_matvec.layout(case.shape, case.dtype)]
     if case.dtype != mx.float32:
-        layouts.append(replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
+        layouts.append(replicated_tensor_cores.layout(case.shape, case.dtype))
     errors = []
     for layout in layouts:
         found = prepare_input.prepare(x, scales, layout, first)
@@ -156,17 +156,17 @@ def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
 
 
 def _matvec(case: Case) -> float:
-    return _product(case, replicated_matvec, replicated_matvec.layout(case.shape, case.dtype))
+    return _product(case, replicated_matvec)
 
 
 def _tensor_cores(case: Case) -> float:
-    return _product(case, replicated_tensor_cores,
-                    replicated_tensor_cores.layout(case.bits.code_bits, case.dtype))
+    return _product(case, replicated_tensor_cores)
 
 
-def _product(case: Case, kernel: ModuleType, layout: Layout) -> float:
+def _product(case: Case, kernel: ModuleType) -> float:
     """Of the matrix kernel alone: its input is prepared by the reference."""
     x, matrix = case.draw()
+    layout = kernel.layout(case.shape, case.dtype)
     prepared = prepare_input.reference(x, matrix.scales, layout)
     y = kernel.multiply(prepared, matrix, case.tokens, case.dtype)
     with mx.stream(mx.cpu):  # a GPU's own products may round float32 to 10 bits

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.matrix import Matrix, sizes
 from mlxquant.kernels.prepare_input import Layout
@@ -164,9 +165,10 @@ _ROWS = 16
 _MANY_ROWS = 8192
 
 
-def layout(bits: int, dtype: mx.Dtype) -> Layout:
+def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
     """How this kernel reads its prepared input: every a_k ∘ z, in the activations' 16 bits."""
-    return Layout(lanes=4, run=code_order.RUN[bits], piece=8, dtype=dtype, expand=True)
+    return Layout(lanes=4, run=code_order.RUN[spec.bits.code_bits], piece=8, dtype=dtype,
+                  expand=True)
 
 
 def fits(matrix: Matrix, tokens: int, dtype: mx.Dtype) -> bool:
