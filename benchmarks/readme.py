@@ -23,7 +23,7 @@ PAGES = {
         "default-model": tables.default_model, "widths": tables.widths,
         "replicas": tables.replicas, "kernels": tables.kernels, "metal-body": tables.metal_body,
         "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods,
-        "real-models": tables.real_models},
+        "real-models": tables.real_models, "making": tables.making},
     "docs/answers.md": {"answers": tables.answers},
     "docs/architecture.md": {"files": tree.files},
 }

@@ -20,7 +20,7 @@ from measured import (
     replica_runs,
     stated_kernels,
 )
-from record import place, read
+from record import RESULTS, place, read
 
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
@@ -275,6 +275,38 @@ def real_models() -> str:
                  f"{place(read(REAL[0]))}: `{read(REAL[0])['command']}` and its kin "
                  "(`results/real-models-*.json`). Calibrated on 128 samples of 512 tokens, no "
                  "tuning, groups of 64; perplexity `wt2-40`, by the layers that a GPU runs.")
+
+
+WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the same, blocks tuned",
+        "gptq": "GPTQ, 4 bits", "rtn": "RTN, 4 bits", "budget": "replicas, 2.4 bits a weight",
+        "mlx-gptq": "mlx-lm's GPTQ, 4 bits", "mlx-rtn": "mlx-lm's RTN, 4 bits"}
+
+
+def making() -> str:
+    """Seconds and peaks of making models, a table for each run of ``making.py``, ours beside
+    mlx-lm's; and with what power of the weights they grow."""
+    return "\n\n".join(_making(read(path.stem)) for path in sorted(RESULTS.glob("making-*.json")))
+
+
+def _making(run: dict[str, Any]) -> str:
+    rows = []
+    for row in sorted(run["rows"], key=lambda row: row["body_weights"]):
+        steps = [f"{name} {took:.0f}" for name, took in
+                 list(row.get("profile", {}).get("seconds", {}).items())[1:4]]
+        part = row["made_blocks"] != row["blocks"]
+        seconds = f"{row['seconds_in_all']:,.0f}" + (
+            f" ({row['made_blocks']} of {row['blocks']} blocks took {row['seconds']:.0f})" if part
+            else "")
+        rows.append([row["model"], f"{row['body_weights'] / 1e9:.2f}", WAYS[row["way"]], seconds,
+                     f"{row['mlx_peak_gb']:.1f}", f"{row['host_peak_gb']:.1f}", ", ".join(steps)])
+    text = "random weights and tokens" if run["random"] else "the model's own text"
+    grows = [f"{WAYS[g['way']]} from {g['from']} to {g['to']}: seconds {g['seconds_in_all']:.1f}, "
+             f"peak {g['mlx_peak_gb']:.1f}" for g in run["growth"]]
+    return table(("model", "billion weights:", "what is made", "seconds:", "peak GB of MLX:",
+                  "of the process:", "slowest steps, seconds"), rows,
+                 f"{place(run)}: `{run['command']}`, {run['samples']} samples of {run['length']} "
+                 f"tokens, {text}.", *([f"Grows with the weights to the power of: "
+                                        f"{'; '.join(grows)}."] if grows else []))
 
 
 def answers() -> str:

@@ -109,6 +109,8 @@ class _Measure:
                 for group in self._together([p for p in paths if p in plan.specs], plan):
                     found |= self._ways(_Trial(block, group, plan.specs[group[0]], statistics),
                                         importance)
+            if seen:
+                seen.statistics.clear()  # before those of the next block are taken
             release(block.module)
             progress(done, len(blocks), time.perf_counter() - start, "weighing")
         return found
