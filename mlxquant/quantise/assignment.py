@@ -228,8 +228,8 @@ class _Trial:
         ends = list(accumulate(map(len, tried)))[:-1]
         trials = quantise_trials(tried, self.full()[0], specs, statistics, seed)
         for error, hessian, own, common in trials:
-            bits = [bits * len(every) // len(some)
-                    for bits, every, some in zip(own, weights, tried)]
+            bits: list[float] = [own_bits * len(every) // len(some)
+                                 for own_bits, every, some in zip(own, weights, tried)]
             yield bits, common, [expected_divergence(rows, hessian, importance)
                                  for rows, importance in zip(mx.split(error, ends), felt)]
 
