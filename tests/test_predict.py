@@ -5,6 +5,7 @@ import statistics
 import pytest
 
 from mlxquant import MlxquantError
+from mlxquant.cli.make import _free_group
 from mlxquant.machine import chips, lanes
 from mlxquant.report import predict
 
@@ -111,3 +112,12 @@ def test_low_bits_can_be_bound_by_arithmetic():
     found = predict.predict(M1_PRO, bytes_per_token=2.1e9, total_bytes=2.1e9, layers=32,
                             weights=weights, cost=lanes.stock(2))
     assert found.bound_by == "arithmetic" and found.tps < 1e9 * 200 / 2.1e9
+
+
+def test_a_named_chip_gets_the_smallest_free_group():
+    assert [_free_group(None, "2", 4), _free_group("M3 Max", "4", 4)] == [0, 0]
+    assert _free_group("M1 Pro", "2", 4) == _free_group("M1 Pro", "2", 3) == 16
+    with pytest.raises(MlxquantError, match="8 replicas of 1 bits cost time on M1 Pro 16c"):
+        _free_group("M1 Pro", "1", 8)
+    with pytest.raises(MlxquantError, match="not in the table"):
+        _free_group("H100", "2", 4)

@@ -39,6 +39,9 @@ def quantize(
     replica_group: Annotated[int, Option(
         help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; "
              "0: none.")] = 0,
+    for_chip: Annotated[str | None, Option(
+        help="replica: the chip that is to run it, e.g. 'M1 Pro'; inputs share a scaling in the "
+             "smallest group that is predicted to cost no time there.")] = None,
     symmetric: Annotated[bool, Option("--symmetric", help="Levels mirror around zero.")] = False,
     act_order: Annotated[bool, Option(help="GPTQ: most active inputs first.")] = True,
     refine: Annotated[int, Option(help="GPTQ: rounds that move codes and scales once more.")] = 3,
@@ -98,7 +101,8 @@ def quantize(
     repeats = [block for each in repeat_blocks or () for block in parse_repeat(each).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
     spec = Spec(Width.of(bits), group_size, symmetric, method, act_order, refine,
-                "online" if rotate else "fused" if rotate_fused else None, replicas, replica_group)
+                "online" if rotate else "fused" if rotate_fused else None, replicas,
+                replica_group or _free_group(for_chip, bits, replicas))
     job = Job(
         spec, rules=tuple(parse_override(each) for each in override or ()),
         text=Text(tuple(data or ()), samples, sequence_length),
@@ -108,7 +112,8 @@ def quantize(
             ActivationSpec(activation_bits, activation_granularity)),
         alpha=alpha, repeats=tuple(repeats), seed=seed,
         tuning=BlockTuning(tune_blocks, tune_steps))
-    _warn_of_slow_replicas(spec)
+    if for_chip is None:
+        _warn_of_slow_replicas(spec)
     with progress(_STAGES["quantising"]) as advance:
         made = run(model, output, job, revision=revision, progress=_teller(advance, as_json))
     result = inspect(str(output))
@@ -149,6 +154,26 @@ def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str],
                         "seconds": value, "seconds_left": left}, indent=None)
 
     return tell
+
+
+def _free_group(chip: str | None, bits: str, replicas: int) -> int:
+    """Inputs that are to share a scaling so that replicas take no time on ``chip``: 0 where they
+    need not, or no chip was named."""
+    if chip is None:
+        return 0
+    from mlxquant.machine import chips, lanes
+
+    found = chips.find(chip)
+    if (limits := lanes.limits(found)) is None:
+        raise BadValue(f"{found.label}: its GPU cores, clock or bandwidth are not in the table")
+    group = limits.group_for(bits, replicas)
+    if group is None:
+        raise BadValue(f"{replicas} replicas of {bits} bits cost time on {found.label} in any "
+                       "group; fewer replicas, or --replica-group, are allowed")
+    if group:
+        remark(f"scalings are shared by {group} inputs: {found.label} runs {replicas} replicas "
+               "without losing time then, by prediction")
+    return group
 
 
 def _warn_of_slow_replicas(spec: "Spec") -> None:

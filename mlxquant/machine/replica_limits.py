@@ -22,10 +22,11 @@ class ReplicaLimits:
     timings: list[dict[str, Any]] = field(default_factory=list)
 
     def group_for(self, bits: object, replicas: int) -> int | None:
-        """The smallest free group of so many replicas, 0 where they need none; None where they
-        are not free, or it is not known."""
+        """The smallest group in which so many replicas, or the next more that were tried, are
+        free, 0 where they need none; None where they are not free, or it is not known."""
         known = (self.smallest_group or {}).get(str(bits)) or {}
-        return 0 if replicas == 1 and known else known.get(str(replicas))
+        tried = next((count for count in _REPLICAS if count >= replicas), _REPLICAS[-1])
+        return 0 if replicas == 1 and known else known.get(str(tried))
 
     def free(self, bits: object, replicas: int, group: int) -> bool | None:
         """Whether so many replicas, in groups of ``group`` or none (0), take at most 5 % longer
