@@ -41,20 +41,16 @@ def random_signs(n: int, seed: int) -> mx.array:
 
 
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
-    """R x for every vector on the last axis of ``x`` (…, n), with ``signs`` (n,).
+    """R x for every vector on the last axis of ``x`` (…, n), with ``signs`` (n,); of a weight W
+    (m, n) that is W Rᵀ, which takes R x where W took x.
 
     Raises ``BadValue`` if ``block`` is no power of two that divides n.
     """
     return _transform(x * signs.astype(x.dtype), block)
 
 
-def rotate_weight(weight: mx.array, signs: mx.array, block: int) -> mx.array:
-    """W Rᵀ of ``weight`` (m, n): what takes R x where W took x. Raises as ``rotate``."""
-    return rotate(weight, signs, block)
-
-
 def unrotate_weight(weight: mx.array, signs: mx.array, block: int) -> mx.array:
-    """The inverse of ``rotate_weight``: W R of ``weight`` (m, n). Raises as ``rotate``."""
+    """The inverse of ``rotate``: W R of ``weight`` (m, n). Raises as ``rotate``."""
     return _transform(weight, block) * signs.astype(weight.dtype)
 
 

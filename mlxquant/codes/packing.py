@@ -1,9 +1,8 @@
 """Codes of symmetric levels as they lie on disk, at every width of a replicated layer.
 
-A power of two of levels packs as MLX's bit stream, see ``affine.pack``. Three
-levels would waste a fifth of two bits: five of them share a byte instead,
-1.6 bits a code, as the digits of a number below 3⁵ = 243, the first code the
-least significant. A stack of matrices packs as its rows do.
+A power of two of levels packs as MLX's bit stream, see ``affine.pack``. Three levels would waste a
+fifth of two bits: five of them share a byte instead, 1.6 bits a code, as the digits of a number
+below 3⁵ = 243, the first code the least significant. A stack of matrices packs as its rows do.
 """
 
 import mlx.core as mx

@@ -1,10 +1,9 @@
 """Which layer a checkpoint's tensors belong to.
 
-A plain checkpoint needs nothing from here. Ours says ``"model_type":
-"mlxquant"``, so that stock mlx-lm refuses it instead of running rotated codes
-as if they were plain; the architecture is in ``base_model_type``, and
-``mlxquant.layers`` describes single layers that stock mlx-lm does not have,
-``mlxquant.replicas`` the sets of replicated layers that share an input and
+A plain checkpoint needs nothing from here. Ours says ``"model_type": "mlxquant"``, so that stock
+mlx-lm refuses it instead of running rotated codes as if they were plain; the architecture is in
+``base_model_type``, and ``mlxquant.layers`` describes single layers that stock mlx-lm does not
+have, ``mlxquant.replicas`` the sets of replicated layers that share an input and
 ``mlxquant.repeats`` the ranges of blocks that run more than once.
 """
 

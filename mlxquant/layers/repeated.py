@@ -81,9 +81,8 @@ def parse_repeat(text: str) -> Repeat:
 class PassesCache(CacheList):
     """The caches of one block, one for each pass; ``caches[0]`` is the first one's.
 
-    What mlx-lm does to a cache (trimming, quantising, batching, saving) is done to
-    all; what a model asks one about (``offset`` in tokens, the mask, its parts) the
-    first answers.
+    What mlx-lm does to a cache (trimming, quantising, batching, saving) is done to all; what a
+    model asks one about (``offset`` in tokens, the mask, its parts) the first answers.
     """
 
     def __getitem__(self, index: int) -> Any:

@@ -2,11 +2,10 @@
 
     y = Σ_k b_k ∘ (C (a_k ∘ R x)) = W x  with  W = (C ∘ (B Aᵀ)) R
 
-C (m, n) holds symmetric levels, B (m, K) and A (n, K) scales, R an optional
-rotation (``codes/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per
-weight, where a scale and an offset per 64 weights take half a bit. Grouped, A is
-constant over G neighbouring inputs but for one factor per input, so that the
-replicas can share each group's partial sums.
+C (m, n) holds symmetric levels, B (m, K) and A (n, K) scales, R an optional rotation
+(``codes/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per weight, where a scale and an
+offset per 64 weights take half a bit. Grouped, A is constant over G neighbouring inputs but for one
+factor per input, so that the replicas can share each group's partial sums.
 
 Siblings (q, k, v; gate, up) read the same input and share what belongs to it,
 R and A: the ``ReplicaInput``, a module of its own beside them (``self_attn.qkv``).
@@ -97,10 +96,9 @@ class ReplicaInput(nn.Module):
 class Replicated(nn.Module):
     """A matrix of replicated codes, or a stack of experts', for the input ``shared``.
 
-    ``codes`` (m, ⌈n·bits / 32⌉) uint32 or, ternary, (m, ⌈n / 5⌉) uint8 (see
-    ``codes/packing.py``) do not train; ``replica_out`` (m, K) is B; ``bias`` (m,).
-    Of a stack all have the number of experts in front. ``sibling`` is its number among those
-    that share the input.
+    ``codes`` (m, ⌈n·bits / 32⌉) uint32 or, ternary, (m, ⌈n / 5⌉) uint8 (see ``codes/packing.py``)
+    do not train; ``replica_out`` (m, K) is B; ``bias`` (m,). Of a stack all have the number of
+    experts in front. ``sibling`` is its number among those that share the input.
     """
 
     def __init__(self, outputs: int, shared: ReplicaInput, bias: bool = False, sibling: int = 0):

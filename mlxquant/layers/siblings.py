@@ -62,9 +62,10 @@ def find_siblings(network: nn.Module) -> list[Siblings]:
     norms = {path for path, module in modules.items() if type(module) is nn.RMSNorm}
     graph = _Graph(_trace(network, modules), list(modules), norms)
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for path, calls in graph.linears.items():
-        groups[tuple(call.input for call in calls)].append(path)
-    others = [path for path in modules if path not in graph.norms and path not in graph.linears]
+    for path, calls in graph.calls.items():
+        if path not in norms:
+            groups[tuple(call.input for call in calls)].append(path)
+    others = [path for path in modules if path not in norms and path not in graph.calls]
     return [*(_describe(graph, paths) for paths in groups.values()),
             *(Siblings((path,)) for path in others)]
 
@@ -89,9 +90,6 @@ class _Call:
     reader: int
 
 
-Calls = dict[str, list[_Call]]
-
-
 class _Graph:
     """What makes and what reads each array of a trace, and the calls of the marked layers. Arrays
     that hold the same numbers have one name."""
@@ -99,8 +97,8 @@ class _Graph:
     def __init__(self, exported: list[dict[str, Any]], marked: list[str], norms: set[str]):
         self.makers: dict[str, _Node] = {}
         self.readers: dict[str, set[int]] = defaultdict(set)
-        self.norms: Calls = {path: [] for path in norms}
-        self.linears: Calls = {}
+        self.norms = norms
+        self.calls: dict[str, list[_Call]] = defaultdict(list)
         self.layers: dict[str, str] = {}  # the linear layers by what they make
         same: dict[str, str] = {}
         marks: dict[str, str] = {}
@@ -131,15 +129,13 @@ class _Graph:
             self.readers[same.get(result, result)].add(_RESULT)
 
     def _note(self, path: str, node: _Node, mark: str, output: str) -> None:
-        read = next(name for name in node.inputs if name != mark)
-        if path in self.norms:
-            self.norms[path].append(_Call(read, output, node.number))
-        else:  # marked through a slice of what it reads, unless that has one column
-            part = self.makers.get(read)
-            call = _Call(part.inputs[0], output, part.number) if part and part.name == "Slice" \
-                else _Call(read, output, node.number)
-            self.linears.setdefault(path, []).append(call)
+        read, reader = next(name for name in node.inputs if name != mark), node.number
+        if path not in self.norms:
             self.layers[output] = path
+            part = self.makers.get(read)
+            if part is not None and part.name == "Slice":  # of what it reads: see ``_trace``
+                read, reader = part.inputs[0], part.number
+        self.calls[path].append(_Call(read, output, reader))
         del self.makers[output]  # nothing is to look into a layer
 
     def product(self, name: str) -> list[str]:
@@ -150,13 +146,13 @@ class _Graph:
 
 def _describe(graph: _Graph, paths: list[str]) -> Siblings:
     """What stands before layers that read one input: the same in all their calls."""
-    calls = graph.linears[paths[0]]
-    alone = all({graph.linears[path][i].reader for path in paths} == graph.readers[call.input]
-                for i, call in enumerate(calls))
-    norm = next((path for path, made in graph.norms.items()
-                 if [call.output for call in made] == [call.input for call in calls]), None)
-    gates = {_gate(graph, call.input) for call in calls}
-    befores = {_before(graph, call.input) for call in calls}
+    inputs = [call.input for call in graph.calls[paths[0]]]
+    alone = all({graph.calls[path][i].reader for path in paths} == graph.readers[name]
+                for i, name in enumerate(inputs))
+    norm = next((path for path in graph.norms
+                 if [call.output for call in graph.calls[path]] == inputs), None)
+    gates = {_gate(graph, name) for name in inputs}
+    befores = {_before(graph, name) for name in inputs}
     gate, up = gates.pop() if len(gates) == 1 else (None, None)
     before, heads = befores.pop() if len(befores) == 1 else (None, None)
     return Siblings(tuple(paths), norm if alone else None, gate, up, up or before, heads)

@@ -115,7 +115,7 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
     if spec.rotation == "online":
         signs, size = _rotation(work.context.seed, work.block.full(next(iter(specs))),
                                 next(iter(weights.values())).shape[1])
-        weights = {p: hadamard.rotate_weight(w, signs, size) for p, w in weights.items()}
+        weights = {p: hadamard.rotate(w, signs, size) for p, w in weights.items()}
         statistics = statistics and _rotated(statistics, signs, size)
         around = replace(around, rotation_signs=signs, rotation_block=size)
     if statistics is not None:
@@ -185,7 +185,7 @@ class _Mixture:
             statistics = self.routed.of(expert)
             if around.rotation_signs is not None and around.rotation_block is not None:
                 turn = around.rotation_signs, around.rotation_block
-                weights = {p: hadamard.rotate_weight(w, *turn) for p, w in weights.items()}
+                weights = {p: hadamard.rotate(w, *turn) for p, w in weights.items()}
                 statistics = _rotated(statistics, *turn)
             statistics = statistics.sound()
             codes = _quantise(weights, statistics, self.spec, settings)
@@ -293,7 +293,7 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
     turned = 0  # bits of the rotation's signs
     if spec.rotation == "online":
         signs, size = _rotation(seed, path, weight.shape[1])
-        weight, turned = hadamard.rotate_weight(weight, signs, size), len(signs)
+        weight, turned = hadamard.rotate(weight, signs, size), len(signs)
         statistics = _rotated(statistics, signs, size)
     moments, statistics = statistics.hessian, statistics.sound()
     sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
