@@ -114,9 +114,11 @@ def _apple(name: str, clock: _Marked, slc: _Marked | None,
     """Variants of (GPU cores, GB/s, most memory in GB), under one clock in GHz and cache in MB.
     Cores and bandwidths are the maker's own; FP32 is cores × 256 operations × clock."""
     marks = {"headline_gb_per_s": "V", "fp32_tflops": "D" if clock[1] == "V" else clock[1],
-             "clock_ghz": clock[1]} | ({"slc_mb": slc[1]} if slc else {})
+             "clock_ghz": clock[1]}
+    cached = {"slc_mb": slc[1]} if slc else {}
     return [Chip(f"Apple {name}", cores, bandwidth, cores * 0.256 * clock[0], clock[0], memory,
-                 slc[0] if slc else None, marks | ({"max_memory_gb": "R"} if memory else {}))
+                 slc[0] if slc else None,
+                 marks | ({"max_memory_gb": "R"} if memory else {}) | cached)
             for cores, bandwidth, memory in variants]
 
 

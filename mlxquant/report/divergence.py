@@ -1,16 +1,13 @@
 """How far a model strays from the one it was made from: KL divergence on the windows of a text.
 
 At every predicted position of a text's windows (``model/windows.py``) the divergence is
-KL(p ‖ q) = Σ p (log p − log q) over the vocabulary, in nats, from float32
-log-softmax; p is the reference's distribution and q the model's. Perplexity can
-stay level while single answers change; this cannot (Dutta et al., "Accuracy is
-not all you need", arXiv 2407.09141).
+KL(p ‖ q) = Σ p (log p − log q) over the vocabulary, in nats, from float32 log-softmax; p is the
+reference's distribution and q the model's. Perplexity can stay level while single answers change;
+this cannot (Dutta et al., "Accuracy is not all you need", arXiv 2407.09141).
 
-The noise floor is what the same formula gives between the reference and itself
-with a little rounding more: after every block each value of the hidden state is
-moved at random by at most one unit in its last place, in the precision of this
-run. Running the reference twice, or through a KV cache, is no such test: many
-back ends then repeat their rounding to the bit.
+The noise floor is what the same formula gives between the reference and itself with every hidden
+state moved at random by at most one unit in its last place. Running the reference twice, or through
+a KV cache, is no such test: many back ends then repeat their rounding to the bit.
 """
 
 import math
@@ -34,9 +31,8 @@ _FLOOR_WINDOWS = 4  # enough for an order of magnitude; each costs one more run 
 class Divergence(Perplexity):
     """Perplexity of a model, and its divergence from a reference, in nats per position.
 
-    ``kl_mean`` and ``kl_p99`` (99th percentile) are over all positions. ``kl_stderr`` is the
-    standard error of the mean over the means of the windows, because positions of one window
-    depend on each other; None for a single window. ``kl_noise_floor`` is the mean of |KL| of
+    ``kl_stderr`` is the standard error over the means of the windows, because positions of one
+    window depend on each other; None for a single window. ``kl_noise_floor`` is the mean of |KL| of
     the reference against itself over the first 4 windows: a ``kl_mean`` near it says nothing.
     ``top1_agreement`` is the fraction of positions where both find the same token likeliest.
     """
@@ -84,9 +80,8 @@ def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path,
             losses[side] += loss(logits, window).item()
         del p, q, logits
         progress(done, len(batches), float(np.mean(found, dtype=np.float64)))
-    kl = np.stack(found)
+    kl, shape = np.stack(found), described(model, batches)
     means = kl.mean(axis=1, dtype=np.float64)
-    shape = described(model, batches)
     own, original = (total / shape["tokens"] for total in losses)
     return Divergence(
         math.exp(own), **shape, kl_mean=float(means.mean()), kl_p99=float(np.percentile(kl, 99)),

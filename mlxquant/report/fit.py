@@ -1,9 +1,6 @@
 """Split the time of a token: what every token costs, and what every byte costs.
 
-    milliseconds = fixed + bytes / bandwidth
-
-by least squares over runs that read different numbers of bytes: several models, or one
-at several depths of context.
+    milliseconds = fixed + bytes / bandwidth, by least squares over several models or depths.
 """
 
 from collections.abc import Sequence

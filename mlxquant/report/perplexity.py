@@ -1,8 +1,6 @@
-"""Perplexity over the first windows of a text.
+"""Perplexity: the exponential of the mean next-token loss over a text's first windows.
 
-The mean next-token loss over the predicted positions of every window (``model/windows.py``) is
-exponentiated. With WikiText-2's raw test split, 1,024 tokens and 40 windows this is the protocol
-``wt2-40``.
+With WikiText-2's raw test split, 1,024 tokens and 40 windows this is the protocol ``wt2-40``.
 """
 
 import math
@@ -38,18 +36,15 @@ class Perplexity:
 
 def evaluate(model: LanguageModel, text: str | Path, *, context: int = 1024,
              windows: int | None = None, progress: Progress = lambda *_: None) -> Perplexity:
-    """Perplexity of ``model`` on a text (a string, or the path of a UTF-8 file).
-
-    ``windows`` None means all. ``progress`` is called after each window with
-    (done, total, perplexity so far). Raises what ``first_windows`` does.
-    """
-    batches = first_windows(model, text, context, windows)
-    total, count = 0.0, 0
+    """Perplexity of ``model`` on a text (a string, or a UTF-8 file's path), on all windows or the
+    first ``windows``. ``progress`` is called after each with (done, total, perplexity so far).
+    Raises what ``first_windows`` does."""
+    batches, total, result = first_windows(model, text, context, windows), 0.0, 0.0
     for done, window in enumerate(batches, 1):
         total += loss(window.logits(model.network), window).item()
-        count += context - 1
-        progress(done, len(batches), math.exp(total / count))
-    return Perplexity(math.exp(total / count), **described(model, batches))
+        result = math.exp(total / (done * (context - 1)))
+        progress(done, len(batches), result)
+    return Perplexity(result, **described(model, batches))
 
 
 def described(model: LanguageModel, batches: list[Window]) -> dict[str, Any]:

@@ -40,11 +40,9 @@ _AS_GOOD = 1.02  # times the best perplexity: then the faster is recommended
 
 @dataclass(frozen=True)
 class Form:
-    """A way to store the model, and what is known of it; None where a value is not.
-
-    ``quality`` is the perplexity over the original's. ``free_replicas`` says whether the replicas
-    cost less than 5 %, as measured here or predicted for another chip. ``command`` makes it.
-    """
+    """A way to store the model, and what is known of it: perplexity over the original's, whether
+    the replicas cost less than 5 % (measured here, or predicted for another chip), and the command
+    that makes it."""
 
     method: str
     bits: int | str
@@ -95,9 +93,8 @@ class Plan:
 @dataclass(frozen=True)
 class _Model:
     """The 16-bit original of a configuration. ``kv`` are bytes of keys and values by their bits,
-    ``weights`` the multiply-adds of a token, ``layers`` its blocks, ``workspace`` the bytes of
-    activations while a prompt's chunk is processed, an estimate: three of the widest layer's
-    outputs."""
+    ``weights`` the multiply-adds of a token, ``workspace`` the bytes of activations while a
+    prompt's chunk is processed: about three of the widest layer's outputs."""
 
     name: str
     config: dict[str, Any]
@@ -113,9 +110,9 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
          revision: str | None = None) -> Plan:
     """Plan for the model called ``name``, or of ``config``, on this machine or on a known chip.
 
-    ``memory`` is that of the machine, such as "16GB", of which macOS lets a model take a part;
-    the default is the largest sold with ``chip``, or what this machine recommends. Nothing but a
-    configuration is read. Raises ``BadValue`` and what ``config_of`` and ``network_of`` raise.
+    ``memory`` is that of the machine, such as "16GB"; the default is the largest sold with
+    ``chip``, or what this machine recommends. Nothing but a configuration is read. Raises
+    ``BadValue`` and what ``config_of`` and ``network_of`` raise.
     """
     if context < 1 or min_tps < 0:
         raise BadValue(f"context is {context} and min-tps {min_tps:g}; "
@@ -131,8 +128,7 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
 
 
 def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Prediction:
-    """The speed of a model, as its configuration stores it, on a chip with ``depth`` tokens in the
-    context."""
+    """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens."""
     network, model = outline.network_of(config), _model("", config, max(depth, 1))
     kv = model.kv[16] if depth else 0
     return predict(chip, bytes_per_token=traffic.weight_bytes(network) + kv,
