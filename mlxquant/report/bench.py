@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
@@ -172,9 +171,7 @@ class _Runner:
 
     def __init__(self, model: LanguageModel, test: Test):
         self.model, self.test = model, test
-        self.network = model.network
-        if test.batch > 1:
-            self.network = _Batched(model.network, test.batch, model.vocabulary)
+        self.network = model.network if test.batch == 1 else _Batched(model, test.batch)
         self.cache: list[Any] = []
         self.kv = self.depth_s = 0.0
 
@@ -239,14 +236,12 @@ class _Runner:
 
 
 class _Batched:
-    """Runs a network on several sequences where ``generate_step`` knows of one.
+    """Runs a network on several sequences where ``generate_step`` knows of one: the others are the
+    same tokens shifted, so that a mixture chooses other experts for them."""
 
-    The others are the same tokens shifted, so that a mixture chooses other experts for them.
-    """
-
-    def __init__(self, network: nn.Module, batch: int, vocabulary: int):
-        self.network, self.vocabulary = network, vocabulary
-        self.shifts = mx.arange(batch)[:, None] * (vocabulary // batch)
+    def __init__(self, model: LanguageModel, batch: int):
+        self.model = model
+        self.shifts = mx.arange(batch)[:, None] * (model.vocabulary // batch)
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        return self.network((tokens + self.shifts) % self.vocabulary, cache=cache)[:1]
+        return self.model.network((tokens + self.shifts) % self.model.vocabulary, cache=cache)[:1]
