@@ -18,7 +18,7 @@ from conftest import random_network, write_folder
 from faulty import Fault
 from gguf_files import write_gguf
 
-from mlxquant.sources import recipes
+from mlxquant.sources import checkpoint, recipes
 
 TEXT = "All work and no play makes Jack a dull boy. " * 60
 
@@ -31,9 +31,10 @@ def failed_in_one_line(result: subprocess.CompletedProcess, message: str) -> Non
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Of every file, the folder's own name, which its card has for a title, taken out."""
+    """Of every file but the times of its making, the folder's own name, which its card has for a
+    title, taken out."""
     own_name = re.compile(rf"\b{folder.name}\b".encode())
-    contents = {p.name: p.read_bytes() for p in folder.iterdir()}
+    contents = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != checkpoint.MAKING}
     contents["README.md"] = own_name.sub(b"", contents["README.md"])
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
