@@ -53,6 +53,9 @@ def test_a_weight_costs_what_the_model_says(emulation, monkeypatch, bits, replic
     integer = sum(found[name] for name in ("and", "or", "xor", "add", "sub"))
     integer += 4 * sum(found[name] for name in ("lshr", "ashr", "shl", "mul"))
     said = lanes.replicated(bits, replicas, group)
+    rows = replicated_matvec.rows_together(case.shape, 1)
+    assert said.fetched == pytest.approx(4 / rows * (
+        1 + (1 + replicas) / group if group else replicas * 33 / 32))
     assert floating == pytest.approx(said.operations, rel=0.02)
     assert integer == pytest.approx(said.integer, rel=0.1)
     # A half is read as a float by the operation that uses it: no operation of its own.

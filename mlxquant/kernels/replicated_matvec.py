@@ -70,7 +70,7 @@ _BODY = """
     auto offsets = prepared + blocks * 1024 * vectors + first * 32 + lane;
     float sums[ROWS][USES], y[ROWS][TOKENS], out_scales[ROWS][K];
     int start[ROWS], vector[USES];
-    UNROLL for (int u = 0; u < USES; ++u) vector[u] = (TOKENS == 1 ? u : min(u, last - first)) * 32;
+    UNROLL for (int u = 0; u < USES; ++u) vector[u] = (WHOLE ? u : min(u, last - first)) * 32;
     UNROLL for (int r = 0; r < ROWS; ++r) {
         const int row = min(row0 + r, rows - 1);
         start[r] = row * chunks;
@@ -142,7 +142,7 @@ _BODY = """
 """
 _INPUTS = ["prepared", "codes", "replica_out", "replica_in", "sizes"]
 _SIMDGROUPS = 2
-_USES = 16  # of a decoded code, in registers; more tokens take another pass
+_TOKENS = 8  # in registers, plain as many as make 16 uses of a code; more take another pass
 
 
 def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
@@ -159,7 +159,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     ``experts`` (tokens,), the matrix each is to be multiplied by."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     chosen = [] if experts is None else [at_least(experts)]
-    together = 1 if experts is not None else max(1, min(tokens, _USES // spec.replicas))
+    most = _TOKENS if spec.replica_group else max(1, _TOKENS * 2 // spec.replicas)
+    together = 1 if experts is not None else min(tokens, most)
     height = rows_together(spec, together)
     blocks = -(-rows // (_SIMDGROUPS * height))
     y: mx.array = _kernel(experts is not None)(
@@ -170,7 +171,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group),
                   ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
-                  ("TOKENS", together), ("ROWS", height), ("SIMDGROUPS", _SIMDGROUPS)],
+                  ("TOKENS", together), ("WHOLE", tokens % together == 0), ("ROWS", height),
+                  ("SIMDGROUPS", _SIMDGROUPS)],
         grid=(blocks * _SIMDGROUPS * 32, -(-tokens // together), 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype])[0]
@@ -180,10 +182,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
 def rows_together(spec: ReplicaShape, together: int) -> int:
     """Rows of a simdgroup, for all of which it reads X once: as many as registers hold the sums
     of (``benchmarks/LOG.md``)."""
-    uses = together * (1 if spec.replica_group else spec.replicas)
-    if together == 1 and uses <= 4 and spec.replicas <= 8:
-        return 8
-    return 4 if uses <= 8 else 2
+    held = 2 * together + spec.replicas if spec.replica_group else 2 * together * spec.replicas
+    return 8 if held <= 10 else 4 if held <= 20 else 2
 
 
 @functools.cache

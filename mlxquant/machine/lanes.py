@@ -77,7 +77,8 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     a sum; or in groups one, and a sum and K scales in G."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
-    rows = 8 if vectors <= 4 and replicas <= 8 else 4  # that a fetch serves
+    held = 2 + replicas if group else 2 * replicas  # in registers, for a row
+    rows = 8 if held <= 10 else 4 if held <= 20 else 2  # that a fetch serves
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
     fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
     return Cost(products, _DECODING[_stored_bits(bits)], fetched)
