@@ -11,14 +11,12 @@ first. Results are saved as they come. ``--out`` names the file in results/.
 
 import argparse
 import json
-import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +182,6 @@ def line(row: Row) -> str:
             + f" ({', '.join(f'{name} {took:.1f}' for name, took in steps)})" * bool(steps))
 
 
-def growth(rows: list[Row]) -> list[Row]:
-    """From each size to the next: by what power of the body's weights seconds and peaks grow."""
-    found = []
-    for way in dict.fromkeys(row["way"] for row in rows):
-        sizes = sorted((r for r in rows if r["way"] == way and r["model"] != "mixture"),
-                       key=lambda r: r["body_weights"])
-        for small, large in pairwise(sizes):
-            ratio = math.log(large["body_weights"] / small["body_weights"])
-            if ratio > 0.1:
-                found.append({"way": way, "from": small["model"], "to": large["model"], **{
-                    key: math.log(large[key] / small[key]) / ratio
-                    for key in ("seconds_in_all", "mlx_peak_gb", "host_peak_gb")}})
-    return found
-
-
 def measure(a: argparse.Namespace, shape: str | None, rows: list[Row]) -> None:
     """Every way on one model; rows are saved as they come."""
     a.shape = shape
@@ -227,8 +210,7 @@ def measure(a: argparse.Namespace, shape: str | None, rows: list[Row]) -> None:
                     shutil.rmtree(left)
             rows.append(row | extrapolated(row))
             print(line(rows[-1]), flush=True)
-            save(a.out, samples=a.samples, length=a.length, random=not a.data, rows=rows,
-                 growth=growth(rows))
+            save(a.out, samples=a.samples, length=a.length, random=not a.data, rows=rows)
     finally:
         shutil.rmtree(base)
 

@@ -1,10 +1,12 @@
 """The tables of README.md and docs/: one function each, from ``results/`` and from the program."""
 
 import json
+import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from measured import (
@@ -26,6 +28,7 @@ from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 
 Row = dict[str, Any]
+Rows = list[Row]
 KERNELS = {
     "mx.quantized_matmul": "MLX's `quantized_matmul`",
     "replicated_matvec": "`replicated_matvec`, Metal's body, through CUDA on ordinary cores",
@@ -282,31 +285,51 @@ WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the s
         "mlx-gptq": "mlx-lm's GPTQ, 4 bits", "mlx-rtn": "mlx-lm's RTN, 4 bits"}
 
 
+def making_rows() -> dict[str, Rows]:
+    """What ``making.py`` measured, by place: the latest row of each model and way, by size."""
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for path in sorted(RESULTS.glob("making-*.json")):
+        run = read(path.stem)
+        for row in run["rows"]:
+            found.setdefault(place(run), {})[row["model"], row["way"]] = row | {
+                "tokens": f"{run['samples']} × {run['length']}"}
+    return {where: sorted(rows.values(), key=lambda row: (row["body_weights"], row["way"]))
+            for where, rows in found.items()}
+
+
 def making() -> str:
-    """Seconds and peaks of making models, a table for each run of ``making.py``, ours beside
-    mlx-lm's; and with what power of the weights they grow."""
-    return "\n\n".join(_making(read(path.stem)) for path in sorted(RESULTS.glob("making-*.json")))
+    """Seconds and peaks of making models, a table for each machine, ours beside mlx-lm's; and with
+    what power of the weights they grow."""
+    return "\n\n".join(table(
+        ("model", "billion weights:", "what is made", "tokens", "seconds:", "peak GB of MLX:",
+         "of the process:", "slowest steps, seconds"), map(_making_line, rows),
+        f"{where}: `python benchmarks/making.py --only MODEL --ways WAY [--blocks N]`, random "
+        "weights and tokens.", *_growth(rows)) for where, rows in making_rows().items())
 
 
-def _making(run: dict[str, Any]) -> str:
-    rows = []
-    for row in sorted(run["rows"], key=lambda row: row["body_weights"]):
-        steps = [f"{name} {took:.0f}" for name, took in
-                 list(row.get("profile", {}).get("seconds", {}).items())[1:4]]
-        part = row["made_blocks"] != row["blocks"]
-        seconds = f"{row['seconds_in_all']:,.0f}" + (
-            f" ({row['made_blocks']} of {row['blocks']} blocks took {row['seconds']:.0f})" if part
-            else "")
-        rows.append([row["model"], f"{row['body_weights'] / 1e9:.2f}", WAYS[row["way"]], seconds,
-                     f"{row['mlx_peak_gb']:.1f}", f"{row['host_peak_gb']:.1f}", ", ".join(steps)])
-    text = "random weights and tokens" if run["random"] else "the model's own text"
-    grows = [f"{WAYS[g['way']]} from {g['from']} to {g['to']}: seconds {g['seconds_in_all']:.1f}, "
-             f"peak {g['mlx_peak_gb']:.1f}" for g in run["growth"]]
-    return table(("model", "billion weights:", "what is made", "seconds:", "peak GB of MLX:",
-                  "of the process:", "slowest steps, seconds"), rows,
-                 f"{place(run)}: `{run['command']}`, {run['samples']} samples of {run['length']} "
-                 f"tokens, {text}.", *([f"Grows with the weights to the power of: "
-                                        f"{'; '.join(grows)}."] if grows else []))
+def _making_line(row: Row) -> list[str]:
+    steps = list(row.get("profile", {}).get("seconds", {}).items())[1:4]
+    seconds = f"{row['seconds_in_all']:,.0f}"
+    if row["made_blocks"] != row["blocks"]:
+        seconds += f" ({row['made_blocks']} of {row['blocks']} blocks took {row['seconds']:.0f})"
+    return [row["model"], f"{row['body_weights'] / 1e9:.2f}", WAYS[row["way"]], row["tokens"],
+            seconds, f"{row['mlx_peak_gb']:.1f}", f"{row['host_peak_gb']:.1f}",
+            ", ".join(f"{name} {took:.0f}" for name, took in steps)]
+
+
+def _growth(rows: Rows) -> list[str]:
+    """From each size to the next of a way: by what power of the weights seconds and peak grow."""
+    said = []
+    for way in WAYS:
+        sizes = [row for row in rows if row["way"] == way and row["model"] != "mixture"]
+        for small, large in pairwise(sizes):
+            ratio = math.log(large["body_weights"] / small["body_weights"])
+            powers = [math.log(large[key] / small[key]) / ratio
+                      for key in ("seconds_in_all", "mlx_peak_gb")]
+            part = any(row["made_blocks"] != row["blocks"] for row in (small, large))
+            said.append(f"{WAYS[way]} from {small['model']} to {large['model']} seconds "
+                        f"{powers[0]:.1f}{' (extrapolated)' * part}, peak {powers[1]:.1f}")
+    return [f"With the weights to the power of: {'; '.join(said)}."] if said else []
 
 
 def answers() -> str:
