@@ -82,11 +82,8 @@ def refuse_existing(target: Path) -> None:
 
 
 def working_folder(output: Path, job: str, record: dict[str, Any]) -> Path:
-    """``OUT.partial``, where a long job that makes ``output`` keeps its state.
-
-    ``job`` identifies it; ``record`` is for people. Raises ``MlxquantError`` where the
-    folder belongs to another job.
-    """
+    """``OUT.partial``, where a long job that makes ``output`` keeps its state: ``job`` identifies
+    it, ``record`` is for people. Raises ``MlxquantError`` where it belongs to another job."""
     partial = output.with_name(f"{output.name}.partial")
     marker = partial / "job.json"
     # A run that was killed while it wrote the marker leaves only scratch files.
@@ -100,10 +97,8 @@ def working_folder(output: Path, job: str, record: dict[str, Any]) -> Path:
 
 @contextmanager
 def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold ``target`` for this process; with ``wait``, until whoever holds it is done.
-
-    A process that dies lets go. Raises ``MlxquantError`` where another holds it.
-    """
+    """Hold ``target`` for this process, which lets go when it dies. Where another one holds it,
+    ``wait`` for that or raise ``MlxquantError``."""
     key = target.absolute()
     if key in _held:
         yield

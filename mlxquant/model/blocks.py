@@ -14,12 +14,9 @@ from mlxquant.layers.hooks import intercepted
 
 @contextmanager
 def after_each_block(network: nn.Module, hook: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Within the context every block's hidden state goes through ``hook``, in order of running.
-
-    The state is of shape (batch, tokens, channels), for some architectures with an axis in
-    front. Raises ``Unsupported`` where no block ran, as for a network that calls the parts of its
-    blocks.
-    """
+    """Within the context every block's hidden state, (batch, tokens, channels), for some
+    architectures with an axis in front, goes through ``hook``, in order of running. Raises
+    ``Unsupported`` where no block ran, as for a network that calls the parts of its blocks."""
     ran = False
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],

@@ -46,11 +46,8 @@ class Source:
 
 @dataclass
 class Imported:
-    """A file whose names, shapes and types are all understood.
-
-    Tensors are converted as they are asked for. What that took gathers in ``rounded``: by path
-    (Σ(ŵ − w)², Σw²).
-    """
+    """A file whose names, shapes and types are all understood. What converting its tensors took
+    gathers in ``rounded``: by path (Σ(ŵ − w)², Σw²)."""
 
     config: dict[str, Any]
     sources: dict[str, Source]

@@ -1,8 +1,7 @@
 """A GGUF reader that trusts nothing: counts, lengths and offsets are held against the file's size.
 
-The ``gguf`` package's reader believes array lengths and tensor counts, so a
-lying header can keep it looping; its tables of types are used here. Bytes are
-read, never mapped: a mapped file that someone truncates kills the process.
+The ``gguf`` package's reader believes array lengths and tensor counts, so a lying header can keep
+it looping. Bytes are read, never mapped: a mapped file that someone truncates kills the process.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -61,10 +60,8 @@ class GGUFModel:
 
 
 def open_model(path: Path) -> GGUFModel:
-    """Read the headers of ``path`` and, where it is a part of a split model, of all parts.
-
-    Raises ``BadCheckpoint`` where a file is truncated, missing or contradicts itself.
-    """
+    """Read the headers of ``path`` and, where it is a part of a split model, of all parts. Raises
+    ``BadCheckpoint`` where a file is truncated, missing or contradicts itself."""
     files = part_files(path)
     headers = [_Header(file) for file in files]
     metadata = headers[0].metadata

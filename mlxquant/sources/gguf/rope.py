@@ -16,10 +16,8 @@ _Config = dict[str, Any]
 
 
 def scaling(file: GGUFModel, architecture: Architecture, config: _Config, field: Fields) -> _Config:
-    """Entries of config.json: none, or ``rope_scaling`` and what belongs to it.
-
-    Raises ``Unsupported`` for a scaling that mlx-lm's model of this architecture does not have.
-    """
+    """Entries of config.json: none, or ``rope_scaling`` and what belongs to it. Raises
+    ``Unsupported`` for a scaling that mlx-lm's model of this architecture does not have."""
     kind = file.metadata.get(f"{field.prefix}rope.scaling.type", "none")
     field.asked |= {f"rope.scaling.{n}" for n in ("type", "finetuned", "original_context_length")}
     if FREQUENCIES in file.tensors:
