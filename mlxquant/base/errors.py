@@ -1,5 +1,7 @@
-"""What a user can cause, said in one line: what, where, and what is allowed. The command line
-prints it and exits with 1; anything that is no ``MlxquantError`` is a bug of ours."""
+"""What can go wrong, said in one line: what, where, and what is allowed.
+
+The command line prints it and exits with 1; what is no ``MlxquantError`` is a bug of ours.
+"""
 
 
 class MlxquantError(Exception):

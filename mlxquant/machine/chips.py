@@ -1,5 +1,8 @@
-"""Which chip this is, and what is known of it: by brand string and GPU cores, as an M3 Max has 300
-or 400 GB/s. What is not in the table has no figures, never guessed ones."""
+"""Which chip this is, and what is known of it.
+
+It is known by brand string and GPU cores, as an M3 Max has 300 or 400 GB/s. What is not in the
+table has no figures, never guessed ones.
+"""
 
 import difflib
 import platform
