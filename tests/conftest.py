@@ -115,6 +115,16 @@ def tiny(tiny_folder):
     return mlxquant.load(str(tiny_folder))
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """The path of a text of eight words at random."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
+                                            4000)
+    path.write_text(" ".join(words))
+    return str(path)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_compiler(request):
     fused.quicken(request.config.cache.mkdir("fused"))

@@ -4,7 +4,6 @@ import json
 
 import commands
 import mlx.core as mx
-import numpy as np
 import pytest
 from architectures import write
 from conftest import job
@@ -26,15 +25,6 @@ KINDS = {
     "awq": dict(method="awq", bits=2, propagation="float"),
     "rounded": dict(method="rtn", bits=2),
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
-                                            4000)
-    path.write_text(" ".join(words))
-    return str(path)
 
 
 def quantise(source, output, text, progress=lambda *_: None, **options):

@@ -7,7 +7,6 @@ import shutil
 import architectures
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from conftest import CONFIG, job, random_network, write_folder
 from mlx_lm.utils import load as stock_load
@@ -22,15 +21,6 @@ from mlxquant.quantise.methods import METHODS, Method
 from mlxquant.quantise.observe import Observation
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"],
-                                            4000)
-    path.write_text(" ".join(words))
-    return str(path)
 
 
 def quantise(source, output, text, progress=silent, **options):
