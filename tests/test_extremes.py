@@ -13,7 +13,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quantise.blocks import quantise_trials
+from mlxquant.quantise.trials import quantise_trials
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 W8A8 = dict(method="smoothquant", bits=8, group_size=0)

@@ -60,8 +60,8 @@ def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: 
                   feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     """(codes, errors) of a block of columns, all (m, w) float32 like the first four inputs.
 
-    ``feedback`` (w, w) is strictly upper triangular. By the kernel where there is a GPU
-    on which it agrees with the reference, which is tried once on a small case.
+    Of ``feedback`` (w, w) only what lies above the diagonal counts. By the kernel where there is a
+    GPU on which it agrees with the reference, which is tried once on a small case.
     """
     trusted = backend.has_gpu() and backend.trusted("column_sweep", disagreement, TIES)
     run = _launch if trusted else reference
@@ -92,29 +92,25 @@ def _sweep(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.arra
            matrix: mx.array, levels: int) -> mx.array:
     """Codes (m, n) as if ``round_columns`` took all columns at once, with M_ij / M_jj of ``matrix``
     M (n, n) as feedback. Columns far ahead hear of errors once in ``_FAR``."""
-    diagonal = matrix.diagonal()
-
-    def feedback(rows: slice, later: slice) -> mx.array:
-        return matrix[rows, later] / diagonal[later]
-
-    found, columns = [], weight.shape[1]
+    diagonal, found, columns = matrix.diagonal(), [], weight.shape[1]
     for start in range(0, columns, _FAR):
         stop, errors = min(start + _FAR, columns), []
+        feedback = matrix[start:stop, start:] / diagonal[start:]
         near, wanted = wanted[:, :_FAR], wanted[:, _FAR:]
         for at in range(start, stop, BLOCK):
             inside = slice(at, min(at + BLOCK, stop))
-            width = inside.stop - at
+            width, own = inside.stop - at, slice(at - start, inside.stop - start)
             codes, error = round_columns(weight[:, inside], near[:, :width], scales[:, inside],
-                                         biases[:, inside], mx.triu(feedback(inside, inside), 1),
-                                         levels)
+                                         biases[:, inside], feedback[own, own], levels)
             if inside.stop < stop:  # MLX 0.32.4 writes freed memory at an empty product
-                near = near[:, width:] - error @ feedback(inside, slice(inside.stop, stop))
+                near = mx.addmm(near[:, width:], error, feedback[own, own.stop:stop - start],
+                                alpha=-1)
             found.append(codes)
             errors.append(error)
             mx.async_eval(near, codes, error)
         if stop < columns:
-            further = feedback(slice(start, stop), slice(stop, None))
-            wanted = wanted - mx.concatenate(errors, axis=1) @ further
+            wanted = mx.addmm(wanted, mx.concatenate(errors, axis=1), feedback[:, stop - start:],
+                              alpha=-1)
         mx.eval(wanted, codes)
     return mx.concatenate(found, axis=1)
 

@@ -28,13 +28,13 @@ from mlxquant.layers.dense import to_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import blocks_of, gates, outside, stored_dtype
-from mlxquant.quantise.blocks import quantise_trials
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import Routed, linears
 from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
+from mlxquant.quantise.trials import quantise_trials
 from mlxquant.quantise.walk import float_walk, identity, release
 from mlxquant.sources import checkpoint
 
@@ -206,7 +206,7 @@ class _Trial:
         """Of each way: the bits that each sibling stores by itself, those that they share, and the
         nats that each costs, given how its outputs are ``felt``."""
         modules = linears(self.block.module)
-        specs = [replace(self.spec, refine=0, **way) for way in ways]
+        specs = [replace(self.spec, **way) for way in ways]
         if isinstance(self.statistics, Statistics):
             weights = [modules[path].weight for path in self.paths]
             yield from self._weighed(weights, self.statistics, specs, felt, seed)

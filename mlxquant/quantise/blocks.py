@@ -34,7 +34,6 @@ from mlxquant.quantise.storing import (
     store_replicas,
     store_stack,
 )
-from mlxquant.quantise.sweep import Sweep
 from mlxquant.quantise.walk import release
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
@@ -113,10 +112,10 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
             weights = {path: weight * factors for path, weight in weights.items()}
             statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
-        signs, size = _rotation(work.context.seed, work.block.full(next(iter(specs))),
+        signs, size = rotation_of(work.context.seed, work.block.full(next(iter(specs))),
                                 next(iter(weights.values())).shape[1])
         weights = {p: hadamard.rotate(w, signs, size) for p, w in weights.items()}
-        statistics = statistics and _rotated(statistics, signs, size)
+        statistics = statistics and rotated(statistics, signs, size)
         around = replace(around, rotation_signs=signs, rotation_block=size)
     if statistics is not None:
         around, statistics = around.calibrated(statistics.largest), statistics.sound()
@@ -186,7 +185,7 @@ class _Mixture:
             if around.rotation_signs is not None and around.rotation_block is not None:
                 turn = around.rotation_signs, around.rotation_block
                 weights = {p: hadamard.rotate(w, *turn) for p, w in weights.items()}
-                statistics = _rotated(statistics, *turn)
+                statistics = rotated(statistics, *turn)
             statistics = statistics.sound()
             codes = _quantise(weights, statistics, self.spec, settings)
             for path, found in codes.items():
@@ -208,7 +207,7 @@ class _Mixture:
         """Replicated, with one rotation for all."""
         work, around, first = self.work, Around(), next(iter(self.modules))
         if self.spec.rotation == "online":
-            signs, size = _rotation(work.context.seed, work.block.full(first),
+            signs, size = rotation_of(work.context.seed, work.block.full(first),
                                     self.modules[first].weight.shape[-1])
             around = Around(rotation_signs=signs, rotation_block=size)
         stacks, dtype = [], work.context.settings.dtype
@@ -283,28 +282,6 @@ def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec:
     return dict(zip(weights, made.split(rows)))
 
 
-def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], statistics: Statistics,
-                    seed: int) -> Iterator[tuple[mx.array, mx.array, list[int], int]]:
-    """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of the
-    stacked siblings' ``weights``, the second moments (n, n) of the input they multiply, both
-    rotated where the spec rotates, the bits that each stores by itself, and those that they
-    share. ``path`` is the first sibling's. Balancing is left out."""
-    weight, rows, spec = mx.concatenate(weights), list(map(len, weights)), specs[0]
-    turned = 0  # bits of the rotation's signs
-    if spec.rotation == "online":
-        signs, size = _rotation(seed, path, weight.shape[1])
-        weight, turned = hadamard.rotate(weight, signs, size), len(signs)
-        statistics = _rotated(statistics, signs, size)
-    moments, statistics = statistics.hessian, statistics.sound()
-    sweeping = spec.method in ("gptq", "replica") and len(specs) > 1
-    sweep = Sweep.of(statistics, spec.act_order) if sweeping else None
-    for trial in specs:
-        made = METHODS[trial.method].quantise(weight, statistics, trial, Settings(sweep=sweep))
-        shared = made.shared_bits()
-        own = [part.stored_bits() - shared for part in made.split(rows)]
-        yield made.dequantise() - weight, moments, own, shared + turned
-
-
 def _shared(factors: mx.array, rows: int, heads: int | None) -> tuple[mx.array, mx.array]:
     """Factors (n,) that the layer before can take: (for the reader's inputs, for its rows).
 
@@ -332,7 +309,7 @@ def _rescaled(statistics: Statistics, factors: mx.array) -> Statistics:
                       None if statistics.cross is None else statistics.cross / both)
 
 
-def _rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
+def rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
     """The second moments of R x. Magnitudes do not carry over; their bounds are kept."""
     def turn(moments: mx.array) -> mx.array:
         return hadamard.rotate_hessian(moments, signs, size)
@@ -343,7 +320,7 @@ def _rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
     return Statistics(statistics.count, hessian, deviation, deviation * 4, cross)
 
 
-def _rotation(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
+def rotation_of(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
     """Signs (n,) and block of an input's rotation, the same in every run."""
     mixed = zlib.crc32(f"{seed}:{path}".encode())
     return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)

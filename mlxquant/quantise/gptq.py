@@ -24,11 +24,16 @@ CORRECTION = 0.5
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Affine:
     """Quantise ``weight`` (m, n) for inputs with these statistics, which hold ``cross`` where it
     is to be corrected. Raises ``BadValue`` if the groups do not divide n."""
-    sweep = settings.sweep or Sweep.of(statistics, spec.act_order)
+    sweep = Sweep.of(statistics, spec.act_order)
     weight = sweep.correct(weight.astype(mx.float32), statistics.cross, settings.correction)
-    with step("fit"):
-        start = fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
-    swept = replace(start, codes=sweep.codes(weight, *start.grid(), spec.bits.levels))
+    found = start(weight, statistics, spec, settings)
+    swept = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
     result = refine(weight, swept, sweep.hessian, spec.refine, settings.dtype)
     mx.eval(result.codes, result.scales, result.biases)
     return result
+
+
+@step("fit")
+def start(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Affine:
+    """Scales for the sweep, with the codes nearest to each weight."""
+    return fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)

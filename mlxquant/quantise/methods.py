@@ -21,11 +21,12 @@ Balance = Callable[[list[mx.array], Statistics, Spec, Settings], mx.array | None
 
 @dataclass(frozen=True)
 class Method:
-    """``quantise`` finds the codes of a matrix (m, n), or of stacked siblings. ``balance`` gives
-    factors (n,) for siblings (weight · s, input / s), or None. A method that is not
-    ``calibrated`` looks at no statistics."""
+    """``quantise`` finds the codes of a matrix (m, n), or of stacked siblings; ``start`` is what it
+    begins a sweep with, where it sweeps. ``balance`` gives factors (n,) for siblings (weight · s,
+    input / s), or None. A method that is not ``calibrated`` looks at no statistics."""
 
     quantise: Quantise
+    start: Quantise | None = None
     balance: Balance = lambda weights, statistics, spec, settings: None
     calibrated: bool = True
 
@@ -33,8 +34,8 @@ class Method:
 METHODS = {
     "rtn": Method(lambda weight, _, spec, settings: rtn.quantise(weight, spec, settings.dtype),
                   calibrated=False),
-    "gptq": Method(gptq.quantise),
-    "awq": Method(awq.quantise, awq.balance),
-    "smoothquant": Method(smoothquant.quantise, smoothquant.balance),
-    "replica": Method(replica.quantise),
+    "gptq": Method(gptq.quantise, gptq.start),
+    "awq": Method(awq.quantise, balance=awq.balance),
+    "smoothquant": Method(smoothquant.quantise, balance=smoothquant.balance),
+    "replica": Method(replica.quantise, replica.start),
 }

@@ -28,10 +28,9 @@ AT_ONCE = 1 << 25  # numbers in one array: rows are independent, and a few at a 
 def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
     """Codes and scalings of stacked siblings ``weight`` (m, n), already rotated where ``spec``
     rotates, for inputs with these statistics (see ``gptq.quantise``)."""
-    sweep = settings.sweep or Sweep.of(statistics, spec.act_order)
+    sweep = Sweep.of(statistics, spec.act_order)
     weight = sweep.correct(weight.astype(mx.float32), statistics.cross, settings.correction)
-    found = envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
-                         statistics.hessian.diagonal()).rounded(settings.dtype)
+    found = start(weight, statistics, spec, settings)
     found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
     for _ in range(spec.refine):
         found = move_codes(weight, found, sweep.hessian)
@@ -39,6 +38,12 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Set
         found = fit_inputs(weight, found, sweep.hessian, settings.dtype)
     mx.eval(found.codes, found.replica_out, found.replica_in)
     return found
+
+
+def start(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
+    """Scalings for the sweep, with the codes nearest to each weight."""
+    return envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
+                        statistics.hessian.diagonal(), settings.rounds).rounded(settings.dtype)
 
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

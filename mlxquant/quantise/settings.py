@@ -6,20 +6,20 @@ import mlx.core as mx
 
 from mlxquant.base.errors import BadValue
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.quantise.sweep import Sweep
+from mlxquant.quantise import envelope
 
 
 @dataclass(frozen=True)
 class Settings:
     """The type that scales are stored in, how far the target moves to make up for earlier layers
-    (0 to 1, see ``Sweep.correct``), how activations are rounded, and SmoothQuant's strength (None:
-    searched). ``sweep`` spares finding it anew where it is known for the statistics."""
+    (0 to 1, see ``Sweep.correct``), how activations are rounded, SmoothQuant's strength (None:
+    searched), and for how many rounds replicas' scalings are fitted."""
 
     dtype: mx.Dtype = mx.float16
     correction: float = 0.0
     activation: ActivationSpec | None = None
     alpha: float | None = None
-    sweep: Sweep | None = None
+    rounds: int = envelope.ROUNDS
 
 
 @dataclass(frozen=True)
