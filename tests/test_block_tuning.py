@@ -98,6 +98,21 @@ def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder,
     assert same(tmp_path / "whole", tmp_path / "again")
 
 
+def test_a_compiled_step_trains_as_a_plain_one_does(tmp_path, tiny_folder, text, monkeypatch):
+    """Compiled steps, which a GPU takes, are handed each call's arrays and not the first one's."""
+    class Compiled(block_tuning.Training):
+        def __init__(self, *given, compiled):
+            super().__init__(*given, compiled=True)
+
+    options = KINDS["grouped replicas"] | dict(tune_steps=8, length=32)
+    plain = quantise(tiny_folder, tmp_path / "plain", text, **options).tuned
+    monkeypatch.setattr(block_tuning, "Training", Compiled)
+    compiled = quantise(tiny_folder, tmp_path / "compiled", text, **options).tuned
+    assert plain.keys() == compiled.keys()
+    for path, gain in plain.items():
+        assert compiled[path] == pytest.approx(gain, rel=0.02)
+
+
 @pytest.mark.parametrize("name, options", [
     ("qwen3_moe", KINDS["replicas"]), ("gpt_oss", KINDS["groups"] | dict(group_size=32)),
     ("gemma3n", KINDS["replicas"]), ("phixtral", KINDS["groups"] | dict(group_size=32)),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxquant.model.inspection import Inspection, inspect_folder
+from mlxquant.model.inspection import Inspection, gain_line, inspect_folder
 from mlxquant.quantise.calibration import none
 from mlxquant.sources import checkpoint, recipes
 
@@ -101,6 +101,8 @@ def _rows(record: dict[str, Any], found: Inspection) -> list[tuple[str, str]]:
         rows.append(("error of the layers' outputs, calibration text",
                      f"{100 * error['mean']:.2f} % of their energy on average, "
                      f"{100 * error['largest']:.2f} % at most ({error['layer']})"))
+    if found.tuned_blocks:
+        rows.append(("blocks trained one by one", gain_line(found.tuned_blocks)))
     if tuned := record.get("tuned"):
         rows.append(("tuned", f"{tuned['schedule']['steps']} steps on {tuned['data']}: divergence "
                               "from the original on held-out text "
