@@ -4,6 +4,7 @@ Earlier runs stay in ``results/`` as they were; ``LOG.md`` says what was wrong w
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,28 @@ def kernel_run() -> dict[str, Any]:
     return read(names[max(names)])
 
 
-def stated_kernels() -> dict[str, Any]:
-    """Times of Metal's body stated without a result file, for as long as no run has them."""
-    if any(row["kernel"] == "replicated_matvec" for row in kernel_run()["rows"]):
-        return {"rows": []}
-    return json.loads((HERE / "stated.json").read_text(encoding="utf-8"))
+def metal_body_run() -> dict[str, Any]:
+    """The body that Metal compiles, on an NVIDIA GPU's ordinary cores, in one run with the body
+    before it (``before_us``) and MLX's own product: the rows of 14336 × 4096. Until the body as it
+    stands was timed, the candidate that it was made from."""
+    stands = (RESULTS / "kernel-shapes.json").exists()
+    run = read("kernel-shapes" if stands else "kernel-candidates")
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in run["rows"]:
+        shape, size = tuple(row["shape"][:4]), row["shape"][4:]
+        if size in ([], [14336, 4096]):
+            times.setdefault(shape, {})[row["kernel"]] = statistics.median(row["us"])
+    rows = []
+    for (bits, replicas, group, tokens), found in times.items():
+        heights = (4, 8) if replicas == 8 and not group else (8, 4)
+        names = ["new", "mx.quantized_matmul", *(
+            f"dec1 rows{height} sg2 ahead1 float sums" for height in heights)]
+        us = next(found[name] for name in names if name in found)
+        stored = 14336 * 4096 * bits / 8 + 36864 * tokens + (
+            4096 // (group or 1) * 4 * replicas + 4 * 4096 * bool(group) + 28672 * replicas + 512
+            if replicas else 14336 * 4096 / 16)
+        rows.append(dict(
+            kernel="replicated_matvec" if replicas else "mx.quantized_matmul", bits=bits,
+            replicas=replicas, group=group, tokens=tokens, free_us=us, gb_per_s=stored / us / 1e3,
+            before_us=found.get("old", found.get("today"))))
+    return run | {"rows": rows, "stands": stands}

@@ -2,7 +2,7 @@
 
     python benchmarks/readme.py [--check]
 
-What comes from measurements is read from ``results/``, ``literature.json`` and ``stated.json``;
+What comes from measurements is read from ``results/`` and ``literature.json``;
 the prediction for a Mac from ``mlxquant plan``; the source tree from the package's docstrings.
 ``--check`` writes nothing and fails where a page is out of date.
 """
