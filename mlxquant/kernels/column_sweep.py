@@ -23,6 +23,7 @@ _BODY = """
     const int row = int(threadgroup_position_in_grid.x) * SIMDGROUPS
         + int(simdgroup_index_in_threadgroup);
     const int lane = thread_index_in_simdgroup;
+    const float last = float(sizes[1]);  // read, not compiled in: one kernel for every width
     if (row >= sizes[0]) return;  // a whole simdgroup
     float target[PARTS], scale[PARTS], bias[PARTS], given[PARTS], kept[PARTS];
     UNROLL for (int p = 0; p < PARTS; ++p) {
@@ -33,7 +34,7 @@ _BODY = """
     UNROLL for (int p = 0; p < PARTS; ++p) {
         for (int j = 32 * p; j < min(32 * p + 32, WIDTH); ++j) {
             float code = rint((target[p] - bias[p]) / (scale[p] == 0.0f ? 1.0f : scale[p]));
-            code = code < 0.0f ? 0.0f : code > LEVELS - 1 ? float(LEVELS - 1) : code;
+            code = code < 0.0f ? 0.0f : code > last ? last : code;
             if (lane == j - 32 * p) kept[p] = code;
             const float error = simd_broadcast(scale[p] * code + bias[p] - given[p], j - 32 * p);
             UNROLL for (int q = 0; q < PARTS; ++q)
@@ -53,7 +54,7 @@ _SIMDGROUPS = 4
 TIES = 0.01  # a tie may fall either way, and moves what follows in its row
 BLOCK = 64  # columns that are rounded in one launch
 _FAR = 512
-_sizes = functools.lru_cache(16)(sizes)
+_sizes = functools.lru_cache(64)(sizes)
 
 
 def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
@@ -149,9 +150,8 @@ def _launch(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.arr
             feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     rows, width = weight.shape
     return tuple(_kernel()(
-        inputs=[weight, wanted, scales, biases, feedback, _sizes(rows)],
-        template=[("WIDTH", width), ("PARTS", -(-width // 32)), ("LEVELS", levels),
-                  ("SIMDGROUPS", _SIMDGROUPS)],
+        inputs=[weight, wanted, scales, biases, feedback, _sizes(rows, levels - 1)],
+        template=[("WIDTH", width), ("PARTS", -(-width // 32)), ("SIMDGROUPS", _SIMDGROUPS)],
         grid=(-(-rows // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1),
         output_shapes=[weight.shape, weight.shape], output_dtypes=[mx.float32, mx.float32]))
