@@ -1,8 +1,6 @@
 """Quantise one block: balance, rotate and quantise each set of sibling layers."""
 
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
@@ -10,67 +8,39 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadValue
-from mlxquant.codes import hadamard, rtn
+from mlxquant.codes import hadamard
 from mlxquant.codes.affine import Affine
-from mlxquant.codes.spec import PLAIN_GROUPS, Spec, Whole
+from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
-from mlxquant.layers.replicated import stacked
 from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise import awq
 from mlxquant.quantise.envelope import Replicas
+from mlxquant.quantise.experts import quantise_experts, round_stack
+from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, Plan
 from mlxquant.quantise.profile import step
-from mlxquant.quantise.settings import Settings
-from mlxquant.quantise.storing import (
-    Around,
-    BlockResult,
-    store,
-    store_replicas,
-    store_stack,
-)
+from mlxquant.quantise.storing import Around, BlockResult, store, store_replicas
 from mlxquant.quantise.walk import release
+from mlxquant.quantise.work import Context, Work
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
-_MEASURED = 2e10  # rows · columns²: above it, measuring would take longer than rounding
-
-
-@dataclass(frozen=True)
-class Context:
-    """What is the same for every block of a job."""
-
-    settings: Settings
-    siblings: dict[str, Siblings]  # of the network, by the path of each
-    seed: int
-    remainders: bool = False
-
-
-@dataclass
-class _Work:
-    """A block under way: dense float32, changed by folding; what is asked of its layers, and what
-    has been made of it."""
-
-    block: Block
-    plan: Plan
-    context: Context
-    result: BlockResult
 
 
 def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context) -> BlockResult:
     """Quantise the layers of a block that is dense in float32, as its plan says. Raises
     ``BadValue`` for a weight so large that its scale would be infinite."""
-    work = _Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
+    work = Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
     for first, paths in reversed(seen.groups.items()):
         # Taken out, so that their memory is free as soon as something is made of them.
         if isinstance(seen.statistics[first], Routed):
-            _quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
+            quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
         elif specs := {path: plan.specs[path] for path in paths if path in plan.specs}:
             _quantise_siblings(work, specs, cast(Statistics, seen.statistics.pop(first)))
     seen.statistics.clear()
@@ -79,7 +49,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
             _quantise_siblings(work, {path: plan.specs[path]}, None)
     for path, spec in plan.specs.items():
         if isinstance(modules[path], STACKS) and path not in work.result.errors:
-            _round_stack(work, path, _for_unseen(spec))
+            round_stack(work, path, _for_unseen(spec))
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
         path: array.astype(context.settings.dtype) if mx.issubdtype(array.dtype, mx.floating)
@@ -90,7 +60,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
     return work.result
 
 
-def _require_finite(work: _Work) -> None:
+def _require_finite(work: Work) -> None:
     for path, array in work.result.tensors.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             held = str(array.dtype).removeprefix("mlx.core.")
@@ -98,7 +68,7 @@ def _require_finite(work: _Work) -> None:
                            "layer more bits, or start from a model in bfloat16")
 
 
-def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:
+def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:
     """Layers that read one input; without statistics a layer that no text reached."""
     modules, settings = linears(work.block.module), work.context.settings
     weights = {path: modules[path].weight for path in specs}
@@ -121,9 +91,9 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
         around, statistics = around.calibrated(statistics.largest), statistics.sound()
     elif any(METHODS[s.method].calibrated for s in specs.values()):
         statistics = Statistics.flat(next(iter(weights.values())).shape[1])
-    for kind, paths in _by_spec(specs).items():
-        made = _quantise({path: weights[path] for path in paths}, statistics, kind, settings)
-        work.result.errors |= {p: _relative_error(weights[p], made[p], statistics) for p in paths}
+    for kind, paths in by_spec(specs).items():
+        made = codes_of({path: weights[path] for path in paths}, statistics, kind, settings)
+        work.result.errors |= {p: relative_error(weights[p], made[p], statistics) for p in paths}
         if work.context.remainders:
             work.result.remainders |= {p: _remainder(weights[p], made[p]) for p in paths}
         replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
@@ -133,7 +103,7 @@ def _quantise_siblings(work: _Work, specs: dict[str, Spec], statistics: Statisti
         store(affines, modules, around, settings.dtype, work.result)
 
 
-def _fold(work: _Work, paths: list[str], factors: mx.array,
+def _fold(work: Work, paths: list[str], factors: mx.array,
           around: Around) -> tuple[mx.array, Around]:
     """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front
     of the layers. Returns the factors as that place takes them."""
@@ -154,102 +124,9 @@ def _fold(work: _Work, paths: list[str], factors: mx.array,
     return factors, around
 
 
-def _quantise_experts(work: _Work, paths: list[str], routed: Routed) -> None:
-    """The experts of a mixture, each for the tokens that it is given; siblings as one matrix."""
-    asked = {path: work.plan.specs[path] for path in paths if path in work.plan.specs}
-    for spec, alike in _by_spec(asked).items():
-        mixture = _Mixture(work, spec, {p: linears(work.block.module)[p] for p in alike}, routed)
-        if spec.method == "replica":
-            mixture.store_replicas()
-        else:
-            mixture.store()
-
-
-@dataclass
-class _Mixture:
-    """Sibling stacks of experts, by path, that are stored alike."""
-
-    work: _Work
-    spec: Spec
-    modules: dict[str, nn.Module]
-    routed: Routed
-
-    def made(self, around: Around) -> Iterator[dict[str, Codes]]:
-        """The codes of one expert after the other; notes their mean errors."""
-        settings = replace(self.work.context.settings, correction=0.0)
-        errors = self.work.result.errors
-        experts = len(next(iter(self.modules.values())).weight)
-        for expert in range(experts):
-            weights = {path: module.weight[expert] for path, module in self.modules.items()}
-            statistics = self.routed.of(expert)
-            if around.rotation_signs is not None and around.rotation_block is not None:
-                turn = around.rotation_signs, around.rotation_block
-                weights = {p: hadamard.rotate(w, *turn) for p, w in weights.items()}
-                statistics = rotated(statistics, *turn)
-            statistics = statistics.sound()
-            codes = _quantise(weights, statistics, self.spec, settings)
-            for path, found in codes.items():
-                error = _relative_error(weights[path], found, statistics) / experts
-                errors[path] = errors.get(path, 0.0) + error
-            yield codes
-
-    def store(self) -> None:
-        """As MLX's own stacks of affine groups."""
-        parts: dict[str, list[Affine]] = {path: [] for path in self.modules}
-        for codes in self.made(Around()):
-            for path, affine in codes.items():
-                parts[path] += [affine] if isinstance(affine, Affine) else []
-        for path, module in self.modules.items():
-            store_stack(path, module, parts[path], self.work.context.settings.dtype,
-                        self.work.result)
-
-    def store_replicas(self) -> None:
-        """Replicated, with one rotation for all."""
-        work, around, first = self.work, Around(), next(iter(self.modules))
-        if self.spec.rotation == "online":
-            signs, size = rotation_of(work.context.seed, work.block.full(first),
-                                    self.modules[first].weight.shape[-1])
-            around = Around(rotation_signs=signs, rotation_block=size)
-        stacks, dtype = [], work.context.settings.dtype
-        for codes in self.made(around):
-            own = BlockResult()
-            replicas = {p: found for p, found in codes.items() if isinstance(found, Replicas)}
-            store_replicas(replicas, work.block.module, self.spec, around, dtype, own)
-            stacks.append({n: a for n, a in own.tensors.items() if not n.endswith(".bias")})
-            mx.eval(stacks[-1])
-        work.result.replicas |= own.replicas
-        work.result.tensors |= stacked(stacks) | {
-            f"{path}.bias": module.bias.astype(dtype)
-            for path, module in self.modules.items() if "bias" in module}
-
-
 def _for_unseen(spec: Spec) -> Spec:
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
     return replace(spec, method="rtn", group_size=group, rotation=None)
-
-
-def _round_stack(work: _Work, path: str, spec: Spec) -> None:
-    """Round a stack of matrices (…, m, n) that no statistics are known of."""
-    module, dtype = dict(leaf_modules(work.block.module))[path], work.context.settings.dtype
-    parts = [rtn.quantise(weight, spec, dtype) for weight in module.weight]
-    store_stack(path, module, parts, dtype, work.result)
-    work.result.errors[path] = sum(_relative_error(weight, part, None) for weight, part
-                                   in zip(module.weight, parts)) / len(parts)
-
-
-@step("errors")
-def _relative_error(weight: mx.array, made: Codes, statistics: Statistics | None) -> float:
-    """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large;
-    without statistics ‖Ŵ − W‖² / ‖W‖²."""
-    rows, columns = weight.shape
-    step = max(1, min(rows // 256, round(rows * columns**2 / _MEASURED)))
-    weight, error = weight[::step], made.rows(slice(None, None, step)).dequantise() - weight[::step]
-    if statistics is None:
-        parts = mx.square(error).sum().item(), mx.square(weight).sum().item()
-    else:
-        parts = (awq.output_error(error, statistics.hessian),
-                 awq.output_error(weight, statistics.hessian))
-    return parts[0] / parts[1] if parts[1] > 0 else 0.0
 
 
 def _remainder(weight: mx.array, made: Codes) -> mx.array:
@@ -259,27 +136,6 @@ def _remainder(weight: mx.array, made: Codes) -> mx.array:
     cut = mx.round(256 * mx.clip(away, -_INSIDE, _INSIDE)).astype(mx.int8)
     mx.eval(cut)
     return cut
-
-
-def _by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
-    kinds: dict[Spec, list[str]] = {}
-    for path, spec in specs.items():
-        kinds.setdefault(spec, []).append(path)
-    return kinds
-
-
-@step("rounding")
-def _quantise(weights: dict[str, mx.array], statistics: Statistics | None, spec: Spec,
-              settings: Settings) -> dict[str, Codes]:
-    """Siblings of one spec as one matrix: rows are independent, the input is shared."""
-    if spec.group_size is Whole.MATRIX and len(weights) > 1:  # one scale a matrix: not together
-        apart = [_quantise({p: w}, statistics, spec, settings) for p, w in weights.items()]
-        return {path: made for one in apart for path, made in one.items()}
-    rows = [len(weight) for weight in weights.values()]
-    # A method that is not calibrated takes no statistics.
-    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())),
-                                         cast(Statistics, statistics), spec, settings)
-    return dict(zip(weights, made.split(rows)))
 
 
 def _shared(factors: mx.array, rows: int, heads: int | None) -> tuple[mx.array, mx.array]:
@@ -307,23 +163,6 @@ def _rescaled(statistics: Statistics, factors: mx.array) -> Statistics:
     return Statistics(statistics.count, statistics.hessian / both,
                       statistics.mean_magnitude / factors, statistics.largest / factors,
                       None if statistics.cross is None else statistics.cross / both)
-
-
-def rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
-    """The second moments of R x. Magnitudes do not carry over; their bounds are kept."""
-    def turn(moments: mx.array) -> mx.array:
-        return hadamard.rotate_hessian(moments, signs, size)
-
-    hessian = turn(statistics.hessian)
-    deviation = mx.sqrt(mx.maximum(hessian.diagonal(), 0))
-    cross = None if statistics.cross is None else turn(statistics.cross)
-    return Statistics(statistics.count, hessian, deviation, deviation * 4, cross)
-
-
-def rotation_of(seed: int, path: str, columns: int) -> tuple[mx.array, int]:
-    """Signs (n,) and block of an input's rotation, the same in every run."""
-    mixed = zlib.crc32(f"{seed}:{path}".encode())
-    return hadamard.random_signs(columns, mixed), hadamard.default_block(columns)
 
 
 def restore(block: nn.Module, result: BlockResult) -> nn.Module:

@@ -26,16 +26,16 @@ class Method:
     input / s), or None. A method that is not ``calibrated`` looks at no statistics."""
 
     quantise: Quantise
-    start: Quantise | None = None
     balance: Balance = lambda weights, statistics, spec, settings: None
+    start: Quantise | None = None
     calibrated: bool = True
 
 
 METHODS = {
     "rtn": Method(lambda weight, _, spec, settings: rtn.quantise(weight, spec, settings.dtype),
                   calibrated=False),
-    "gptq": Method(gptq.quantise, gptq.start),
-    "awq": Method(awq.quantise, balance=awq.balance),
-    "smoothquant": Method(smoothquant.quantise, balance=smoothquant.balance),
-    "replica": Method(replica.quantise, replica.start),
+    "gptq": Method(gptq.quantise, start=gptq.start),
+    "awq": Method(awq.quantise, awq.balance),
+    "smoothquant": Method(smoothquant.quantise, smoothquant.balance),
+    "replica": Method(replica.quantise, start=replica.start),
 }

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,19 @@ from mlxquant.quantise.assembly import (
     turn_of,
 )
 from mlxquant.quantise.assignment import assign
-from mlxquant.quantise.block_tuning import BlockTuner, Call, summary
-from mlxquant.quantise.blocks import Context, quantise_block, rebuild
+from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.gptq import CORRECTION
 from mlxquant.quantise.job import Job, Made, Progress, Text, silent
-from mlxquant.quantise.observe import Observation, Watch
-from mlxquant.quantise.partial import read_result, write_result
+from mlxquant.quantise.passes import Passes
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.storing import BlockResult
-from mlxquant.quantise.walk import dense_block, float_walk, identity, release, visits
+from mlxquant.quantise.walk import identity, release
+from mlxquant.quantise.work import Context
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 
@@ -126,7 +124,7 @@ class Run:
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         tuner = self._tuner(plans, progress)
-        work = _Work(network, blocks, plans, files, turn_of(config, job),
+        work = Passes(network, blocks, plans, files, turn_of(config, job),
                      self._context(network, blocks, tuner is not None), tuner,
                      job.propagation == "float")
         body = Body()
@@ -148,7 +146,7 @@ class Run:
                     body.output_error(), config.get("mlxquant_import"), tuple(notes),
                     profile.as_dict(), tuned)
 
-    def _write(self, work: "_Work", body: Body, record: dict[str, Any],
+    def _write(self, work: "Passes", body: Body, record: dict[str, Any],
                check: Callable[[], None]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""
         # Opened anew, so that what was calculated with outside the blocks is not held.
@@ -193,90 +191,12 @@ class Run:
                        {path: group for group in find_siblings(network) for path in group.paths},
                        job.seed, tuned)
 
-    def _results(self, work: "_Work") -> Iterator[tuple[int, BlockResult]]:
+    def _results(self, work: "Passes") -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:
             return work.rounded()
         if work.floats and work.tuner is None:
             return work.on_float(self.folder, self.tokens)
         return work.on_quantised(self.tokens)
-
-
-@dataclass
-class _Work:
-    """The blocks under way: what is asked of each, where its result is kept, how the residual
-    stream is turned, what is the same for all, what trains them, and whether they are calibrated on
-    what the float model gives them."""
-
-    network: nn.Module
-    blocks: list[Block]
-    plans: list[Plan]
-    files: list[Path]
-    turn: mx.array | None
-    context: Context
-    tuner: BlockTuner | None = None
-    floats: bool = False
-
-    def rounded(self) -> Iterator[tuple[int, BlockResult]]:
-        """The result of every block, by its weights alone: the network does not run."""
-        for index, block in enumerate(self.blocks):
-            yield index, self._result(index, Watch(dense_block(block, self.turn)).seen)
-
-    def on_float(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
-        """The result of every block, each calibrated on what the float model gives it."""
-        walk = float_walk(self.network, self.blocks, folder, tokens, self.turn,
-                          done=lambda index: self.files[index].exists())
-        for index, seen in walk:
-            yield index, self._result(index, seen)
-
-    def on_quantised(self, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
-        """The result of every block, each calibrated on what the quantised blocks before give it,
-        and with a correction beside what the float ones would."""
-        corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
-        for visit in visits(self.network, self.blocks, tokens, quantised=True,
-                            floats=corrected or self.tuner is not None, turn=self.turn):
-            index, block = visit.index, self.blocks[visit.index]
-            first, idle = index not in seen, self.files[index].exists()
-            watch = Watch(dense_block(block, self.turn) if first else block.module)
-            calls = list[Call]()
-            for task, beside in zip_longest(visit.quantised, visit.floats):
-                target = None
-                if beside is not None:
-                    with step("float pass"):
-                        output, target = watch.run(beside.stand.run)
-                        calls += [Call(task.stand, output)] if self.tuner and first else []
-                        beside.go_on(output)
-                if first and not idle:
-                    with step("observing"):
-                        inputs = target if self.floats else watch.run(task.stand.run)[1]
-                        watch.take(inputs or {}, target if corrected else None)
-            if first:
-                seen[index] = watch.seen
-            if not visit.left:  # a block that is called again stays as it was until its last call
-                result = self._result(index, seen[index], calls)
-                calls.clear()
-                rebuild(block.module, result)
-            with step("quantised pass"):
-                for task in visit.quantised:
-                    task.go_on(task.stand.run())
-            if not visit.left:
-                yield index, result
-        for index in range(len(self.blocks)):
-            if index not in seen:  # no text reaches it
-                yield index, self._result(index, Watch(dense_block(self.blocks[index])).seen)
-
-    def _result(self, index: int, seen: Observation | None,
-                calls: list[Call] | None = None) -> BlockResult:
-        """A block's result from its file, or made and put there."""
-        block, file = self.blocks[index], self.files[index]
-        if file.exists() or seen is None:
-            return read_result(file, block.path)
-        result = quantise_block(block, self.plans[index], seen, self.context)
-        if self.tuner is not None and calls is not None:
-            with step("tuning"):
-                self.tuner.tune(block, self.plans[index], result, calls)
-        with step("writing"):
-            write_result(file, block.path, result)
-        return result
 
 
 @contextmanager

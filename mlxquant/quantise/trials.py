@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
-from mlxquant.quantise.blocks import rotated, rotation_of
+from mlxquant.quantise.matrices import rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep

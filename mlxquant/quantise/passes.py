@@ -1,0 +1,99 @@
+"""The ways through a network: by weights alone, behind float blocks, behind quantised ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxquant.layers.blocks import Block
+from mlxquant.quantise.block_tuning import BlockTuner, Call
+from mlxquant.quantise.blocks import quantise_block, rebuild
+from mlxquant.quantise.calibration import Calibration
+from mlxquant.quantise.observe import Observation, Watch
+from mlxquant.quantise.partial import read_result, write_result
+from mlxquant.quantise.plans import Plan
+from mlxquant.quantise.profile import step
+from mlxquant.quantise.storing import BlockResult
+from mlxquant.quantise.walk import dense_block, float_walk, visits
+from mlxquant.quantise.work import Context
+
+
+@dataclass
+class Passes:
+    """The blocks under way: what is asked of each, where its result is kept, how the residual
+    stream is turned, what is the same for all, what trains them, and whether they are calibrated on
+    what the float model gives them."""
+
+    network: nn.Module
+    blocks: list[Block]
+    plans: list[Plan]
+    files: list[Path]
+    turn: mx.array | None
+    context: Context
+    tuner: BlockTuner | None = None
+    floats: bool = False
+
+    def rounded(self) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, by its weights alone: the network does not run."""
+        for index, block in enumerate(self.blocks):
+            yield index, self._result(index, Watch(dense_block(block, self.turn)).seen)
+
+    def on_float(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, each calibrated on what the float model gives it."""
+        walk = float_walk(self.network, self.blocks, folder, tokens, self.turn,
+                          done=lambda index: self.files[index].exists())
+        for index, seen in walk:
+            yield index, self._result(index, seen)
+
+    def on_quantised(self, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
+        """The result of every block, each calibrated on what the quantised blocks before give it,
+        and with a correction beside what the float ones would."""
+        corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
+        for visit in visits(self.network, self.blocks, tokens, quantised=True,
+                            floats=corrected or self.tuner is not None, turn=self.turn):
+            index, block = visit.index, self.blocks[visit.index]
+            first, idle = index not in seen, self.files[index].exists()
+            watch = Watch(dense_block(block, self.turn) if first else block.module)
+            calls = list[Call]()
+            for task, beside in zip_longest(visit.quantised, visit.floats):
+                target = None
+                if beside is not None:
+                    with step("float pass"):
+                        output, target = watch.run(beside.stand.run)
+                        calls += [Call(task.stand, output)] if self.tuner and first else []
+                        beside.go_on(output)
+                if first and not idle:
+                    with step("observing"):
+                        inputs = target if self.floats else watch.run(task.stand.run)[1]
+                        watch.take(inputs or {}, target if corrected else None)
+            if first:
+                seen[index] = watch.seen
+            if not visit.left:  # a block that is called again stays as it was until its last call
+                result = self._result(index, seen[index], calls)
+                calls.clear()
+                rebuild(block.module, result)
+            with step("quantised pass"):
+                for task in visit.quantised:
+                    task.go_on(task.stand.run())
+            if not visit.left:
+                yield index, result
+        for index in range(len(self.blocks)):
+            if index not in seen:  # no text reaches it
+                yield index, self._result(index, Watch(dense_block(self.blocks[index])).seen)
+
+    def _result(self, index: int, seen: Observation | None,
+                calls: list[Call] | None = None) -> BlockResult:
+        """A block's result from its file, or made and put there."""
+        block, file = self.blocks[index], self.files[index]
+        if file.exists() or seen is None:
+            return read_result(file, block.path)
+        result = quantise_block(block, self.plans[index], seen, self.context)
+        if self.tuner is not None and calls is not None:
+            with step("tuning"):
+                self.tuner.tune(block, self.plans[index], result, calls)
+        with step("writing"):
+            write_result(file, block.path, result)
+        return result
