@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,27 @@ def test_products_are_right_with_the_blas_in_use():
     product = np.array(mx.array(a.astype(np.float32)) @ mx.array(b.astype(np.float32)))
     assert np.abs(product - a @ b).max() < 1e-4
     assert blas.hint() is None or sys.platform == "linux"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a library between")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (7, 5), (1000, 300), (2, 10**5)])
+def test_one_row_is_right_as_it_lies_and_turned(shape):
+    """It takes another way through the BLAS, into memory that may hold anything."""
+    n, k = shape
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=size).astype(np.float32) for size in ((1, k), (k, n)))
+    expected, row = a.astype(np.float64) @ b, mx.array(a)
+    across = mx.broadcast_to(mx.array(a).T, (k, 3))[:, 1:2].T  # its numbers are not neighbours
+    for x in (row, across):
+        for weight in (mx.array(b), mx.array(np.ascontiguousarray(b.T)).T):
+            assert np.abs(np.array(x @ weight) - expected).max() < 1e-5 * k**0.5 * 10
+            added = mx.addmm(mx.ones((1, n)), x, weight, alpha=2, beta=3)
+            assert np.abs(np.array(added) - 2 * expected - 3).max() < 2e-5 * k**0.5 * 10
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs a compiler")
+def test_one_row_goes_to_the_function_for_one():
+    code = "import mlxquant, mlx.core as mx; mx.eval(mx.ones((1, 64)) @ mx.ones((64, 64)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"LD_DEBUG": "bindings"}).stderr
+    assert re.search(r"to \S*/blas/libopenblas\S+ .*symbol `scipy_cblas_sgemv'", said)

@@ -1,7 +1,6 @@
 """Targets of bits per weight and of gigabytes: layers differ, and each bit counts."""
 
 import pytest
-import test_quantize
 from mlx_lm.utils import load as stock_load
 from test_quantize import quantise
 
@@ -11,8 +10,6 @@ from mlxquant.model.inspection import inspect
 from mlxquant.quantise import assignment
 from mlxquant.quantise.budget import choose
 from mlxquant.quantise.job import Target
-
-text = test_quantize.text  # a fixture
 
 
 @pytest.mark.parametrize("target,size", [
