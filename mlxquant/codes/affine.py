@@ -7,6 +7,7 @@ never right there.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
@@ -61,8 +62,7 @@ class Affine:
 
     def split(self, rows: list[int]) -> list["Affine"]:
         """The matrices that were stacked, by their numbers of rows."""
-        ends = [sum(rows[:i + 1]) for i in range(len(rows))]
-        return [self.rows(slice(e - r, e)) for r, e in zip(rows, ends)]
+        return [self.rows(part) for part in row_parts(rows)]
 
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and biases, the latter in 16."""
@@ -72,6 +72,11 @@ class Affine:
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
         return pack(self.codes, self.bits.code_bits)
+
+
+def row_parts(rows: list[int]) -> list[slice]:
+    """Where each of the matrices that were stacked lies, by their numbers of rows."""
+    return [slice(end - count, end) for count, end in zip(rows, accumulate(rows))]
 
 
 def expand(per_group: mx.array, group: int) -> mx.array:

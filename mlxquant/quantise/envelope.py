@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlxquant.codes.affine import nearest
+from mlxquant.codes.affine import nearest, row_parts
 from mlxquant.codes.packing import empty_codes
 from mlxquant.codes.width import Width
 from mlxquant.quantise.profile import step
@@ -89,8 +89,7 @@ class Replicas:
 
     def split(self, rows: list[int]) -> list["Replicas"]:
         """Those of the matrices that were stacked, by their numbers of rows."""
-        ends = [sum(rows[:i + 1]) for i in range(len(rows))]
-        return [self.rows(slice(e - r, e)) for r, e in zip(rows, ends)]
+        return [self.rows(part) for part in row_parts(rows)]
 
 
 @step("fit")
