@@ -54,7 +54,6 @@ _SIMDGROUPS = 4
 TIES = 0.01  # a tie may fall either way, and moves what follows in its row
 BLOCK = 64  # columns that are rounded in one launch
 _FAR = 512
-_sizes = functools.lru_cache(64)(sizes)
 
 
 def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
@@ -150,7 +149,7 @@ def _launch(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.arr
             feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     rows, width = weight.shape
     return tuple(_kernel()(
-        inputs=[weight, wanted, scales, biases, feedback, _sizes(rows, levels - 1)],
+        inputs=[weight, wanted, scales, biases, feedback, sizes(rows, levels - 1)],
         template=[("WIDTH", width), ("PARTS", -(-width // 32)), ("SIMDGROUPS", _SIMDGROUPS)],
         grid=(-(-rows // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1),
