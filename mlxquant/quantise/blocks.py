@@ -83,7 +83,7 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
             statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
         signs, size = rotation_of(work.context.seed, work.block.full(next(iter(specs))),
-                                next(iter(weights.values())).shape[1])
+                                  next(iter(weights.values())).shape[1])
         weights = {p: hadamard.rotate(w, signs, size) for p, w in weights.items()}
         statistics = statistics and rotated(statistics, signs, size)
         around = replace(around, rotation_signs=signs, rotation_block=size)

@@ -125,8 +125,8 @@ class Run:
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         tuner = self._tuner(plans, progress)
         work = Passes(network, blocks, plans, files, turn_of(config, job),
-                     self._context(network, blocks, tuner is not None), tuner,
-                     job.propagation == "float")
+                      self._context(network, blocks, tuner is not None), tuner,
+                      job.propagation == "float")
         body = Body()
         with _unchanged(self.folder, source, partial) as check:
             for done, (index, result) in enumerate(self._results(work), 1):
@@ -146,7 +146,7 @@ class Run:
                     body.output_error(), config.get("mlxquant_import"), tuple(notes),
                     profile.as_dict(), tuned)
 
-    def _write(self, work: "Passes", body: Body, record: dict[str, Any],
+    def _write(self, work: Passes, body: Body, record: dict[str, Any],
                check: Callable[[], None]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""
         # Opened anew, so that what was calculated with outside the blocks is not held.
@@ -191,7 +191,7 @@ class Run:
                        {path: group for group in find_siblings(network) for path in group.paths},
                        job.seed, tuned)
 
-    def _results(self, work: "Passes") -> Iterator[tuple[int, BlockResult]]:
+    def _results(self, work: Passes) -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:
             return work.rounded()
         if work.floats and work.tuner is None:
