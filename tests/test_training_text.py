@@ -53,5 +53,5 @@ def test_as_many_sequences_at_once_as_keys_and_values_allow(tiny, monkeypatch):
     position = 2 * 4 * heads * CONFIG["head_dim"]  # float32
     for sequences, at_once in ((5.5, 4), (4, 4), (0.5, 1), (10**6, 512)):
         monkeypatch.setattr(self_written, "memory_limit",
-                            lambda n=sequences: int(16 * n * 100 * position))
+                            lambda n=sequences: int(8 * n * 100 * position))
         assert self_written.at_once(tiny, 100) == at_once

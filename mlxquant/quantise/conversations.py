@@ -16,7 +16,7 @@ from mlxquant.quantise.calibration import check
 from mlxquant.quantise.self_written import at_once, write_on
 
 # Of an answer, and of a question. Answers are to be as in use, and questions many.
-_TEMPERATURES, _LONGEST = np.array([0.7, 1.0], np.float32), np.array([256, 64])
+_TEMPERATURES, _LONGEST = (0.7, 1.0), (256, 64)
 _PLACES = "THE USER SPEAKS HERE", "THE MODEL SPEAKS HERE", "THE USER SPEAKS AGAIN"
 
 
@@ -49,37 +49,37 @@ class _Turns:
     """Who speaks in each row, and how many of the template's tokens must still come before.
 
     ``between`` are the template's tokens before the model speaks, and before the user does;
-    ``ends`` those with which a speaker ends.
+    ``ends`` those with which a speaker ends. All of it is arrays of the device, so that a step can
+    be queued before the last one is computed: waiting for each took most of the time.
     """
 
     def __init__(self, rows: int, between: list[list[int]], ends: set[int], key: mx.array):
-        self._lengths = np.array([len(tokens) for tokens in between])
+        self._lengths = mx.array([len(tokens) for tokens in between])
         # One column more than needed is read by rows that are given nothing.
-        self._between = np.zeros((2, max(self._lengths) + 1), np.int64)
-        for tokens, row in zip(between, self._between):
-            row[:len(tokens)] = tokens
-        self._ends, self._key = np.array(sorted(ends)), key
-        self._asking = np.ones(rows, int)
-        self._spoken, self._left = np.zeros(rows, int), np.zeros(rows, int)
+        columns = max(map(len, between)) + 1
+        self._between = mx.array([tokens + [0] * (columns - len(tokens)) for tokens in between])
+        self._temperatures, self._longest = mx.array(_TEMPERATURES), mx.array(_LONGEST)
+        self._ends, self._key = mx.array(sorted(ends)), key
+        self._asking = mx.ones(rows, mx.int32)
+        self._spoken, self._left = mx.zeros(rows, mx.int32), mx.zeros(rows, mx.int32)
 
     def choose(self, logits: mx.array) -> mx.array:
         """The next token of each row: of the template, or drawn; a turn has at least one token."""
         self._key, key = mx.random.split(self._key)
-        logits = logits / mx.array(_TEMPERATURES[self._asking])[:, None]
-        silent = mx.array(self._spoken == 0)
-        logits[:, mx.array(self._ends)] -= mx.where(silent, mx.inf, 0)[:, None]
-        drawn = np.array(mx.random.categorical(logits, key=key))
-        done = np.isin(drawn, self._ends) | (self._spoken >= _LONGEST[self._asking])
+        ends = (mx.arange(logits.shape[-1])[:, None] == self._ends).any(-1)
+        silent = (self._spoken == 0)[:, None]
+        logits = logits / self._temperatures[self._asking][:, None]
+        drawn = mx.random.categorical(mx.where(silent & ends, -mx.inf, logits), key=key)
+        done = ends[drawn] | (self._spoken >= self._longest[self._asking])
         ended = (self._left == 0) & done
-        self._asking ^= ended
-        self._left[ended] = self._lengths[self._asking[ended]]
-        self._spoken[ended] = 0
+        self._asking = mx.where(ended, 1 - self._asking, self._asking)
+        self._left = mx.where(ended, self._lengths[self._asking], self._left)
         given = self._left > 0
         place = self._lengths[self._asking] - self._left
-        tokens = np.where(given, self._between[self._asking, place], drawn)
-        self._left -= given
-        self._spoken += ~given
-        return mx.array(tokens)
+        tokens = mx.where(given, self._between[self._asking, place], drawn)
+        self._spoken = mx.where(ended, 0, self._spoken) + ~given
+        self._left = self._left - given
+        return tokens
 
 
 def _template(model: LanguageModel) -> list[list[int]]:

@@ -54,7 +54,10 @@ def write_on(model: LanguageModel, start: mx.array, length: int,
              choose: Callable[[mx.array], mx.array]) -> np.ndarray:
     """``start`` (rows, some) and what follows, up to ``length`` tokens, as ``choose`` picks:
     logits (rows, vocabulary), float32, to tokens (rows,)."""
-    token, written, cache = start, [start], make_prompt_cache(model.network)
+    token, written, cache = start[:, -1:], [start], make_prompt_cache(model.network)
+    if start.shape[1] > 1:
+        model.network(start[:, :-1], cache=cache)
+        mx.eval([layer.state for layer in cache])  # the logits, of every token, are not computed
     for _ in range(length - start.shape[1]):
         token = choose(model.network(token, cache=cache)[:, -1].astype(mx.float32))[:, None]
         mx.async_eval(token)
@@ -63,8 +66,8 @@ def write_on(model: LanguageModel, start: mx.array, length: int,
 
 
 def at_once(model: LanguageModel, length: int) -> int:
-    """How many sequences of ``length`` tokens to write in each pass: as many as a sixteenth of the
+    """How many sequences of ``length`` tokens to write in each pass: as many as an eighth of the
     memory holds keys and values for, at most 512. It is a power of two, so that a little more free
     memory does not change what is drawn."""
-    fitting = memory_limit() // 16 // max(1, outline.kv_bytes(model.network, length))
+    fitting = memory_limit() // 8 // max(1, outline.kv_bytes(model.network, length))
     return 1 << max(0, min(_MOST_AT_ONCE, fitting).bit_length() - 1)
