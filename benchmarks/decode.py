@@ -7,7 +7,8 @@ build its graph, what MLX takes to launch it, and both together with the wait, w
 sees. Then the GPU's own time for a token, by its clock (``mlxquant/kernels/gpu_clock.py``): some
 tokens are queued behind a wait, so that launching does not count. For that, MLX must be allowed to
 put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER are raised for the
-GPU's time; ``--limits default`` leaves them, for what a user sees.
+GPU's time; ``--limits default`` leaves them, for what a user sees. Beside the times stands how many
+kernels a token launches (``dispatches.py``), in all and in each block.
 
 Every row names the kernel of its matrices. ``--metal-body`` runs replicas with the body that Metal
 compiles (``replicated_matvec``) where an NVIDIA GPU would take its tensor cores.
@@ -28,6 +29,7 @@ from record import parser, save  # first: it loads the BLAS before MLX
 # isort: split
 import mlx.core as mx
 from bench import open_model
+from dispatches import launches
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
@@ -47,6 +49,11 @@ class Decoding:
 
     def next(self, token: mx.array) -> mx.array:
         return mx.argmax(self.network(token[None], cache=self.cache)[:, -1], -1)
+
+    def dispatches(self) -> dict:
+        """Kernels that a token launches, in all and in each block."""
+        total = launches(self.next(self.token)).total()
+        return dict(dispatches=total, dispatches_a_block=total // len(self.cache))
 
     def seen(self) -> dict:
         """Median milliseconds of a token as a user sees it, and of its parts on the host."""
@@ -103,7 +110,7 @@ def main() -> None:
     for name in arguments.models:
         decoding = Decoding(name)
         row = dict(model=name, kernel=kernel_of(name, arguments.metal_body),
-                   bytes_per_token=decoding.bytes, **decoding.seen())
+                   bytes_per_token=decoding.bytes, **decoding.dispatches(), **decoding.seen())
         if not arguments.limits:
             try:
                 row |= decoding.on_gpu()

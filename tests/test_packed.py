@@ -62,10 +62,10 @@ def on_kernels(request, monkeypatch, emulated):
     return emulated
 
 
-def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32):
+def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32, **changes):
     """A random network of replicated layers, the same at each call, norms and gates too."""
     mx.random.seed(0)
-    network = replicated(CONFIG | FORMS[form], shape)
+    network = replicated(CONFIG | FORMS[form] | changes, shape)
     for seed, (_, layer) in enumerate(linears(network)):
         fill(layer, seed)
     repeated.install(network, repeats)

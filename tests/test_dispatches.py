@@ -1,0 +1,69 @@
+"""How many kernels a token takes: fixed time per token is most of what is lost at low bits."""
+
+import functools
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from test_packed import network_of
+
+from mlxquant.kernels import backend, prepare_input, replicated_matvec
+from mlxquant.layers.pack import pack
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from dispatches import launches
+
+A_BLOCK = {"llama": 15, "qwen2": 18, "qwen3": 17, "mistral": 15}
+
+
+@functools.cache
+def blank(shape, dtype):
+    """Zeros that are computed already, so that they count nothing."""
+    made = mx.zeros(shape, dtype)
+    mx.eval(made)
+    return made
+
+
+def standin(shape, dtype, *inputs):
+    """One operation that reads ``inputs``: sorting, which no network does."""
+    return mx.sort(mx.depends([blank(shape, dtype)], list(inputs))[0])
+
+
+def kernel(*, inputs, output_shapes, output_dtypes, **_):
+    launched = standin((8,), mx.float32, *inputs)
+    return mx.depends([blank(*made) for made in zip(output_shapes, output_dtypes)], [launched])
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Graphs as on a GPU, where a kernel, and each of MLX's fast operations, is one node."""
+    monkeypatch.setattr(
+        "mlxquant.layers.packed.trusted", lambda name: name != "replicated_tensor_cores")
+    monkeypatch.setattr(backend, "build", lambda *_, **__: kernel)
+    for module in (prepare_input, replicated_matvec):
+        monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)
+    for name, arrays in (("rms_norm", 2), ("rope", 1), ("scaled_dot_product_attention", 3)):
+        monkeypatch.setattr(mx.fast, name, lambda x, *others, _more=arrays - 1, **__: standin(
+            x.shape, x.dtype, x, *others[:_more]))
+
+
+def token(form, blocks):
+    """What one token takes after others, of a network of so many ``blocks``."""
+    network = pack(network_of(form, num_hidden_layers=blocks))
+    cache = make_prompt_cache(network)
+    mx.eval(network(mx.array([[7] * 3]), cache=cache), network.parameters())
+    return launches(network(mx.array([[7]]), cache=cache))
+
+
+@pytest.mark.parametrize("form", A_BLOCK)
+def test_so_many_kernels_a_block_and_token(laid_out, form):
+    assert (token(form, 3) - token(form, 2)).total() == A_BLOCK[form]
+
+
+def test_whatever_computes_counts_and_views_do_not():
+    x = blank((4, 6), mx.float32)
+    assert launches(x.T.reshape(-1)[3:][None]).total() == 0
+    assert launches(mx.fast.rms_norm(x, None, 1e-5) @ x.T + 1).total() > 3
+    assert launches(standin((4,), mx.float32, x.T)) == {"Sort": 1}
