@@ -6,13 +6,16 @@ What a verb needs is imported when it runs, so that the help is quick.
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.cli import options as option
 from mlxquant.cli.common import app, load_model, print_json, print_table, progress, remark
+
+if TYPE_CHECKING:
+    from mlxquant.report.tasks import Task
 
 
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
@@ -102,13 +105,28 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
         remark(f"- {line}")
 
 
+def _prepared(tasks: list[str] | None, questions: int | None) -> "list[Task]":
+    """What ``--tasks`` names, ready to be asked."""
+    if not tasks:
+        return []
+    try:
+        from mlxquant.report.tasks import prepare
+    except ModuleNotFoundError as error:
+        raise MlxquantError("--tasks needs lm-eval: pip install 'mlxquant[tasks]' "
+                            f"({error.name} is missing)") from error
+    return prepare(tasks, questions)
+
+
 @app.command(epilog="Example: mlxquant evaluate smollm2-135m --text wikitext2-raw-test.txt "
                     "--windows 40")
 def evaluate(
-    model: option.Model, text: option.Text, context: option.Context = 1024,
-    windows: option.Windows = None,
+    model: option.Model,
+    text: Annotated[Path | None, Option(help="A UTF-8 text file, for the perplexity.")] = None,
+    context: option.Context = 1024, windows: option.Windows = None,
+    tasks: option.Tasks = None, questions: option.Questions = None,
     reference: Annotated[str | None, Option(
-        metavar="MODEL", help="Also the divergence from this model, the unquantised one.")] = None,
+        metavar="MODEL", help="Also the divergence from this model, the unquantised one, and how "
+                              "often the answers are its own.")] = None,
     layerwise: Annotated[bool, Option(
         "--by-layer", help="Instead, the hidden state's error after every block.")] = False,
     plot: Annotated[Path | None, Option(
@@ -116,18 +134,21 @@ def evaluate(
     revision: option.Revision = None, memory: option.Memory = None,
     trust_remote_code: option.Trust = False, as_json: option.AsJson = False,
 ) -> None:
-    """Perplexity over the first windows of a text, and the distance from a reference model."""
+    """Perplexity on a text, accuracy on tasks, and how far both are from a reference model's."""
     from mlxquant.report import by_layer, divergence, perplexity
     from mlxquant.report.figure import check_plot
 
-    if not text.is_file():
+    if text is None and not tasks:
+        raise BadValue("nothing to evaluate on; give --text, or --tasks, or both")
+    if text is not None and not text.is_file():
         raise MlxquantError(f"no such file: {text}")
-    if layerwise and reference is None:
-        raise BadValue("--by-layer needs --reference")
+    if layerwise and (reference is None or text is None or tasks):
+        raise BadValue("--by-layer needs --reference and --text, and goes without --tasks")
     if plot is not None:
         if not layerwise:
             raise BadValue("--plot needs --by-layer")
         check_plot(plot)
+    asked = _prepared(tasks, questions)
     models = [load_model(model, revision, memory, trust_remote_code, probe=False)]
     if reference is not None:
         models.append(load_model(reference, None, memory, trust_remote_code, probe=False))
@@ -136,22 +157,27 @@ def evaluate(
     if reference is not None:
         title, measure = ("relative error", by_layer.by_layer) if layerwise else (
             "KL divergence", divergence.divergence)
-    with progress(title) as advance:
-        result = measure(*models, text, context=context, windows=windows, progress=advance)
+    result: Any = None
+    if text is not None:
+        with progress(title) as advance:
+            result = measure(*models, text, context=context, windows=windows, progress=advance)
+    scores = []
+    for task in asked:
+        with progress(f"{task.name}, answers:") as advance:
+            own, *original = [task.answered(each, advance) for each in models]
+        scores.append(own.score(*original))
     if plot is not None:
         by_layer.plot(result, plot)
-    if as_json:
-        print_json([asdict(layer) for layer in result] if layerwise else asdict(result))
-    elif layerwise:
-        print_table(by_layer.table(result))
+    if layerwise:
+        print_json(list(map(asdict, result))) if as_json else print_table(by_layer.table(result))
+    elif as_json:
+        print_json((asdict(result) if result else {}) | (
+            {"tasks": list(map(asdict, scores))} if scores else {}))
     else:
-        bos = ", each window behind BOS" if result.bos else ""
-        print(f"perplexity {result.perplexity:.2f} over {result.windows} windows of "
-              f"{result.context} tokens ({result.tokens:,} predicted{bos}) · "
-              f"{result.bits_per_weight:.2f} bits per weight · "
-              f"{result.file_bytes / 1e6:.1f} MB on disk")
-        if reference is not None:
+        if result is not None:
             print(result.line())
+        for score in scores:
+            print(score.line())
 
 
 @app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt "
@@ -162,7 +188,7 @@ def compare(
     methods: Annotated[str, Option(help="Comma-separated.")] = "rtn,awq,gptq,gptq-rotated",
     bits: Annotated[list[str] | None, Option(help="A width; repeatable. Default: 4, 3, 2.")] = None,
     group_size: option.GroupSize = 64, context: option.Context = 1024,
-    windows: option.Windows = 40,
+    windows: option.Windows = 40, tasks: option.Tasks = None, questions: option.Questions = None,
     plot: Annotated[Path | None, Option(help="Draw perplexity over bytes into this file.")] = None,
     data: option.Data = None, samples: option.Samples = 128, sequence_length: option.Length = 512,
     seed: option.ByteSeed = 0, as_json: option.AsJson = False,
@@ -178,14 +204,15 @@ def compare(
         raise MlxquantError(f"no such file: {text}")
     if plot is not None:
         check_plot(plot)
+    evaluation = comparison.Evaluation(text, context, windows, _prepared(tasks, questions))
     job = Job(Spec(group_size=group_size), seed=seed,
               text=Text(tuple(data or ()), samples, sequence_length))
     names = [name.strip() for name in methods.split(",")]
     widths = [Width.of(width) for width in bits or ("4", "3", "2")]
     rows: list[comparison.Row] = []
     with progress("models compared:") as advance:
-        for row in comparison.compare(model, comparison.Evaluation(text, context, windows),
-                                      methods=names, bits=widths, job=job, progress=remark):
+        for row in comparison.compare(model, evaluation, methods=names, bits=widths, job=job,
+                                      progress=remark):
             rows.append(row)
             advance(len(rows), 1 + len(names) * len(widths), None)
     if plot is not None:

@@ -32,7 +32,12 @@ Lookup = Annotated[int, Option(
     help="Guess up to N tokens ahead from what followed the same words before; 0 is off.")]
 
 NewFolder = Annotated[Path, Option("-o", "--output", help="The folder to make.")]
-Text = Annotated[Path, Option(help="A UTF-8 text file.")]
+Tasks = Annotated[list[str] | None, Option(
+    metavar="FILE|NAME",
+    help="Questions: a file of JSON lines, or a task of lm-eval by name; repeatable. Needs "
+         "pip install 'mlxquant[tasks]'.")]
+Questions = Annotated[int | None, Option(
+    metavar="N", help="Of each of --tasks the first N questions; default: all.")]
 Context = Annotated[int, Option(help="Tokens in a window.")]
 Windows = Annotated[int | None, Option(help="Use the first N windows; default: all.")]
 Data = Annotated[list[str] | None, Option(

@@ -2,12 +2,11 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -15,11 +14,14 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes.spec import Whole
 from mlxquant.codes.width import Width
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.model.loading import load
+from mlxquant.model.loading import LanguageModel, load
 from mlxquant.quantise.job import Job, Made, Target
 from mlxquant.quantise.pipeline import quantize
 from mlxquant.report.divergence import Divergence, divergence
 from mlxquant.report.figure import figure
+
+if TYPE_CHECKING:  # these need lm-eval
+    from mlxquant.report.tasks import Score, Task
 
 _REPLICAS = dict(method="replica", rotation="online")
 _EIGHT = dict(method="smoothquant", group_size=Whole.ROW, activation=ActivationSpec())
@@ -59,11 +61,12 @@ for _k, _g in ((4, 16), (8, 16), (8, 32), (16, 32)):
 @dataclass(frozen=True)
 class Evaluation:
     """What every row is measured on: the first ``windows`` (None: all) of ``context`` tokens of a
-    text (a string, or a file's path)."""
+    text (a string, or a file's path), and ``tasks``."""
 
     text: str | Path
     context: int = 1024
     windows: int | None = None
+    tasks: "Sequence[Task]" = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Row:
     top1_agreement: float
     seconds: float | None
     peak_memory_gb: float | None
+    tasks: "Sequence[Score]" = ()
 
 
 def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list[Width],
@@ -99,11 +103,16 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
         if method not in METHODS:
             raise BadValue(f"no method {method!r}; allowed are {', '.join(METHODS)}")
     teacher = load(name, dense=True)
-    measure = partial(divergence, reference=teacher, text=evaluation.text,
-                      context=evaluation.context, windows=evaluation.windows)
+    known = [task.answered(teacher) for task in evaluation.tasks]
+
+    def measured(model: LanguageModel) -> "tuple[Divergence, list[Score]]":
+        return (divergence(model, teacher, evaluation.text, context=evaluation.context,
+                           windows=evaluation.windows),
+                [answers.task.answered(model).score(answers) for answers in known])
+
     if original:
         progress(f"{name} itself")
-        yield _row("original", measure(teacher))
+        yield _row("original", *measured(teacher))
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
         for width, method in product(bits, methods):
             if "activation" in METHODS[method] and width is not Width.EIGHT:
@@ -112,7 +121,7 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
             folder = (keep or Path(scratch)) / f"{method}-{width}"
             asked = _job(method, width, job or Job())
             made = quantize(name, folder, asked)
-            yield _row(method, measure(load(str(folder), dense=True)), asked, made)
+            yield _row(method, *measured(load(str(folder), dense=True)), asked, made)
             mx.clear_cache()
             if keep is None:
                 shutil.rmtree(folder)
@@ -127,7 +136,8 @@ def _job(method: str, width: Width, common: Job) -> Job:
     return asked.changed(target=target) if mixed else asked
 
 
-def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | None = None) -> Row:
+def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job | None = None,
+         made: Made | None = None) -> Row:
     """A row of what was measured, asked and made; only the original's has no ``job``."""
     spec: dict[str, Any] = {"bits": 16, "group_size": None, "rotation": None}
     if job is not None:
@@ -138,7 +148,7 @@ def _row(method: str, quality: Divergence, job: Job | None = None, made: Made | 
                replicas=replicated.get("replicas"), replica_group=replicated.get("replica_group"),
                **{key: getattr(quality, key) for key in measured},
                seconds=made.seconds if made else None,
-               peak_memory_gb=made.peak_memory / 1e9 if made else None)
+               peak_memory_gb=made.peak_memory / 1e9 if made else None, tasks=scores)
 
 
 def table(rows: list[Row]) -> list[list[str]]:
@@ -146,11 +156,18 @@ def table(rows: list[Row]) -> list[list[str]]:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    def share(value: float | None, error: float | None) -> str:
+        return shown(None if value is None else 100 * value, ".1f") + (
+            "" if error is None else f" ± {100 * error:.1f}")
+
+    heads = [head for score in rows[0].tasks for head in (f"{score.task} %", "same %")]
     return [["method", "bits", "group", "bits/weight", "MB", "perplexity", "KL", "top-1", "s",
-             "peak GB"], *(
+             "peak GB", *heads], *(
         [r.method, str(r.bits), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
          f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}", f"{r.kl_mean:.4f}",
-         f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"), shown(r.peak_memory_gb, ".2f")]
+         f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"), shown(r.peak_memory_gb, ".2f"),
+         *(cell for s in r.tasks for cell in (share(s.accuracy, s.accuracy_stderr),
+                                              share(s.agreement, s.agreement_stderr)))]
         for r in rows)]
 
 

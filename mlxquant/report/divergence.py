@@ -47,7 +47,8 @@ class Divergence(Perplexity):
 
     def line(self) -> str:
         error = "" if self.kl_stderr is None else f" ± {self.kl_stderr:.2g}"
-        return (f"KL divergence {self.kl_mean:.4g}{error} nats, 99th percentile {self.kl_p99:.4g}, "
+        return (f"{super().line()}\n"
+                f"KL divergence {self.kl_mean:.4g}{error} nats, 99th percentile {self.kl_p99:.4g}, "
                 f"noise floor {self.kl_noise_floor:.1g} · same likeliest token "
                 f"{100 * self.top1_agreement:.1f} % · perplexity {self.perplexity_ratio:.3f} × "
                 f"the reference's {self.reference_perplexity:.2f}")

@@ -33,6 +33,12 @@ class Perplexity:
     bits_per_weight: float
     file_bytes: int
 
+    def line(self) -> str:
+        bos = ", each window behind BOS" if self.bos else ""
+        return (f"perplexity {self.perplexity:.2f} over {self.windows} windows of {self.context} "
+                f"tokens ({self.tokens:,} predicted{bos}) · {self.bits_per_weight:.2f} bits per "
+                f"weight · {self.file_bytes / 1e6:.1f} MB on disk")
+
 
 def evaluate(model: LanguageModel, text: str | Path, *, context: int = 1024,
              windows: int | None = None, progress: Progress = lambda *_: None) -> Perplexity:
