@@ -36,7 +36,7 @@ from mlxquant.kernels import (
     replicated_matvec,
     replicated_tensor_cores,
 )
-from mlxquant.kernels.check import Case
+from mlxquant.kernels.cases import Case
 from mlxquant.kernels.matrix import Matrix
 from mlxquant.runtime.probe import read_ceiling
 

@@ -26,7 +26,7 @@ from mlxquant.kernels import (
     prepare_input,
     replicated_matvec,
 )
-from mlxquant.kernels.check import Case
+from mlxquant.kernels.cases import Case
 from mlxquant.kernels.first_step import Gate, Norm
 from mlxquant.kernels.matrix import Matrix
 

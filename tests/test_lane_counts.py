@@ -8,7 +8,7 @@ import pytest
 
 from mlxquant.codes.width import Width
 from mlxquant.kernels import replicated_matvec
-from mlxquant.kernels.check import Case
+from mlxquant.kernels.cases import Case
 from mlxquant.machine import chips, lanes
 
 _INSTRUCTION = re.compile(r"\s+(?:%\S+ = )?(\w+) ")

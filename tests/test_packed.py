@@ -153,7 +153,8 @@ def test_one_token_costs_each_group_two_dispatches(monkeypatch):
         "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
     )
     count("prepare", (prepare_input, lambda x, scales, layout, first: x))
-    count("multiply", (replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows))))
+    count("multiply", (replicated_matvec,
+                       lambda x, matrix, *_, **__: mx.zeros((len(x), matrix.rows))))
     _, packed = packed_and_stored(bits=2, replicas=4)
     x = mx.zeros((1, 1, 64))
     readers = [m for m in packed.modules() if isinstance(m, PackedLinear)]
@@ -177,8 +178,8 @@ def test_a_token_like_the_last_calls_no_kernel_from_python(monkeypatch):
     """A group and the MLP around it are traced for each number of tokens once, and replayed."""
     traced, by_kernel = [], PackedGroup._by_kernel
     monkeypatch.setattr(
-        PackedGroup, "_by_kernel", lambda self, x, first: traced.append(len(x)) or by_kernel(
-            self, x, first)
+        PackedGroup, "_by_kernel", lambda self, x, *how: traced.append(len(x)) or by_kernel(
+            self, x, *how)
     )
     network, stored = nn.Module(), Summed(siblings(bits=2, replicas=4)[0])
     network.mlp = Summed(siblings(bits=2, replicas=4)[0])
@@ -285,7 +286,7 @@ def test_one_token_costs_each_block_eight_dispatches_beside_attention(monkeypatc
         "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
     )
     count("prepare", prepare_input, lambda x, scales, layout, first: x)
-    count("multiply", replicated_matvec, lambda x, matrix, *a: mx.zeros((len(x), matrix.rows)))
+    count("multiply", replicated_matvec, lambda x, matrix, *a, **_: mx.zeros((len(x), matrix.rows)))
     count("rms_norm", mx.fast)
     for module in (llama, first_step):
         count("swiglu", module)

@@ -2,33 +2,31 @@
 ``mlxquant check``."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlxquant.codes import hadamard
-from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
-from mlxquant.codes.width import Width
 from mlxquant.kernels import (
     backend,
-    code_order,
     column_sweep,
     expand_codes,
     prepare_input,
     read_ceiling,
     replicated_matvec,
     replicated_tensor_cores,
+    rotary,
 )
+from mlxquant.kernels.cases import ALL, Case, Heads, cases, heads, mixtures
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.kernels.matrix import Matrix, Scales
+from mlxquant.kernels.matrix import NOTHING, Added, Scales
 from mlxquant.kernels.prepare_input import Layout
 
 HALF, SINGLE = 2e-3, 1e-5  # relative error that is allowed; bfloat16 rounds results to 8 bits
 _ALLOWED = {mx.float32: SINGLE, mx.float16: HALF, mx.bfloat16: 4 * HALF}
-_ALL, _SIXTEEN_BITS = (mx.float32, mx.float16, mx.bfloat16), (mx.float16, mx.bfloat16)
+_SIXTEEN_BITS = (mx.float16, mx.bfloat16)
 MIXTURE = "replicated_experts"  # all kernels of a mixture's experts, in the order of a token
 
 
@@ -45,75 +43,6 @@ class Comparison:
     @property
     def passed(self) -> bool:
         return self.error is not None and self.error <= self.allowed
-
-
-@dataclass(frozen=True)
-class Case:
-    """A random replicated matrix, or so many ``experts``, and an input for it."""
-
-    bits: Width
-    replicas: int
-    group: int
-    rotation: int
-    rows: int
-    inputs: int
-    tokens: int
-    dtype: mx.Dtype
-    experts: int = 0
-
-    def __str__(self) -> str:
-        shape = f"{self.bits} bit K{self.replicas} " + f"G{self.group} " * bool(self.group)
-        size = f"{self.experts}×" * bool(self.experts) + f"{self.rows}×{self.inputs}"
-        return f"{shape}{size}, {self.tokens} tokens, {str(self.dtype).split('.')[-1]}"
-
-    @property
-    def shape(self) -> ReplicaShape:
-        return ReplicaShape(self.bits, self.replicas, self.group, self.rotation)
-
-    def draw(self, seed: int = 0) -> tuple[mx.array, Matrix]:
-        """x (tokens, n), and a matrix for it."""
-        random = np.random.default_rng(seed)
-
-        def normal(*shape: int) -> mx.array:
-            return mx.array(random.normal(size=shape).astype(np.float32))
-
-        stack = (self.experts,) * bool(self.experts)
-        rows = self.rows * (self.experts or 1)
-        codes = mx.array(random.integers(0, self.bits.levels, (rows, self.inputs), np.uint8))
-        scales = Scales.of(
-            self.inputs, self.shape,
-            normal(*stack, self.inputs // (self.group or 1), self.replicas),
-            normal(*stack, self.inputs) if self.group else None,
-            hadamard.pack_signs(hadamard.random_signs(self.inputs, seed))
-            if self.rotation else None)
-        words = code_order.pack(codes, self.bits.code_bits)
-        out = normal(*stack, self.rows, self.replicas)
-        matrix = Matrix(words.reshape(*stack, self.rows, *words.shape[1:]),
-                        out if self.dtype == mx.float32 else out.astype(self.dtype), scales)
-        return normal(self.tokens, self.inputs).astype(self.dtype), matrix
-
-    def chosen(self, of_each: int = 3) -> mx.array:
-        """The experts that each token in turn goes to, (tokens · ``of_each``,)."""
-        size = self.tokens * of_each
-        return mx.array(np.random.default_rng(1).integers(0, self.experts, size).astype(np.uint32))
-
-
-def _cases(dtypes: tuple[mx.Dtype, ...] = _ALL) -> Iterator[Case]:
-    """Every width and dtype, plain and grouped, sizes that fill nothing up, several tokens."""
-    for dtype in dtypes:
-        for bits in REPLICA_WIDTHS:
-            yield Case(bits, 4, 0, 64, 83, 1344, 1, dtype)
-            yield Case(bits, 8, 16, 64, 40, 576, 3, dtype)
-        yield Case(Width.TWO, 1, 0, 0, 17, 100, 8, dtype)
-        yield Case(Width.TWO, 16, 64, 256, 33, 2304, 4, dtype)
-
-
-def _mixtures(dtypes: tuple[mx.Dtype, ...] = _ALL) -> Iterator[Case]:
-    """The same of experts."""
-    for dtype in dtypes:
-        for bits in REPLICA_WIDTHS:
-            yield Case(bits, 4, 0, 64, 19, 320, 1, dtype, experts=5)
-            yield Case(bits, 8, 16, 64, 24, 192, 3, dtype, experts=4)
 
 
 def _prepare(case: Case) -> float:
@@ -168,9 +97,16 @@ def _product(case: Case, kernel: ModuleType) -> float:
     x, matrix = case.draw()
     layout = kernel.layout(case.shape, case.dtype)
     prepared = prepare_input.reference(x, matrix.scales, layout)
-    y = kernel.multiply(prepared, matrix, case.tokens, case.dtype)
     with mx.stream(mx.cpu):  # a GPU's own products may round float32 to 10 bits
-        return backend.relative_error(y, matrix.product(matrix.scales.rotated(x), mx.float32))
+        expected = matrix.product(matrix.scales.rotated(x), mx.float32)
+    wide, _ = replace(case, inputs=case.rows, tokens=1 + case.tokens, group=0, rotation=0).draw(3)
+    terms = case.inputs**0.5 * wide  # as large as the product
+    errors = []
+    for added in (NOTHING, Added(terms[0], terms[1:])):
+        y = kernel.multiply(prepared, matrix, case.tokens, case.dtype, added=added)
+        with mx.stream(mx.cpu):
+            errors.append(backend.relative_error(y, added(expected)))
+    return max(errors)
 
 
 def _expand(case: Case) -> float:
@@ -198,25 +134,33 @@ def _experts(case: Case) -> float:
     return max(errors)
 
 
+def _rotary(case: Heads) -> float:
+    """Of the queries and of the whole cache, which the kernel changes in place."""
+    drawn = case.draw()
+    expected = rotary.reference(*drawn)
+    mx.eval(expected)
+    return max(map(backend.relative_error, rotary.turn(*drawn), expected))
+
+
 @dataclass(frozen=True)
 class _Check:
     """How a kernel's error in a case is found, and the cases it serves."""
 
-    error_of: Callable[[Case], float]
-    cases: Callable[[tuple[mx.Dtype, ...]], Iterator[Case]] = _cases
-    dtypes: tuple[mx.Dtype, ...] = _ALL
+    error_of: Callable[[Any], float]
+    cases: Callable[[tuple[mx.Dtype, ...]], Iterator[Case] | Iterator[Heads]] = cases
+    dtypes: tuple[mx.Dtype, ...] = ALL
 
     def worst(self) -> float:
         """The largest error in a few cases, in units of what is allowed."""
         return max(self.error_of(case) / _ALLOWED[case.dtype]
-                   for case in self.cases(self.dtypes[:2])
-                   if case.bits is Width.TWO and case.replicas in (4, 8))
+                   for case in self.cases(self.dtypes[:2]) if case.quick)
 
 
 CHECKS = {AsIs.kernel: _Check(_prepare), Norm.kernel: _Check(_prepare_normed),
           Gate.kernel: _Check(_prepare_gated), "replicated_matvec": _Check(_matvec),
           "replicated_tensor_cores": _Check(_tensor_cores, dtypes=_SIXTEEN_BITS),
-          "expand_codes": _Check(_expand), MIXTURE: _Check(_experts, _mixtures)}
+          "expand_codes": _Check(_expand), "rotary": _Check(_rotary, heads),
+          MIXTURE: _Check(_experts, mixtures)}
 
 
 def pending() -> list[tuple[str, str, float, Callable[[], float]]]:

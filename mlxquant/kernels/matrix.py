@@ -2,6 +2,7 @@
 matrices of a mixture's experts."""
 
 import functools
+import struct
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -122,6 +123,31 @@ class Matrix:
                 + tokens * (self.scales.inputs + self.rows) * dtype.size)
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What is added to a product y (tokens, m): ``bias`` (m,) and ``residual`` (tokens, m), which
+    has y's dtype. A kernel adds them in float32 and rounds once."""
+
+    bias: mx.array | None = None
+    residual: mx.array | None = None
+
+    def __call__(self, y: mx.array) -> mx.array:
+        for term in (self.bias, self.residual):
+            y = y if term is None else y + term.astype(y.dtype)
+        return y
+
+    def inputs(self, unread: mx.array) -> list[mx.array]:
+        """Both for a kernel, with an ``unread`` array in the place of what is not there."""
+        return [unread if term is None else at_least(term.reshape(-1))
+                for term in (self.bias, self.residual)]
+
+    def template(self) -> list[tuple[str, bool]]:
+        return [("BIAS", self.bias is not None), ("RESIDUAL", self.residual is not None)]
+
+
+NOTHING = Added()
+
+
 def at_least(array: mx.array) -> mx.array:
     """``array`` (n,), filled up with zeros to what a kernel's buffer must hold."""
     missing = backend.SMALLEST - len(array)
@@ -135,3 +161,8 @@ def sizes(*values: int) -> mx.array:
         made = mx.array([*values, *[0] * (backend.SMALLEST - len(values))], mx.int32)
         mx.eval(made)
     return made
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the integer of the same bits."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])

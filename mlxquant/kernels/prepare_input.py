@@ -23,7 +23,6 @@ piece are neighbours. Where a kernel decodes codes to floats that are too large 
 """
 
 import functools
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ import mlx.core as mx
 from mlxquant.codes.width import Width
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.kernels.matrix import Scales, at_least, sizes
+from mlxquant.kernels.matrix import Scales, at_least, float_bits, sizes
 
 LARGEST_BLOCK = 1024  # of a rotation: 32 registers a lane
 
@@ -165,7 +164,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     spans = -(-padded // span)
     prepared: mx.array = _kernel(experts is not None)(
         inputs=[x, norm.weight, scales.signs, scales.replica_in, scales.column_scale,
-                sizes(inputs, padded, pairs, _float_bits(norm.eps), pairs // len(x)), *chosen],
+                sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x)), *chosen],
         template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
                   ("ROTATION", spec.rotation_block), ("K", spec.replicas),
@@ -204,11 +203,6 @@ def with_sums(x: mx.array, layout: Layout, bits: Width) -> mx.array:
     runs = x.transpose(0, 2, 3, 1, 4).reshape(len(x), x.shape[2], layout.lanes, layout.run)
     sums = (runs * code_order.offsets(bits)).reshape(*runs.shape[:3], -1, layout.sums).sum(-1)
     return mx.concatenate([x.reshape(-1), sums.transpose(0, 3, 1, 2).reshape(-1)])
-
-
-def _float_bits(value: float) -> int:
-    """A float32 as the integer of the same bits."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 @functools.cache

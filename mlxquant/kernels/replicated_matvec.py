@@ -6,10 +6,11 @@ every token.
 
 A simdgroup has a few rows; its lanes take the chunks of a row in turn (``code_order.py``), so that
 the lanes' loads are neighbours, and no two simdgroups share a row: nothing but one ``simd_sum`` per
-row and token. A weight costs, beside its b bits, half an AND, half an OR and K multiply-adds,
-grouped 1 + (K + 1) / G. Decoded codes are too large by an offset: each chunk's sum, or group's,
-begins with minus that of the offsets times X, which comes with X. In float32, which asks for more
-than is left below the offsets, they are subtracted one by one.
+row and token, to which a bias and the residual stream are added. A weight costs, beside its b bits,
+half an AND, half an OR and K multiply-adds, grouped 1 + (K + 1) / G. Decoded codes are too large by
+an offset: each chunk's sum, or group's, begins with minus that of the offsets times X, which comes
+with X. In float32, which asks for more than is left below the offsets, they are subtracted one by
+one.
 
 X is float32: in half precision the error grows from 2.1e-4 to 3.1e-4 and the time stays, and a
 bfloat16 model's may not fit. It is read from the caches once for all rows of a simdgroup, whose
@@ -26,7 +27,7 @@ import mlx.core as mx
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.matrix import Matrix, at_least, sizes
+from mlxquant.kernels.matrix import NOTHING, Added, Matrix, at_least, sizes
 from mlxquant.kernels.prepare_input import Layout
 
 _HEADER = code_order.DECODE + """
@@ -133,14 +134,18 @@ _BODY = """
             UNROLL for (int k = 0; k < (GROUP ? 0 : K); ++k)
                 y[r][t] += static_cast<float>(replica_out[row * K + k])
                     * sums[r][(t * K + k) % USES];
-            const float whole = simd_sum(y[r][t]);
-            if (lane == 0 && row0 + r < rows && token0 + t < tokens)
-                out[(token0 + t) * rows + row0 + r]
-                    = static_cast<T>(LEVELS == 2 ? 2.0f * whole : whole);
+            float whole = simd_sum(y[r][t]);
+            if (lane == 0 && row0 + r < rows && token0 + t < tokens) {
+                const int at = (token0 + t) * rows + row0 + r;
+                if (LEVELS == 2) whole *= 2.0f;
+                if (BIAS) whole += static_cast<float>(bias[row]);
+                if (RESIDUAL) whole += static_cast<float>(residual[at]);
+                out[at] = static_cast<T>(whole);
+            }
         }
     }
 """
-_INPUTS = ["prepared", "codes", "replica_out", "replica_in", "sizes"]
+_INPUTS = ["prepared", "codes", "replica_out", "replica_in", "sizes", "bias", "residual"]
 _SIMDGROUPS = 2
 # A pass takes so many tokens, plain as many as use a code 8 times: with 16 uses four tokens took
 # 101 µs, where two tokens, with 8, took 26 (14336 × 4096, 2 bits, K = 4, H100).
@@ -156,9 +161,9 @@ def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
 
 
 def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
-             experts: mx.array | None = None) -> mx.array:
-    """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``; with
-    ``experts`` (tokens,), the matrix each is to be multiplied by."""
+             experts: mx.array | None = None, added: Added = NOTHING) -> mx.array:
+    """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``, with what
+    is ``added``; with ``experts`` (tokens,), the matrix each is to be multiplied by."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     chosen = [] if experts is None else [at_least(experts)]
     most = _TOKENS if spec.replica_group else max(1, _TOKENS // spec.replicas)
@@ -168,13 +173,13 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     y: mx.array = _kernel(experts is not None)(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
                 sizes(rows, matrix.chunks, tokens, matrix.scales.groups,
-                      code_order.pair_mask(bits)), *chosen],
+                      code_order.pair_mask(bits)), *added.inputs(matrix.replica_out), *chosen],
         template=[("T", dtype), ("EXACT", dtype == mx.float32), ("BITS", bits),
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group),
                   ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
                   ("TOKENS", together), ("WHOLE", tokens % together == 0), ("ROWS", height),
-                  ("SIMDGROUPS", _SIMDGROUPS)],
+                  ("SIMDGROUPS", _SIMDGROUPS), *added.template()],
         grid=(blocks * _SIMDGROUPS * 32, -(-tokens // together), 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype])[0]

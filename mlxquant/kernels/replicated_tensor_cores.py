@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.matrix import Matrix, sizes
+from mlxquant.kernels.matrix import NOTHING, Added, Matrix, sizes
 from mlxquant.kernels.prepare_input import Layout
 
 
@@ -155,12 +155,17 @@ _BODY = """
         float y = 0.0f;
         for (int w = 0; w < WARPS; ++w)
             for (int k = 0; k < K; ++k) y += shared[w][row][token * K + k];
-        if (row0 + row < rows)
-            out[(long long)token * rows + row0 + row] = static_cast<T>(LEVELS == 2 ? y : 0.5f * y);
+        if (row0 + row < rows) {
+            const long long at = (long long)token * rows + row0 + row;
+            if (LEVELS != 2) y *= 0.5f;
+            if (BIAS) y += static_cast<float>(bias[row0 + row]);
+            if (RESIDUAL) y += static_cast<float>(residual[at]);
+            out[at] = static_cast<T>(y);
+        }
     }
 """
 MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
-_INPUTS = ["prepared", "codes", "replica_out", "sizes"]
+_INPUTS = ["prepared", "codes", "replica_out", "sizes", "bias", "residual"]
 _ROWS = 16
 _MANY_ROWS = 8192
 
@@ -178,17 +183,19 @@ def fits(matrix: Matrix, tokens: int, dtype: mx.Dtype) -> bool:
             and matrix.scales.experts is None and backend.is_cuda())
 
 
-def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype) -> mx.array:
+def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
+             experts: None = None, added: Added = NOTHING) -> mx.array:
     """y (tokens, m) in ``dtype``, float16 or bfloat16; as ``replicated_matvec.multiply``."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     run = code_order.RUN[bits]
     runs = matrix.chunks * code_order.CHUNK // run
     warps, ahead = launch_shape(rows, runs)
     y: mx.array = _kernel()(
-        inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs)],
+        inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs),
+                *added.inputs(matrix.replica_out)],
         template=[("T", dtype), ("BITS", bits), ("LEVELS", spec.bits.levels),
                   ("K", spec.replicas), ("RUN", run), ("TOKENS", tokens), ("WARPS", warps),
-                  ("AHEAD", ahead)],
+                  ("AHEAD", ahead), *added.template()],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
     return y

@@ -30,7 +30,7 @@ from mlxquant.kernels import (
 )
 from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate
-from mlxquant.kernels.matrix import Matrix, Scales
+from mlxquant.kernels.matrix import NOTHING, Added, Matrix, Scales
 from mlxquant.layers.memo import Elsewhere, MadeOnce
 from mlxquant.layers.replicated import ReplicaInput, Replicated
 
@@ -110,17 +110,18 @@ class PackedGroup(PackedCodes):
                                               self._few if is_few(x) else self._multiply)
         return made[sibling]
 
-    def stacked(self, x: mx.array, first: AsIs | None = None) -> mx.array:
-        """All siblings' outputs (…, m), one behind the other, of ``x`` (…, n), or (…, 2 n) where
-        ``first``, in the place of its own, is a gate."""
+    def stacked(self, x: mx.array, first: AsIs | None = None, added: Added = NOTHING) -> mx.array:
+        """All siblings' outputs (…, m), one behind the other, with what is ``added``, of ``x``
+        (…, n), or (…, 2 n) where ``first``, in the place of its own, is a gate."""
         flat, first = x.reshape(-1, x.shape[-1]), first or self.first
-        y = self._by_kernel(flat, first) if is_few(flat) else self._by_product(first(flat))
-        return y.reshape(*x.shape[:-1], -1)
+        if is_few(flat):
+            return self._by_kernel(flat, first, added).reshape(*x.shape[:-1], -1)
+        return added(self._by_product(first(flat)).reshape(*x.shape[:-1], -1))
 
     def _multiply(self, x: mx.array) -> list[mx.array]:
         return mx.split(self.stacked(x), list(self._ends), axis=-1)
 
-    def _by_kernel(self, x: mx.array, first: AsIs) -> mx.array:
+    def _by_kernel(self, x: mx.array, first: AsIs, added: Added) -> mx.array:
         matrix, tokens, dtype = self.matrix, len(x), first.dtype(x)
         if not trusted(first.kernel):
             x, first = first(x), AS_IS
@@ -128,10 +129,11 @@ class PackedGroup(PackedCodes):
         on_tensor_cores = (prepared and replicated_tensor_cores.fits(matrix, tokens, dtype)
                            and trusted("replicated_tensor_cores"))
         if not prepared or not (on_tensor_cores or trusted("replicated_matvec")):
-            return matrix.product(matrix.scales.rotated(first(x)), dtype)
+            y = matrix.product(matrix.scales.rotated(first(x)), dtype)
+            return added(y.reshape(added.residual.shape) if added.residual is not None else y)
         kernel = replicated_tensor_cores if on_tensor_cores else replicated_matvec
         x = prepare_input.prepare(x, matrix.scales, kernel.layout(self.spec, dtype), first)
-        return kernel.multiply(x, matrix, tokens, dtype)
+        return kernel.multiply(x, matrix, tokens, dtype, added=added)
 
     def _by_product(self, x: mx.array) -> mx.array:
         matrix = self.matrix
@@ -197,9 +199,13 @@ class PackedMLP(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.onto(x, None)
+
+    def onto(self, x: mx.array, residual: mx.array | None) -> mx.array:
+        """What it makes of x, added to ``residual`` (…, n) where one is given."""
         down = self._down.module
-        y = down.group.stacked(self._gate_up.module.stacked(x), Gate())
-        return y + down.bias.astype(y.dtype) if "bias" in down else y
+        return down.group.stacked(self._gate_up.module.stacked(x), Gate(),
+                                  Added(down.get("bias"), residual))
 
 
 class TracedForFew(nn.Module):

@@ -4,9 +4,9 @@ A program: each line of its standard input is a job as JSON, and runs in a fork,
 kill its process. Answers with a line: exit code, standard output, standard error. A job runs twice:
 1. each array ends where a forbidden page begins, memory not given holds 0xFF, threads run forwards;
 2. each array starts where a forbidden page ends, memory not given holds 0x7F, threads backwards.
-Each prints the outputs as JSON. Where both runs agree, all outputs were written, and from the
-inputs alone. Inputs are read-only. A job exits with 3 and one line on standard error after an
-access out of bounds, with 4 after a trap.
+Each prints as JSON what the kernel may write: outputs, and inputs that are said to be written; all
+others are read-only. Where both runs agree, all outputs were written, and from the inputs alone. A
+job exits with 3 and one line on standard error after an access out of bounds, with 4 after a trap.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class Guarded:
     end."""
 
     def __init__(self, name: str, size: int, content: bytes | None, poison: int, at_end: bool,
-                 alignment: int):
+                 alignment: int, written: bool):
         pages = -(-size // _PAGE) * _PAGE
         base = _C.mmap(None, 2 * _FORBIDDEN + pages, _NONE, _PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
         if base == ctypes.c_void_p(-1).value:
@@ -57,7 +57,8 @@ class Guarded:
         self.start = inside + (pages - size) // alignment * alignment if at_end else inside
         if content is not None:
             ctypes.memmove(self.start, content, size)
-            _C.mprotect(inside, pages, _READ)
+            if not written:
+                _C.mprotect(inside, pages, _READ)
 
     def describe(self, address: int) -> str:
         offset = address - self.start
@@ -93,14 +94,14 @@ def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
     for array in job["arrays"]:
         content = bytes.fromhex(array["content"]) if array["content"] is not None else None
         arrays.append(Guarded(array["name"], array["size"], content, poison, not backwards,
-                              job["alignment"]))
+                              job["alignment"], array["written"]))
     handler = report(arrays, (ctypes.c_uint * 3).in_dll(library, "running"))
     library.launch((ctypes.c_void_p * len(arrays))(*(a.start for a in arrays)),
                    (ctypes.c_uint * 3)(*job["grid"]), (ctypes.c_uint * 3)(*job["threadgroup"]),
                    ctypes.c_bool(backwards))
     del handler
     outputs = [ctypes.string_at(a.start, a.size).hex()
-               for a, given in zip(arrays, job["arrays"]) if given["content"] is None]
+               for a, given in zip(arrays, job["arrays"]) if given["written"]]
     print(json.dumps(outputs))
 
 

@@ -1,6 +1,7 @@
 """``mx.fast.metal_kernel`` without Metal: kernels that are compiled for, and run on, the CPU."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from . import source
 from .compiler import Compiler
 from .source import NotEmulated
 
+# Of inputs that a kernel writes to: in MLX they are buffers like its outputs.
+_WRITTEN = re.compile(r"const_cast<DEVICE \w+\*>\((\w+)\)")
 _GUARDED = Path(__file__).with_name("guarded.py")
 
 
@@ -96,23 +99,30 @@ class EmulatedKernel:
                  init_value=None, stream=None, verbose=False) -> list[mx.array]:
         if init_value is not None:
             raise NotEmulated("outputs with an initial value")
-        inputs = [mx.array(x) for x in inputs]
+        given, inputs = inputs, [mx.array(x) for x in inputs]
         made = source.generate(
             self.mlx_kernel, inputs, output_shapes=output_shapes, output_dtypes=output_dtypes,
             grid=grid, threadgroup=threadgroup, template=template)
         outputs = list(zip(self.output_names, output_shapes, output_dtypes, strict=True))
-        arrays = [{"name": name, "size": len(content), "content": content.hex()}
+        written = _WRITTEN.findall(made.text)
+        arrays = [{"name": name, "size": len(content), "content": content.hex(),
+                   "written": name in written}
                   for name, content in zip(self.input_names, map(_bytes, inputs), strict=True)]
-        arrays += [{"name": name, "size": int(np.prod(shape)) * dtype.size, "content": None}
-                   for name, shape, dtype in outputs]
+        arrays += [{"name": name, "size": int(np.prod(shape)) * dtype.size, "content": None,
+                    "written": True} for name, shape, dtype in outputs]
         passed = [p.name for p in made.parameters if p.is_buffer]
         if passed != [a["name"] for a in arrays]:
             raise NotEmulated(f"buffers {passed}: shapes and strides are not passed")
         job = {"library": str(self.emulation.compiler.build(made)), "arrays": arrays, "grid": grid,
                "threadgroup": threadgroup, "alignment": self.emulation.alignment}
-        contents = self.emulation.runner.run(job, self.output_names)
-        return [mx.array(np.frombuffer(content, np.uint8)).view(dtype).reshape(shape)
-                for content, (_, shape, dtype) in zip(contents, outputs)]
+        names = [array["name"] for array in arrays if array["written"]]
+        contents = dict(zip(names, self.emulation.runner.run(job, names)))
+        for name in set(names) - set(self.output_names):
+            array = given[self.input_names.index(name)]
+            np.array(array.view(mx.uint8), copy=False)[:] = np.frombuffer(
+                contents[name], np.uint8).reshape(*array.shape[:-1], -1)
+        return [mx.array(np.frombuffer(contents[name], np.uint8)).view(dtype).reshape(shape)
+                for name, shape, dtype in outputs]
 
 
 def _bytes(array: mx.array) -> bytes:
