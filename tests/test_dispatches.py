@@ -9,13 +9,13 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from test_packed import network_of
 
-from mlxquant.kernels import backend, prepare_input, replicated_matvec
+from mlxquant.kernels import backend, prepare_input, replicated_matvec, rotary
 from mlxquant.layers.pack import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from dispatches import launches
 
-A_BLOCK = {"llama": 15, "qwen2": 18, "qwen3": 17, "mistral": 15}
+FUSED, MOST = ("llama", "qwen2", "qwen3", "mistral"), 10
 
 
 @functools.cache
@@ -42,7 +42,8 @@ def laid_out(monkeypatch):
     monkeypatch.setattr(
         "mlxquant.layers.packed.trusted", lambda name: name != "replicated_tensor_cores")
     monkeypatch.setattr(backend, "build", lambda *_, **__: kernel)
-    for module in (prepare_input, replicated_matvec):
+    monkeypatch.setattr("mlxquant.layers.fused_block.trusted", lambda name: True)
+    for module in (prepare_input, replicated_matvec, rotary):
         monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)
     for name, arrays in (("rms_norm", 2), ("rope", 1), ("scaled_dot_product_attention", 3)):
         monkeypatch.setattr(mx.fast, name, lambda x, *others, _more=arrays - 1, **__: standin(
@@ -53,13 +54,14 @@ def token(form, blocks):
     """What one token takes after others, of a network of so many ``blocks``."""
     network = pack(network_of(form, num_hidden_layers=blocks))
     cache = make_prompt_cache(network)
-    mx.eval(network(mx.array([[7] * 3]), cache=cache), network.parameters())
+    for text in ([7, 7, 7], [7]):
+        mx.eval(network(mx.array([text]), cache=cache), network.parameters())
     return launches(network(mx.array([[7]]), cache=cache))
 
 
-@pytest.mark.parametrize("form", A_BLOCK)
-def test_so_many_kernels_a_block_and_token(laid_out, form):
-    assert (token(form, 3) - token(form, 2)).total() == A_BLOCK[form]
+@pytest.mark.parametrize("form", FUSED)
+def test_a_block_takes_ten_kernels_a_token(laid_out, form):
+    assert (token(form, 3) - token(form, 2)).total() <= MOST
 
 
 def test_whatever_computes_counts_and_views_do_not():

@@ -25,13 +25,14 @@ from mlxquant.kernels import (
     expand_codes,
     prepare_input,
     replicated_matvec,
+    rotary,
 )
 from mlxquant.kernels.cases import Case
 from mlxquant.kernels.first_step import Gate, Norm
 from mlxquant.kernels.matrix import Matrix
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-KERNELS = [prepare_input, replicated_matvec, expand_codes]
+KERNELS = [prepare_input, replicated_matvec, expand_codes, rotary]
 SUBSET = [Case(Width.of(bits), *rest) for bits, *rest in [
     (1, 1, 0, 0, 5, 64, 1, F32), (1, 4, 16, 64, 9, 192, 2, F16), (2, 4, 0, 64, 13, 192, 1, F32),
     (2, 8, 16, 64, 6, 1344, 3, F16), (2, 16, 0, 4, 3, 100, 2, BF16), (2, 2, 64, 0, 4, 64, 8, F32),

@@ -59,6 +59,7 @@ def on_kernels(request, monkeypatch, emulated):
         monkeypatch.setattr(
             "mlxquant.layers.packed.trusted", lambda kernel: kernel != "replicated_tensor_cores"
         )
+        monkeypatch.setattr("mlxquant.layers.fused_block.trusted", lambda kernel: True)
     return emulated
 
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.kernels.first_step import Norm
 from mlxquant.layers.blocks import blocks_or_itself
+from mlxquant.layers.fused_block import fuse_blocks
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.packed import (
     NormInReader,
@@ -46,10 +47,12 @@ def pack(network: nn.Module) -> nn.Module:
                                          in modules.items() if can_fuse(module)]
     made += [mlp for group in siblings for mlp in _gated(modules, group)]
     network.update_modules(tree_unflatten(made))
-    for block in blocks_or_itself(network):
+    blocks = blocks_or_itself(network)
+    for block in blocks:
         for name, child in block.module.children().items():
             if isinstance(child, nn.Module) and _can_trace(child):
                 block.module[name] = TracedForFew(child)
+    fuse_blocks(network, blocks)
     return network
 
 

@@ -53,8 +53,8 @@ class PackedCodes(nn.Module):
         self.inputs, self.spec, self.experts = shared.inputs, spec, shared.experts
         parts = [_reordered(linear) for linear in linears]
         self.codes = mx.concatenate(parts, axis=-3) if len(parts) > 1 else parts[0]
-        # Of siblings' rows; no list: that would be a child.
-        self._ends = tuple(itertools.accumulate(part.shape[-3] for part in parts))[:-1]
+        # Where siblings' rows begin and end; no list: that would be a child.
+        self.bounds = (0, *itertools.accumulate(part.shape[-3] for part in parts))
         self.replica_out = mx.concatenate([linear.replica_out for linear in linears], axis=-2)
         scales = Scales.of(self.inputs, spec, shared.replica_in, shared.get("column_scale"),
                            shared.get("rotation_signs"))
@@ -70,7 +70,7 @@ class PackedCodes(nn.Module):
 
     @property
     def siblings(self) -> int:
-        return len(self._ends) + 1
+        return len(self.bounds) - 1
 
     @property
     def matrix(self) -> Matrix:
@@ -119,7 +119,7 @@ class PackedGroup(PackedCodes):
         return added(self._by_product(first(flat)).reshape(*x.shape[:-1], -1))
 
     def _multiply(self, x: mx.array) -> list[mx.array]:
-        return mx.split(self.stacked(x), list(self._ends), axis=-1)
+        return mx.split(self.stacked(x), list(self.bounds[1:-1]), axis=-1)
 
     def _by_kernel(self, x: mx.array, first: AsIs, added: Added) -> mx.array:
         matrix, tokens, dtype = self.matrix, len(x), first.dtype(x)
@@ -160,6 +160,11 @@ class PackedSibling(nn.Module, Generic[Group]):
 
 class PackedLinear(PackedSibling[PackedGroup]):
     """In the place of a ``ReplicatedLinear``."""
+
+    @property
+    def rows(self) -> int:
+        start, end = self.group.bounds[self.index:self.index + 2]
+        return end - start
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.group.outputs(x, self.index)

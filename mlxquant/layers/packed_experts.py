@@ -54,7 +54,7 @@ class PackedExperts(PackedCodes):
             x = mx.broadcast_to(x, (*indices.shape, each, width))
             experts = mx.repeat(experts, each)
         y = self.stacked(x.reshape(-1, width), experts).reshape(*indices.shape, each, -1)
-        return mx.split(y, list(self._ends), axis=-1)
+        return mx.split(y, list(self.bounds[1:-1]), axis=-1)
 
     def _by_kernel(self, x: mx.array, experts: mx.array, first: AsIs) -> mx.array:
         matrix, dtype = self.matrix, first.dtype(x)

@@ -1,0 +1,155 @@
+"""Blocks that take a token in ten dispatches: what they compute, whatever happens to the cache."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.cache import (
+    KVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
+from test_kernels import emulation  # noqa: F401 (a fixture)
+from test_packed import emulated, network_of, on_kernels  # noqa: F401 (a fixture)
+
+from mlxquant.kernels import backend, rotary
+from mlxquant.layers.in_place import InPlaceCache
+from mlxquant.layers.pack import pack
+
+FORMS = ("llama", "qwen2", "qwen3", "mistral")
+TURNS = {"traditional": {"rope_traditional": True},
+         "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+         "llama3": {"rope_scaling": {
+             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}}
+# Rotary embeddings that are no rotation by a fixed angle a position.
+OTHER_TURNS = {"dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0},
+                           "max_position_embeddings": 16},
+               "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                         "original_max_position_embeddings": 16}}}
+
+
+@pytest.fixture
+def turned(request, monkeypatch, on_kernels):  # noqa: F811
+    """How often the kernel, or what takes its place, ran."""
+    calls = []
+    for name in ("turn", "reference"):
+        own = getattr(rotary, name)
+        monkeypatch.setattr(rotary, name, lambda *a, own=own, name=name: (
+            calls.append(name), own(*a))[1])
+    yield calls
+    assert set(calls) == ({"turn"} if on_kernels else {"reference"})
+
+
+def both(form="llama", **changes):
+    """A network as it is stored, and packed with fused blocks, each with a cache."""
+    stored, packed = network_of(form, **changes), pack(network_of(form, **changes))
+    return [(network, make_prompt_cache(network)) for network in (stored, packed)]
+
+
+def alike(networks, tokens):
+    """That both say the same to ``tokens``; what is most probable then."""
+    stored, packed = (network(mx.array([tokens]), cache=cache) for network, cache in networks)
+    mx.eval(stored, packed)
+    assert backend.relative_error(packed, stored) < 5e-5
+    assert mx.array_equal(packed.argmax(-1), stored.argmax(-1))
+    return packed[0, -1].argmax().item()
+
+
+@emulated
+@pytest.mark.parametrize("form", FORMS)
+def test_a_text_goes_on_as_with_stored_layers(turned, form):
+    networks = both(form)
+    token = alike(networks, [5, 80, 200])
+    for _ in range(4):
+        token = alike(networks, [token])
+    assert len(turned) >= 2
+
+
+@pytest.mark.parametrize("emulated", [False])
+@pytest.mark.parametrize("form", FORMS)
+def test_sixty_four_greedy_tokens_are_the_same(turned, form):
+    networks = both(form)
+    token = alike(networks, [5, 80, 200, 7])
+    for _ in range(64):
+        token = alike(networks, [token])
+
+
+@emulated
+@pytest.mark.parametrize("turns", TURNS)
+def test_any_angle_a_position_is_taken(turned, turns):
+    networks = both(**TURNS[turns])
+    alike(networks, [5, 80, 200])
+    for token in (7, 99):
+        alike(networks, [token])
+
+
+@pytest.mark.parametrize("turns", OTHER_TURNS)
+def test_other_rotary_embeddings_stay_the_blocks_own(turns):
+    networks = both(**OTHER_TURNS[turns])
+    for tokens in ([5] * 30, [7], [99]):
+        alike(networks, tokens)
+    assert all(type(layer) is KVCache for layer in networks[1][1])
+
+
+@emulated
+def test_tokens_taken_back_guessed_ahead_and_batches_leave_the_cache_right(turned, monkeypatch):
+    monkeypatch.setattr(KVCache, "step", 4)  # so that it grows, again and again
+    networks = both()
+    for tokens in ([5, 80, 200], [7], [99], [31, 150, 6], [11], [250], [42], [17, 90], [3]):
+        alike(networks, tokens)
+    for _, cache in networks:
+        trim_prompt_cache(cache, 6)
+    for tokens in ([8], [9], [1, 2], [4]):
+        alike(networks, tokens)
+    assert all(type(layer) is InPlaceCache for layer in networks[1][1])
+
+
+@emulated
+def test_a_copy_sees_nothing_of_what_is_written_after(turned):
+    networks = both()
+    for tokens in ([5, 80, 200], [7], [99], [31]):
+        alike(networks, tokens)
+    copied = [(network, copy.deepcopy(cache)) for network, cache in networks]
+    for _, cache in networks:
+        trim_prompt_cache(cache, 3)
+    for token in (1, 2, 4, 8):
+        alike(networks, [token])
+    for token in (16, 32):
+        alike(copied, [token])
+    alike(networks, [64])
+
+
+def test_a_saved_cache_is_mlx_lms_own(tmp_path):
+    networks = both()
+    for tokens in ([5, 80, 200], [7]):
+        alike(networks, tokens)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), networks[1][1])
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert {type(layer) for layer in loaded} == {KVCache}
+    alike([networks[0], (networks[1][0], loaded)], [9])
+
+
+def test_a_graph_that_waits_writes_in_its_turn():
+    """Tokens laid out one behind the other before any is computed, and a step of several."""
+    (stored, cache), (packed, own) = both()
+    texts = [[5, 80, 200], [7], [99], [31, 150], [6], [11]]
+    expected = [stored(mx.array([text]), cache=cache)[:, -1] for text in texts]
+    found = [packed(mx.array([text]), cache=own)[:, -1] for text in texts]
+    assert backend.relative_error(mx.concatenate(found), mx.concatenate(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("of", ["added", "scaled", "masked"])
+def test_a_block_that_does_anything_else_keeps_its_own_call(monkeypatch, of):
+    def block(self, x, mask=None, cache=None):
+        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        made = self.mlp(self.post_attention_layernorm(h))
+        return {"added": h + made + x, "scaled": h + 0.5 * made,
+                "masked": mx.where(h > 0, h, 0) + made}[of]
+
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", block)
+    packed = pack(network_of())
+    assert all(type(layer) is llama.TransformerBlock for layer in packed.layers)
