@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.cli.make import _free_group
+from mlxquant.cli.quantize import _free_group
 from mlxquant.machine import chips, lanes
 from mlxquant.report import predict
 

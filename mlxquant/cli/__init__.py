@@ -14,10 +14,10 @@ import typer
 from mlxquant.base.errors import BadValue, one_line
 from mlxquant.base.text import clean
 from mlxquant.base.version import __version__
-from mlxquant.cli import look, make, measure, talk
+from mlxquant.cli import look, make, measure, quantize, talk
 from mlxquant.cli.common import app
 
-__all__ = ["app", "look", "main", "make", "measure", "talk"]
+__all__ = ["app", "look", "main", "make", "measure", "quantize", "talk"]
 
 
 @app.callback(invoke_without_command=True)

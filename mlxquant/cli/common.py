@@ -10,7 +10,7 @@ from threading import TIMEOUT_MAX, Timer
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mlxquant.base import blas
 from mlxquant.base.storage import json_text
@@ -42,6 +42,21 @@ class _Verbs(TyperGroup):
                 helps = [(self.commands[verb].help or "").partition("\n\n")[0] for verb in verbs]
                 formatter.write_dl([(verb.ljust(width), " ".join(text.split()))
                                     for verb, text in zip(verbs, helps)])
+
+
+class Panels(TyperCommand):
+    """A verb of many options: those of a ``rich_help_panel`` stand under it, after the others."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                usual = "Arguments" if param.param_type_name == "argument" else "Options"
+                panel = getattr(param, "rich_help_panel", None) or usual
+                panels.setdefault(panel, []).append(record)
+        for panel in sorted(panels, key=lambda panel: panel not in ("Arguments", "Options")):
+            with formatter.section(panel):
+                formatter.write_dl(panels[panel])
 
 
 app = typer.Typer(

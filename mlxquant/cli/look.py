@@ -60,20 +60,11 @@ def plan(
     print(f"\nRecommended: {_recommendation(result)}")
 
 
-def _form(row: "Row") -> str:
-    if row.replicas:
-        width = row.bits if row.bits == "ternary" else f"{row.bits} bit"
-        stored = "as stored " if row.method == "as stored" else ""
-        return f"{stored}{width}, K={row.replicas}" + (f" G={row.group}" if row.group else "")
-    group = f", groups of {row.group}" if row.group else ""
-    return f"{row.method if row.method != 'affine' else ''} {row.bits} bit{group}".strip()
-
-
 def _plan_line(row: "Row") -> list[str]:
     quality, source = ("", "not measured") if row.quality is None else (
         f"× {row.quality:.2f}", row.quality_source or "")
     slower = "" if row.free_replicas is not False else ", replicas not free"
-    return [_form(row), f"{row.bits_per_weight:.2f}", str(row.kv_bits),
+    return [row.label(), f"{row.bits_per_weight:.2f}", str(row.kv_bits),
             f"{row.file_bytes / 1e9:.2f}", f"{row.total_bytes / 1e9:.2f}",
             "yes" if row.fits else "no", "" if row.tps is None else f"{row.tps:.1f}{slower}",
             quality, source]
@@ -89,7 +80,7 @@ def _recommendation(result: "Plan") -> str:
     speed = f", {row.tps:.1f} tokens/s ({row.tps_source})" if row.tps else ""
     kv = "16-bit" if row.kv_bits == 16 else (
         f"{row.kv_bits}-bit (their cost in quality is not measured)")
-    return (f"{_form(row)} with {kv} keys and values: {row.total_bytes / 1e9:.1f} GB{speed}, "
+    return (f"{row.label()} with {kv} keys and values: {row.total_bytes / 1e9:.1f} GB{speed}, "
             f"perplexity × {row.quality:.2f} ({row.quality_source})\n"
             f"{row.command or f'mlxquant chat {result.model}'}")
 

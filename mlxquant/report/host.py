@@ -10,6 +10,8 @@ from mlxquant.machine.replica_limits import ReplicaLimits
 from mlxquant.report.predict import working_set
 from mlxquant.runtime import probe
 
+_SOLD = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+
 
 @dataclass(frozen=True)
 class Host:
@@ -43,6 +45,13 @@ def host(chip: str | None, memory: str | None) -> Host:
     ceiling = found.headline_gb_per_s if chip else probe.read_ceiling().gb_per_s
     return Host(found.label, limit, ceiling=ceiling, dense=here and system.device() == "cpu",
                 limits=limits, remarks=remarks)
+
+
+def memory_for(needed: int, chip: str | None) -> int | None:
+    """The smallest memory that machines are sold with, in GB, of which a model may take ``needed``
+    bytes; None where there is none."""
+    found = chips.find(chip) if chip else chips.detect()
+    return next((size for size in _SOLD if _memory(found, f"{size}GB")[0] >= needed), None)
 
 
 def _memory(chip: Chip, memory: str | None) -> tuple[int, tuple[str, ...]]:

@@ -54,6 +54,15 @@ class Form:
     quality_rank: int | None = None
     command: str | None = None
 
+    def label(self) -> str:
+        if self.replicas:
+            width = self.bits if self.bits == "ternary" else f"{self.bits} bit"
+            stored = "as stored " if self.method == "as stored" else ""
+            grouped = f" G={self.group}" if self.group else ""
+            return f"{stored}{width}, K={self.replicas}{grouped}"
+        group = f", groups of {self.group}" if self.group else ""
+        return f"{self.method if self.method != 'affine' else ''} {self.bits} bit{group}".strip()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Form):

@@ -1,0 +1,98 @@
+"""``quantize --fit``: the options that make what the plan recommends, and all of them said."""
+
+import shlex
+from typing import Any
+
+from typer import Context
+
+from mlxquant.base.errors import BadValue
+from mlxquant.cli.common import print_json, remark
+
+_FORM = {"method", "bits", "group_size", "rotate", "replicas", "replica_group"}
+# Options that are said although they are as by default, beside those of the form.
+_SAID = ("method", "bits", "propagation", "embedding_bits", "tune_blocks", "tune_steps", "samples",
+         "sequence_length", "seed", "text", "windows")
+_OWN = ("fit", "fit_context", "for_chip")  # what they decide is among the others
+
+
+def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
+    """The arguments of ``quantize`` for what the plan recommends among the forms that agree with
+    those given, which stay; and the line that chats with the result. Says what it chose, on a line
+    of JSON where that is asked for. Raises what ``plan`` and ``choose`` raise."""
+    from mlxquant.report.choose import choose
+    from mlxquant.report.plan import plan
+
+    params = ctx.params
+    given = {name for name in params if (source := ctx.get_parameter_source(name)) is not None
+             and source.name == "COMMANDLINE"}
+    if given & {"target_bpw", "target_gb"}:
+        raise BadValue("--fit and a target are two sizes; give one")
+    result = plan(params["model"], memory=params["fit"], chip=params["for_chip"],
+                  context=params["fit_context"], revision=params["revision"])
+    made = {row: _parsed(ctx, row.command) for row in result.rows if row.command}
+    row = choose(result, [row for row, form in made.items() if all(
+        form[name] == params[name] for name in given & _FORM)], params["for_chip"])
+    wanted = _settled(params | {name: value for name, value in made[row].items()
+                                if name not in given | {"model", "output"}})
+    command = _command(ctx, wanted, shlex.split(row.command or ""))
+    kv = f" --kv-bits {row.kv_bits}" if row.kv_bits != 16 else ""
+    chat = f"mlxquant chat {shlex.quote(str(params['output']))}{kv}"
+    if params["as_json"]:
+        print_json({"stage": "fit", "machine": result.machine, "memory_bytes": result.memory_bytes,
+                    "context": result.context, "form": vars(row), "command": command,
+                    "chat": chat}, indent=None)
+        return wanted, chat
+    for line in result.remarks:
+        remark(f"assumed: {line}")
+    print(f"for {result.machine}, {result.memory_bytes / 1e9:.1f} GB for a model and "
+          f"{result.context:,} tokens: {row.label()} with {row.kv_bits}-bit keys and values, "
+          f"{row.total_bytes / 1e9:.2f} GB in all, perplexity × {row.quality:.2f} "
+          f"({row.quality_source})\n{_texts(wanted)}\nthe same by hand: {command}", flush=True)
+    return wanted, chat
+
+
+def _parsed(ctx: Context, command: str) -> dict[str, Any]:
+    return ctx.command.make_context("quantize", shlex.split(command)[2:]).params
+
+
+def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with what else would be decided on the way."""
+    from mlxquant.codes.spec import Spec
+    from mlxquant.codes.width import Width
+    from mlxquant.quantise.job import Job
+    from mlxquant.quantise.settings import BlockTuning
+    from mlxquant.report.made import SELF
+
+    spec = Spec(Width.of(wanted["bits"]))
+    tuning = BlockTuning(wanted["tune_blocks"], wanted["tune_steps"])
+    tuned = Job(spec, tuning=tuning).tunes([spec])
+    return wanted | {"tune_blocks": tuned, "tune_steps": tuning.steps if tuned else None,
+                     "text": wanted["text"] or SELF, "fit": None, "for_chip": None}
+
+
+def _texts(wanted: dict[str, Any]) -> str:
+    """What is calibrated on, whether blocks are trained, and what is measured on."""
+    samples = f"{wanted['samples']} samples of {wanted['sequence_length']} tokens"
+    source = ("none, it is only rounded" if wanted["method"] == "rtn" and not wanted["tune_blocks"]
+              else f"{samples} from {', '.join(wanted['data'])}" if wanted["data"]
+              else f"{samples} that the model writes itself (--data FILE for your own)")
+    trained = f"{wanted['tune_steps']} steps each" if wanted["tune_blocks"] else "not trained"
+    held_out = "text that the model writes (--text FILE for your own)" if (
+        wanted["text"] == "self") else wanted["text"]
+    return f"calibration text: {source}; blocks: {trained}; measured afterwards on: {held_out}"
+
+
+def _command(ctx: Context, wanted: dict[str, Any], planned: list[str]) -> str:
+    """The whole command without ``--fit``; the form's options are those in ``planned``."""
+    words = ["mlxquant", "quantize", wanted["model"]]
+    for param in ctx.command.params:
+        value, option = wanted[param.name or ""], param.opts[0]
+        said = param.name in _SAID or option in planned or value != param.get_default(ctx)
+        if param.param_type_name == "argument" or param.name in _OWN or value is None or not said:
+            continue
+        if isinstance(value, bool):
+            words += [option] if value else param.secondary_opts
+        else:
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [option, str(each)]
+    return shlex.join(words)
