@@ -39,7 +39,8 @@ class HeldOut:
             raise BadValue(f"{self.text} is the calibration text; what is measured must be another")
         folder = resolve(original, revision=revision)
         tokenizer = open_tokenizer(folder, read_config(folder))
-        tokens = len(tokenizer.encode(read_text(self.text), add_special_tokens=False))
+        tokens = len(tokenizer.encode(read_text(self.text), add_special_tokens=False,
+                                      verbose=False))
         if tokens < self.windows * self.length:
             raise BadValue(f"{self.text} has {tokens} tokens, {self.windows} windows of "
                            f"{self.length} need {self.windows * self.length}")
