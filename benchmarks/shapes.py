@@ -1,4 +1,4 @@
-"""Configurations of Llamas of known shapes, for models of random weights."""
+"""Configurations of models of known shapes, to be filled with random weights."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def llama(hidden: int, layers: int, inner: int, heads: tuple[int, int], vocabula
 SHAPES = {"tiny": llama(256, 4, 512, (4, 2), 1000, True),
           "smollm2-135m": llama(576, 30, 1536, (9, 3), 49152, True),
           "smollm2-360m": llama(960, 32, 2560, (15, 5), 49152, True),
-          "qwen2.5-0.5b": llama(896, 24, 4864, (14, 2), 151936, True),
-          "qwen2.5-1.5b": llama(1536, 28, 8960, (12, 2), 151936, True),
+          "qwen2.5-0.5b": llama(896, 24, 4864, (14, 2), 151936, True) | {"model_type": "qwen2"},
+          "qwen2.5-1.5b": llama(1536, 28, 8960, (12, 2), 151936, True) | {"model_type": "qwen2"},
           "tinyllama-1.1b": llama(2048, 22, 5632, (32, 4), 32000, False),
           "llama-3.2-1b": llama(2048, 16, 8192, (32, 8), 128256, True),
           "llama-3.2-3b": llama(3072, 28, 8192, (24, 8), 128256, True),

@@ -105,7 +105,8 @@ def test_tokens_taken_back_guessed_ahead_and_batches_leave_the_cache_right(turne
         trim_prompt_cache(cache, 6)
     for tokens in ([8], [9], [1, 2], [4]):
         alike(networks, tokens)
-    assert all(type(layer) is InPlaceCache for layer in networks[1][1])
+    for layer in networks[1][1]:  # strided, MLX would hand a kernel a copy to write to
+        assert type(layer) is InPlaceCache and memoryview(layer.keys).c_contiguous
 
 
 @emulated

@@ -138,8 +138,8 @@ class Added:
 
     def inputs(self, unread: mx.array) -> list[mx.array]:
         """Both for a kernel, with an ``unread`` array in the place of what is not there."""
-        return [unread if term is None else at_least(term.reshape(-1))
-                for term in (self.bias, self.residual)]
+        return [unread if term is None else term if term.size >= backend.SMALLEST
+                else at_least(term.reshape(-1)) for term in (self.bias, self.residual)]
 
     def template(self) -> list[tuple[str, bool]]:
         return [("BIAS", self.bias is not None), ("RESIDUAL", self.residual is not None)]

@@ -66,9 +66,8 @@ class OneToken:
     """A block's parts as they take one token."""
 
     def __init__(self, parts: Parts):
-        self.parts = parts
-        weights = [parts.qkv.first, *(parts.rotary.norms or ())]
-        self.shape, self.norms = (1, 1, parts.qkv.inputs), weights
+        self.parts, self.shape = parts, (1, 1, parts.qkv.inputs)
+        self._dtypes: dict[mx.Dtype, bool] = {}
         self._before, self._after = mx.compile(self._to_attention), mx.compile(self._behind)
 
     def __call__(self, *arguments: Any) -> mx.array | None:
@@ -76,13 +75,15 @@ class OneToken:
         that can be written in place, and nothing else."""
         x = cache = None
         for argument in arguments:
+            if argument is None:
+                continue
             if x is None and isinstance(argument, mx.array):
                 x = argument
-            elif cache is None and argument is not None:
+            elif cache is None:
                 cache = argument
-            elif argument is not None:
+            else:
                 return None
-        if x is None or x.shape != self.shape or any(n.dtype(x) != x.dtype for n in self.norms):
+        if x is None or x.shape != self.shape or not self._keeps(x.dtype):
             return None
         how, held = self.parts.rotary, InPlaceCache.of(cache)
         if held is None or (room := held.room(how.stored, how.size, x.dtype)) is None:
@@ -94,14 +95,22 @@ class OneToken:
                                                  scale=self.parts.scale)
         return self._after(y, x)
 
+    def _keeps(self, dtype: mx.Dtype) -> bool:
+        """Whether a hidden state of ``dtype`` keeps it through the norms."""
+        if dtype not in self._dtypes:
+            norms = [self.parts.qkv.first, *(self.parts.rotary.norms or ())]
+            like = mx.zeros(1, dtype)
+            self._dtypes[dtype] = all(norm.dtype(like) == dtype for norm in norms)
+        return self._dtypes[dtype]
+
     def _to_attention(self, x: mx.array, keys: mx.array, values: mx.array,
                       place: mx.array) -> list[mx.array]:
         parts = self.parts
-        made = parts.qkv.stacked(x, added=Added(parts.bias)).reshape(1, -1)
+        made = parts.qkv.stacked(x.reshape(1, -1), added=Added(parts.bias))
         turn = rotary.turn if trusted("rotary") else rotary.reference
         return turn(made, keys, values, place, parts.rotary)
 
     def _behind(self, y: mx.array, x: mx.array) -> mx.array:
-        out = self.parts.out
-        h = out.group.stacked(y.reshape(1, 1, -1), added=Added(out.get("bias"), x))
-        return self.parts.mlp.onto(h, h)
+        out = self.parts.out  # in two dimensions: a reshape is no kernel, but costs its time
+        h = out.group.stacked(y.reshape(1, -1), added=Added(out.get("bias"), x))
+        return self.parts.mlp.onto(h, h).reshape(self.shape)

@@ -18,6 +18,7 @@ class InPlaceCache(KVCache):
     """mlx-lm's cache of one sequence, and all that it can do; ``room`` makes it write in place."""
 
     _own: tuple[mx.array, mx.array] | None = None  # what was made here, if that is still in use
+    _capacity = 0  # tokens that there is room for in it
 
     @classmethod
     def of(cls, cache: Any) -> "InPlaceCache | None":
@@ -29,26 +30,28 @@ class InPlaceCache(KVCache):
     def room(self, heads: int, size: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array] | None:
         """Keys and values (1, heads, capacity, size) with room for one token at ``offset``; None
         where those that are held have another shape or type."""
-        shape, old = (1, heads, size), (self.keys, self.values)
+        old = self.keys, self.values
+        if (self._own is not None and old[0] is self._own[0] and old[1] is self._own[1]
+                and self.offset < self._capacity):
+            return self._own
         for array in old:
-            if array is not None and ((*array.shape[:2], array.shape[3]) != shape
+            if array is not None and ((1, heads, size) != (*array.shape[:2], array.shape[3])
                                       or array.dtype != dtype):
                 return None
-        if (self._own is None or old[0] is not self._own[0] or old[1] is not self._own[1]
-                or self.offset >= old[0].shape[2]):
-            # In steps that grow, as whatever depends on the capacity is traced anew.
-            more = self.step * (1 + self.offset // (8 * self.step))
-            capacity = (self.offset // self.step + 1) * self.step + more - self.step
-            self.hold(*(self._copy(array, capacity, shape, dtype) for array in old))
-        return self.keys, self.values
+        # In steps that grow, as whatever depends on the capacity is traced anew.
+        steps = self.offset // self.step
+        self._capacity = (steps + 1 + steps // 8) * self.step
+        shape = (1, heads, self._capacity, size)
+        return self.hold(*(self._copy(array, shape, dtype) for array in old))
 
-    def hold(self, keys: mx.array, values: mx.array) -> None:
+    def hold(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take arrays that nobody else has in the place of the old ones."""
         self.keys, self.values = self._own = keys, values
+        return self._own
 
-    def _copy(self, array: mx.array | None, capacity: int, shape: tuple[int, int, int],
+    def _copy(self, array: mx.array | None, shape: tuple[int, ...],
               dtype: mx.Dtype) -> mx.array:
-        made = mx.zeros((*shape[:2], capacity, shape[2]), dtype)
+        made = mx.zeros(shape, dtype)
         if array is not None and self.offset:
             made[:, :, :self.offset] = array[:, :, :self.offset]
         return made
@@ -58,8 +61,8 @@ class InPlaceCache(KVCache):
         copy = InPlaceCache()
         copy.offset = self.offset
         if self.keys is not None:
-            _, heads, capacity, size = self.keys.shape
-            copy.hold(*(self._copy(array, capacity, (1, heads, size), array.dtype)
+            copy._capacity = self.keys.shape[2]
+            copy.hold(*(self._copy(array, array.shape, array.dtype)
                         for array in (self.keys, self.values)))
             mx.eval(copy.keys, copy.values)
         return copy
