@@ -48,8 +48,9 @@ class Vocabulary:
         return self.size
 
 
-def open_model(name: str) -> LanguageModel:
-    """A model by name, or SHAPE:FORM with random weights."""
+def open_model(name: str, as_mlx_lm: bool = False) -> LanguageModel:
+    """A model by name, or SHAPE:FORM with random weights; ``as_mlx_lm`` leaves the network of
+    SHAPE:FORM as mlx-lm runs it."""
     known, _, form = name.partition(":")
     if not form or known not in SHAPES:
         return load(name)
@@ -67,7 +68,8 @@ def open_model(name: str) -> LanguageModel:
     network = outline.network_of(config)
     if spec is not None:
         network = planned(network, config, Job(spec, embedding_bits=8))
-    network = to_dense(network) if device() == "cpu" else pack(network)  # as ``load`` does
+    if not as_mlx_lm:
+        network = to_dense(network) if device() == "cpu" else pack(network)  # as ``load`` does
     mx.eval(network.parameters())
     mx.clear_cache()
     return LanguageModel(name, Path(), network, Vocabulary(config["vocab_size"]), config)

@@ -2,13 +2,14 @@
 
     python benchmarks/decode.py SHAPE:FORM … [--out NAME]
 
-A SHAPE:FORM is what ``bench.py`` takes. For each, one token after the other: what Python takes to
-build its graph, what MLX takes to launch it, and both together with the wait, which is what a user
-sees. Then the GPU's own time for a token, by its clock (``mlxquant/kernels/gpu_clock.py``): some
-tokens are queued behind a wait, so that launching does not count. For that, MLX must be allowed to
-put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER are raised for the
-GPU's time; ``--limits default`` leaves them, for what a user sees. Beside the times stands how many
-kernels a token launches (``dispatches.py``), in all and in each block.
+A SHAPE:FORM is what ``bench.py`` takes; mlx-lm:SHAPE:FORM is the same as mlx-lm runs it. For
+each, one token after the other: how many kernels it launches (``dispatches.py``), in all and a
+block, what Python takes to build its graph, what MLX takes to launch it, and both together with
+the wait, which is what a user sees. Then the GPU's own time for a token, by its clock
+(``kernels/gpu_clock.py``): some tokens are queued behind a wait, so that launching does not
+count. For that, MLX must be allowed to put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER
+and MLX_MAX_MB_PER_BUFFER are raised for the GPU's time; ``--limits default`` leaves them, for
+what a user sees.
 
 Every row names the kernel of its matrices. ``--metal-body`` runs replicas with the body that Metal
 compiles (``replicated_matvec``) where an NVIDIA GPU would take its tensor cores.
@@ -20,6 +21,7 @@ import sys
 import time
 
 _TOKENS, _LOOPS, _QUEUED, _WAIT = 48, 5, 3, 0.25
+_STOCK = "mlx-lm:"
 if "--limits" not in sys.argv:  # read once, when MLX is imported
     os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "1000000", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
@@ -41,7 +43,7 @@ class Decoding:
     """One sequence of a model with random weights, a token at a time, after a prompt of 16."""
 
     def __init__(self, name: str):
-        model = open_model(name)
+        model = open_model(name.removeprefix(_STOCK), name.startswith(_STOCK))
         self.network, self.cache = model.network, make_prompt_cache(model.network)
         self.bytes = traffic.weight_bytes(model.network)
         self.token = mx.array([1])
@@ -89,7 +91,7 @@ class Decoding:
 
 def kernel_of(name: str, metal_body: bool) -> str:
     """What multiplies the matrices of SHAPE:FORM here, a token at a time."""
-    form = name.partition(":")[2]
+    form = name.removeprefix(_STOCK).partition(":")[2]
     if not backend.has_gpu() or form == "16":
         return "MLX's dense product"
     if "-k" not in form:
@@ -118,7 +120,7 @@ def main() -> None:
             except RuntimeError as error:  # what a user sees is a result all the same
                 print(f"{name}: {error}", flush=True)
         rows.append(row)
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}"
+        print("  ".join(f"{value}" if isinstance(value, str) else f"{key} {value:.4g}"
                         for key, value in row.items()), flush=True)
         save(f"decode-{arguments.out}", graph_limits=arguments.limits or "raised",
              ceiling=ceiling.__dict__, rows=rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from test_fused_block import stock_network
 from test_packed import network_of
 
 from mlxquant.kernels import backend, prepare_input, replicated_matvec, rotary
@@ -15,7 +16,7 @@ from mlxquant.layers.pack import pack
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from dispatches import launches
 
-FUSED, MOST = ("llama", "qwen2", "qwen3", "mistral"), 10
+FORMS = ("llama", "qwen2", "qwen3", "mistral")
 
 
 @functools.cache
@@ -50,18 +51,33 @@ def laid_out(monkeypatch):
             x.shape, x.dtype, x, *others[:_more]))
 
 
-def token(form, blocks):
-    """What one token takes after others, of a network of so many ``blocks``."""
-    network = pack(network_of(form, num_hidden_layers=blocks))
+def token(network):
+    """What one token takes after others."""
+    network = pack(network)
     cache = make_prompt_cache(network)
     for text in ([7, 7, 7], [7]):
         mx.eval(network(mx.array([text]), cache=cache), network.parameters())
     return launches(network(mx.array([[7]]), cache=cache))
 
 
-@pytest.mark.parametrize("form", FUSED)
-def test_a_block_takes_ten_kernels_a_token(laid_out, form):
-    assert (token(form, 3) - token(form, 2)).total() <= MOST
+def a_block(make):
+    """What one block adds to that, of networks that ``make`` makes with so many blocks."""
+    return (token(make(num_hidden_layers=3)) - token(make(num_hidden_layers=2))).total()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_block_of_packed_layers_takes_ten_kernels_a_token(laid_out, form):
+    assert a_block(functools.partial(network_of, form)) <= 10
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_block_of_mlx_layers_takes_eleven_and_its_biases_one(laid_out, form, bits):
+    assert a_block(functools.partial(stock_network, form, bits)) <= 11 + (form == "qwen2")
+
+
+def test_a_block_that_is_not_plain_takes_what_it_took(laid_out):
+    assert a_block(functools.partial(network_of, "granite")) > 15
 
 
 def test_whatever_computes_counts_and_views_do_not():

@@ -80,7 +80,7 @@ class Rotary:
     queries: int
     stored: int
     size: int
-    starts: tuple[int, int, int]
+    starts: tuple[int, ...]
     steps: mx.array
     traditional: bool = False
     norms: tuple[Norm, Norm] | None = None

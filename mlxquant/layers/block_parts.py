@@ -1,11 +1,12 @@
 """What a transformer block consists of, read from its graph: whether it is the plain one.
 
-    h = x + O attention(rotary(q x), rotary(k x), v x)        y = h + MLP(h)
+    h = x + O attention(rotary(q z), rotary(k z), v z)    y = h + down(silu(gate u) ∘ up u)
+    z = norm(x)                                           u = norm(h)
 
-One token goes through the block as a graph. Each packed layer, norm of heads, rotary embedding,
-attention and call of the cache hands on an array of its own, an input of the graph, and what it was
-handed is an output. So the names in the exported graph tell what is connected, and the only
-operations left between are the two additions: whatever else a block does, it is another block.
+One token goes through the block as a graph. Each linear layer, norm, rotary embedding, attention
+and call of the cache hands on an array of its own, an input of the graph, and what it was handed is
+an output. So the names in the exported graph tell what is connected, and the only operations left
+between are two additions and the gate's: whatever else a block does, it is another block.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,23 +21,29 @@ from mlx_lm.models.cache import KVCache
 
 from mlxquant.kernels.first_step import Norm
 from mlxquant.kernels.rotary import Rotary
+from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.hooks import intercepted
-from mlxquant.layers.packed import PackedGroup, PackedLinear, PackedMLP, TracedForFew
+from mlxquant.layers.replicated import ReplicatedLinear
 
+_MARKED = {nn.Linear, nn.QuantizedLinear, ReplicatedLinear, nn.RMSNorm}  # these very classes
+_Operations = dict[str, tuple[str, set[str]]]  # by what they make: their names and inputs
 _SHAPES = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"}
 _POSITIONS = (3, 1 << 20)  # some rotary embeddings change far out
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """``qkv`` is one group of three, with ``bias`` (m,) or none; ``scale`` is that of attention."""
+    """A plain block's norms, its linear layers by their paths in it, and what is between them: how
+    heads go to attention (they start where ``starts`` will say), and attention's ``scale``."""
 
-    qkv: PackedGroup
-    bias: mx.array | None
-    out: PackedLinear
-    mlp: PackedMLP
+    norm: Norm
+    qkv: tuple[str, str, str]
     rotary: Rotary
     scale: float
+    out: str
+    mlp_norm: Norm
+    gate_up: tuple[str, str]
+    down: str
 
 
 class _Another(Exception):
@@ -62,7 +69,7 @@ class _Call:
 
 def read_parts(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
     """The parts of a block that its network calls with such arguments for one token: the hidden
-    state, a cache, and nothing else. None where it is not the plain block of packed layers."""
+    state, a cache, and nothing else. None where it is not the plain block."""
     try:
         near, far = (_read(block, args, kwargs, position) for position in _POSITIONS)
     except Exception:  # another kind, or one that no graph can hold
@@ -74,8 +81,7 @@ def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
           position: int) -> Parts:
     arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
     _need(len(arrays) == 1)
-    modules = [m for m in block.modules()
-               if type(m) in (PackedLinear, PackedMLP, TracedForFew, nn.RMSNorm)]
+    modules = {id(m): (path, m) for path, m in block.named_modules() if type(m) in _MARKED}
 
     def run(x: mx.array, *given: mx.array) -> list[mx.array]:
         recorder.start(given)
@@ -84,7 +90,7 @@ def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             _need(argument is None or argument is arrays[0] or type(argument) is KVCache)
             return x if argument is arrays[0] else argument and _Recorder(position, recorder)
 
-        with recorder.listening(modules):
+        with recorder.listening([module for _, module in modules.values()]):
             y = block(*map(instead, args), **{k: instead(a) for k, a in kwargs.items()})
         return [y, *(array for call in recorder.calls for array in call.handed)]
 
@@ -92,7 +98,8 @@ def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     exported: list[dict[str, Any]] = []
     run(x := mx.zeros(arrays[0].shape, arrays[0].dtype))
     mx.export_function(exported.append, run, x, *recorder.made())
-    return _match(*_named(exported, recorder.calls), position)
+    paths = {key: path for key, (path, _) in modules.items()}
+    return _match(*_named(exported, recorder.calls), paths, position)
 
 
 class _Calls:
@@ -115,10 +122,9 @@ class _Calls:
 
     def through(self, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> mx.array:
-        inner, shape = module.module if isinstance(module, TracedForFew) else module, args[0].shape
-        if isinstance(inner, PackedLinear):
-            shape = (*shape[:-1], inner.rows)
-        return self.note(type(inner).__name__, inner, [args[0]], [shape])[0]
+        is_norm = isinstance(module, nn.RMSNorm)
+        shape = args[0].shape if is_norm else (*args[0].shape[:-1], shape_of(module)[-2])
+        return self.note("norm" if is_norm else "linear", module, [args[0]], [shape])[0]
 
     @contextmanager
     def listening(self, modules: list[nn.Module]) -> Iterator[None]:
@@ -150,10 +156,10 @@ class _Recorder(KVCache):
 
 
 def _named(exported: list[dict[str, Any]], calls: list[_Call]) -> tuple[
-        list[_Call], dict[str, set[str]], str, str]:
-    """The calls with names, the additions by what they make, and the names of x and y."""
+        list[_Call], _Operations, str, str]:
+    """The calls with names, the operations between them, and the names of x and y."""
     same: dict[str, str] = {}
-    added: dict[str, set[str]] = {}
+    between: _Operations = {}
     for part in exported:
         if part["type"] == "inputs":
             x, *given = (name for name, *_ in part["inputs"])
@@ -166,13 +172,13 @@ def _named(exported: list[dict[str, Any]], calls: list[_Call]) -> tuple[
                     part["arguments"][0], shapes[0])):
                 same[output] = inputs[0]
             else:
-                _need(part["name"] == "Add" and shapes[0] == shapes[1])
-                added[output] = set(inputs)
+                _need(len(set(shapes)) == 1)
+                between[output] = part["name"], set(inputs)
     y, *handed = (same.get(name, name) for name in ends)
     names, outputs = iter(handed), iter(given)
     return [_Call(call.kind, call.what, call.handed, call.made,
                   tuple(next(names) for _ in call.handed), tuple(next(outputs) for _ in call.made))
-            for call in calls], added, x, y
+            for call in calls], between, x, y
 
 
 def _keeps_order(axes: list[int], shape: tuple[int, ...]) -> bool:
@@ -181,52 +187,65 @@ def _keeps_order(axes: list[int], shape: tuple[int, ...]) -> bool:
     return long == sorted(long)
 
 
-def _match(calls: list[_Call], added: dict[str, set[str]], x: str, y: str, position: int) -> Parts:
+def _match(calls: list[_Call], between: _Operations, x: str, y: str, paths: dict[int, str],
+           position: int) -> Parts:
     makers = {name: call for call in calls for name in call.outputs}
 
     def by(kind: str, name: str) -> _Call:
         _need(makers[name].kind == kind)
         return makers[name]
 
-    attention, cache, mlp = (call for kind in ("attention", "cache", "PackedMLP")
-                             for call in calls if call.kind == kind)
+    attention, cache = (call for kind in ("attention", "cache") for call in calls
+                        if call.kind == kind)
     _need(attention.inputs[1:] == cache.outputs)
     ropes = [by("rope", name) for name in (attention.inputs[0], cache.inputs[0])]
     before = [rope.inputs[0] for rope in ropes]
-    norms = [makers[name] for name in before if makers[name].kind == "RMSNorm"]
-    if norms:
-        before = [by("RMSNorm", name).inputs[0] for name in before]
-    qkv = [by("PackedLinear", name) for name in (*before, cache.inputs[1])]
+    heads = [makers[name] for name in before if makers[name].kind == "norm"]
+    if heads:
+        before = [by("norm", name).inputs[0] for name in before]
+    qkv = [by("linear", name) for name in (*before, cache.inputs[1])]
+    norm = by("norm", *qkv[0].inputs)
+    _need(norm.inputs == (x,) and all(call.inputs == norm.outputs for call in qkv))
     out = next(call for call in calls if call.inputs == attention.outputs)
-    _need(out.kind == "PackedLinear" and out.what.group.siblings == 1)
-    h, = mlp.inputs
-    _need(added == {h: {x, *out.outputs}, y: {h, *mlp.outputs}})
-    _need([call.inputs for call in qkv] == 3 * [(x,)])
-    _need(len(calls) == 9 + len(norms))
-    group = qkv[0].what.group
-    _need(group.siblings == 3 and all(call.what.group is group for call in qkv))
+    h = next(name for name in between if between[name][1] == {x, *out.outputs})
+    down = by("linear", *between[y][1] - {h})
+    gate = by("linear", *(name for how, names in between.values() if how == "Sigmoid"
+                          for name in names))
+    up = next(call for call in calls if call.inputs == gate.inputs and call is not gate)
+    mlp_norm = by("norm", *gate.inputs)
+    _need(mlp_norm.inputs == (h,) and {out.kind, up.kind} == {"linear"})
+    gated, = down.inputs
+    activated, = between[gated][1] - {*up.outputs}
+    sigmoid, = between[activated][1] - {*gate.outputs}
+    _need(between == {h: ("Add", {x, *out.outputs}), y: ("Add", {h, *down.outputs}),
+                      sigmoid: ("Sigmoid", {*gate.outputs}),
+                      activated: ("Multiply", {sigmoid, *gate.outputs}),
+                      gated: ("Multiply", {activated, *up.outputs})})
+    _need(len(calls) == 13 + len(heads))
     how = {key: value for key, value in attention.what.items() if value is not None}
     _need(how.keys() == {"scale"})
-    rotary = _rotary([call.what for call in qkv], ropes, [norm.what for norm in norms], position)
-    return Parts(group, _biases(group, [call.what for call in qkv]), out.what, mlp.what, rotary,
-                 how["scale"])
+    q, k, v, o, g, u, d = (paths[id(call.what)] for call in (*qkv, out, gate, up, down))
+    return Parts(_as_step(norm), (q, k, v), _rotary(ropes, heads, qkv, position), how["scale"], o,
+                 _as_step(mlp_norm), (g, u), d)
 
 
-def _rotary(qkv: list[PackedLinear], ropes: list[_Call], norms: list[nn.RMSNorm],
-            position: int) -> Rotary:
+def _as_step(norm: _Call) -> Norm:
+    return Norm(norm.what.weight, norm.what.eps)
+
+
+def _rotary(ropes: list[_Call], norms: list[_Call], qkv: list[_Call], position: int) -> Rotary:
     (_, queries, _, size), (_, stored, _, key_size) = (rope.handed[0].shape for rope in ropes)
     _need(size == key_size and size % 2 == 0 and 8 <= size <= 1024)
-    _need([layer.rows for layer in qkv] == [heads * size for heads in (queries, stored, stored)])
+    _need([shape_of(call.what)[-2] for call in qkv]
+          == [heads * size for heads in (queries, stored, stored)])
     _need(all(rope.what["offset"] == position for rope in ropes))
     steps = [_steps(**rope.what) for rope in ropes]
     traditional = {rope.what["traditional"] for rope in ropes}
     _need(np.array_equal(steps[0], steps[1]) and len(traditional) == 1)
-    starts = [layer.group.bounds[layer.index] for layer in qkv]
-    made = [Norm(norm.weight, norm.eps) for norm in norms]
+    made = [_as_step(norm) for norm in norms]
     _need(all(len(norm.weight) == size for norm in made))
-    return Rotary(queries, stored, size, (starts[0], starts[1], starts[2]),
-                  mx.array(steps[0].astype(np.float32)), traditional.pop(),
-                  (made[0], made[1]) if made else None)
+    return Rotary(queries, stored, size, (0, 0, 0), mx.array(steps[0].astype(np.float32)),
+                  traditional.pop(), (made[0], made[1]) if made else None)
 
 
 def _steps(dims: int, base: float | None, scale: float, freqs: mx.array | None = None,
@@ -236,13 +255,3 @@ def _steps(dims: int, base: float | None, scale: float, freqs: mx.array | None =
         return scale / np.array(freqs.astype(mx.float32), np.float64)
     _need(base is not None)
     return scale * float(base or 1) ** (-np.arange(0, dims, 2) / dims)
-
-
-def _biases(group: PackedGroup, layers: list[PackedLinear]) -> mx.array | None:
-    """The biases of a group's layers, zeros where one has none, one behind the other."""
-    if not any("bias" in layer for layer in layers):
-        return None
-    order = sorted(layers, key=lambda layer: layer.index)
-    parts = [layer.bias if "bias" in layer else mx.zeros(layer.rows, group.replica_out.dtype)
-             for layer in order]
-    return mx.concatenate(parts)

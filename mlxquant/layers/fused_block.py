@@ -1,8 +1,11 @@
-"""Plain transformer blocks of packed layers, one token at a time: ten dispatches each.
+"""Plain transformer blocks, one token at a time: ten dispatches each where layers are packed.
 
     norm and preparation · q, k, v · norms of heads, rotary embedding and the cache's write ·
     attention · preparation · O and the residual · norm and preparation · gate, up · SwiGLU and
     preparation · down and the residual
+
+Of MLX's own layers it is eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
+SwiGLU · down · residual, and one more where there are biases.
 
 A block keeps its place, its parameters and its attributes: only its class gets another call, which
 takes one token behind a plain cache, and leaves everything else to the block's own. What stands
@@ -11,6 +14,7 @@ token is that of its calls.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,20 +23,17 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.kernels import rotary
 from mlxquant.kernels.check import trusted
-from mlxquant.kernels.matrix import Added
+from mlxquant.kernels.first_step import AS_IS, Gate
+from mlxquant.kernels.rotary import Rotary
 from mlxquant.layers.block_parts import Parts, read_parts
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.in_place import InPlaceCache, place_of
-from mlxquant.layers.packed import PackedMLP
+from mlxquant.layers.joined import Joined, join
 
 
-def fuse_blocks(network: nn.Module, blocks: list[Block]) -> None:
-    """Have the plain ones of a network's ``blocks`` take single tokens in few dispatches."""
-    candidates = [block.module for block in blocks
-                  if any(isinstance(module, PackedMLP) for module in block.module.modules())]
-    if not candidates:
-        return
+def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[Block, Parts]]:
+    """The plain ones of a network's ``blocks``, and what they consist of."""
     calls: dict[int, tuple[Any, ...]] = {}
 
     def through(block: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -41,15 +42,27 @@ def fuse_blocks(network: nn.Module, blocks: list[Block]) -> None:
         return next(a for a in (*args, *kwargs.values()) if isinstance(a, mx.array))
 
     try:
-        with intercepted(candidates, through):
+        with intercepted([block.module for block in blocks], through):
             network(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(network))
     except Exception:  # it takes no cache, or its blocks make more than a hidden state
+        return []
+    read = [(block, read_parts(block.module, *calls[id(block.module)])) for block in blocks
+            if id(block.module) in calls]
+    return [(block, parts) for block, parts in read if parts is not None]
+
+
+def fuse(block: nn.Module, parts: Parts) -> None:
+    """Have a block of such parts, packed or not, take single tokens in few dispatches, where each
+    of its products is one."""
+    modules = dict(block.named_modules())
+    made = [join([modules[path] for path in paths])
+            for paths in (parts.qkv, (parts.out,), parts.gate_up, (parts.down,))]
+    joined = [part for part in made if part is not None]
+    if len(joined) < len(made) or joined[2].starts[0]:  # the gate is the first half of its input
         return
-    for block in candidates:
-        parts = read_parts(block, *calls[id(block)]) if id(block) in calls else None
-        if parts is not None:
-            mx.eval(parts.rotary.steps, parts.bias)
-            _exchange_call(block, OneToken(parts))
+    how = replace(parts.rotary, starts=joined[0].starts)
+    mx.eval(how.steps, [part.bias for part in joined])
+    _exchange_call(block, OneToken(parts, how, *joined))
 
 
 def _exchange_call(block: nn.Module, one_token: "OneToken") -> None:
@@ -65,8 +78,11 @@ def _exchange_call(block: nn.Module, one_token: "OneToken") -> None:
 class OneToken:
     """A block's parts as they take one token."""
 
-    def __init__(self, parts: Parts):
-        self.parts, self.shape = parts, (1, 1, parts.qkv.inputs)
+    def __init__(self, parts: Parts, how: Rotary, qkv: Joined, out: Joined, gate_up: Joined,
+                 down: Joined):
+        self.parts, self.how = parts, how
+        self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
+        self.shape = 1, 1, len(parts.norm.weight)
         self._dtypes: dict[mx.Dtype, bool] = {}
         self._before, self._after = mx.compile(self._to_attention), mx.compile(self._behind)
 
@@ -83,10 +99,10 @@ class OneToken:
                 cache = argument
             else:
                 return None
-        if x is None or x.shape != self.shape or not self._keeps(x.dtype):
+        if x is None or x.shape != self.shape or (held := InPlaceCache.of(cache)) is None:
             return None
-        how, held = self.parts.rotary, InPlaceCache.of(cache)
-        if held is None or (room := held.room(how.stored, how.size, x.dtype)) is None:
+        if (not self._keeps(x.dtype)
+                or (room := held.room(self.how.stored, self.how.size, x.dtype)) is None):
             return None
         queries, keys, values = self._before(x, *room, place_of(held.offset))
         held.hold(keys, values)
@@ -96,21 +112,24 @@ class OneToken:
         return self._after(y, x)
 
     def _keeps(self, dtype: mx.Dtype) -> bool:
-        """Whether a hidden state of ``dtype`` keeps it through the norms."""
+        """Whether a hidden state of ``dtype`` keeps it all the way: found without computing."""
         if dtype not in self._dtypes:
-            norms = [self.parts.qkv.first, *(self.parts.rotary.norms or ())]
-            like = mx.zeros(1, dtype)
-            self._dtypes[dtype] = all(norm.dtype(like) == dtype for norm in norms)
+            x = mx.zeros(self.shape, dtype)
+            z = self.qkv(x.reshape(1, -1), self.parts.norm)
+            norms = self.how.norms or ()
+            y = self._behind(mx.zeros((1, self.how.queries * self.how.size), dtype), x)
+            self._dtypes[dtype] = z.dtype == y.dtype == dtype and all(
+                norm.dtype(z) == dtype for norm in norms)
         return self._dtypes[dtype]
 
     def _to_attention(self, x: mx.array, keys: mx.array, values: mx.array,
                       place: mx.array) -> list[mx.array]:
-        parts = self.parts
-        made = parts.qkv.stacked(x.reshape(1, -1), added=Added(parts.bias))
+        made = self.qkv(x.reshape(1, -1), self.parts.norm)
         turn = rotary.turn if trusted("rotary") else rotary.reference
-        return turn(made, keys, values, place, parts.rotary)
+        return turn(made, keys, values, place, self.how)
 
     def _behind(self, y: mx.array, x: mx.array) -> mx.array:
-        out = self.parts.out  # in two dimensions: a reshape is no kernel, but costs its time
-        h = out.group.stacked(y.reshape(1, -1), added=Added(out.get("bias"), x))
-        return self.parts.mlp.onto(h, h).reshape(self.shape)
+        # In two dimensions: a reshape is no kernel, but costs its time.
+        h = self.out(y.reshape(1, -1), AS_IS, x.reshape(1, -1))
+        gated = self.down(self.gate_up(h, self.parts.mlp_norm), Gate(), h)
+        return gated.reshape(self.shape)

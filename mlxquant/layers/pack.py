@@ -1,4 +1,5 @@
-"""Put the packed form in the place of every replicated layer, when a model is loaded on a GPU."""
+"""What a GPU runs in the place of what is stored: every replicated layer packed, and plain blocks
+fused."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.kernels.first_step import Norm
 from mlxquant.layers.blocks import blocks_or_itself
-from mlxquant.layers.fused_block import fuse_blocks
+from mlxquant.layers.fused_block import fuse, read_plain
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.packed import (
     NormInReader,
@@ -37,22 +38,23 @@ def pack(network: nn.Module) -> nn.Module:
     most are held beside the packed ones."""
     modules = dict(network.named_modules())
     inputs = {path: m for path, m in modules.items() if isinstance(m, ReplicaInput)}
-    siblings = find_siblings(network) if inputs else []
+    siblings, blocks = find_siblings(network) if inputs else [], blocks_or_itself(network)
+    plain = read_plain(network, blocks)
     for path, shared in inputs.items():
         _pack_group(network, path, shared, modules)
     modules = dict(network.named_modules())
     for group in siblings:
         _take_norm(network, modules, group)
+    for block, parts in plain:
+        fuse(block.module, parts)
     made: list[tuple[str, nn.Module]] = [(path, PackedSwitchGLU(module)) for path, module
                                          in modules.items() if can_fuse(module)]
     made += [mlp for group in siblings for mlp in _gated(modules, group)]
     network.update_modules(tree_unflatten(made))
-    blocks = blocks_or_itself(network)
     for block in blocks:
         for name, child in block.module.children().items():
             if isinstance(child, nn.Module) and _can_trace(child):
                 block.module[name] = TracedForFew(child)
-    fuse_blocks(network, blocks)
     return network
 
 

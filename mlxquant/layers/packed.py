@@ -204,13 +204,8 @@ class PackedMLP(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.onto(x, None)
-
-    def onto(self, x: mx.array, residual: mx.array | None) -> mx.array:
-        """What it makes of x, added to ``residual`` (…, n) where one is given."""
         down = self._down.module
-        return down.group.stacked(self._gate_up.module.stacked(x), Gate(),
-                                  Added(down.get("bias"), residual))
+        return down.group.stacked(self._gate_up.module.stacked(x), Gate(), Added(down.get("bias")))
 
 
 class TracedForFew(nn.Module):
