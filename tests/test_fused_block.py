@@ -20,6 +20,7 @@ from test_kernels import emulation  # noqa: F401 (a fixture)
 from test_packed import FORMS as packed_forms
 from test_packed import emulated, network_of, on_kernels  # noqa: F401 (a fixture)
 
+import mlxquant
 from mlxquant.kernels import backend, rotary
 from mlxquant.layers import outline
 from mlxquant.layers.blocks import held_bytes
@@ -113,6 +114,18 @@ def test_layers_of_mlx_are_stacked_and_held_once(form, bits, dtype):
     q, k, v = (memoryview(fused.layers[0].self_attn[f"{name}_proj"].weight) for name in "qkv")
     ends = [np.asarray(part).ctypes.data + part.nbytes for part in (q, k)]
     assert ends == [np.asarray(part).ctypes.data for part in (k, v)]  # of one array
+
+
+@pytest.mark.slow
+def test_sixty_four_tokens_of_a_real_model_are_the_same(smollm2):
+    model = mlxquant.load(str(smollm2))
+    prompt = [{"role": "user", "content": "How do I tell whether a number is prime?"}]
+    own = mlxquant.generate(model, prompt, max_tokens=64)
+    pack(model.network)
+    cache = mlxquant.PromptCache()
+    fused = mlxquant.generate(model, prompt, max_tokens=64, cache=cache)
+    assert all(type(layer) is InPlaceCache for layer in cache.layers)
+    assert own.text == fused.text and own.report.generation_tokens == 64
 
 
 @emulated

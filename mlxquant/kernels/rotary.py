@@ -95,8 +95,8 @@ def turn(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
     """Queries (1, heads, 1, size), and ``keys`` and ``values`` (1, heads, capacity, size) as they
     are once those of ``qkv`` (1, m), a token, have been written at position ``place`` [0] of both.
     The arrays that are given change; of them only what is returned may be read."""
-    unread = (qkv.reshape(-1),) * 2
-    query_weight, key_weight = ([norm.weight for norm in rotary.norms] if rotary.norms else unread)
+    query_weight, key_weight = ([norm.weight for norm in rotary.norms] if rotary.norms
+                                else (qkv, qkv))  # which is not read
     epsilons = [float_bits(norm.eps) for norm in rotary.norms or ()]
     heads = rotary.queries + 2 * rotary.stored
     queries: mx.array = _kernel()(

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant.kernels import rotary
+from mlxquant.kernels import backend, rotary
 from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import AS_IS, Gate
 from mlxquant.kernels.rotary import Rotary
@@ -54,6 +54,8 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[Block, Par
 def fuse(block: nn.Module, parts: Parts) -> None:
     """Have a block of such parts, packed or not, take single tokens in few dispatches, where each
     of its products is one."""
+    if backend.has_gpu() and not trusted("rotary"):  # its reference copies the cache
+        return
     modules = dict(block.named_modules())
     made = [join([modules[path] for path in paths])
             for paths in (parts.qkv, (parts.out,), parts.gate_up, (parts.down,))]

@@ -113,10 +113,12 @@ class PackedGroup(PackedCodes):
     def stacked(self, x: mx.array, first: AsIs | None = None, added: Added = NOTHING) -> mx.array:
         """All siblings' outputs (…, m), one behind the other, with what is ``added``, of ``x``
         (…, n), or (…, 2 n) where ``first``, in the place of its own, is a gate."""
-        flat, first = x.reshape(-1, x.shape[-1]), first or self.first
-        if is_few(flat):
-            return self._by_kernel(flat, first, added).reshape(*x.shape[:-1], -1)
-        return added(self._by_product(first(flat)).reshape(*x.shape[:-1], -1))
+        # Reshaping to the same shape would be a node of the graph all the same.
+        flat, first = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), first or self.first
+        few = is_few(flat)
+        y = self._by_kernel(flat, first, added) if few else self._by_product(first(flat))
+        y = y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
+        return y if few else added(y)
 
     def _multiply(self, x: mx.array) -> list[mx.array]:
         return mx.split(self.stacked(x), list(self.bounds[1:-1]), axis=-1)
@@ -129,8 +131,7 @@ class PackedGroup(PackedCodes):
         on_tensor_cores = (prepared and replicated_tensor_cores.fits(matrix, tokens, dtype)
                            and trusted("replicated_tensor_cores"))
         if not prepared or not (on_tensor_cores or trusted("replicated_matvec")):
-            y = matrix.product(matrix.scales.rotated(first(x)), dtype)
-            return added(y.reshape(added.residual.shape) if added.residual is not None else y)
+            return added(matrix.product(matrix.scales.rotated(first(x)), dtype))
         kernel = replicated_tensor_cores if on_tensor_cores else replicated_matvec
         x = prepare_input.prepare(x, matrix.scales, kernel.layout(self.spec, dtype), first)
         return kernel.multiply(x, matrix, tokens, dtype, added=added)
