@@ -1,7 +1,9 @@
 """Loading through mlx-lm: stock checkpoints, memory limits, dense weights on a CPU."""
 
+import gc
 import logging
 import shutil
+import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +30,17 @@ def stock_quantised(tiny_folder, tmp_path_factory):
 def test_a_stock_mlx_lm_conversion_loads(stock_quantised):
     model = mlxquant.load(str(stock_quantised))
     assert model.network(mx.array([[5, 6, 7]])).shape == (1, 3, 384)
+
+
+def test_a_network_that_nobody_uses_lets_go_of_its_weights_at_once(tiny_folder):
+    gc.disable()
+    try:
+        network, _ = loading.open_lazily(tiny_folder)
+        seen = weakref.ref(network)
+        del network
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_dense_and_packed_weights_give_the_same_logits(stock_quantised):

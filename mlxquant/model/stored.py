@@ -30,8 +30,13 @@ def model_classes(folder: Path) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
         def build(given: Any) -> nn.Module:
             network = make(given)
             own = getattr(network, "sanitize", lambda weights: weights)
+
+            def sanitize(weights: Weights) -> Weights:
+                del network.sanitize  # which refers to the network, and would keep all its weights
+                return own(_decoded(weights, config, folder))
+
             # mlx-lm hands the stored tensors to this method, and to nothing else before.
-            network.sanitize = lambda weights: own(_decoded(weights, config, folder))
+            network.sanitize = sanitize
             return network
 
         return build, arguments
