@@ -60,7 +60,7 @@ def test_small_systems_are_solved(size):
 def test_no_round_of_the_fit_raises_the_error(bits, replicas, group):
     weight, statistics = problem()
     importance = statistics.hessian.diagonal()
-    fits = [envelope.fit(weight, bits, replicas, group, importance, rounds=rounds)
+    fits = [envelope.fit(weight, ReplicaShape(bits, replicas, group), importance, rounds=rounds)
             for rounds in range(6)]
     losses = [diagonal_loss(weight, fit, importance) for fit in fits]
     assert all(after <= before * (1 + 1e-4) for before, after in pairwise(losses))
@@ -71,7 +71,7 @@ def test_no_round_of_the_fit_raises_the_error(bits, replicas, group):
 def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
     weight, statistics = problem()
     importance = statistics.hessian.diagonal()
-    found = envelope.fit(weight, Width.TWO, replicas, group, importance, rounds=3)
+    found = envelope.fit(weight, ReplicaShape(Width.TWO, replicas, group), importance, rounds=3)
     levels, inside = np.array(found.levels(), np.float64), np.array(found.inputs(), np.float64)
     root = np.sqrt(np.array(importance, np.float64))
     out = np.array(envelope._fit_outputs(weight, found, importance), np.float64)
@@ -88,7 +88,7 @@ def test_scalings_of_the_fit_are_the_least_squares_solution(replicas, group):
 def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, replicas, group):
     weight, statistics = problem()
     hessian = np.array(damped(statistics.hessian), np.float64)
-    rounded = envelope.fit(weight, bits, replicas, group,
+    rounded = envelope.fit(weight, ReplicaShape(bits, replicas, group),
                            statistics.hessian.diagonal()).rounded(mx.float16)
     losses = [loss(weight, rounded, hessian)]
     losses += [loss(weight, replica.quantise(weight, statistics,
@@ -103,7 +103,7 @@ def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, rep
 def test_each_step_of_a_round_lowers_the_error(replicas, group):
     weight, statistics = problem()
     hessian = damped(statistics.hessian)
-    found = envelope.fit(weight, Width.TWO, replicas, group,
+    found = envelope.fit(weight, ReplicaShape(Width.TWO, replicas, group),
                          statistics.hessian.diagonal()).rounded(mx.float16)
     for step in (move_codes, lambda *a: replica.fit_outputs(*a, mx.float16),
                  lambda *a: replica.fit_inputs(*a, mx.float16)):
@@ -117,7 +117,8 @@ def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkey
     monkeypatch.setattr(replica, "_GRADIENT_STEPS", 300)
     weight, statistics = problem(rows=12, columns=32)
     hessian = np.array(damped(statistics.hessian), np.float64)
-    found = envelope.fit(weight, Width.TWO, replicas, group, statistics.hessian.diagonal())
+    found = envelope.fit(weight, ReplicaShape(Width.TWO, replicas, group),
+                         statistics.hessian.diagonal())
     ours = replica._descend(weight, found, mx.array(hessian.astype(np.float32)), "replica_in")
     root = np.linalg.cholesky(hessian)
 
@@ -173,3 +174,18 @@ def test_impossible_shapes_are_refused(options, message):
         spec(**options)
     with pytest.raises(BadValue, match="does not divide the 40 inputs of q"):
         ReplicaShape(replica_group=16).check_inputs(40, "q")
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.99])
+@pytest.mark.parametrize("columns", [1, 2, 16])
+def test_columns_become_orthonormal_and_keep_their_span(columns, alike):
+    drawn = mx.random.normal((64, columns), key=mx.random.key(0))
+    drawn = (alike * drawn[:, :1] + (1 - alike) * drawn) * 10.0 ** mx.arange(columns)
+    found = envelope._orthonormal(drawn)
+    assert mx.allclose(found.T @ found, mx.eye(columns), atol=1e-4)
+    kept = found @ (found.T @ drawn)
+    assert (mx.linalg.norm(kept - drawn, axis=0) < 1e-3 * mx.linalg.norm(drawn, axis=0)).all()
+
+
+def test_columns_that_are_the_same_do_no_harm():
+    assert mx.isfinite(envelope._orthonormal(mx.ones((64, 3)))).all()

@@ -9,9 +9,11 @@ times what fits the levels: without that factor four bits end at twice the error
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlxquant.codes.affine import nearest, row_parts
 from mlxquant.codes.packing import empty_codes
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.quantise.profile import step
 
@@ -93,15 +95,30 @@ class Replicas:
 
 
 @step("fit")
-def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx.array,
-        rounds: int = ROUNDS) -> Replicas:
+def leading(weight: mx.array, replicas: int, importance: mx.array) -> tuple[mx.array, mx.array]:
+    """B (m, K), A (n, K) of the weighted rank-K approximation of |W|. The first columns are near
+    those of fewer replicas, so one start serves several fits."""
+    root = mx.sqrt(_scaled(importance))
+    size = mx.abs(weight) * root
+    basis = mx.random.normal((weight.shape[1], replicas), key=mx.random.key(0))
+    basis[:, 0] = 1.0
+    for _ in range(6):
+        basis = _orthonormal(size.T @ (size @ basis))
+    return size @ basis, basis / root[:, None]
+
+
+@step("fit")
+def fit(weight: mx.array, shape: ReplicaShape, importance: mx.array, rounds: int = ROUNDS,
+        start: tuple[mx.array, mx.array] | None = None) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).
 
-    ``group`` inputs share a row of A and have a factor each; 0 gives every input its own row. No
-    round raises the error.
+    A group of inputs that share a row of A have a factor each. No round raises the error. ``start``
+    are ``leading`` directions, of at least as many replicas, where they are known.
     """
-    importance = mx.maximum(importance / importance.mean(), 1e-6)
-    out, inside = _start(weight, replicas, importance)
+    bits, replicas, group = shape.bits, shape.replicas, shape.replica_group
+    first = start or leading(weight, replicas, importance)
+    out, inside = (part[:, :replicas] for part in first)
+    importance = _scaled(importance)
     if group:
         inside = inside.reshape(-1, group, replicas).mean(1)
     found = Replicas(mx.zeros(weight.shape, mx.uint8), _START[bits] * out, inside,
@@ -116,6 +133,10 @@ def fit(weight: mx.array, bits: Width, replicas: int, group: int, importance: mx
         found = _fit_inputs(weight, found)
         mx.eval(found.replica_out, found.replica_in)
     return _nearest_codes(weight, found)
+
+
+def _scaled(importance: mx.array) -> mx.array:
+    return mx.maximum(importance / importance.mean(), 1e-6)
 
 
 def _nearest_codes(weight: mx.array, found: Replicas) -> Replicas:
@@ -140,27 +161,17 @@ def solve(matrix: mx.array, target: mx.array) -> mx.array:
     return system[..., -1]
 
 
-def _start(weight: mx.array, replicas: int,
-           importance: mx.array) -> tuple[mx.array, mx.array]:
-    """B (m, K), A (n, K) of the weighted rank-K approximation of |W|."""
-    root = mx.sqrt(importance)
-    size = mx.abs(weight) * root
-    basis = mx.random.normal((weight.shape[1], replicas), key=mx.random.key(0))
-    basis[:, 0] = 1.0
-    for _ in range(6):
-        basis = _orthonormal(size.T @ (size @ basis))
-    return size @ basis, basis / root[:, None]
-
-
 def _orthonormal(columns: mx.array) -> mx.array:
-    """Gram–Schmidt, twice for accuracy, in operations that run anywhere."""
-    made = mx.zeros((len(columns), 0))
-    for k in range(columns.shape[1]):
-        column = columns[:, k:k + 1]
-        for _ in range(2 if k else 0):  # MLX 0.32.4 writes freed memory at an empty product
-            column = column - made @ (made.T @ column)
-        made = mx.concatenate([made, column / mx.maximum(mx.linalg.norm(column), 1e-20)], axis=1)
-    return made
+    """Orthonormal columns of the same span: Cholesky QR, twice for accuracy (Fukaya et al. 2014,
+    https://doi.org/10.1109/ScalA.2014.11). The K × K factors are the host's in float64, and the
+    products are sums, which no device rounds as it may round products of matrices."""
+    for _ in range(2):
+        columns = columns / mx.maximum(mx.linalg.norm(columns, axis=0), 1e-20)
+        inner = np.array(_outer(columns).sum(0), np.float64).reshape(columns.shape[1], -1)
+        lower = np.linalg.cholesky(inner + 1e-6 * np.eye(len(inner)))
+        upper = np.linalg.inv(lower).T.astype(np.float32)
+        columns = (columns[:, :, None] * mx.array(upper)).sum(1)
+    return columns
 
 
 def _outer(a: mx.array) -> mx.array:

@@ -42,8 +42,9 @@ def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Set
 
 def start(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
     """Scalings for the sweep, with the codes nearest to each weight."""
-    return envelope.fit(weight, spec.bits, spec.replicas, spec.replica_group,
-                        statistics.hessian.diagonal(), settings.rounds).rounded(settings.dtype)
+    first = settings.leading() if settings.leading else None
+    return envelope.fit(weight, spec.replica_shape(0), statistics.hessian.diagonal(),
+                        settings.rounds, first).rounded(settings.dtype)
 
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

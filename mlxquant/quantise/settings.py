@@ -1,5 +1,6 @@
 """What holds for every layer of a job, whatever its method."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,13 +14,15 @@ from mlxquant.quantise import envelope
 class Settings:
     """The type that scales are stored in, how far the target moves to make up for earlier layers
     (0 to 1, see ``Sweep.correct``), how activations are rounded, SmoothQuant's strength (None:
-    searched), and for how many rounds replicas' scalings are fitted."""
+    searched), for how many rounds replicas' scalings are fitted, and what gives the directions in
+    which that begins (``envelope.leading``), where several fits share them."""
 
     dtype: mx.Dtype = mx.float16
     correction: float = 0.0
     activation: ActivationSpec | None = None
     alpha: float | None = None
     rounds: int = envelope.ROUNDS
+    leading: Callable[[], tuple[mx.array, mx.array]] | None = None
 
 
 @dataclass(frozen=True)

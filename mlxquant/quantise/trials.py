@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import mlx.core as mx
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.quantise import envelope
 from mlxquant.quantise.matrices import rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.settings import Settings
@@ -39,7 +41,9 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
 def _tried(weight: mx.array, specs: list[Spec], statistics: Statistics) -> Iterator[Codes]:
     """The codes of each spec. Rows are swept independently, so neighbours of one width go through
     one sweep, whose many small launches are most of its time."""
-    method, settings = METHODS[specs[0].method], Settings(rounds=_ROUNDS)
+    most, weights = max(spec.replicas for spec in specs), statistics.hessian.diagonal()
+    method, settings = METHODS[specs[0].method], Settings(
+        rounds=_ROUNDS, leading=cache(lambda: envelope.leading(weight, most, weights)))
     if method.start is None:
         yield from (method.quantise(weight, statistics, spec, settings) for spec in specs)
         return
