@@ -20,7 +20,7 @@ from mlxquant.layers.formats import config_with
 from mlxquant.layers.repeated import Repeat, parse_repeat
 from mlxquant.layers.trainable import Trainable
 from mlxquant.model.loading import open_lazily
-from mlxquant.tuning.distill import divergence_loss
+from mlxquant.report.divergence import position_kl
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,8 @@ def test_tuning_opens_the_gates_towards_the_teachers(places, tmp_path):
     start = student.start()
 
     def loss(u):  # steps in a gate are absolute: it starts at 0
-        return divergence_loss(student.install(student.values(start | {gate: u})), teacher, TOKENS)
+        network = student.install(student.values(start | {gate: u}))
+        return position_kl(teacher(TOKENS), network(TOKENS)).mean()
 
     losses = [loss(mx.array([u])).item() for u in (0.0, 0.01, 0.3)]
     slope = mx.grad(loss)(mx.array([0.005])).item()

@@ -107,17 +107,6 @@ def test_output_has_the_dtype_of_the_input_whatever_the_scales_have(dtype, scale
     close(y, x @ expected.T + np.array(layer.bias), 3e-2)
 
 
-def test_kept_levels_follow_the_codes():
-    layer, codes = make()
-    x = mx.array(draw(2, 192))
-    before = np.array(layer(x))
-    assert layer.keep_levels() == 7 * 192
-    np.testing.assert_array_equal(np.array(layer(x)), before)
-    layer.codes = pack_codes(mx.array(3 - codes), Width.TWO)  # the mirror image of every level
-    np.testing.assert_array_equal(np.array(layer(x)), -before)
-    assert len(tree_flatten(layer.parameters())) == 2
-
-
 def siblings(**shape):
     parent = nn.Module()
     parent.q, parent.k, parent.v = nn.Linear(64, 6), nn.Linear(64, 4), nn.Linear(64, 5, bias=False)

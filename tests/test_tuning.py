@@ -9,16 +9,18 @@ import commands
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONFIG, job, random_network, replicated, write_telling
+from conftest import CONFIG, job, replicated, write_telling
 
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.base.storage import save_arrays
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers.trainable import Trainable
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration
-from mlxquant.tuning.distill import Distillation, divergence_loss
+from mlxquant.tuning.distill import Distillation
+from mlxquant.tuning.predictions import Predictions, divergence, likeliest
 from mlxquant.tuning.settings import Schedule, Tuning
 from mlxquant.tuning.tune import tune
 
@@ -90,19 +92,22 @@ def test_codes_move_where_they_are_let_to(places, tuned, tmp_path, name, stored)
     teacher, ours = (mlxquant.load(str(path)) for path in (places / "source", tmp_path / "out"))
     _, held = calibration.held_apart(teacher.tokenizer, [str(places / "text.txt")],
                                      SCHEDULE.steps * SCHEDULE.batch_size, 32, 32, vocabulary=384)
-    stored = divergence_loss(ours.network, teacher.network, mx.array(held.tokens)).item()
+    logits, wanted = (model.network(mx.array(held.tokens)).reshape(-1, 384)
+                      for model in (ours, teacher))
+    stored = divergence(logits, likeliest(wanted)).item() / held.tokens.size
     assert stored == pytest.approx(result.divergence_after, rel=0.02)  # as it was measured
 
 
 @pytest.mark.parametrize("steps", [60, 400])
-def test_chance_carries_what_is_trained_as_far_as_is_said(steps):
+def test_chance_carries_what_is_trained_as_far_as_is_said(steps, tmp_path):
     """Codes are given their step by it. MLX's Adam without bias correction goes some three
     times as far in 300 steps."""
     schedule = Schedule(steps=steps, learning_rate=2e-3)
     mx.random.seed(0)
     network = replicated(CONFIG, ReplicaShape(2, 1))
-    training = Distillation(Trainable(network, mx.float32), random_network(),
-                            np.zeros((8 * steps, 4), int), np.zeros((1, 4), int), schedule)
+    predictions = Predictions(tmp_path, [np.zeros((1, 4), int)] * (steps + 1), 384)
+    save_arrays(predictions.file(steps), likeliest(mx.zeros((4, 384)))._asdict(), {})
+    training = Distillation(Trainable(network, mx.float32), predictions, schedule)
     optimizer, moved = training.state.optimizer, {"u": mx.zeros(4000)}
     optimizer.init(moved)
     for _ in range(steps):
@@ -165,7 +170,9 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(
             writing=lambda *done: told.append(done), **options)
     run(places, "replica", tmp_path / "out", **options)
     run(places, "replica", tmp_path / "without", schedule=few)
-    assert asked == asked_for and told == [(5, 5, {"written": "continuations"}.get(option, option))]
+    assert asked == asked_for
+    assert told[0] == (5, 5, {"written": "continuations"}.get(option, option))
+    assert told[1:] == [(done, 13, "predictions") for done in range(1, 14)]
     with_them, without = tensors(tmp_path / "out"), tensors(tmp_path / "without")
     assert any(not mx.array_equal(array, without[path]) for path, array in with_them.items())
 
@@ -217,7 +224,7 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
              Tuning(str(places / "source"), [str(places / "text.txt")]))
 
 
-def deepen(compiled: Path) -> None:
+def deepen(compiled: Path, folder: Path) -> None:
     """Print how often MLX had called its compiler, by the lines of ``compiled``, after each model.
 
     Another fused operation at the end, of a captured number: each draws its own.
@@ -235,8 +242,10 @@ def deepen(compiled: Path) -> None:
         for number, module in enumerate(m for p, m in network.named_modules() if "norm" in p):
             module.weight = norms[layers - 1, number]
         tokens = np.random.default_rng(0).integers(0, 384, (4, 8))
-        Distillation(Trainable(network, mx.float32), random_network(config), tokens[2:],
-                     tokens[:2], Schedule(1, 2)).run()
+        predictions = Predictions(folder / str(layers), [tokens[2:], tokens[:2]], 384)
+        for index in range(2):
+            save_arrays(predictions.file(index), likeliest(mx.zeros((16, 384)))._asdict(), {})
+        Distillation(Trainable(network, mx.float32), predictions, Schedule(1, 2)).run()
         print(count())
     mx.eval(mx.compile(lambda x: mx.exp(x) * factor)(mx.ones(8)))
     print(count())
@@ -249,7 +258,7 @@ def test_a_deeper_model_compiles_no_further_kernels(tmp_path):
     compiled.touch()
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {compiled}\nexec {shutil.which("g++")} "$@"\n')
     compiler.chmod(0o755)
-    done = commands.run(program=partial(deepen, compiled),
+    done = commands.run(program=partial(deepen, compiled, tmp_path),
                         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
     two, three, other = map(int, done.stdout.split())

@@ -110,7 +110,6 @@ class Replicated(nn.Module):
         if bias:
             self.bias = mx.zeros(rows)
         self.freeze(recurse=False, keys="codes")
-        self._levels: Kept | None = None
 
     @property
     def input(self) -> ReplicaInput:
@@ -126,15 +125,6 @@ class Replicated(nn.Module):
         """Multiply-adds per token: K per weight, grouped 1 + K / G; of a stack those of all."""
         return self.input.spec.multiply_adds(prod(self.shape))
 
-    def keep_levels(self) -> int:
-        """Unpack the codes once and for all, as training wants; returns the bytes that takes.
-
-        They are held as int8, one byte per weight, until ``codes`` is replaced.
-        """
-        self._levels = Kept()
-        mx.eval(self._doubled_levels(None))
-        return prod(self.shape)
-
     def scaled_levels(self, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
         """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: what takes R x. Of a stack (E, m, n), or
         those of ``experts`` alone."""
@@ -149,14 +139,9 @@ class Replicated(nn.Module):
 
     def _doubled_levels(self, experts: mx.array | None) -> mx.array:
         """2 C as int8, exact where levels are halves."""
-        if self._levels is not None:
-            levels = self._levels.get(self.codes, self._unpack)
-            return levels if experts is None else levels[experts]
-        return self._unpack(self.codes if experts is None else self.codes[experts])
-
-    def _unpack(self, codes: mx.array) -> mx.array:
         bits = self.input.spec.bits
-        codes = unpack_codes(codes, bits, self.input.inputs).astype(mx.int8)
+        codes = unpack_codes(self.codes if experts is None else self.codes[experts], bits,
+                             self.input.inputs).astype(mx.int8)
         # On a CPU 60 times a look-up's speed.
         return codes * round(2 * bits.distance) + round(2 * bits.lowest)
 

@@ -1,8 +1,9 @@
 """A quantised network whose scales, and gates of repeated blocks, can be trained.
 
 Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are relative, so that
-one learning rate fits scalings of every magnitude. Codes are unpacked once and matrices built
-from them in every step, which for hundreds of tokens costs little beside the products.
+one learning rate fits scalings of every magnitude. Codes stay packed unless they move, and
+matrices are built of them in every step, which for hundreds of tokens costs little beside the
+products.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Parts:
 
 
 class Trainable:
-    """The arrays of a network that are trained, by path, and the network as they make it.
+    """The arrays of a network that are trained, by path, and the network as they make it. Where it
+    was opened lazily nothing is computed yet.
 
     ``blocks`` are where the quantised layers hang that are trained. What is not trained is cast
     to ``dtype``, in which the network then computes. Raises ``Unsupported`` where nothing in the
@@ -56,7 +58,6 @@ class Trainable:
         if not any(path.endswith(("replica_out", "scales")) for path in self.base):
             raise Unsupported("the model has no quantised layers in its blocks: "
                               "there is nothing to tune")
-        mx.eval(self.base, self.size)
         kept = {path: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
                 for path, array in tree_flatten(network.parameters()) if path not in self.base}
         network.update(tree_unflatten(list(kept.items())))
@@ -92,7 +93,7 @@ class Trainable:
 
 
 def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
-    """Codes of the blocks as levels, and everything quantised outside them dense."""
+    """Layers of the blocks that have a gradient, and everything quantised outside them dense."""
     inside, made = tuple(block.full("") for block in blocks), []
     for path, module in network.named_modules():
         start = parts.starts.get(path.removesuffix(".linear"), mx.zeros(1)) if parts.codes else None
@@ -100,8 +101,6 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
             raise Unsupported(f"{path} rounds activations, which tuning does not cover")
         if isinstance(module, ReplicatedLinear) and start is not None:
             made.append((path, MovingReplica(module, start)))
-        elif isinstance(module, Replicated):
-            module.keep_levels()
         elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
               and not path.startswith(inside)):
             made.append((path, _dense(module)))
@@ -116,7 +115,6 @@ def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
     """Expanded before any cast: a scale rounded to bfloat16 would move a whole group."""
     with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
         weight = expanded_weight(module)
-        mx.eval(weight)
     rows, columns = weight.shape
     dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
              else nn.Linear(columns, rows, bias="bias" in module))

@@ -1,4 +1,4 @@
-"""Quantised layers as training sees them: codes unpacked, and moving where that is asked for.
+"""Quantised layers as training sees them: differentiable by their scales, and codes that move.
 
 Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020,
 https://arxiv.org/abs/2004.10568) a code may end at another level than the nearest; as in LSQ (Esser
@@ -7,6 +7,9 @@ A code starts where the sweep left it: in the middle of its cell, or as far from
 weight is, but never beyond the cell. Started from the float weights themselves a model ended worse
 (``benchmarks/LOG.md``).
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,32 +24,39 @@ _EDGE = 0.49  # of a level: as far as a code can go beyond the lowest and the hi
 
 
 class MovableCodes(nn.Module):
-    """Codes (m, n) uint8 of levels 0 to ``top``, held outside the parameters.
+    """Codes (m, n) of levels 0 to ``top``, which ``unpack`` makes of ``packed`` ones as uint8.
 
     ``moves`` (m, n) are how many levels a code has moved before rounding, at first ``start``;
-    where that is None codes stay. Beyond the cells of the lowest and the highest level they have
-    no gradient. ``stored_as`` is what a checkpoint calls the codes.
+    where that is None codes stay, and stay packed. Beyond the cells of the lowest and the highest
+    level they have no gradient. ``stored_as`` is what a checkpoint calls the codes.
     """
 
     stored_as = "codes"
 
-    def __init__(self, codes: mx.array, top: int, start: mx.array | None):
+    def __init__(self, packed: mx.array, unpack: Callable[[mx.array], mx.array], columns: int,
+                 top: int, start: mx.array | None):
         super().__init__()
-        self._codes, self._top = codes, top
+        self._unpack, self._columns, self._top = unpack, columns, top
+        self.codes = packed if start is None else unpack(packed)
         if start is not None:
-            self.moves = mx.broadcast_to(start.astype(mx.float32), codes.shape)
-            self.freeze(recurse=False, keys="moves")  # trained by ``Trainable``, never by itself
+            self.moves = mx.broadcast_to(start.astype(mx.float32), self.codes.shape)
+        self.freeze()  # trained by ``Trainable``, never by itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), or (E, m, n)."""
+        return *self.codes.shape[:-1], self._columns
 
     def levels(self) -> mx.array:
         """Codes (m, n) as they stand: uint8, or float32 with a gradient by ``moves``."""
         if "moves" not in self:
-            return self._codes
-        wanted = mx.clip(self._codes + self.moves.astype(mx.float32), -_EDGE, self._top + _EDGE)
+            return self._unpack(self.codes)
+        wanted = mx.clip(self.codes + self.moves.astype(mx.float32), -_EDGE, self._top + _EDGE)
         return wanted + mx.stop_gradient(mx.round(wanted) - wanted)
 
     def rounded(self, moves: mx.array) -> mx.array:
         """The codes that ``moves`` (m, n) stand for, uint8."""
-        return mx.clip(mx.round(self._codes + moves), 0, self._top).astype(mx.uint8)
+        return mx.clip(mx.round(self.codes + moves), 0, self._top).astype(mx.uint8)
 
 
 class MovingReplica(MovableCodes):
@@ -55,8 +65,9 @@ class MovingReplica(MovableCodes):
 
     def __init__(self, layer: ReplicatedLinear, start: mx.array):
         bits = layer.input.spec.bits
-        codes = unpack_codes(layer.codes, bits, layer.shape[1])
-        super().__init__(codes, bits.levels - 1, start)
+        columns = layer.shape[1]
+        super().__init__(layer.codes, partial(unpack_codes, width=bits, columns=columns), columns,
+                         bits.levels - 1, start)
         self._input, self._sibling = Elsewhere(layer.input), layer.sibling
         self._bits = bits
         self.replica_out = layer.replica_out
@@ -81,9 +92,14 @@ class AffineCodes(MovableCodes):
         grouped = isinstance(layer, GroupedLinear)
         packed = layer.codes if grouped else layer.weight
         columns = layer.shape[1] if grouped else packed.shape[-1] * 32 // layer.bits
-        codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), layer.bits, columns)
-        super().__init__(codes.reshape(*packed.shape[:-1], columns), (1 << layer.bits) - 1, start)
-        self._bits, self.stored_as = layer.bits, "codes" if grouped else "weight"
+        bits = layer.bits
+
+        def unpack(packed: mx.array) -> mx.array:
+            codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), bits, columns)
+            return codes.reshape(*packed.shape[:-1], columns)
+
+        super().__init__(packed, unpack, columns, (1 << bits) - 1, start)
+        self._bits, self.stored_as = bits, "codes" if grouped else "weight"
         self.scales, self.biases = layer.scales, layer.biases
         if "bias" in layer:
             self.bias = layer.bias

@@ -31,8 +31,12 @@ class Calibration:
         tokens = np.ascontiguousarray(self.tokens, np.int32)
         return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
+    def rows(self, size: int) -> list[np.ndarray]:
+        """Batches of ``size`` samples, of which the last may be smaller."""
+        return [self.tokens[i:i + size] for i in range(0, len(self.tokens), size)]
+
     def batches(self, size: int) -> list[mx.array]:
-        return [mx.array(self.tokens[i:i + size]) for i in range(0, len(self.tokens), size)]
+        return list(map(mx.array, self.rows(size)))
 
     def mixed_with(self, rows: np.ndarray, share: float, what: str,
                    seed: int = 0) -> "Calibration":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from mlxquant.layers.trainable import Trainable
 
@@ -41,6 +42,10 @@ class Training:
                  rate: Rate, compiled: bool = True):
         self.student, self._loss, self._held_out = student, loss, held_out
         self._compiled = compiled
+        # One after the other: what each takes in between would add up. Loaded in a step, they would
+        # be loaded in every step.
+        for _, array in tree_flatten([student.base, student.size, student.network.parameters()]):
+            mx.eval(array)
         # Without the correction Adam's first steps are up to six times the rate, and more than
         # 1.2 times for a thousand steps.
         optimizer = optim.Adam(learning_rate=rate, bias_correction=True)

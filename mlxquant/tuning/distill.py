@@ -1,8 +1,9 @@
 """Distillation: train a quantised model's scales until it predicts as the original does.
 
-The loss is KL(teacher ‖ student) over the whole vocabulary at every position, as in LLM-QAT
-(https://arxiv.org/abs/2305.17888). Codes stay, as in PEQA (https://arxiv.org/abs/2305.14152),
-unless they may move. Some sequences are held out, to choose the result by.
+The loss is KL(teacher ‖ student) at every position, as in LLM-QAT
+(https://arxiv.org/abs/2305.17888), over what is kept of the teacher's predictions
+(``predictions.py``). Codes stay, as in PEQA (https://arxiv.org/abs/2305.14152), unless they may
+move. Some sequences are held out, to choose the result by.
 """
 
 import json
@@ -12,46 +13,41 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import save_arrays
 from mlxquant.layers.trainable import Trainable
 from mlxquant.quantise.training import State, Training
+from mlxquant.tuning.piecewise import Judge, Pieces
+from mlxquant.tuning.predictions import Predictions, Wanted, divergence
 from mlxquant.tuning.settings import Schedule
 
 Report = Callable[[int, int, float], None]
 
 
-def divergence_loss(student: nn.Module, teacher: nn.Module, tokens: mx.array) -> mx.array:
-    """Mean KL(teacher ‖ student) in nats over the positions of ``tokens`` (batch, length)."""
-    wanted = nn.log_softmax(mx.stop_gradient(teacher(tokens)).astype(mx.float32), axis=-1)
-    given = nn.log_softmax(student(tokens).astype(mx.float32), axis=-1)
-    return (mx.exp(wanted) * (wanted - given)).sum(-1).mean()
-
-
 class Distillation(Training):
-    """Training of one ``Trainable`` on one ``teacher``, step by step, so that it can be stopped.
+    """Training of one ``Trainable`` on the ``predictions`` of its original, step by step, so that
+    it can be stopped. Each step takes a batch, in order; those behind the last step's are held
+    out."""
 
-    ``tokens`` (steps · batch_size, length) are used once each, in order; ``held_out``
-    (some, length) never.
-    """
+    def __init__(self, student: Trainable, predictions: Predictions, schedule: Schedule):
+        if len(predictions.batches) <= schedule.steps:
+            raise BadValue(f"{schedule.steps} steps need as many batches and one to check with, "
+                           f"not {len(predictions.batches)}")
+        self.predictions, self.schedule = predictions, schedule
+        pieces = Pieces(student.network, frozenset(student.base))
+        held_out = range(schedule.steps, len(predictions.batches))
 
-    def __init__(self, student: Trainable, teacher: nn.Module, tokens: np.ndarray,
-                 held_out: np.ndarray, schedule: Schedule):
-        if len(tokens) < schedule.steps * schedule.batch_size:
-            raise BadValue(f"{schedule.steps} steps of {schedule.batch_size} need as many "
-                           f"sequences, not {len(tokens)}")
-        self.tokens, self.schedule, size = tokens, schedule, schedule.batch_size
-        batches = [mx.array(held_out[start:start + size])
-                   for start in range(0, len(held_out), size)]
+        def on_held_out(_: nn.Module) -> float:
+            total, positions = 0.0, 0
+            for tokens, wanted in map(predictions.__getitem__, held_out):
+                total += sum(value.item() for value in pieces.judged(tokens, _judge(wanted)))
+                positions += tokens.size
+            return total / positions
 
-        def on_held_out(network: nn.Module) -> float:
-            losses = [divergence_loss(network, teacher, batch).item() for batch in batches]
-            return np.average(losses, weights=[len(batch) for batch in batches]).item()
-
-        super().__init__(student, lambda network, batch: divergence_loss(network, teacher, batch),
-                         on_held_out, schedule.rate())
+        super().__init__(
+            student, lambda _, tokens, *wanted: pieces.loss(tokens, _judge(Wanted(*wanted)))
+            / tokens.size, on_held_out, schedule.rate())
 
     def run(self, report: Report = lambda *_: None, file: Path | None = None) -> State:
         """Train to the end; ``report`` gets (steps done, steps, loss) after each step. The state
@@ -60,8 +56,8 @@ class Distillation(Training):
             self.restore(file)
         state, schedule = self.state, self.schedule
         while state.step < schedule.steps:
-            start = state.step * schedule.batch_size
-            value = self.step(mx.array(self.tokens[start:start + schedule.batch_size]))
+            tokens, wanted = self.predictions[state.step]
+            value = self.step(tokens, *wanted)
             report(state.step, schedule.steps, value)
             if state.step % schedule.check_every == 0 or state.step == schedule.steps:
                 self.check()
@@ -94,3 +90,7 @@ class Distillation(Training):
         optimizer = self.state.optimizer
         optimizer.state = parts.pop("optimizer")
         self.resume(State(optimizer=optimizer, **parts, **json.loads(metadata["numbers"])))
+
+
+def _judge(wanted: Wanted) -> Judge:
+    return lambda logits, place: divergence(logits, wanted.part(place))

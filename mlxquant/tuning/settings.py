@@ -12,6 +12,8 @@ import mlx.optimizers as optim
 from mlxquant.base.errors import BadValue
 from mlxquant.quantise.calibration import SEQUENCE_LENGTH
 
+HELD_OUT = 32  # sequences
+
 
 def _whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:

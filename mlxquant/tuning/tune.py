@@ -1,9 +1,12 @@
 """From a quantised folder to a tuned one: scales trained on the original's predictions."""
 
+import gc
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +16,13 @@ import numpy as np
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.layers.trainable import Parts, Trainable
-from mlxquant.model.loading import LanguageModel, load, open_lazily, open_tokenizer, vocabulary_of
+from mlxquant.model.loading import (
+    LanguageModel,
+    load_folder,
+    open_lazily,
+    open_tokenizer,
+    vocabulary_of,
+)
 from mlxquant.quantise import card
 from mlxquant.quantise.calibration import Calibration, held_apart
 from mlxquant.quantise.conversations import converse
@@ -22,9 +31,10 @@ from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
-from mlxquant.tuning.settings import Tuning
+from mlxquant.tuning.predictions import Predictions
+from mlxquant.tuning.room import Room
+from mlxquant.tuning.settings import HELD_OUT, Tuning
 
-HELD_OUT = 32
 Told = Callable[[int, int], None]
 Writing = Callable[[int, int, str], None]
 
@@ -47,10 +57,12 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     """Tune the quantised model called ``name`` into the new folder ``output``.
 
     The computation is in bfloat16 on a GPU and in float32 on a CPU; what is trained is float32
-    either way. A killed run, repeated, goes on at its last check. ``progress`` gets (steps done,
-    steps, loss), ``writing`` (sequences that the teacher has written, of how many, of which kind).
-    Raises ``BadValue`` for texts too short or another vocabulary, ``Unsupported`` for a model
-    without scales to train or, where ``tuning`` asks for conversations, without a chat template.
+    either way. The original is in memory first, until its predictions are on disk, and the model
+    that is tuned after it. A killed run, repeated, goes on at its last check. ``progress`` gets
+    (steps done, steps, loss), ``writing`` (what the teacher has written, of how many, of which
+    kind). Raises ``BadValue`` for texts too short or another vocabulary, ``TooLarge`` where memory
+    or disk do not suffice, ``Unsupported`` for a model without scales to train or, where ``tuning``
+    asks for conversations, without a chat template.
     """
     output, folder = Path(output), resolve(name)
     refuse_existing(output)
@@ -58,19 +70,29 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     mx.reset_peak_memory()
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     network, config = open_lazily(folder)
-    teacher = load(tuning.teacher, dense=True)
+    teacher = _Teacher(tuning.teacher)
     vocabulary = _common_vocabulary(name, network, teacher)
     texts, held_out = held_apart(
         open_tokenizer(folder, config), list(tuning.data), schedule.steps * schedule.batch_size,
         HELD_OUT, tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
-    # What cannot be trained is refused here, before anything is written.
+    # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, Parts(tuning.norms, tuning.codes / schedule.drift))
+    Room(student, teacher.network, vocabulary).check(tuning, config, output)
     unfinished = working_folder(output, job, record)
-    teacher.network.apply(lambda a: a.astype(dtype))
-    tokens = _with_written(texts, teacher, tuning, unfinished, writing).tokens
-    training = Distillation(student, teacher.network, tokens, held_out.tokens, schedule)
+    texts = _with_written(texts, teacher, tuning, unfinished, writing)
+    predictions = Predictions(unfinished, [batch for part in (texts, held_out) for batch
+                                           in part.rows(schedule.batch_size)], vocabulary)
+    if predictions.missing:
+        print(f"the teacher's predictions take {predictions.bytes / 1e9:.2f} GB in {unfinished} "
+              "until the model is tuned", file=sys.stderr)
+        predictions.write(teacher.model.network,
+                          lambda done, total: writing(done, total, "predictions"))
+    del teacher
+    gc.collect()  # its layers refer to each other
+    mx.clear_cache()
+    training = Distillation(student, predictions, schedule)
     state = training.run(progress, unfinished / "state.safetensors")
     before, after = state.first_loss, state.best_loss
     record |= {"divergence_before": before, "divergence_after": after}
@@ -82,15 +104,27 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     return TuningResult(output, before, after, time.perf_counter() - start, mx.get_peak_memory())
 
 
-def _common_vocabulary(name: str, network: nn.Module, teacher: LanguageModel) -> int:
-    ours, theirs = vocabulary_of(network), teacher.vocabulary
+class _Teacher:
+    """The original: its network with weights on disk, and the model once it is asked for."""
+
+    def __init__(self, name: str):
+        self.name, self.folder = name, resolve(name)
+        self.network, _ = open_lazily(self.folder)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        return load_folder(self.folder, self.name)
+
+
+def _common_vocabulary(name: str, network: nn.Module, teacher: _Teacher) -> int:
+    ours, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
     if ours != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {ours}; "
                        "a teacher needs the same vocabulary")
     return ours
 
 
-def _with_written(texts: Calibration, teacher: LanguageModel, tuning: Tuning, unfinished: Path,
+def _with_written(texts: Calibration, teacher: _Teacher, tuning: Tuning, unfinished: Path,
                   writing: Writing) -> Calibration:
     """The texts, a part of them replaced by what the teacher is asked to write."""
 
@@ -101,10 +135,11 @@ def _with_written(texts: Calibration, teacher: LanguageModel, tuning: Tuning, un
 
     if tuning.written:
         texts = mixed("continuations", 1 / 2,
-                      lambda told: _continuations(teacher, texts, tuning, told))
+                      lambda told: _continuations(teacher.model, texts, tuning, told))
     if tuning.conversations:
         texts = mixed("conversations", 1 / (len(tuning.data) + 1), lambda told: converse(
-            teacher, tuning.conversations, tuning.sequence_length, tuning.seed, progress=told))
+            teacher.model, tuning.conversations, tuning.sequence_length, tuning.seed,
+            progress=told))
     return texts
 
 

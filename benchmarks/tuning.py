@@ -1,0 +1,154 @@
+"""Whole-model tuning: its seconds and peaks by stage beside what was foretold, and its gain.
+
+    python benchmarks/tuning.py FOLDER --teacher MODEL --text WIKITEXT --data FILE [FILE …]
+        [--steps 300] [--batch-size 32] [--length 512] [--codes 0] [--written 0]
+        [--conversations 0] [--windows 40] [--keep OUT] [--out NAME]
+    python benchmarks/tuning.py --teacher MODEL --conversations 2048 [--length 512]
+    python benchmarks/tuning.py --shapes
+
+The first quantises nothing: FOLDER is what ``mlxquant quantize`` made. The second only writes
+conversations, and the third prints what tuning known shapes takes, by the formula.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from record import parser, save  # first: it loads the BLAS before MLX
+
+# isort: split
+import mlx.core as mx
+import shapes
+
+import mlxquant
+from mlxquant.codes.spec import Spec
+from mlxquant.layers import outline
+from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.model.loading import load, open_lazily
+from mlxquant.quantise.conversations import converse
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.rehearsal import planned
+from mlxquant.report.divergence import divergence
+from mlxquant.sources.names import resolve
+from mlxquant.tuning.room import Room, Step
+from mlxquant.tuning.settings import Schedule, Tuning
+
+SHAPES = {name: shapes.SHAPES[name] for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")}
+SHAPES["qwen2.5-32b"] = shapes.llama(5120, 64, 27648, (40, 8), 152064, False)
+QUANTISED = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"))
+
+
+class Stages:
+    """Seconds and peak bytes of each stage, by its name."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peaks, self._last = {}, {}, time.perf_counter()
+
+    def note(self, stage: str, done: int, total: int, value: float | None = None) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self.peaks[stage] = max(self.peaks.get(stage, 0), mx.get_peak_memory())
+        mx.reset_peak_memory()
+        self._last = now
+        if done in (1, 2, total) or done % max(1, total // 8) == 0:
+            said = "" if value is None else f", {value:.4f} nats"
+            print(f"  {stage} {done}/{total}{said}, {self.seconds[stage]:.1f} s, "
+                  f"peak {self.peaks[stage] / 1e9:.2f} GB", flush=True)
+
+
+def foretold(a: argparse.Namespace, tuning: Tuning) -> dict[str, float]:
+    """GB that the formula gives for each stage."""
+    network, config = open_lazily(resolve(a.folder))
+    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    student = Trainable(network, dtype, Parts(codes=tuning.codes))
+    room = Room(student, open_lazily(resolve(a.teacher))[0], config["vocab_size"])
+    step = Step.of(tuning, config)
+    return {"predictions": room.teacher_bytes(step) / 1e9,
+            "training": room.student_bytes(step) / 1e9}
+
+
+def tune(a: argparse.Namespace, output: Path) -> dict:
+    schedule = Schedule(a.steps, a.batch_size, a.learning_rate, max(1, a.steps // 8))
+    tuning = Tuning(a.teacher, a.data, schedule, a.length, codes=a.codes, written=a.written,
+                    conversations=a.conversations)
+    said, stages = foretold(a, tuning), Stages()
+    result = mlxquant.tune(
+        a.folder, output, tuning,
+        progress=lambda done, total, loss: stages.note("training", done, total, loss),
+        writing=lambda done, total, kind: stages.note(kind, done, total))
+    scores = {}
+    teacher = load(a.teacher, dense=True)
+    for name, folder in (("before", a.folder), ("after", str(output))):
+        found = divergence(load(folder, dense=True), teacher, Path(a.text), windows=a.windows)
+        scores |= {f"perplexity_{name}": found.perplexity, f"kl_{name}": found.kl_mean,
+                   f"top1_{name}": found.top1_agreement}
+        print(f"{name}: perplexity {found.perplexity:.3f} of {found.reference_perplexity:.3f}, "
+              f"KL {found.kl_mean:.4f}, same top token {100 * found.top1_agreement:.1f} %")
+    peaks = {stage: peak / 1e9 for stage, peak in stages.peaks.items()}
+    for stage, seconds in stages.seconds.items():
+        expected = f", foretold {said[stage]:.2f}" if stage in said else ""
+        print(f"{stage:13} {seconds:8.1f} s, peak {peaks[stage]:.2f} GB{expected}")
+    return scores | dict(
+        steps=a.steps, batch_size=a.batch_size, length=a.length, codes=a.codes, written=a.written,
+        conversations=a.conversations, windows=a.windows, seconds=stages.seconds,
+        total_seconds=result.seconds, peak_gb=peaks, foretold_gb=said,
+        divergence_before=result.divergence_before, divergence_after=result.divergence_after)
+
+
+def talk(a: argparse.Namespace) -> None:
+    """Conversations alone, and the first of them."""
+    teacher, stages = load(a.teacher), Stages()
+    rows = converse(teacher, a.conversations, a.length,
+                    progress=lambda done, total: stages.note("conversations", done, total))
+    print(teacher.tokenizer.decode(rows[0].tolist()))
+    print(f"{len(rows)} windows of {a.length} tokens in {stages.seconds['conversations']:.1f} s, "
+          f"{rows.size / stages.seconds['conversations']:.0f} tokens/s")
+
+
+def known_shapes() -> None:
+    """GB by the formula, in bfloat16, for 2 bits and 4 replicas; the original in 16 bits."""
+    print("| shape | sequences of 512 | original, predicting | codes stay | codes move |")
+    print("| --- | --: | --: | --: | --: |")
+    for name, config in SHAPES.items():
+        teacher = outline.network_of(config)
+        rooms = [Room(Trainable(planned(outline.network_of(config), config, QUANTISED),
+                                mx.bfloat16, Parts(codes=codes)), teacher, config["vocab_size"])
+                 for codes in (0.0, 0.2)]
+        for size in (1, 8):
+            still, moving = (Step(size, 512, config["num_attention_heads"], moves)
+                             for moves in (False, True))
+            print(f"| {name} | {size} | {rooms[0].teacher_bytes(still) / 1e9:.1f} | "
+                  f"{rooms[0].student_bytes(still) / 1e9:.1f} | "
+                  f"{rooms[1].student_bytes(moving) / 1e9:.1f} |")
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("folder", nargs="?")
+    options.add_argument("--teacher")
+    options.add_argument("--text")
+    options.add_argument("--data", nargs="+")
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument("--length", type=int, default=512)
+    options.add_argument("--learning-rate", type=float, default=2e-3)
+    options.add_argument("--codes", type=float, default=0.0)
+    options.add_argument("--written", type=int, default=0)
+    options.add_argument("--conversations", type=int, default=0)
+    options.add_argument("--windows", type=int, default=40)
+    options.add_argument("--keep", type=Path, help="the tuned folder; default: none is kept")
+    options.add_argument("--out", default="tuning")
+    options.add_argument("--shapes", action="store_true")
+    a = options.parse_args()
+    if a.shapes:
+        known_shapes()
+    elif not a.folder:
+        talk(a)
+    else:
+        with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
+            save(a.out, **tune(a, a.keep or Path(scratch) / "tuned"))
+
+
+if __name__ == "__main__":
+    main()

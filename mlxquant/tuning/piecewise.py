@@ -1,0 +1,208 @@
+"""A network in pieces, so that memory holds what one of them computes: its blocks, then its head.
+
+Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): of each block only what
+goes in and comes out is kept, and its gradient computes the rest again. Logits are made, judged and
+differentiated some tokens at a time, so that a large vocabulary costs no more than a small one.
+Nothing is assumed of a block but that it is called, with and returning arrays in any nesting.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.repeated import RepeatedBlock
+
+AT_ONCE = 1 << 25  # logits: more tokens at once take more memory and hardly less time
+# Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: their share.
+Judge = Callable[[mx.array, slice], Any]
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of ``network``, and the paths of its arrays that are ``trained``."""
+
+    network: nn.Module
+    trained: frozenset[str] = frozenset()
+    blocks: list[Block] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", find_blocks(self.network))
+
+    def judged(self, tokens: mx.array, judge: Judge) -> Iterator[Any]:
+        """What ``judge`` says of the logits of ``tokens`` (batch, length), chunk after chunk. None
+        is laid out before the one before it was taken."""
+        head = self._head(tokens)
+        for place in head.places:
+            yield judge(head.logits(head.inputs[place]), place)
+
+    def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
+        """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""
+        head = self._head(tokens)
+        outside = self._outside()
+
+        def piece(inputs: mx.array, arrays: Arrays, place: slice) -> mx.array:
+            with _holding(self.network, arrays):
+                return judge(head.logits(inputs), place)
+
+        # The gradient of a chunk is made with its loss, before the next chunk: logits are computed
+        # once, and those of one chunk at a time are there.
+        @mx.custom_function
+        def loss_of(inputs: mx.array, arrays: Arrays) -> tuple[mx.array, mx.array, Arrays]:
+            made: list[tuple[mx.array, mx.array]] = []
+            sums = tree_map(mx.zeros_like, arrays)
+            for place in head.places:
+                part = inputs[place]
+                if made:
+                    part, = mx.depends([part], [*made[-1], *sums.values()])
+                value, (slope, slopes) = mx.value_and_grad(piece, (0, 1))(part, arrays, place)
+                made.append((value, slope))
+                sums = tree_map(mx.add, sums, slopes)
+            values, slopes = zip(*made)
+            return mx.stack(values).sum(), mx.concatenate(slopes), sums
+
+        @loss_of.vjp
+        def gradient(_: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, Arrays]:
+            change, (_, slope, slopes) = cotangents[0], outputs
+            return tree_map(lambda array: change.astype(array.dtype) * array, (slope, slopes))
+
+        return loss_of(head.inputs, outside)[0]
+
+    def _outside(self) -> Arrays:
+        """The trained arrays that no block holds."""
+        inside = tuple(block.full("") for block in self.blocks)
+        return {path: array for path, array in tree_flatten(self.network.parameters())
+                if path in self.trained and not path.startswith(inside)}
+
+    def _head(self, tokens: mx.array) -> "_Head":
+        """Run the blocks; what makes logits of what the last one gives."""
+        paths = {id(block.module): block.full("") for block in self.blocks}
+        outputs: list[Any] = []
+
+        def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                    kwargs: dict[str, Any]) -> Any:
+            above = paths[id(module)]
+            trained = {path: array for path, array in tree_flatten(module.parameters())
+                       if above + path in self.trained}
+            # Passes of repeated blocks run other blocks too, whose arrays are not the module's.
+            plain = not trained or isinstance(module, RepeatedBlock)
+            outputs.append(own(*args, **kwargs) if plain
+                           else _recomputed(module, own, trained, (args, kwargs)))
+            return outputs[-1]
+
+        with intercepted((block.module for block in self.blocks), through):
+            logits = self.network(tokens)
+        return _Head(self, tokens, outputs, logits)
+
+
+class _Head:
+    """What a network does behind its blocks, for some tokens at a time: ``inputs`` (tokens, n) are
+    what the last block gave. Where more is needed than that, they are the logits themselves."""
+
+    def __init__(self, pieces: Pieces, tokens: mx.array, outputs: list[Any], whole: mx.array):
+        self._pieces, self._tokens, self._outputs = pieces, tokens, outputs
+        self.inputs, self._made = whole.reshape(-1, whole.shape[-1]), True
+        last = outputs[-1] if outputs else None
+        if isinstance(last, mx.array) and last.shape[:-1] == tokens.shape:
+            flat = last.reshape(-1, last.shape[-1])
+            try:  # a graph that is never computed
+                self._made = self._through(flat[:1]).shape != (1, 1, whole.shape[-1])
+            except ValueError:  # shapes do not fit
+                self._made = True
+            self.inputs = self.inputs if self._made else flat
+        step = max(1, AT_ONCE // whole.shape[-1])
+        self.places = [slice(start, min(tokens.size, start + step))
+                       for start in range(0, tokens.size, step)]
+
+    def logits(self, inputs: mx.array) -> mx.array:
+        """Of some of the inputs, in float32."""
+        made = inputs if self._made else self._through(inputs)[0]
+        return made.astype(mx.float32)
+
+    def _through(self, inputs: mx.array) -> mx.array:
+        """The network without its blocks: each gives what it gave, but the last one ``inputs``."""
+        given = iter([*self._outputs[:-1], inputs[None]])
+        with intercepted((block.module for block in self._pieces.blocks),
+                         lambda *_: next(given)):
+            return self._pieces.network(self._tokens)
+
+
+def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, given: Any) -> Any:
+    """What ``own`` gives when called with ``given``, arguments by place and by name. The gradient
+    by ``trained`` arrays of the module, and by what it is given, runs it again."""
+    # Vectors stay where they are: layers remember what they made of them.
+    fixed = {path: array for path, array in tree_flatten(module.parameters())
+             if path not in trained and array.ndim > 1}
+    outputs: list[Any] = []
+
+    def run(arrays: Arrays, inputs: list[mx.array]) -> Any:
+        with _holding(module, arrays):
+            args, kwargs = _with_floats(given, inputs)
+            return own(*args, **kwargs)
+
+    # It runs again only once the gradient has come to it. Without that nothing keeps a compiler
+    # that looks for common expressions, or a scheduler, from holding what all blocks compute.
+    @mx.custom_function
+    def forward(values: Arrays, inputs: list[mx.array]) -> list[mx.array]:
+        outputs.append(run(values, inputs))
+        return _floats(outputs[0])
+
+    @forward.vjp
+    def backward(primals: Any, cotangents: list[mx.array], _: Any) -> tuple[Arrays, list[mx.array]]:
+        names, after = list(trained), list(cotangents)
+        values, inputs, matrices = _behind((*primals, fixed), after)
+
+        def again(*arrays: mx.array) -> list[mx.array]:
+            own_arrays = dict(zip(names, arrays))
+            return _floats(run(own_arrays | matrices, list(arrays[len(names):])))
+
+        _, slopes = mx.vjp(again, [*(values[name] for name in names), *inputs], after)
+        own_slopes, others = slopes[:len(names)], slopes[len(names):]
+        # The module's own first: what they are made from would stay until the end.
+        return dict(zip(names, own_slopes)), mx.depends(others, own_slopes) if others else others
+
+    made = forward(trained, _floats(given))
+    # Popped: what a graph reaches by way of its own functions is never freed.
+    return _with_floats(outputs.pop(), made)
+
+
+def _floats(tree: Any) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+
+
+def _with_floats(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """``tree`` with other ``arrays`` in place of its own of floating point."""
+    left = iter(arrays)
+    return tree_map(lambda leaf: next(left) if _is_float(leaf) else leaf, tree)
+
+
+def _behind(tree: Any, arrays: list[mx.array]) -> Any:
+    """The same arrays, but not before ``arrays`` are computed."""
+    leaves = [leaf for _, leaf in tree_flatten(tree)]
+    later = iter(mx.depends(leaves, arrays))
+    return tree_map(lambda _: next(later), tree)
+
+
+class _holding:
+    """Within the context ``module`` holds other ``arrays``, by path."""
+
+    def __init__(self, module: nn.Module, arrays: Arrays):
+        self._module, self._arrays = module, arrays
+
+    def __enter__(self) -> None:
+        held = dict(tree_flatten(self._module.parameters()))
+        self._before = {path: held[path] for path in self._arrays}
+        self._module.update(tree_unflatten(list(self._arrays.items())))
+
+    def __exit__(self, *_: object) -> None:
+        self._module.update(tree_unflatten(list(self._before.items())))
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)

@@ -1,0 +1,153 @@
+"""Whether tuning fits in memory and on the disk, before it starts.
+
+What is held at once is counted in arrays, as ``quantise/room.py`` counts them. How many arrays of a
+size each piece (``piecewise.py``) holds is measured; ``tests/test_tuning_room.py`` holds the sum
+against real runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxquant.base.errors import TooLarge
+from mlxquant.base.storage import require_space
+from mlxquant.layers import traffic
+from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
+from mlxquant.layers.repeated import RepeatedBlock
+from mlxquant.layers.trainable import Trainable
+from mlxquant.machine.memory import DENSE_SHARE, memory_limit
+from mlxquant.tuning import piecewise
+from mlxquant.tuning.predictions import bytes_for
+from mlxquant.tuning.settings import HELD_OUT, Tuning
+
+# Of what is trained, in float32: start, size, u, two moments, best, gradient, and u and moments as
+# a step makes them. Moving codes start all alike, and some of the rest comes later than the others.
+_TRAINED, _MOVING = 40, 26
+_STATE = 16  # of them on the disk
+# Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed
+# in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
+_MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
+_FORWARD = 1.25
+_LOGITS, _LIKELIEST = 5.3, 5.5  # arrays of a chunk's logits: with their gradient, and to choose
+_WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sequences of a step, tokens of each, heads of attention, and whether codes move."""
+
+    size: int
+    length: int
+    heads: int
+    moving: bool
+
+    @classmethod
+    def of(cls, tuning: Tuning, config: dict[str, Any]) -> "Step":
+        config = config.get("text_config", config)
+        heads = next((config[name] for name in _HEADS if name in config), 0)
+        return cls(tuning.schedule.batch_size, tuning.sequence_length, heads, tuning.codes > 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.size * self.length
+
+    @property
+    def scores(self) -> int:
+        """Numbers that attention computes in a block: of each head, token and earlier token."""
+        return self.heads * self.tokens * self.length
+
+
+@dataclass(frozen=True)
+class Room:
+    """What tuning ``student`` takes, and predicting with the ``teacher``, whose weights are still
+    on disk."""
+
+    student: Trainable
+    teacher: nn.Module
+    vocabulary: int
+
+    def check(self, tuning: Tuning, config: dict[str, Any], output: Path) -> None:
+        """Raises ``TooLarge`` where predictions and state do not fit on the disk, or either model
+        in memory; the latter names what would fit."""
+        step = Step.of(tuning, config)
+        tokens = (tuning.schedule.steps * step.size + HELD_OUT) * step.length
+        state = _STATE * sum(array.size for array in self.student.base.values())
+        made = sum(file.stat().st_size for file in
+                   output.with_name(f"{output.name}.partial").glob("*"))
+        require_space(output, bytes_for(tokens, self.vocabulary) + state - made,
+                      f"tuning into {output.name}")
+        limit = memory_limit()
+        writing = _WRITING * limit if tuning.written or tuning.conversations else 0
+
+        def needed(step: Step) -> float:
+            return max(self.student_bytes(step), self.teacher_bytes(step) + writing)
+
+        if needed(step) > limit:
+            fitting = [next((name for name, other in others if needed(other) <= limit), None)
+                       for others in _smaller(step)]
+            said = " or ".join(filter(None, fitting)) or "no option"
+            raise TooLarge(f"tuning needs {needed(step) / 1e9:.2f} GB of memory, "
+                           f"{limit / 1e9:.2f} GB may be used; {said} would fit")
+
+    def student_bytes(self, step: Step) -> float:
+        """The most bytes that training holds."""
+        student, width = self.student, self.student.dtype.size
+        kept = sum(array.nbytes for path, array in tree_flatten(student.network.parameters())
+                   if path not in student.base)
+        trained = sum(step.moving * _MOVING * array.size if path.endswith(".moves")
+                      else _TRAINED * array.size for path, array in student.base.items())
+        blocks = [block.module for block in find_blocks(student.network)]
+        costs = [_MATRICES * 4 * _weights(block) + width * (
+            _PASSING * step.tokens * _numbers(block) + _SCORES * step.scores) for block in blocks]
+        # Blocks that repeat are not computed again: all that their passes compute stays.
+        stays = sum(cost * block.passes for block, cost in zip(blocks, costs)
+                    if isinstance(block, RepeatedBlock))
+        return (kept + trained + stays + self._hidden(student.network, step, width)
+                + max(*costs, self._chunk(step, _LOGITS)))
+
+    def teacher_bytes(self, step: Step) -> float:
+        """The most bytes that predicting a batch holds."""
+        network, width = self.teacher, 2
+        held, blocks = held_bytes(network), find_blocks(network)
+        if self.student.dtype == mx.float32:  # on a CPU
+            dense = traffic.dense_bytes(network)
+            held, width = dense if dense <= DENSE_SHARE * memory_limit() else held, 4
+        passing = max(step.tokens * _numbers(block.module) for block in blocks)
+        return held + self._hidden(network, step, width) + max(
+            width * _FORWARD * (passing + step.scores), self._chunk(step, _LIKELIEST))
+
+    def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
+        """What goes into all blocks: as many numbers as an embedding gives."""
+        embedding = next(module for module in network.modules()
+                         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)))
+        return len(find_blocks(network)) * step.tokens * shape_of(embedding)[-1] * width
+
+    def _chunk(self, step: Step, arrays: float) -> float:
+        return arrays * 4 * min(step.tokens * self.vocabulary,
+                                max(self.vocabulary, piecewise.AT_ONCE))
+
+
+def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:
+    """Steps that take less, by the option that makes them so; of each kind the nearest first."""
+    yield [(f"--batch-size {size}", replace(step, size=size)) for half in range(
+        1, step.size.bit_length()) for size in [step.size >> half]]
+    yield [(f"--sequence-length {length}", replace(step, length=length)) for half in range(1, 5)
+           for length in [step.length >> half] if length >= 32]
+    yield [("--codes 0", replace(step, moving=False))]
+
+
+def _weights(block: nn.Module) -> int:
+    return sum(map(traffic.weight_count, block.modules()))
+
+
+def _numbers(block: nn.Module) -> float:
+    """Numbers of a token that go into and out of the matrices of a block."""
+    matrices = [part for part in traffic.parts(block) if traffic.weight_count(part.module)]
+    return sum(part.chosen * sum(shape_of(part.module)[-2:]) for part in matrices
+               if len(shape_of(part.module)) > 1)
