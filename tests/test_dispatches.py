@@ -76,8 +76,11 @@ def test_a_block_of_mlx_layers_takes_eleven_and_its_biases_one(laid_out, form, b
     assert a_block(functools.partial(stock_network, form, bits)) <= 11 + (form == "qwen2")
 
 
-def test_a_block_that_is_not_plain_takes_what_it_took(laid_out):
-    assert a_block(functools.partial(network_of, "granite")) > 15
+def test_attention_alone_takes_three_less_and_nothing_fused_fifteen(laid_out, monkeypatch):
+    make = functools.partial(network_of, "granite")  # its residuals are scaled
+    fused = a_block(make)
+    monkeypatch.setattr("mlxquant.layers.pack.read_plain", lambda *_: [])
+    assert a_block(make) == fused + 3 and a_block(functools.partial(network_of, "llama")) == 15
 
 
 def test_whatever_computes_counts_and_views_do_not():

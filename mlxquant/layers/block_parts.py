@@ -1,9 +1,10 @@
-"""What a transformer block consists of, read from its graph: whether it is the plain one.
+"""What a transformer block consists of, read from its graph: whether it is the plain one, or at
+least its attention is.
 
     h = x + O attention(rotary(q z), rotary(k z), v z)    y = h + down(silu(gate u) ∘ up u)
     z = norm(x)                                           u = norm(h)
 
-One token goes through the block as a graph. Each linear layer, norm, rotary embedding, attention
+One token goes through the module as a graph. Each linear layer, norm, rotary embedding, attention
 and call of the cache hands on an array of its own, an input of the graph, and what it was handed is
 an output. So the names in the exported graph tell what is connected, and the only operations left
 between are two additions and the gate's: whatever else a block does, it is another block.
@@ -11,7 +12,7 @@ between are two additions and the gate's: whatever else a block does, it is anot
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -32,18 +33,27 @@ _POSITIONS = (3, 1 << 20)  # some rotary embeddings change far out
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """A plain block's norms, its linear layers by their paths in it, and what is between them: how
-    heads go to attention (they start where ``starts`` will say), and attention's ``scale``."""
+class Mlp:
+    """The second half of a plain block: its norm, and its linear layers by their paths."""
 
     norm: Norm
+    gate_up: tuple[str, str]
+    down: str
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Attention to a hidden state of so many ``inputs``: linear layers by their paths in the
+    module, what is between them (``rotary``, whose heads start where its ``starts`` will say, and
+    attention's ``scale``); of a whole block its ``norm`` and ``mlp`` too."""
+
+    inputs: int
     qkv: tuple[str, str, str]
     rotary: Rotary
     scale: float
     out: str
-    mlp_norm: Norm
-    gate_up: tuple[str, str]
-    down: str
+    norm: Norm | None = None
+    mlp: Mlp | None = None
 
 
 class _Another(Exception):
@@ -67,21 +77,21 @@ class _Call:
     outputs: tuple[str, ...] = ()
 
 
-def read_parts(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
-    """The parts of a block that its network calls with such arguments for one token: the hidden
-    state, a cache, and nothing else. None where it is not the plain block."""
+def read_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
+    """The parts of a block, or of a block's attention, that is called with such arguments for one
+    token: the hidden state, a cache, and nothing else. None where it is not the plain one."""
     try:
-        near, far = (_read(block, args, kwargs, position) for position in _POSITIONS)
+        near, far = (_read(module, args, kwargs, position) for position in _POSITIONS)
     except Exception:  # another kind, or one that no graph can hold
         return None
     return near if mx.array_equal(near.rotary.steps, far.rotary.steps) else None
 
 
-def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+def _read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
           position: int) -> Parts:
     arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
     _need(len(arrays) == 1)
-    modules = {id(m): (path, m) for path, m in block.named_modules() if type(m) in _MARKED}
+    modules = {id(m): (path, m) for path, m in module.named_modules() if type(m) in _MARKED}
 
     def run(x: mx.array, *given: mx.array) -> list[mx.array]:
         recorder.start(given)
@@ -91,7 +101,7 @@ def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             return x if argument is arrays[0] else argument and _Recorder(position, recorder)
 
         with recorder.listening([module for _, module in modules.values()]):
-            y = block(*map(instead, args), **{k: instead(a) for k, a in kwargs.items()})
+            y = module(*map(instead, args), **{k: instead(a) for k, a in kwargs.items()})
         return [y, *(array for call in recorder.calls for array in call.handed)]
 
     recorder = _Calls()
@@ -99,7 +109,7 @@ def _read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     run(x := mx.zeros(arrays[0].shape, arrays[0].dtype))
     mx.export_function(exported.append, run, x, *recorder.made())
     paths = {key: path for key, (path, _) in modules.items()}
-    return _match(*_named(exported, recorder.calls), paths, position)
+    return _Graph(*_named(exported, recorder.calls), paths, position).parts()
 
 
 class _Calls:
@@ -187,46 +197,73 @@ def _keeps_order(axes: list[int], shape: tuple[int, ...]) -> bool:
     return long == sorted(long)
 
 
-def _match(calls: list[_Call], between: _Operations, x: str, y: str, paths: dict[int, str],
-           position: int) -> Parts:
-    makers = {name: call for call in calls for name in call.outputs}
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """The calls with names, the operations between them, the names of x and y, and the paths of the
+    modules that were called."""
 
-    def by(kind: str, name: str) -> _Call:
-        _need(makers[name].kind == kind)
-        return makers[name]
+    calls: list[_Call]
+    between: _Operations
+    x: str
+    y: str
+    paths: dict[int, str]
+    position: int
 
-    attention, cache = (call for kind in ("attention", "cache") for call in calls
-                        if call.kind == kind)
-    _need(attention.inputs[1:] == cache.outputs)
-    ropes = [by("rope", name) for name in (attention.inputs[0], cache.inputs[0])]
-    before = [rope.inputs[0] for rope in ropes]
-    heads = [makers[name] for name in before if makers[name].kind == "norm"]
-    if heads:
-        before = [by("norm", name).inputs[0] for name in before]
-    qkv = [by("linear", name) for name in (*before, cache.inputs[1])]
-    norm = by("norm", *qkv[0].inputs)
-    _need(norm.inputs == (x,) and all(call.inputs == norm.outputs for call in qkv))
-    out = next(call for call in calls if call.inputs == attention.outputs)
-    h = next(name for name in between if between[name][1] == {x, *out.outputs})
-    down = by("linear", *between[y][1] - {h})
-    gate = by("linear", *(name for how, names in between.values() if how == "Sigmoid"
-                          for name in names))
-    up = next(call for call in calls if call.inputs == gate.inputs and call is not gate)
-    mlp_norm = by("norm", *gate.inputs)
-    _need(mlp_norm.inputs == (h,) and {out.kind, up.kind} == {"linear"})
-    gated, = down.inputs
-    activated, = between[gated][1] - {*up.outputs}
-    sigmoid, = between[activated][1] - {*gate.outputs}
-    _need(between == {h: ("Add", {x, *out.outputs}), y: ("Add", {h, *down.outputs}),
-                      sigmoid: ("Sigmoid", {*gate.outputs}),
-                      activated: ("Multiply", {sigmoid, *gate.outputs}),
-                      gated: ("Multiply", {activated, *up.outputs})})
-    _need(len(calls) == 13 + len(heads))
-    how = {key: value for key, value in attention.what.items() if value is not None}
-    _need(how.keys() == {"scale"})
-    q, k, v, o, g, u, d = (paths[id(call.what)] for call in (*qkv, out, gate, up, down))
-    return Parts(_as_step(norm), (q, k, v), _rotary(ropes, heads, qkv, position), how["scale"], o,
-                 _as_step(mlp_norm), (g, u), d)
+    def parts(self) -> Parts:
+        attention, cache = (next(call for call in self.calls if call.kind == kind)
+                            for kind in ("attention", "cache"))
+        _need(attention.inputs[1:] == cache.outputs)
+        ropes = [self.maker("rope", name) for name in (attention.inputs[0], cache.inputs[0])]
+        before = [rope.inputs[0] for rope in ropes]
+        heads = [call for call in self.calls if call.outputs[0] in before and call.kind == "norm"]
+        if heads:
+            heads = [self.maker("norm", name) for name in before]
+            before = [call.inputs[0] for call in heads]
+        qkv = [self.maker("linear", name) for name in (*before, cache.inputs[1])]
+        (z,), *others = (call.inputs for call in qkv)
+        _need(others == 2 * [(z,)])
+        out = next(call for call in self.calls if call.inputs == attention.outputs)
+        _need(out.kind == "linear")
+        how = {key: value for key, value in attention.what.items() if value is not None}
+        _need(how.keys() == {"scale"})
+        q, k, v = map(self.path, qkv)
+        parts = Parts(shape_of(qkv[0].what)[-1], (q, k, v),
+                      _rotary(ropes, heads, qkv, self.position), how["scale"], self.path(out))
+        used = 8 + len(heads)
+        if (z, self.y) == (self.x, out.outputs[0]):
+            _need(not self.between and len(self.calls) == used)
+            return parts
+        norm = self.maker("norm", z)
+        _need(norm.inputs == (self.x,) and len(self.calls) == used + 5)
+        return replace(parts, norm=_as_step(norm), mlp=self.mlp(out.outputs[0]))
+
+    def mlp(self, attended: str) -> Mlp:
+        """What follows attention: all that is left."""
+        between = self.between
+        h = next(name for name in between if between[name][1] == {self.x, attended})
+        down = self.maker("linear", *between[self.y][1] - {h})
+        gate = self.maker("linear", *(name for how, names in between.values() if how == "Sigmoid"
+                                      for name in names))
+        norm = self.maker("norm", *gate.inputs)
+        up = next(call for call in self.calls if call.inputs == gate.inputs and call is not gate)
+        _need(norm.inputs == (h,) and up.kind == "linear")
+        gated, = down.inputs
+        activated, = between[gated][1] - {*up.outputs}
+        sigmoid, = between[activated][1] - {*gate.outputs}
+        _need(between == {h: ("Add", {self.x, attended}), self.y: ("Add", {h, *down.outputs}),
+                          sigmoid: ("Sigmoid", {*gate.outputs}),
+                          activated: ("Multiply", {sigmoid, *gate.outputs}),
+                          gated: ("Multiply", {activated, *up.outputs})})
+        return Mlp(_as_step(norm), (self.path(gate), self.path(up)), self.path(down))
+
+    def maker(self, kind: str, name: str) -> _Call:
+        """The call that made an array, which must be of such a kind."""
+        call = next(call for call in self.calls if name in call.outputs)
+        _need(call.kind == kind)
+        return call
+
+    def path(self, call: _Call) -> str:
+        return self.paths[id(call.what)]
 
 
 def _as_step(norm: _Call) -> Norm:

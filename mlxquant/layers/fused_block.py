@@ -1,29 +1,32 @@
-"""Plain transformer blocks, one token at a time: ten dispatches each where layers are packed.
+"""Plain blocks, or other blocks' plain attention, for one token in few dispatches: ten a block
+where layers are packed.
 
     norm and preparation · q, k, v · norms of heads, rotary embedding and the cache's write ·
     attention · preparation · O and the residual · norm and preparation · gate, up · SwiGLU and
     preparation · down and the residual
 
 Of MLX's own layers it is eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
-SwiGLU · down · residual, and one more where there are biases.
+SwiGLU · down · residual, and one more where there are biases. Attention alone takes four where its
+block's norm went into its first product.
 
-A block keeps its place, its parameters and its attributes: only its class gets another call, which
-takes one token behind a plain cache, and leaves everything else to the block's own. What stands
+A module keeps its place, its parameters and its attributes: only its class gets another call, which
+takes one token behind a plain cache, and leaves everything else to the module's own. What stands
 before attention and what stands behind it is traced once each and replayed, as Python's time for a
 token is that of its calls.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlxquant.kernels import backend, rotary
 from mlxquant.kernels.check import trusted
-from mlxquant.kernels.first_step import AS_IS, Gate
+from mlxquant.kernels.first_step import Gate
 from mlxquant.kernels.rotary import Rotary
 from mlxquant.layers.block_parts import Parts, read_parts
 from mlxquant.layers.blocks import Block
@@ -32,8 +35,13 @@ from mlxquant.layers.in_place import InPlaceCache, place_of
 from mlxquant.layers.joined import Joined, join
 
 
-def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[Block, Parts]]:
-    """The plain ones of a network's ``blocks``, and what they consist of."""
+class _Found(Exception):
+    """A module was called with a cache."""
+
+
+def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module, Parts]]:
+    """The plain ones of a network's ``blocks``, of others their attention where that is plain, and
+    what they consist of."""
     calls: dict[int, tuple[Any, ...]] = {}
 
     def through(block: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -46,50 +54,72 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[Block, Par
             network(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(network))
     except Exception:  # it takes no cache, or its blocks make more than a hidden state
         return []
-    read = [(block, read_parts(block.module, *calls[id(block.module)])) for block in blocks
-            if id(block.module) in calls]
-    return [(block, parts) for block, parts in read if parts is not None]
+    found = []
+    for module in (block.module for block in blocks if id(block.module) in calls):
+        parts = read_parts(module, *calls[id(module)])
+        if parts is None and (inner := _attention_of(module, *calls[id(module)])) is not None:
+            module, parts = inner[0], read_parts(*inner)
+        if parts is not None:
+            found.append((module, parts))
+    return found
 
 
-def fuse(block: nn.Module, parts: Parts) -> None:
-    """Have a block of such parts, packed or not, take single tokens in few dispatches, where each
+def _attention_of(block: nn.Module, args: tuple[Any, ...],
+                  kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[Any, ...], Any] | None:
+    """The module in a block that is called with its cache, and how."""
+    found = []
+
+    def through(child: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> Any:
+        if any(type(argument) is KVCache for argument in (*args, *kwargs.values())):
+            found.append((child, args, kwargs))
+            raise _Found
+        return own(*args, **kwargs)
+
+    children = [child for child in block.children().values() if isinstance(child, nn.Module)]
+    with suppress(Exception), intercepted(children, through):  # most often it is ``_Found``
+        block(*args, **kwargs)
+    return found[0] if found else None
+
+
+def fuse(module: nn.Module, parts: Parts) -> None:
+    """Have a module of such parts, packed or not, take single tokens in few dispatches, where each
     of its products is one."""
     if backend.has_gpu() and not trusted("rotary"):  # its reference copies the cache
         return
-    modules = dict(block.named_modules())
+    modules, mlp = dict(module.named_modules()), parts.mlp
     made = [join([modules[path] for path in paths])
-            for paths in (parts.qkv, (parts.out,), parts.gate_up, (parts.down,))]
+            for paths in (parts.qkv, (parts.out,), *((mlp.gate_up, (mlp.down,)) if mlp else ()))]
     joined = [part for part in made if part is not None]
-    if len(joined) < len(made) or joined[2].starts[0]:  # the gate is the first half of its input
+    if len(joined) < len(made) or (mlp and joined[2].starts[0]):  # the gate is the first half
         return
     how = replace(parts.rotary, starts=joined[0].starts)
     mx.eval(how.steps, [part.bias for part in joined])
-    _exchange_call(block, OneToken(parts, how, *joined))
+    _exchange_call(module, OneToken(parts, how, *joined))
 
 
-def _exchange_call(block: nn.Module, one_token: "OneToken") -> None:
-    own = type(block)
+def _exchange_call(module: nn.Module, one_token: "OneToken") -> None:
+    own = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = one_token(*args, *kwargs.values())
         return own.__call__(self, *args, **kwargs) if y is None else y
 
-    block.__class__ = type(own.__name__, (own,), {"__call__": call})
+    module.__class__ = type(own.__name__, (own,), {"__call__": call, "one_token": one_token})
 
 
 class OneToken:
-    """A block's parts as they take one token."""
+    """The parts of a block, or of its attention, as they take one token; ``mlp`` are the products
+    of a whole block's second half."""
 
-    def __init__(self, parts: Parts, how: Rotary, qkv: Joined, out: Joined, gate_up: Joined,
-                 down: Joined):
-        self.parts, self.how = parts, how
-        self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
-        self.shape = 1, 1, len(parts.norm.weight)
+    def __init__(self, parts: Parts, how: Rotary, qkv: Joined, out: Joined, *mlp: Joined):
+        self.parts, self.how, self.qkv, self.out, self.mlp = parts, how, qkv, out, mlp
+        self.shape = 1, 1, parts.inputs
         self._dtypes: dict[mx.Dtype, bool] = {}
         self._before, self._after = mx.compile(self._to_attention), mx.compile(self._behind)
 
     def __call__(self, *arguments: Any) -> mx.array | None:
-        """The block's result of what it is called with; None where that is not one token, a cache
+        """The module's result of what it is called with; None where that is not one token, a cache
         that can be written in place, and nothing else."""
         x = cache = None
         for argument in arguments:
@@ -132,6 +162,8 @@ class OneToken:
 
     def _behind(self, y: mx.array, x: mx.array) -> mx.array:
         # In two dimensions: a reshape is no kernel, but costs its time.
-        h = self.out(y.reshape(1, -1), AS_IS, x.reshape(1, -1))
-        gated = self.down(self.gate_up(h, self.parts.mlp_norm), Gate(), h)
-        return gated.reshape(self.shape)
+        if self.parts.mlp is None:
+            return self.out(y.reshape(1, -1)).reshape(1, 1, -1)
+        gate_up, down = self.mlp
+        h = self.out(y.reshape(1, -1), residual=x.reshape(1, -1))
+        return down(gate_up(h, self.parts.mlp.norm), Gate(), h).reshape(self.shape)

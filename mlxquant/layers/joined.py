@@ -25,9 +25,9 @@ class Stacked:
             if layers[0].get(name) is not None:
                 self.arrays[name] = _stack(layers, name) if len(layers) > 1 else layers[0][name]
 
-    def stacked(self, x: mx.array, first: AsIs, added: Added = NOTHING) -> mx.array:
+    def stacked(self, x: mx.array, first: AsIs | None, added: Added = NOTHING) -> mx.array:
         """As ``PackedGroup.stacked``."""
-        x, weight = first(x), self.arrays["weight"]
+        x, weight = first(x) if first else x, self.arrays["weight"]
         if "scales" not in self.arrays:
             return added(x @ weight.T)
         return added(mx.quantized_matmul(x, weight, self.arrays["scales"],
@@ -54,9 +54,10 @@ class Joined:
     starts: tuple[int, ...]
     bias: mx.array | None
 
-    def __call__(self, x: mx.array, first: AsIs, residual: mx.array | None = None) -> mx.array:
-        """All layers' outputs (tokens, m) of ``x`` (tokens, n), to which ``first`` is done before;
-        ``residual`` is added."""
+    def __call__(self, x: mx.array, first: AsIs | None = None,
+                 residual: mx.array | None = None) -> mx.array:
+        """All layers' outputs (tokens, m) of ``x`` (tokens, n), to which ``first`` is done before,
+        or what a packed group does by itself; ``residual`` is added."""
         return self.product.stacked(x, first, Added(self.bias, residual))
 
 

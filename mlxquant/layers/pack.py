@@ -45,8 +45,8 @@ def pack(network: nn.Module) -> nn.Module:
     modules = dict(network.named_modules())
     for group in siblings:
         _take_norm(network, modules, group)
-    for block, parts in plain:
-        fuse(block.module, parts)
+    for module, parts in plain:
+        fuse(module, parts)
     made: list[tuple[str, nn.Module]] = [(path, PackedSwitchGLU(module)) for path, module
                                          in modules.items() if can_fuse(module)]
     made += [mlp for group in siblings for mlp in _gated(modules, group)]
