@@ -3,9 +3,12 @@
 import mlx.core as mx
 import pytest
 from conftest import CONFIG, job, write_telling
+from mlx.utils import tree_flatten
 
 import mlxquant
 from mlxquant.base.errors import TooLarge
+from mlxquant.layers.blocks import held_bytes
+from mlxquant.layers.dense import to_dense
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model.loading import open_lazily
 from mlxquant.tuning import room
@@ -56,9 +59,20 @@ def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, opti
     mlxquant.tune(str(folder / "small"), folder / "tuned", tuning,
                   progress=lambda *_: note("training"),
                   writing=lambda done, total, kind: note(kind))
-    print(said, peaks)
     for stage, peak in peaks.items():
         assert said[stage] == pytest.approx(peak, rel=0.2), stage
+
+
+@pytest.mark.parametrize("options", [dict(method="rtn", bits=4),
+                                     dict(method="replica", bits=2, replicas=2, rotation="online",
+                                          refine=0)])
+def test_an_original_is_expanded_in_16_bits(tmp_path, options):
+    folder = made(tmp_path, 64, 128, 384, **options)
+    networks = [open_lazily(folder / "small")[0] for _ in range(2)]
+    small, whole = to_dense(networks[0], mx.bfloat16), to_dense(networks[1])
+    assert room.dense_bytes(open_lazily(folder / "small")[0], mx.bfloat16) == held_bytes(small)
+    for (path, rounded), (_, array) in zip(*(tree_flatten(n.parameters()) for n in (small, whole))):
+        assert mx.array_equal(rounded, array.astype(mx.bfloat16)), path
 
 
 def test_a_refusal_names_what_would_fit(tmp_path, monkeypatch):

@@ -23,13 +23,14 @@ def tune(
     data: Annotated[list[str], Option(
         help="Text to train on: a file or hf://datasets/OWNER/NAME/FILE; repeatable.")],
     steps: Annotated[int, Option(help="Training steps.")] = 1000,
-    batch_size: Annotated[int, Option(help="Sequences in a step.")] = 8,
+    batch_size: Annotated[int | None, Option(
+        help="Sequences in a step; default: 8 on a GPU, 2 without one.")] = None,
     sequence_length: Annotated[int, Option(help="Tokens in a sequence.")] = 512,
     learning_rate: Annotated[float, Option(help="Relative to the size of what is trained.")] = 2e-3,
     norms: Annotated[bool, Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, Option(
         help="Let codes move: how many levels chance alone would carry one; 0: they stay. "
-             "0.2 serves well, in runs short and long; it takes 20 bytes of memory more for each "
+             "0.2 serves well, in runs short and long; it takes 26 bytes of memory more for each "
              "weight.")] = 0.0,
     written: Annotated[int, Option(
         help="Windows in which the teacher goes on from what the texts begin; for runs that see "
@@ -49,7 +50,8 @@ def tune(
     from mlxquant.tuning.settings import Schedule, Tuning
     from mlxquant.tuning.tune import tune as run
 
-    schedule = Schedule(steps, batch_size, learning_rate, check_every)
+    batch = {} if batch_size is None else {"batch_size": batch_size}
+    schedule = Schedule(steps, learning_rate=learning_rate, check_every=check_every, **batch)
     tuning = Tuning(teacher, data, schedule, sequence_length, norms=norms, codes=codes,
                     written=written, conversations=conversations, seed=seed)
     with progress("tuning, divergence in nats:") as advance:

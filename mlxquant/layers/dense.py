@@ -1,8 +1,9 @@
-"""Any network as dense float32: what a plain CPU runs fastest, and what calibration runs on."""
+"""Any network with dense matrices: what a plain CPU runs fastest, and calibration; and what a GPU
+runs many tokens through."""
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model
 
@@ -22,14 +23,17 @@ def to_float32(network: nn.Module) -> nn.Module:
     return network
 
 
-def to_dense(network: nn.Module) -> nn.Module:
-    """Float32 with every quantised matrix expanded, in place; what it stands for is unchanged."""
+def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """Every quantised matrix expanded, in place: as float32, which leaves what it stands for
+    unchanged, then rounded to ``dtype``, one array after the other."""
     # MLX's CUDA back end has no 1-bit kernels.
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
         network = _expand(dequantize_model(to_float32(network)), (GroupedLinear, Replicated))
         network = _fold_transforms(network)
-        mx.eval(network.parameters())
+        network.set_dtype(dtype)
+        for _, array in tree_flatten(network.parameters()):
+            mx.eval(array)
     return network
 
 

@@ -113,11 +113,9 @@ class Room:
 
     def teacher_bytes(self, step: Step) -> float:
         """The most bytes that predicting a batch holds."""
-        network, width = self.teacher, 2
-        held, blocks = held_bytes(network), find_blocks(network)
-        if self.student.dtype == mx.float32:  # on a CPU
-            dense = traffic.dense_bytes(network)
-            held, width = dense if dense <= DENSE_SHARE * memory_limit() else held, 4
+        network, dtype = self.teacher, self.student.dtype
+        blocks, width = find_blocks(network), dtype.size
+        held = (dense_bytes(network, dtype) if fits_dense(network, dtype) else held_bytes(network))
         passing = max(step.tokens * _numbers(block.module) for block in blocks)
         return held + self._hidden(network, step, width) + max(
             width * _FORWARD * (passing + step.scores), self._chunk(step, _LIKELIEST))
@@ -140,6 +138,16 @@ def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:
     yield [(f"--sequence-length {length}", replace(step, length=length)) for half in range(1, 5)
            for length in [step.length >> half] if length >= 32]
     yield [("--codes 0", replace(step, moving=False))]
+
+
+def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> int:
+    """Bytes of a network with all matrices expanded."""
+    return traffic.dense_bytes(network) * dtype.size // 4
+
+
+def fits_dense(network: nn.Module, dtype: mx.Dtype) -> bool:
+    """Whether a network is to be expanded, as ``load`` decides it."""
+    return dense_bytes(network, dtype) <= DENSE_SHARE * memory_limit()
 
 
 def _weights(block: nn.Module) -> int:

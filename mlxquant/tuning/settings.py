@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ def _whole(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` of ``batch_size`` sequences. The learning rate is relative to each array's size;
-    it rises over the first twentieth, then falls to zero as a cosine. Every ``check_every`` steps
-    the held-out sequences are tried."""
+    """``steps`` of ``batch_size`` sequences, by default 8 on a GPU and 2 without one. The learning
+    rate is relative to each array's size; it rises over the first twentieth, then falls to zero as
+    a cosine. Every ``check_every`` steps the held-out sequences are tried."""
 
     steps: int = 1000
-    batch_size: int = 8
+    batch_size: int = field(default_factory=lambda: 8 if mx.default_device() == mx.gpu else 2)
     learning_rate: float = 2e-3
     check_every: int = 100
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.layers.dense import to_dense
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model.loading import (
     LanguageModel,
@@ -32,7 +33,7 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.predictions import Predictions
-from mlxquant.tuning.room import Room
+from mlxquant.tuning.room import Room, fits_dense
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 
 Told = Callable[[int, int], None]
@@ -109,11 +110,16 @@ class _Teacher:
 
     def __init__(self, name: str):
         self.name, self.folder = name, resolve(name)
-        self.network, _ = open_lazily(self.folder)
+        self.network, self._config = open_lazily(self.folder)
 
     @cached_property
     def model(self) -> LanguageModel:
-        return load_folder(self.folder, self.name)
+        """On a GPU dense where that fits: it is to read thousands of tokens at once."""
+        if mx.default_device() == mx.cpu or not fits_dense(self.network, mx.bfloat16):
+            return load_folder(self.folder, self.name)
+        network = to_dense(self.network, mx.bfloat16)
+        return LanguageModel(self.name, self.folder, network,
+                             open_tokenizer(self.folder, self._config), self._config)
 
 
 def _common_vocabulary(name: str, network: nn.Module, teacher: _Teacher) -> int:
