@@ -1,13 +1,15 @@
 """Blocks that take a token in ten dispatches: what they compute, whatever happens to the cache."""
 
 import copy
+import gc
+import weakref
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import CONFIG
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
 from mlx_lm.models.cache import (
     KVCache,
@@ -114,6 +116,23 @@ def test_layers_of_mlx_are_stacked_and_held_once(form, bits, dtype):
     q, k, v = (memoryview(fused.layers[0].self_attn[f"{name}_proj"].weight) for name in "qkv")
     ends = [np.asarray(part).ctypes.data + part.nbytes for part in (q, k)]
     assert ends == [np.asarray(part).ctypes.data for part in (k, v)]  # of one array
+
+
+@pytest.mark.parametrize("make", [network_of, stock_network])
+def test_weights_go_as_soon_as_nobody_uses_them(make):
+    """Two models one after the other must not be held at once."""
+    network = pack(make())
+    cache = make_prompt_cache(network)
+    for text in ([5, 80, 200], [7]):
+        mx.eval(network(mx.array([text]), cache=cache))
+    held = [weakref.ref(array) for _, array in tree_flatten(network.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        del network
+        assert not any(array() is not None for array in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

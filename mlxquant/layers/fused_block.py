@@ -17,7 +17,7 @@ token is that of its calls.
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -95,28 +95,63 @@ def fuse(module: nn.Module, parts: Parts) -> None:
         return
     how = replace(parts.rotary, starts=joined[0].starts)
     mx.eval(how.steps, [part.bias for part in joined])
-    _exchange_call(module, OneToken(parts, how, *joined))
+    _exchange_call(module, OneToken(_Halves(parts, how, joined[0], joined[1], tuple(joined[2:]))))
 
 
 def _exchange_call(module: nn.Module, one_token: "OneToken") -> None:
     own = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        y = one_token(*args, *kwargs.values())
+        y = self.one_token(*args, *kwargs.values())
         return own.__call__(self, *args, **kwargs) if y is None else y
 
-    module.__class__ = type(own.__name__, (own,), {"__call__": call, "one_token": one_token})
+    # Kept by the module: a class refers to itself, and would keep all weights until Python looks
+    # for such circles.
+    module.one_token = one_token
+    module.__class__ = type(own.__name__, (own,), {"__call__": call})
+
+
+@dataclass(frozen=True, eq=False)
+class _Halves:
+    """What runs before attention and behind it; ``mlp`` are the products of a block's second half,
+    none where attention is all."""
+
+    parts: Parts
+    how: Rotary
+    qkv: Joined
+    out: Joined
+    mlp: tuple[Joined, ...]
+
+    def before(self, x: mx.array, keys: mx.array, values: mx.array,
+               place: mx.array) -> list[mx.array]:
+        made = self.qkv(x.reshape(1, -1), self.parts.norm)
+        turn = rotary.turn if trusted("rotary") else rotary.reference
+        return turn(made, keys, values, place, self.how)
+
+    def behind(self, y: mx.array, x: mx.array) -> mx.array:
+        # In two dimensions: a reshape is no kernel, but costs its time.
+        if self.parts.mlp is None:
+            return self.out(y.reshape(1, -1)).reshape(1, 1, -1)
+        gate_up, down = self.mlp
+        h = self.out(y.reshape(1, -1), residual=x.reshape(1, -1))
+        return down(gate_up(h, self.parts.mlp.norm), Gate(), h).reshape(x.shape)
+
+    def keep(self, dtype: mx.Dtype) -> bool:
+        """Whether a hidden state of ``dtype`` keeps it all the way: found without computing."""
+        x, how = mx.zeros((1, 1, self.parts.inputs), dtype), self.how
+        z = self.qkv(x.reshape(1, -1), self.parts.norm)
+        y = self.behind(mx.zeros((1, how.queries * how.size), dtype), x)
+        return z.dtype == y.dtype == dtype and all(norm.dtype(z) == dtype
+                                                   for norm in how.norms or ())
 
 
 class OneToken:
-    """The parts of a block, or of its attention, as they take one token; ``mlp`` are the products
-    of a whole block's second half."""
+    """A module's call with one token and a cache."""
 
-    def __init__(self, parts: Parts, how: Rotary, qkv: Joined, out: Joined, *mlp: Joined):
-        self.parts, self.how, self.qkv, self.out, self.mlp = parts, how, qkv, out, mlp
-        self.shape = 1, 1, parts.inputs
-        self._dtypes: dict[mx.Dtype, bool] = {}
-        self._before, self._after = mx.compile(self._to_attention), mx.compile(self._behind)
+    def __init__(self, halves: _Halves):
+        self.halves, self.shape = halves, (1, 1, halves.parts.inputs)
+        self._before, self._behind = mx.compile(halves.before), mx.compile(halves.behind)
+        self._keeps: dict[mx.Dtype, bool] = {}
 
     def __call__(self, *arguments: Any) -> mx.array | None:
         """The module's result of what it is called with; None where that is not one token, a cache
@@ -133,37 +168,15 @@ class OneToken:
                 return None
         if x is None or x.shape != self.shape or (held := InPlaceCache.of(cache)) is None:
             return None
-        if (not self._keeps(x.dtype)
-                or (room := held.room(self.how.stored, self.how.size, x.dtype)) is None):
+        if x.dtype not in self._keeps:
+            self._keeps[x.dtype] = self.halves.keep(x.dtype)
+        how = self.halves.how
+        if (not self._keeps[x.dtype]
+                or (room := held.room(how.stored, how.size, x.dtype)) is None):
             return None
         queries, keys, values = self._before(x, *room, place_of(held.offset))
         held.hold(keys, values)
         held.offset = end = held.offset + 1
         y = mx.fast.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end],
-                                                 scale=self.parts.scale)
-        return self._after(y, x)
-
-    def _keeps(self, dtype: mx.Dtype) -> bool:
-        """Whether a hidden state of ``dtype`` keeps it all the way: found without computing."""
-        if dtype not in self._dtypes:
-            x = mx.zeros(self.shape, dtype)
-            z = self.qkv(x.reshape(1, -1), self.parts.norm)
-            norms = self.how.norms or ()
-            y = self._behind(mx.zeros((1, self.how.queries * self.how.size), dtype), x)
-            self._dtypes[dtype] = z.dtype == y.dtype == dtype and all(
-                norm.dtype(z) == dtype for norm in norms)
-        return self._dtypes[dtype]
-
-    def _to_attention(self, x: mx.array, keys: mx.array, values: mx.array,
-                      place: mx.array) -> list[mx.array]:
-        made = self.qkv(x.reshape(1, -1), self.parts.norm)
-        turn = rotary.turn if trusted("rotary") else rotary.reference
-        return turn(made, keys, values, place, self.how)
-
-    def _behind(self, y: mx.array, x: mx.array) -> mx.array:
-        # In two dimensions: a reshape is no kernel, but costs its time.
-        if self.parts.mlp is None:
-            return self.out(y.reshape(1, -1)).reshape(1, 1, -1)
-        gate_up, down = self.mlp
-        h = self.out(y.reshape(1, -1), residual=x.reshape(1, -1))
-        return down(gate_up(h, self.parts.mlp.norm), Gate(), h).reshape(self.shape)
+                                                 scale=self.halves.parts.scale)
+        return self._behind(y, x)

@@ -65,3 +65,16 @@ class MadeOnce:
 
     def _forget(self, _: object) -> None:
         self._first, self._others, self._made = None, [], None
+
+
+def compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``mx.compile`` of a module's method, for the module to keep: with a reference to it the
+    module, and its weights, would stay until Python looks for circles."""
+    weak = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        if (own := weak()) is None:
+            raise ReferenceError("the module of a compiled method is gone")
+        return own(*arguments)
+
+    return mx.compile(call)

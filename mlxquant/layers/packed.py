@@ -31,7 +31,7 @@ from mlxquant.kernels import (
 from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate
 from mlxquant.kernels.matrix import NOTHING, Added, Matrix, Scales
-from mlxquant.layers.memo import Elsewhere, MadeOnce
+from mlxquant.layers.memo import Elsewhere, MadeOnce, compiled
 from mlxquant.layers.replicated import ReplicaInput, Replicated
 
 FEW_TOKENS = 8  # more are a prompt: expanding the codes once is cheaper (benchmarks/LOG.md)
@@ -101,7 +101,7 @@ class PackedGroup(PackedCodes):
     def __init__(self, shared: ReplicaInput, linears: list[Replicated]):
         super().__init__(shared, linears)
         self.first: AsIs = AS_IS
-        self._few = mx.compile(self._multiply)
+        self._few = compiled(self._multiply)
 
     def outputs(self, x: mx.array, sibling: int) -> mx.array:
         """One sibling's output (…, rows) of ``x``, in its dtype (with a norm, the one a norm

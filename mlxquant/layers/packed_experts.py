@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlxquant.kernels import expand_codes, prepare_input, replicated_matvec
 from mlxquant.kernels.check import MIXTURE, trusted
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate
+from mlxquant.layers.memo import compiled
 from mlxquant.layers.packed import PackedCodes, PackedSibling, are_gated
 
 # Pairs to an expert up to which each is multiplied by itself. To expand a matrix at 2 bits writes
@@ -106,7 +107,7 @@ class PackedSwitchGLU(nn.Module):
 
     def __init__(self, module: SwitchGLU):
         super().__init__()
-        self.module, self._few = module, mx.compile(self._fused)
+        self.module, self._few = module, compiled(self._fused)
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
