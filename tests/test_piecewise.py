@@ -135,14 +135,14 @@ def test_killed_predictions_go_on_and_take_what_was_said(tmp_path):
 
     def stop(done, total):
         told.append((done, total))
-        if done == 3 and len(told) == 3:
+        if len(told) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         wanted.write(network, stop)
     assert wanted.missing == [3]
     wanted.write(network, stop)
-    assert told == [(done, 4) for done in (1, 2, 3, 4)] and not wanted.missing
+    assert told == [(2 * done, 8) for done in (1, 2, 3, 4)] and not wanted.missing
     tokens, kept = wanted[3]
     assert mx.array_equal(tokens, TOKENS[:, 18:])
     expected = likeliest(network(tokens).reshape(tokens.size, -1))
