@@ -34,6 +34,7 @@ from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import Routed, linears
 from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
+from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import quantise_trials
 from mlxquant.quantise.walk import float_walk, identity, release
 from mlxquant.sources import checkpoint
@@ -102,7 +103,7 @@ class _Measure:
         importance = self._importance()
         network, _ = open_lazily(self.folder)
         blocks = blocks_of(network)
-        walk = float_walk(network, blocks, self.folder, self.tokens)
+        walk = float_walk(network, blocks, self.folder, self.tokens, Shelf())
         for done, (index, seen) in enumerate(walk, 1):
             block, plan = blocks[index], self.plans[index]
             for paths, statistics in seen.siblings() if seen else ():

@@ -55,7 +55,7 @@ class Call:
 
     def arrays(self) -> list[mx.array]:
         """All arrays of the arguments, then those of the outputs to meet."""
-        return [*_arrays((self.halt.args, self.halt.kwargs)), *_floats(self.wanted)]
+        return [*_arrays(self.halt.given()), *_floats(self.halt.shelf.read(self.wanted))]
 
     def numbers(self) -> list[Any]:
         """What else is in the arguments."""

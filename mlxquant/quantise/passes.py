@@ -1,7 +1,7 @@
 """The ways through a network: by weights alone, behind float blocks, behind quantised ones."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mlxquant.quantise.observe import Observation, Watch
 from mlxquant.quantise.partial import read_result, write_result
 from mlxquant.quantise.plans import Plan
 from mlxquant.quantise.profile import step
+from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import dense_block, float_walk, visits
 from mlxquant.quantise.work import Context
@@ -24,8 +25,8 @@ from mlxquant.quantise.work import Context
 @dataclass
 class Passes:
     """The blocks under way: what is asked of each, where its result is kept, how the residual
-    stream is turned, what is the same for all, what trains them, and whether they are calibrated on
-    what the float model gives them."""
+    stream is turned, what is the same for all, what trains them, whether they are calibrated on
+    what the float model gives them, and where hidden states wait."""
 
     network: nn.Module
     blocks: list[Block]
@@ -35,6 +36,7 @@ class Passes:
     context: Context
     tuner: BlockTuner | None = None
     floats: bool = False
+    shelf: Shelf = field(default_factory=Shelf)
 
     def rounded(self) -> Iterator[tuple[int, BlockResult]]:
         """The result of every block, by its weights alone: the network does not run."""
@@ -43,7 +45,7 @@ class Passes:
 
     def on_float(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
         """The result of every block, each calibrated on what the float model gives it."""
-        walk = float_walk(self.network, self.blocks, folder, tokens, self.turn,
+        walk = float_walk(self.network, self.blocks, folder, tokens, self.shelf, self.turn,
                           done=lambda index: self.files[index].exists())
         for index, seen in walk:
             yield index, self._result(index, seen)
@@ -52,7 +54,7 @@ class Passes:
         """The result of every block, each calibrated on what the quantised blocks before give it,
         and with a correction beside what the float ones would."""
         corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
-        for visit in visits(self.network, self.blocks, tokens, quantised=True,
+        for visit in visits(self.network, self.blocks, tokens, self.shelf, quantised=True,
                             floats=corrected or self.tuner is not None, turn=self.turn):
             index, block = visit.index, self.blocks[visit.index]
             first, idle = index not in seen, self.files[index].exists()

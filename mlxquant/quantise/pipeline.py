@@ -44,6 +44,7 @@ from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.shelf import shelf
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import identity, release
 from mlxquant.quantise.work import Context
@@ -69,7 +70,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         blocks = blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
-    room.check(network, blocks, output, job)
+    spills = room.check(network, blocks, output, job)
     with step("calibration text"):
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
@@ -83,7 +84,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     if job.target is not None:
         with step(WEIGHING):
             job = assign(folder, job, tokens, progress)
-    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict())
+    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict(), spills)
     return run.make(network, blocks, config, progress)
 
 
@@ -104,13 +105,14 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 @dataclass
 class Run:
     """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
-    for the card."""
+    for the card, and whether hidden states wait on the disk."""
 
     folder: Path
     output: Path
     job: Job
     tokens: Calibration
     base: dict[str, Any]
+    spills: bool = False
 
     @recording()
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
@@ -124,11 +126,12 @@ class Run:
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         tuner = self._tuner(plans, progress)
-        work = Passes(network, blocks, plans, files, turn_of(config, job),
-                      self._context(network, blocks, tuner is not None), tuner,
-                      job.propagation == "float")
         body = Body()
-        with _unchanged(self.folder, source, partial) as check:
+        with (_unchanged(self.folder, source, partial) as check,
+              shelf(partial / "hidden", self.spills) as waiting):
+            work = Passes(network, blocks, plans, files, turn_of(config, job),
+                          self._context(network, blocks, tuner is not None), tuner,
+                          job.propagation == "float", waiting)
             for done, (index, result) in enumerate(self._results(work), 1):
                 body.add(blocks[index], result)
                 release(blocks[index].module)

@@ -36,7 +36,8 @@ from mlxquant.quantise.replica import AT_ONCE
 from mlxquant.quantise.walk import batch_size
 from mlxquant.sources.checkpoint import SHARD_BYTES
 
-_HIDDEN_BYTES = 6  # a number of a hidden state: in float32, and at first in the model's 16 bits too
+# Of the memory: where the hidden states of all batches would take more, they wait on the disk.
+_SPILL_SHARE = 1 / 8
 _PASSING, _BACKWARD = 2, 5  # arrays of a batch's inputs and outputs, and where gradients go back
 # Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
 _KEPT, _FACTORING = 2.2, 1.7
@@ -46,29 +47,36 @@ _CORRECTED = 1.0  # more of them, where the target is corrected
 _FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 
 
-def check(network: nn.Module, blocks: list[Block], output: Path, job: Job) -> None:
-    """Raises ``TooLarge`` where the result does not fit on the disk, or the job in memory; the
-    latter names what would fit."""
+@dataclass(frozen=True)
+class Needs:
+    """The most bytes that a job holds at once, the interpreter's own apart, and those of hidden
+    states that wait on the disk."""
+
+    memory: float
+    waiting: float
+
+
+def check(network: nn.Module, blocks: list[Block], output: Path, job: Job) -> bool:
+    """Whether hidden states are to wait on the disk. Raises ``TooLarge`` where the result does not
+    fit there, or the job in memory; the latter names what would fit."""
     stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job.overrides)))
+    needed, limit = needs(network, blocks, job), memory_limit()
     # The finished blocks and the shards made of them lie side by side for a moment.
-    require_space(output, int(2 * stored + _ends(network, blocks)),
+    require_space(output, int(2 * stored + _ends(network, blocks) + needed.waiting),
                   f"quantising into {output.name}")
-    needed, limit = peak_bytes(network, blocks, job), memory_limit()
-    if needed > limit:
+    if needed.memory > limit:
         fitting = [next((name for name, other in others
-                         if peak_bytes(network, blocks, other) <= limit), None)
+                         if needs(network, blocks, other).memory <= limit), None)
                    for others in _smaller(job)]
         said = " or ".join(filter(None, fitting)) or "no option"
-        raise TooLarge(f"quantising needs {needed / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB "
-                       f"may be used; {said} would fit")
+        raise TooLarge(f"quantising needs {needed.memory / 1e9:.2f} GB of memory, "
+                       f"{limit / 1e9:.2f} GB may be used; {said} would fit")
+    return needed.waiting > 0
 
 
 def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
     """Jobs that take less, by the options that make them so; of each kind the nearest first."""
     if job.calibrated:
-        yield [(f"--samples {job.text.samples >> half}",
-                job.changed(samples=job.text.samples >> half))
-               for half in range(1, job.text.samples.bit_length())]
         yield [(f"--sequence-length {job.text.length >> half}",
                 job.changed(length=job.text.length >> half)) for half in (1, 2, 3)
                if job.text.length >> half >= 32]
@@ -109,23 +117,26 @@ class _Siblings:
                                                   refine)
 
 
-def peak_bytes(network: nn.Module, blocks: list[Block], job: Job) -> float:
-    """The most bytes that the job holds at once, the interpreter's own apart."""
+def needs(network: nn.Module, blocks: list[Block], job: Job) -> Needs:
+    """What the job takes. Hidden states wait on the disk where they would take more than an eighth
+    of the memory, or what the job has not beside them."""
     plans = plan_blocks(network, blocks, job.overrides)
     given = given_inputs(network, blocks) if job.calibrated else {}
     embeddings = sum(own_bytes(m) for _, m in network.named_modules()
                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
-    tuned = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
-    paths = 2 if tuned or job.propagation == "corrected" else 1
-    tokens = job.text.samples * job.text.length if job.calibrated else 2
-    width = next(iter(given.values())).shape[-1] if given else 0
-    held = embeddings + _HIDDEN_BYTES * paths * tokens * width
-    batch = min(tokens, batch_size() * job.text.length)
+    windows = min(job.text.samples, batch_size())
+    batch = windows * job.text.length if given else 2
+    held = embeddings + max(_block_bytes(block, plan, given, job, batch)
+                            for block, plan in zip(blocks, plans))
+    # In float32: behind quantised blocks, and where those are to meet what float ones give, there.
+    both = job.propagation == "corrected" or any(job.tunes(plan.specs.values()) for plan in plans)
+    states = 4 * (1 + both) * batch * next(iter(given.values())).shape[-1] if given else 0
+    waiting, limit = states * job.text.samples / windows, memory_limit()
+    spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
     weighing = _weighing_bytes(network, job) if job.target else 0
-    return max(writing, weighing, held + max(_block_bytes(block, plan, given, job, batch)
-                                             for block, plan in zip(blocks, plans)))
+    return Needs(max(writing, weighing, held + (states if spills else waiting)), spills * waiting)
 
 
 def _weighing_bytes(network: nn.Module, job: Job) -> float:

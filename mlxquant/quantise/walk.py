@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Routed, Watch
 from mlxquant.quantise.profile import step
+from mlxquant.quantise.shelf import Shelf
 from mlxquant.sources import checkpoint
 
 # Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input)
@@ -51,24 +52,33 @@ def identity(folder: Path, *rest: Any) -> str:
 
 @dataclass
 class Halt:
-    """A block about to be called, as the network made the call, in float32."""
+    """A block about to be called, as the network made the call; hidden states lie on ``shelf``."""
 
     module: nn.Module
     own: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    shelf: Shelf = field(default_factory=Shelf)
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments in float32."""
+        return tree_map(_as_float32, self.shelf.read((self.args, self.kwargs)))
 
     def run(self) -> Any:
         """What the block returns, as it is now."""
-        return self.own(*self.args, **self.kwargs)
+        args, kwargs = self.given()
+        return self.own(*args, **kwargs)
 
 
 class Task:
-    """One batch on its way through the network; ``halt`` is where it stands, None at the end."""
+    """One batch on its way through the network; ``halt`` is where it stands, None at the end. Its
+    hidden states wait on ``shelf``; ``turn`` (n, n) rotates the first of them."""
 
-    def __init__(self, network: nn.Module, tokens: mx.array):
-        self._task = greenlet(network)
-        self.halt = self._halt(self._task.switch(tokens))
+    def __init__(self, network: nn.Module, tokens: mx.array, shelf: Shelf,
+                 turn: mx.array | None = None):
+        self._task, self._shelf, self._batch = greenlet(network), shelf, tokens.shape
+        self.halt: Halt | None = None
+        self._run_on(tokens, turn)
 
     @property
     def stand(self) -> Halt:
@@ -80,16 +90,24 @@ class Task:
     def go_on(self, output: Any) -> None:
         """Let the block at which the task stands return ``output``."""
         mx.eval([array for _, array in tree_flatten(output) if isinstance(array, mx.array)])
-        self.halt = self._halt(self._task.switch(output))
+        self._shelf.give_back((self.stand.args, self.stand.kwargs))  # the network may use them on
+        self._run_on(output)
+        if self.halt is None:  # else it is the next block's argument, or the network's to use
+            self._shelf.put(output, self._batch)
 
-    @staticmethod
-    def _halt(found: Any) -> Halt | None:
-        if not isinstance(found, Halt):
-            return None
+    def _run_on(self, value: Any, turn: mx.array | None = None) -> None:
+        found = self._task.switch(value)
+        self.halt = found if isinstance(found, Halt) else None
+        if self.halt is None:
+            return
+        if turn is not None:
+            hidden, *rest = self.halt.args
+            self.halt.args = (hidden.astype(mx.float32) @ turn.T, *rest)
+        given = self.halt.args, self.halt.kwargs
         # Once computed, what led to the arguments is free, the network's embedding among it.
-        found.args, found.kwargs = tree_map(_as_float32, (found.args, found.kwargs))
-        mx.eval([a for _, a in tree_flatten((found.args, found.kwargs)) if isinstance(a, mx.array)])
-        return found
+        mx.eval([a for _, a in tree_flatten(given) if isinstance(a, mx.array)])
+        self.halt.shelf = self._shelf
+        self._shelf.put(given, self._batch)
 
 
 def _as_float32(value: Any) -> Any:
@@ -123,23 +141,20 @@ class Visit:
             task.go_on(task.stand.run())
 
 
-def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, *, quantised: bool,
-           floats: bool, turn: mx.array | None = None) -> Iterator[Visit]:
+def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, shelf: Shelf, *,
+           quantised: bool, floats: bool, turn: mx.array | None = None) -> Iterator[Visit]:
     """Every call of every block, in the order in which the network makes them.
 
-    Who takes a visit lets its tasks go on. ``turn`` (n, n) rotates the hidden state that enters
-    the first block. Raises ``Unsupported`` where batches come to different blocks.
+    Who takes a visit lets its tasks go on; their hidden states wait on ``shelf``. ``turn`` (n, n)
+    rotates the hidden state that enters the first block. Raises ``Unsupported`` where batches come
+    to different blocks.
     """
     places = {id(block.module): index for index, block in enumerate(blocks)}
     order = call_order(network, blocks)
     batches = tokens.batches(batch_size())
     with intercepted((block.module for block in blocks), _stand):
-        behind, before = ([Task(network, b) for b in batches] if wanted else []
+        behind, before = ([Task(network, b, shelf, turn) for b in batches] if wanted else []
                           for wanted in (quantised, floats))
-        if turn is not None:
-            for task in (*behind, *before):
-                hidden, *rest = task.stand.args
-                task.stand.args = (hidden @ turn.T, *rest)
         for call, index in enumerate(order):
             if any(places[id(task.stand.module)] != index for task in (*behind, *before)):
                 raise Unsupported(f"{blocks[index].path} is not called for every text alike; "
@@ -179,7 +194,8 @@ def release(module: nn.Module) -> None:
 
 
 def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibration,
-               turn: mx.array | None = None, done: Callable[[int], bool] = lambda index: False,
+               shelf: Shelf, turn: mx.array | None = None,
+               done: Callable[[int], bool] = lambda index: False,
                ) -> Iterator[tuple[int, Observation | None]]:
     """Each block's index, with the block dense in float32, and its observation on the float model;
     None for a block that is ``done``."""
@@ -194,7 +210,7 @@ def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Ca
     _drop_old(kept.parent)
     seen: dict[int, Observation | None] = {}
     left = set(range(len(blocks)))
-    for visit in visits(network, blocks, tokens, quantised=False, floats=True, turn=turn):
+    for visit in visits(network, blocks, tokens, shelf, quantised=False, floats=True, turn=turn):
         index = visit.index
         if index in seen:  # a block that is called again: its first call has been watched
             visit.go_on()
