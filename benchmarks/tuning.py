@@ -2,7 +2,7 @@
 
     python benchmarks/tuning.py FOLDER --teacher MODEL --text WIKITEXT --data FILE [FILE …]
         [--steps 300] [--batch-size 32] [--length 512] [--codes 0] [--written 0]
-        [--conversations 0] [--windows 40] [--keep OUT] [--out NAME]
+        [--conversations 0] [--windows 40] [--top 128] [--keep OUT] [--out NAME]
     python benchmarks/tuning.py --teacher MODEL --conversations 2048 [--length 512]
     python benchmarks/tuning.py --shapes
 
@@ -31,6 +31,7 @@ from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import resolve
+from mlxquant.tuning import predictions
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
 
@@ -91,7 +92,7 @@ def tune(a: argparse.Namespace, output: Path) -> dict:
         print(f"{stage:13} {seconds:8.1f} s, peak {peaks[stage]:.2f} GB{expected}")
     return scores | dict(
         steps=a.steps, batch_size=a.batch_size, length=a.length, codes=a.codes, written=a.written,
-        conversations=a.conversations, windows=a.windows, seconds=stages.seconds,
+        conversations=a.conversations, top=a.top, windows=a.windows, seconds=stages.seconds,
         total_seconds=result.seconds, peak_gb=peaks, foretold_gb=said,
         divergence_before=result.divergence_before, divergence_after=result.divergence_after)
 
@@ -137,10 +138,13 @@ def main() -> None:
     options.add_argument("--written", type=int, default=0)
     options.add_argument("--conversations", type=int, default=0)
     options.add_argument("--windows", type=int, default=40)
+    options.add_argument("--top", type=int, default=predictions.TOP,
+                         help="successors that are kept of each token's predictions")
     options.add_argument("--keep", type=Path, help="the tuned folder; default: none is kept")
     options.add_argument("--out", default="tuning")
     options.add_argument("--shapes", action="store_true")
     a = options.parse_args()
+    predictions.TOP = a.top
     if a.shapes:
         known_shapes()
     elif not a.folder:

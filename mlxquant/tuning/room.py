@@ -122,9 +122,9 @@ class Room:
 
     def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
         """What goes into all blocks: as many numbers as an embedding gives."""
-        embedding = next(module for module in network.modules()
-                         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)))
-        return len(find_blocks(network)) * step.tokens * shape_of(embedding)[-1] * width
+        size = max((shape_of(module)[-1] for module in network.modules()
+                    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
+        return len(find_blocks(network)) * step.tokens * size * width
 
     def _chunk(self, step: Step, arrays: float) -> float:
         return arrays * 4 * min(step.tokens * self.vocabulary,
