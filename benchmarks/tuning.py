@@ -5,12 +5,15 @@
         [--conversations 0] [--windows 40] [--top 128] [--keep OUT] [--out NAME]
     python benchmarks/tuning.py --teacher MODEL --conversations 2048 [--length 512]
     python benchmarks/tuning.py --shapes
+    python benchmarks/tuning.py --measure llama-3.1-8b --batch-size 1 [--length 512] [--steps 3]
 
 The first quantises nothing: FOLDER is what ``mlxquant quantize`` made. The second only writes
-conversations, and the third prints what tuning known shapes takes, by the formula.
+conversations, and the third prints what tuning known shapes takes, by the formula. The fourth
+tunes a shape of random weights towards another one, to measure that.
 """
 
 import argparse
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +22,10 @@ from record import parser, save  # first: it loads the BLAS before MLX
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import shapes
+from mlx.utils import tree_flatten, tree_unflatten
 
 import mlxquant
 from mlxquant.codes.spec import Spec
@@ -32,6 +38,7 @@ from mlxquant.quantise.rehearsal import planned
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import resolve
 from mlxquant.tuning import predictions
+from mlxquant.tuning.distill import Distillation
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
 
@@ -97,6 +104,52 @@ def tune(a: argparse.Namespace, output: Path) -> dict:
         divergence_before=result.divergence_before, divergence_after=result.divergence_after)
 
 
+def measure(a: argparse.Namespace, folder: Path) -> dict:
+    """Peaks of a shape of random weights and codes, beside what the formula gives."""
+    config = shapes.SHAPES[a.measure]
+    step = Step(a.batch_size, a.length, config["num_attention_heads"], a.codes > 0)
+    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    batches = np.random.default_rng(0).integers(0, config["vocab_size"],
+                                                (a.steps + 1, a.batch_size, a.length))
+    kept = predictions.Predictions(folder, list(batches), config["vocab_size"])
+    small = planned(outline.network_of(config), config, QUANTISED)
+    room = Room(Trainable(small, dtype, Parts(codes=a.codes)), outline.network_of(config),
+                config["vocab_size"])
+    said = {"predictions": room.teacher_bytes(step) / 1e9,
+            "training": room.student_bytes(step) / 1e9}
+    del room, small
+    stages = Stages()
+    teacher = filled(outline.network_of(config), dtype)
+    mx.reset_peak_memory()
+    kept.write(teacher, lambda done, total: stages.note("predictions", done, total))
+    del teacher
+    gc.collect()
+    mx.clear_cache()
+    student = Trainable(filled(planned(outline.network_of(config), config, QUANTISED), mx.float16),
+                        dtype, Parts(codes=a.codes))
+    mx.reset_peak_memory()
+    Distillation(student, kept, Schedule(a.steps, a.batch_size, check_every=a.steps)).run(
+        lambda done, total, loss: stages.note("training", done, total, loss))
+    peaks = {stage: peak / 1e9 for stage, peak in stages.peaks.items()}
+    for stage, peak in peaks.items():
+        print(f"{a.measure} {stage}: peak {peak:.2f} GB, foretold {said[stage]:.2f}")
+    return dict(shape=a.measure, steps=a.steps, batch_size=a.batch_size, length=a.length,
+                codes=a.codes, seconds=stages.seconds, peak_gb=peaks, foretold_gb=said)
+
+
+def filled(network: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The network with random weights in ``dtype`` and random codes, one array after the other."""
+    for path, like in tree_flatten(network.parameters()):
+        if mx.issubdtype(like.dtype, mx.floating):
+            array = (mx.ones(like.shape) if path.endswith("norm.weight")
+                     else mx.random.normal(like.shape) * 0.02).astype(dtype)
+        else:
+            array = mx.random.randint(0, 1 << 30, like.shape).astype(like.dtype)
+        mx.eval(array)
+        network.update(tree_unflatten([(path, array)]))
+    return network
+
+
 def talk(a: argparse.Namespace) -> None:
     """Conversations alone, and the first of them."""
     teacher, stages = load(a.teacher), Stages()
@@ -143,10 +196,14 @@ def main() -> None:
     options.add_argument("--keep", type=Path, help="the tuned folder; default: none is kept")
     options.add_argument("--out", default="tuning")
     options.add_argument("--shapes", action="store_true")
+    options.add_argument("--measure", choices=shapes.SHAPES)
     a = options.parse_args()
     predictions.TOP = a.top
     if a.shapes:
         known_shapes()
+    elif a.measure:
+        with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
+            save(a.out, **measure(a, Path(scratch)))
     elif not a.folder:
         talk(a)
     else:
