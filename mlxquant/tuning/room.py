@@ -32,8 +32,8 @@ _STATE = 16  # of them on the disk
 # Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed
 # in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
-_FORWARD = 1.25
-_LOGITS, _LIKELIEST = 5.3, 5.5  # arrays of a chunk's logits: with their gradient, and to choose
+_FORWARD = 1.75
+_LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
