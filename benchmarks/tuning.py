@@ -41,6 +41,7 @@ from mlxquant.tuning import predictions
 from mlxquant.tuning.distill import Distillation
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
+from mlxquant.tuning.tune import Teacher
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")}
 SHAPES["qwen2.5-32b"] = shapes.llama(5120, 64, 27648, (40, 8), 152064, False)
@@ -152,7 +153,7 @@ def filled(network: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 def talk(a: argparse.Namespace) -> None:
     """Conversations alone, and the first of them."""
-    teacher, stages = load(a.teacher), Stages()
+    teacher, stages = Teacher(a.teacher).model, Stages()
     rows = converse(teacher, a.conversations, a.length,
                     progress=lambda done, total: stages.note("conversations", done, total))
     print(teacher.tokenizer.decode(rows[0].tolist()))

@@ -71,7 +71,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     mx.reset_peak_memory()
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     network, config = open_lazily(folder)
-    teacher = _Teacher(tuning.teacher)
+    teacher = Teacher(tuning.teacher)
     vocabulary = _common_vocabulary(name, network, teacher)
     texts, held_out = held_apart(
         open_tokenizer(folder, config), list(tuning.data), schedule.steps * schedule.batch_size,
@@ -105,7 +105,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     return TuningResult(output, before, after, time.perf_counter() - start, mx.get_peak_memory())
 
 
-class _Teacher:
+class Teacher:
     """The original: its network with weights on disk, and the model once it is asked for."""
 
     def __init__(self, name: str):
@@ -122,7 +122,7 @@ class _Teacher:
                              open_tokenizer(self.folder, self._config), self._config)
 
 
-def _common_vocabulary(name: str, network: nn.Module, teacher: _Teacher) -> int:
+def _common_vocabulary(name: str, network: nn.Module, teacher: Teacher) -> int:
     ours, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
     if ours != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {ours}; "
@@ -130,7 +130,7 @@ def _common_vocabulary(name: str, network: nn.Module, teacher: _Teacher) -> int:
     return ours
 
 
-def _with_written(texts: Calibration, teacher: _Teacher, tuning: Tuning, unfinished: Path,
+def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,
                   writing: Writing) -> Calibration:
     """The texts, a part of them replaced by what the teacher is asked to write."""
 
