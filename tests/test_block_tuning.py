@@ -11,8 +11,9 @@ from conftest import job
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue
 from mlxquant.layers.transformed import ActivationSpec
-from mlxquant.model.loading import load
-from mlxquant.quantise import block_tuning
+from mlxquant.model.loading import load, open_lazily
+from mlxquant.quantise import block_tuning, room
+from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 16, 250, 44]])
@@ -132,6 +133,18 @@ def test_a_block_that_cannot_be_trained_is_noted_and_made(tmp_path, tiny_folder,
     assert not made.tuned and len(made.notes) == 1
     assert made.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: ")
     assert "rounds activations" in made.notes[0] and record(tmp_path / "out")["notes"]
+
+
+def test_blocks_are_left_untuned_where_memory_is_short(tmp_path, tiny_folder, text, monkeypatch):
+    asked = dict(bits=2, samples=2, length=64, tune_blocks=None, tune_steps=1, refine=0)
+    network, _ = open_lazily(tiny_folder)
+    needed = room.needs(network, blocks_of(network), job(text, **asked | {"length": 32}), 4)
+    monkeypatch.setattr(room, "memory_limit", lambda: needed.memory)
+    made = quantise(tiny_folder, tmp_path / "out", text, **asked)
+    assert not made.tuned and len(made.notes) == 1
+    assert made.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: training"
+                                    " takes 0.00 GB of memory, 0.00 GB may be used; --sequence-")
+    assert made.notes[0].endswith("length 32 would fit")
 
 
 @pytest.mark.parametrize("options, tuned", [

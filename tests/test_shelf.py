@@ -88,12 +88,12 @@ def test_the_disk_must_have_room_for_what_memory_has_not(
     asked = job("text.txt", 4096, 512, bits=3, propagation="corrected")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": STATES}))
     monkeypatch.setattr(room, "memory_limit", lambda: 8 * STATES)
-    assert not room.check(network, blocks_of(network), tmp_path / "out", asked)
+    assert not room.check(network, blocks_of(network), tmp_path / "out", asked, 4).waiting
     monkeypatch.setattr(room, "memory_limit", lambda: limit)
     if limit < 8 * STATES - 1:
         monkeypatch.setattr(room, "_SPILL_SHARE", 1)
     with pytest.raises(TooLarge, match=r"quantising into out needs 1\.\d+ GB on the disk"):
-        room.check(network, blocks_of(network), tmp_path / "out", asked)
+        room.check(network, blocks_of(network), tmp_path / "out", asked, 4)
 
 
 def test_an_array_put_away_is_free_wherever_it_is_held(tmp_path):

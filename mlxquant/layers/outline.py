@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import formats, traffic
 
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _QUANTISED = ("quantization", "quantization_config")
 KV_GROUP = 32  # of quantised keys and values, as ``generation.py`` makes them
 
@@ -50,6 +51,12 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     return {"group_size": 32, "bits": 4, "mode": "mxfp4",
             "kept": published.get("modules_to_not_convert") or []}
+
+
+def attention_heads(config: dict[str, Any]) -> int:
+    """How many heads of queries a block has; 0 where the configuration does not say."""
+    config = config.get("text_config", config)
+    return next((config[name] for name in _HEADS if name in config), 0)
 
 
 def unquantised(config: dict[str, Any]) -> dict[str, Any]:

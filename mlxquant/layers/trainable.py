@@ -148,7 +148,8 @@ def _trained(network: nn.Module, parts: Parts
         if "moves" in module:
             names["moves"] = mx.array(parts.codes)
         for name, scale in names.items():
-            base[f"{path}.{name}"] = module[name].astype(mx.float32)
+            base[f"{path}.{name}"] = (module[name] if name == "moves"  # as exact as its start
+                                      else module[name].astype(mx.float32))
             size[f"{path}.{name}"] = scale.astype(mx.float32)
     return base, size
 

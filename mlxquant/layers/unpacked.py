@@ -39,7 +39,7 @@ class MovableCodes(nn.Module):
         self._unpack, self._columns, self._top = unpack, columns, top
         self.codes = packed if start is None else unpack(packed)
         if start is not None:
-            self.moves = mx.broadcast_to(start.astype(mx.float32), self.codes.shape)
+            self.moves = mx.broadcast_to(start, self.codes.shape)
         self.freeze()  # trained by ``Trainable``, never by itself
 
     @property
@@ -47,11 +47,21 @@ class MovableCodes(nn.Module):
         """(m, n), or (E, m, n)."""
         return *self.codes.shape[:-1], self._columns
 
-    def levels(self) -> mx.array:
+    def matrix(self, make: Callable[..., mx.array], *scales: mx.array) -> mx.array:
+        """What ``make`` makes of the levels (m, n) and of ``scales``. Its gradient computes it
+        anew: what stands between codes and matrix is many times as large as the codes."""
+        moves = [self.moves] if "moves" in self else []
+
+        def made(*given: mx.array) -> mx.array:
+            return make(self.levels(*given[:len(moves)]), *given[len(moves):])
+
+        return mx.checkpoint(made)(*moves, *scales)
+
+    def levels(self, moves: mx.array | None = None) -> mx.array:
         """Codes (m, n) as they stand: uint8, or float32 with a gradient by ``moves``."""
-        if "moves" not in self:
+        if moves is None:
             return self._unpack(self.codes)
-        wanted = mx.clip(self.codes + self.moves.astype(mx.float32), -_EDGE, self._top + _EDGE)
+        wanted = mx.clip(self.codes + moves.astype(mx.float32), -_EDGE, self._top + _EDGE)
         return wanted + mx.stop_gradient(mx.round(wanted) - wanted)
 
     def rounded(self, moves: mx.array) -> mx.array:
@@ -78,9 +88,12 @@ class MovingReplica(MovableCodes):
         return pack_codes(self.rounded(moves), self._bits)
 
     def __call__(self, x: mx.array) -> mx.array:
-        levels = (self._bits.lowest + self._bits.distance * self.levels()).astype(x.dtype)
-        scales = self.replica_out.astype(x.dtype) @ self._input.module.envelope(x.dtype).T
-        y = self._input.module.rotate(x, self._sibling) @ (levels * scales).T
+        def scaled(levels: mx.array, out: mx.array, inside: mx.array) -> mx.array:
+            levels = self._bits.lowest + self._bits.distance * levels
+            return levels.astype(x.dtype) * (out.astype(x.dtype) @ inside.T)
+
+        matrix = self.matrix(scaled, self.replica_out, self._input.module.envelope(x.dtype))
+        y = self._input.module.rotate(x, self._sibling) @ matrix.T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
@@ -109,9 +122,12 @@ class AffineCodes(MovableCodes):
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """W (m, n), or of experts (E, m, n), in ``dtype``."""
-        levels = self.levels().astype(dtype)
-        scales, biases = (a.astype(dtype)[..., None] for a in (self.scales, self.biases))
-        return (scales * levels.reshape(*self.scales.shape, -1) + biases).reshape(levels.shape)
+        def scaled(levels: mx.array, *given: mx.array) -> mx.array:
+            scales, biases = (a.astype(dtype)[..., None] for a in given)
+            groups = levels.astype(dtype).reshape(*self.scales.shape, -1)
+            return (scales * groups + biases).reshape(levels.shape)
+
+        return self.matrix(scaled, self.scales, self.biases)
 
 
 class UnpackedAffine(AffineCodes):

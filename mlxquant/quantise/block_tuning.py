@@ -12,7 +12,7 @@ may end in another cell.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -24,9 +24,8 @@ from mlx_lm.utils import dequantize_model
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.layers.blocks import Block
-from mlxquant.layers.traffic import leaf_modules, weight_count
+from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.trainable import Parts, Trainable
-from mlxquant.machine.memory import memory_limit
 from mlxquant.quantise.blocks import restore
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import Plan
@@ -38,8 +37,6 @@ RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in
 _FULL = 320  # steps that the rates were chosen for
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
-# Of a weight: u, two moments, gradient, best state, start, the matrix and its gradient.
-TRAINING_BYTES = 32
 # What a block raises that MLX cannot trace, differentiate or hold.
 _UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
 Report = Callable[[int, int, float], None]
@@ -79,36 +76,37 @@ class Call:
 
 @dataclass(frozen=True)
 class BlockTuner:
-    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, % of error) of each."""
+    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, % of error) of each.
+    ``untrained`` says why blocks, by path, cannot be trained."""
 
     job: Job
     report: Report
+    untrained: dict[str, str] = field(default_factory=dict)
 
     def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
         """Train what ``result`` holds of a block, and note there what that gained, or why it cannot
         be trained. The block's module keeps its structure."""
         if not plan.specs or not self.job.tunes(plan.specs.values()):
             return
-        weights = sum(weight_count(m) for _, m in leaf_modules(block.module))
-        reason = None
+        reason = self.untrained.get(block.path)
         if not calls:
             reason = "it is called more than once"
         elif not block.path:
             reason = "the network is one block"
-        elif TRAINING_BYTES * weights > memory_limit():
-            reason = f"training takes {TRAINING_BYTES * weights / 1e9:.1f} GB"
-        else:
+        elif reason is None:
             try:
                 self._train(block, result, calls)
             except _UNTRAINABLE as error:
                 reason = str(error).splitlines()[0]
+        result.remainders.clear()
         if reason is not None:
             result.tuned = {"left": reason}
 
     def _train(self, block: Block, result: BlockResult, calls: list[Call]) -> None:
         with _as_stored(block.module, result):
-            parts = Parts(codes=CODES_RATE / RATE, experts=True, starts={
-                path: away.astype(mx.float32) / 256 for path, away in result.remainders.items()})
+            remainders = result.remainders
+            parts = Parts(codes=CODES_RATE / RATE, experts=True, starts={  # exact in 16 bits
+                path: remainders.pop(path).astype(mx.float16) / 256 for path in list(remainders)})
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
             state = self._best(student, calls)

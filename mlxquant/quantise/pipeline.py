@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
 from mlxquant.base.storage import holds_output, refuse_existing, working_folder
 from mlxquant.base.version import __version__
-from mlxquant.layers import repeated
+from mlxquant.layers import outline, repeated
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
@@ -70,7 +70,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         blocks = blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
-    spills = room.check(network, blocks, output, job)
+    needs = room.check(network, blocks, output, job, outline.attention_heads(config))
     with step("calibration text"):
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
@@ -84,7 +84,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     if job.target is not None:
         with step(WEIGHING):
             job = assign(folder, job, tokens, progress)
-    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict(), spills)
+    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict(), needs)
     return run.make(network, blocks, config, progress)
 
 
@@ -105,14 +105,14 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 @dataclass
 class Run:
     """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
-    for the card, and whether hidden states wait on the disk."""
+    for the card, and what it ``needs``."""
 
     folder: Path
     output: Path
     job: Job
     tokens: Calibration
     base: dict[str, Any]
-    spills: bool = False
+    needs: room.Needs = field(default_factory=room.Needs)
 
     @recording()
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
@@ -128,7 +128,7 @@ class Run:
         tuner = self._tuner(plans, progress)
         body = Body()
         with (_unchanged(self.folder, source, partial) as check,
-              shelf(partial / "hidden", self.spills) as waiting):
+              shelf(partial / "hidden", self.needs.waiting > 0) as waiting):
             work = Passes(network, blocks, plans, files, turn_of(config, job),
                           self._context(network, blocks, tuner is not None), tuner,
                           job.propagation == "float", waiting)
@@ -185,7 +185,7 @@ class Run:
         job = self.job
         wanted = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
         return BlockTuner(job, lambda done, steps, error: progress(
-            done, steps, error, "tuning")) if wanted else None
+            done, steps, error, "tuning"), self.needs.untrained) if wanted else None
 
     def _context(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Context:
         job = self.job

@@ -5,8 +5,8 @@ moments of its inputs, and what finding the codes of its largest siblings takes 
 arrays of a size a step holds is measured; ``tests/test_room.py`` holds the sum against real jobs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +27,6 @@ from mlxquant.layers.traffic import (
     weight_count,
 )
 from mlxquant.machine.memory import memory_limit
-from mlxquant.quantise.block_tuning import TRAINING_BYTES
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.observe import keeps_experts_apart
 from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
@@ -38,7 +37,12 @@ from mlxquant.sources.checkpoint import SHARD_BYTES
 
 # Of the memory: where the hidden states of all batches would take more, they wait on the disk.
 _SPILL_SHARE = 1 / 8
-_PASSING, _BACKWARD = 2, 5  # arrays of a batch's inputs and outputs, and where gradients go back
+_SHORTEST = 32  # tokens of a window that may be advised
+_PASSING = 2  # arrays of a batch's inputs and outputs
+# A block that is trained, where its gradient begins and where it ends: bytes of a weight whose code
+# moves (its latent, the best and two moments, 16; what it is now and the matrix, 8; start and code,
+# 3; then gradients) and of an expert's; arrays of inputs and outputs, and of attention's scores.
+_EXPERT, _BEGIN, _END = 12, (30, 3.9, 3.5), (41, 1.2, 0)
 # Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
 _KEPT, _FACTORING = 2.2, 1.7
 _CORRECTED = 1.0  # more of them, where the target is corrected
@@ -49,37 +53,42 @@ _FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 
 @dataclass(frozen=True)
 class Needs:
-    """The most bytes that a job holds at once, the interpreter's own apart, and those of hidden
-    states that wait on the disk."""
+    """The most bytes that a job holds at once, the interpreter's own apart; those of hidden states
+    that wait on the disk; and the blocks that cannot be trained in this memory, and why."""
 
-    memory: float
-    waiting: float
+    memory: float = 0.0
+    waiting: float = 0.0
+    untrained: dict[str, str] = field(default_factory=dict)
 
 
-def check(network: nn.Module, blocks: list[Block], output: Path, job: Job) -> bool:
-    """Whether hidden states are to wait on the disk. Raises ``TooLarge`` where the result does not
-    fit there, or the job in memory; the latter names what would fit."""
+def check(network: nn.Module, blocks: list[Block], output: Path, job: Job, heads: int) -> Needs:
+    """What the job takes, of a network with so many heads of attention. Raises ``TooLarge`` where
+    the result does not fit on the disk, or the job in memory; the latter names what would fit."""
     stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job.overrides)))
-    needed, limit = needs(network, blocks, job), memory_limit()
+    needed, limit = needs(network, blocks, job, heads), memory_limit()
     # The finished blocks and the shards made of them lie side by side for a moment.
     require_space(output, int(2 * stored + _ends(network, blocks) + needed.waiting),
                   f"quantising into {output.name}")
     if needed.memory > limit:
         fitting = [next((name for name, other in others
-                         if needs(network, blocks, other).memory <= limit), None)
+                         if needs(network, blocks, other, heads).memory <= limit), None)
                    for others in _smaller(job)]
-        said = " or ".join(filter(None, fitting)) or "no option"
-        raise TooLarge(f"quantising needs {needed.memory / 1e9:.2f} GB of memory, "
-                       f"{limit / 1e9:.2f} GB may be used; {said} would fit")
-    return needed.waiting > 0
+        raise TooLarge(f"quantising needs {_told(needed.memory, limit, filter(None, fitting))}")
+    return needed
+
+
+def _told(needed: float, limit: float, fitting: Iterable[str]) -> str:
+    return (f"{needed / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB may be used; "
+            f"{' or '.join(fitting) or 'no option'} would fit")
 
 
 def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
     """Jobs that take less, by the options that make them so; of each kind the nearest first."""
     if job.calibrated:
-        yield [(f"--sequence-length {job.text.length >> half}",
-                job.changed(length=job.text.length >> half)) for half in (1, 2, 3)
-               if job.text.length >> half >= 32]
+        yield [(f"--sequence-length {short.length}", job.changed(length=short.length))
+               for short in _shorter(_Batch(1, job.text.length, 0))]
+    if job.tuning.tune_blocks:
+        yield [("--no-tune-blocks", job.changed(tune_blocks=False))]
     if job.propagation == "corrected":
         yield [("--propagation quantised", replace(job, propagation="quantised"))]
     yield [(f"--method {method}", job.changed(method=method, rotation=None))
@@ -117,26 +126,61 @@ class _Siblings:
                                                   refine)
 
 
-def needs(network: nn.Module, blocks: list[Block], job: Job) -> Needs:
+@dataclass(frozen=True)
+class _Batch:
+    """What runs through a block at once: ``windows`` of ``length`` tokens, in a network with so
+    many ``heads`` of attention."""
+
+    windows: int
+    length: int
+    heads: int
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
+
+
+def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Needs:
     """What the job takes. Hidden states wait on the disk where they would take more than an eighth
-    of the memory, or what the job has not beside them."""
-    plans = plan_blocks(network, blocks, job.overrides)
+    of the memory, or what the job has not beside them. Blocks that do not fit while they are
+    trained are not, unless that was asked for."""
+    plans, limit = plan_blocks(network, blocks, job.overrides), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
+    batch = (_Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
+             else _Batch(1, 2, heads))
     embeddings = sum(own_bytes(m) for _, m in network.named_modules()
                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
-    windows = min(job.text.samples, batch_size())
-    batch = windows * job.text.length if given else 2
-    held = embeddings + max(_block_bytes(block, plan, given, job, batch)
-                            for block, plan in zip(blocks, plans))
+    tuned = [(block, list(_groups(block, plan, given, job)))
+             for block, plan in zip(blocks, plans) if given and job.tunes(plan.specs.values())]
     # In float32: behind quantised blocks, and where those are to meet what float ones give, there.
-    both = job.propagation == "corrected" or any(job.tunes(plan.specs.values()) for plan in plans)
-    states = 4 * (1 + both) * batch * next(iter(given.values())).shape[-1] if given else 0
-    waiting, limit = states * job.text.samples / windows, memory_limit()
+    width = next(iter(given.values())).shape[-1] if given else 0
+    state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
+
+    def trained(block: Block, groups: list[_Siblings], batch: _Batch) -> float:
+        return embeddings + state * batch.tokens + _training_bytes(block, groups, batch)
+
+    steps, untrained = [_block_bytes(*both, given, job, batch) for both in zip(blocks, plans)], {}
+    for block, groups in tuned:
+        needed = trained(block, groups, batch)
+        if job.tuning.tune_blocks or needed <= limit:
+            steps.append(_training_bytes(block, groups, batch))
+        else:
+            fitting = [f"--sequence-length {short.length}" for short in _shorter(batch)
+                       if trained(block, groups, short) <= limit]
+            untrained[block.path] = f"training takes {_told(needed, limit, fitting[:1])}"
+    held, waiting = embeddings + max(steps), state * job.text.samples * batch.length
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
     weighing = _weighing_bytes(network, job) if job.target else 0
-    return Needs(max(writing, weighing, held + (states if spills else waiting)), spills * waiting)
+    return Needs(max(writing, weighing, held + (state * batch.tokens if spills else waiting)),
+                 spills * waiting, untrained)
+
+
+def _shorter(batch: _Batch) -> list[_Batch]:
+    """Batches of shorter windows, the nearest first."""
+    return [replace(batch, length=batch.length >> half) for half in (1, 2, 3)
+            if batch.length >> half >= _SHORTEST]
 
 
 def _weighing_bytes(network: nn.Module, job: Job) -> float:
@@ -147,27 +191,38 @@ def _weighing_bytes(network: nn.Module, job: Job) -> float:
     return dense_bytes(network) + 4 * 3 * job.text.length * outputs
 
 
+def _training_bytes(block: Block, groups: list[_Siblings], batch: _Batch) -> float:
+    """What training a block takes, with its codes as they are stored."""
+    experts = sum(g.rows * g.inputs * g.experts for g in groups)
+    sizes = (sum(g.rows * g.inputs for g in groups if not g.experts),
+             4 * batch.tokens * _numbers(block, groups),
+             4 * batch.tokens * batch.heads * batch.length)
+    return _EXPERT * experts + max(sum(each * size for each, size in zip(step, sizes))
+                                   for step in (_BEGIN, _END))
+
+
 def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
-                 batch: int) -> float:
-    """What one block takes, at the step that takes the most."""
+                 batch: _Batch) -> float:
+    """What one block takes, at the step that takes the most; training apart."""
     modules = leaf_modules(block.module)
     weights = sum(float32_bytes(module) for _, module in modules)
     groups = list(_groups(block, plan, given, job))
-    moments = sum(group.moments for group in groups)
+    passing = 4 * batch.tokens * _numbers(block, groups)
+    steps = [sum(own_bytes(module) for _, module in modules),
+             sum(group.moments for group in groups) + _PASSING * passing
+             + max((g.moments for g in groups), default=0)]
+    for index, group in enumerate(groups):  # the last is taken first, and its moments are freed
+        steps.append(sum(g.moments for g in groups[:index + 1]) + group.work(job))
+    return weights + _stored_bytes(block, plan) + max(steps)
+
+
+def _numbers(block: Block, groups: list[_Siblings]) -> int:
+    """Numbers of a token that go into and out of a block's layers."""
     # Of a mixture's experts a token runs through those that it chooses.
     run = {part.path: part for part in parts(block.module) if type(part.module) in LAYERS}
     outputs = sum(part.chosen * weight_count(part.module) // part.pool // inputs_of(part.module)
                   for part in run.values())
-    inputs = sum(run[group.first].chosen * group.inputs for group in groups)
-    passing = 4 * batch * (outputs + inputs)
-    steps = [sum(own_bytes(module) for _, module in modules),
-             moments + _PASSING * passing + max((g.moments for g in groups), default=0)]
-    training = TRAINING_BYTES * sum(weight_count(m) for _, m in modules) + _BACKWARD * passing
-    if given and job.tunes(plan.specs.values()) and training <= memory_limit():
-        steps.append(training)
-    for index, group in enumerate(groups):  # the last is taken first, and its moments are freed
-        steps.append(sum(g.moments for g in groups[:index + 1]) + group.work(job))
-    return weights + _stored_bytes(block, plan) + max(steps)
+    return outputs + sum(run[group.first].chosen * group.inputs for group in groups)
 
 
 def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> Iterator[_Siblings]:

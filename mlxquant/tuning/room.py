@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
-from mlxquant.layers import traffic
+from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.trainable import Trainable
@@ -35,7 +35,6 @@ _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
 _FORWARD = 1.75
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class Step:
 
     @classmethod
     def of(cls, tuning: Tuning, config: dict[str, Any]) -> "Step":
-        config = config.get("text_config", config)
-        heads = next((config[name] for name in _HEADS if name in config), 0)
-        return cls(tuning.schedule.batch_size, tuning.sequence_length, heads, tuning.codes > 0)
+        return cls(tuning.schedule.batch_size, tuning.sequence_length,
+                   outline.attention_heads(config), tuning.codes > 0)
 
     @property
     def tokens(self) -> int:
