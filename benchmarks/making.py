@@ -6,7 +6,8 @@
 Every way goes from a folder of 16 bits to a quantised folder on the same tokens, in a process of
 its own, whose peaks are measured. A shape has random weights and random tokens; with ``--blocks N``
 only its first N blocks are made, and what all would take is extrapolated from the pace after the
-first. Results are saved as they come. ``--out`` names the file in results/.
+first. ``--memory 16GB`` plans as on a machine of so much: hidden states may wait on the disk.
+Results are saved as they come. ``--out`` names the file in results/.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from mlx_lm.utils import load_model, save_model
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.dense import to_dense
-from mlxquant.machine.memory import peak_resident
+from mlxquant.machine.memory import parse_size, peak_resident
 from mlxquant.model.loading import open_lazily, open_tokenizer, vocabulary_of
-from mlxquant.quantise import calibration
+from mlxquant.quantise import calibration, room
 from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.job import Job, Target
@@ -108,9 +109,12 @@ def ours(folder: Path, job: Job, tokens: np.ndarray, target: float) -> Row:
         with step(WEIGHING):
             job = assign(folder, job, given, progress)
         network, config = open_lazily(folder)
-        made = Run(folder, folder.with_name("made"), job, given, {}).make(
-            network, blocks_of(network), config, progress)
-    return {"seconds": made.profile["seconds"]["total"], "block_ends": ends,
+        blocks = blocks_of(network)
+        needs = room.needs(network, blocks, job, outline.attention_heads(config))
+        made = Run(folder, folder.with_name("made"), job, given, {}, needs).make(
+            network, blocks, config, progress)
+    return {"predicted_gb": needs.memory / 1e9, "on_disk_gb": needs.waiting / 1e9,
+            "seconds": made.profile["seconds"]["total"], "block_ends": ends,
             "mlx_peak_gb": made.profile["peak_memory_gb"]["total"], "added_error": made.added,
             "profile": made.profile}
 
@@ -136,8 +140,11 @@ def child(a: argparse.Namespace) -> None:
         np.save(folder.with_name("tokens.npy"), draw_tokens(folder, a))
         return
     tokens, before = np.load(folder.with_name("tokens.npy")), peak_resident()
+    if a.memory:
+        room.memory_limit = lambda: parse_size(a.memory)
     row = (theirs(folder, a.child, tokens) if a.child in THEIRS else
-           ours(folder, OURS[a.child], tokens, a.target))
+           ours(folder, OURS[a.child].changed(samples=a.samples, length=a.length), tokens,
+                a.target))
     print(json.dumps(row | {"host_peak_gb": peak_resident() / 1e9,
                             "host_before_gb": before / 1e9}))
 
@@ -176,9 +183,10 @@ def line(row: Row) -> str:
     part = "" if row["made_blocks"] == row["blocks"] else (
         f" for {row['made_blocks']} of {row['blocks']} blocks, {row['seconds_in_all']:.0f} s "
         "extrapolated")
+    predicted = f" (predicted {row['predicted_gb']:.2f})" if "predicted_gb" in row else ""
     steps = list(row["profile"]["seconds"].items())[1:6] if "profile" in row else []
     return (f"{row['model']} {row['way']}: {row['seconds']:.1f} s{part}, MLX peak "
-            f"{row['mlx_peak_gb']:.2f} GB, host peak {row['host_peak_gb']:.2f} GB"
+            f"{row['mlx_peak_gb']:.2f} GB{predicted}, host peak {row['host_peak_gb']:.2f} GB"
             + f" ({', '.join(f'{name} {took:.1f}' for name, took in steps)})" * bool(steps))
 
 
@@ -227,6 +235,7 @@ def main() -> None:
     options.add_argument("--data", nargs="+", help="Calibration texts for --model.")
     options.add_argument("--samples", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
+    options.add_argument("--memory", help="Plan for so much; default: this machine's.")
     options.add_argument("--target", type=float, default=2.4, help="Bits per weight of a budget.")
     options.add_argument("--folder", help="Where models are written; default: a temporary folder.")
     options.add_argument("--out", default="making")

@@ -38,9 +38,11 @@ print(json.dumps([predicted, made.peak_memory, peak_resident() - before]))
 
 def measured(tmp_path: Path, hidden: int, inner: int, **changes) -> tuple[float, float, float]:
     """Bytes predicted for a job on one block, MLX's peak, and what the process grew by."""
+    vocabulary = changes.pop("vocab_size", CONFIG["vocab_size"])
     config = CONFIG | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
-                       "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
-                       "head_dim": 64, "torch_dtype": "float16"}
+                       "vocab_size": vocabulary, "num_attention_heads": hidden // 64,
+                       "num_key_value_heads": hidden // 64, "head_dim": 64,
+                       "torch_dtype": "float16"}
     folder = write_folder(tmp_path / "model", config=config)
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy. " * 400)
@@ -65,7 +67,7 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
 
 
 @pytest.mark.parametrize("hidden,inner,changes", [
-    (384, 1056, dict(method="gptq", length=32)),  # weights are most of it
+    (384, 1056, dict(method="gptq", length=32, vocab_size=40_000)),  # weights; not the embedding
     (256, 704, dict(method="replica", rotation="online", length=256)),  # and tokens
     (128, 352, dict(method="replica", rotation="online", length=512, propagation="corrected",
                     samples=32, spill_share=0)),  # and attention

@@ -50,11 +50,11 @@ class Passes:
         for index, seen in walk:
             yield index, self._result(index, seen)
 
-    def on_quantised(self, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
+    def on_quantised(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
         """The result of every block, each calibrated on what the quantised blocks before give it,
         and with a correction beside what the float ones would."""
         corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
-        for visit in visits(self.network, self.blocks, tokens, self.shelf, quantised=True,
+        for visit in visits(self.network, self.blocks, folder, tokens, self.shelf, quantised=True,
                             floats=corrected or self.tuner is not None, turn=self.turn):
             index, block = visit.index, self.blocks[visit.index]
             first, idle = index not in seen, self.files[index].exists()

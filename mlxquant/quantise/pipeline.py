@@ -199,7 +199,7 @@ class Run:
             return work.rounded()
         if work.floats and work.tuner is None:
             return work.on_float(self.folder, self.tokens)
-        return work.on_quantised(self.tokens)
+        return work.on_quantised(self.folder, self.tokens)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
 
     def trained(block: Block, groups: list[_Siblings], batch: _Batch) -> float:
-        return embeddings + state * batch.tokens + _training_bytes(block, groups, batch)
+        return state * batch.tokens + _training_bytes(block, groups, batch)
 
     steps, untrained = [_block_bytes(*both, given, job, batch) for both in zip(blocks, plans)], {}
     for block, groups in tuned:
@@ -168,7 +168,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
             fitting = [f"--sequence-length {short.length}" for short in _shorter(batch)
                        if trained(block, groups, short) <= limit]
             untrained[block.path] = f"training takes {_told(needed, limit, fitting[:1])}"
-    held, waiting = embeddings + max(steps), state * job.text.samples * batch.length
+    held, waiting = max(embeddings, *steps), state * job.text.samples * batch.length
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)

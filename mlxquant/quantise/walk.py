@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from greenlet import getcurrent, greenlet
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.base.storage import cache_dir, if_writable, save_arrays
@@ -31,6 +31,7 @@ from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.hooks import intercepted
+from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Routed, Watch
@@ -104,7 +105,7 @@ class Task:
             hidden, *rest = self.halt.args
             self.halt.args = (hidden.astype(mx.float32) @ turn.T, *rest)
         given = self.halt.args, self.halt.kwargs
-        # Once computed, what led to the arguments is free, the network's embedding among it.
+        # Once computed, what led to the arguments is free.
         mx.eval([a for _, a in tree_flatten(given) if isinstance(a, mx.array)])
         self.halt.shelf = self._shelf
         self._shelf.put(given, self._batch)
@@ -141,9 +142,10 @@ class Visit:
             task.go_on(task.stand.run())
 
 
-def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, shelf: Shelf, *,
-           quantised: bool, floats: bool, turn: mx.array | None = None) -> Iterator[Visit]:
-    """Every call of every block, in the order in which the network makes them.
+def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibration,
+           shelf: Shelf, *, quantised: bool, floats: bool, turn: mx.array | None = None,
+           ) -> Iterator[Visit]:
+    """Every call of every block, in the order in which the network of ``folder`` makes them.
 
     Who takes a visit lets its tasks go on; their hidden states wait on ``shelf``. ``turn`` (n, n)
     rotates the hidden state that enters the first block. Raises ``Unsupported`` where batches come
@@ -155,11 +157,21 @@ def visits(network: nn.Module, blocks: list[Block], tokens: Calibration, shelf: 
     with intercepted((block.module for block in blocks), _stand):
         behind, before = ([Task(network, b, shelf, turn) for b in batches] if wanted else []
                           for wanted in (quantised, floats))
+        _read_anew(network, blocks, folder)
         for call, index in enumerate(order):
             if any(places[id(task.stand.module)] != index for task in (*behind, *before)):
                 raise Unsupported(f"{blocks[index].path} is not called for every text alike; "
                                   "calibration needs a network that calls its blocks in one order")
             yield Visit(index, order[call + 1:].count(index), behind, before)
+
+
+def _read_anew(network: nn.Module, blocks: list[Block], folder: Path) -> None:
+    """Let go of what has been read outside the blocks, such as the embedding: what the network
+    asks for again is read again."""
+    inside = tuple(block.full("") for block in blocks)
+    fresh, _ = open_lazily(folder)
+    network.update(tree_unflatten([(path, array) for path, array in tree_flatten(fresh.parameters())
+                                   if not path.startswith(inside)]))
 
 
 def batch_size() -> int:
@@ -210,7 +222,8 @@ def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Ca
     _drop_old(kept.parent)
     seen: dict[int, Observation | None] = {}
     left = set(range(len(blocks)))
-    for visit in visits(network, blocks, tokens, shelf, quantised=False, floats=True, turn=turn):
+    for visit in visits(network, blocks, folder, tokens, shelf, quantised=False, floats=True,
+                        turn=turn):
         index = visit.index
         if index in seen:  # a block that is called again: its first call has been watched
             visit.go_on()
