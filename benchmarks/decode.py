@@ -48,6 +48,7 @@ class Decoding:
         self.bytes = traffic.weight_bytes(model.network)
         self.token = mx.array([1])
         mx.eval(self.network(mx.array([[1] * 16]), cache=self.cache))
+        mx.eval(self.next(self.token))  # the first token makes room in the caches, for 256
 
     def next(self, token: mx.array) -> mx.array:
         return mx.argmax(self.network(token[None], cache=self.cache)[:, -1], -1)
