@@ -16,7 +16,7 @@ from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
-_ROUNDS = 4  # half of what a result is fitted in: enough to tell ways apart
+_ROUNDS = 2  # of the 8 that a result is fitted in: enough to tell ways apart
 
 
 def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], statistics: Statistics,
