@@ -84,9 +84,9 @@ def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
         start = time.perf_counter()
         job = Job(text=Text(tuple(a.data), a.samples)).changed(
             tune_blocks=a.tune_blocks > 0, tune_steps=a.tune_blocks or None, **options)
-        mlxquant.quantize(a.model, folder / name, job, progress=tell("block"))
+        made = mlxquant.quantize(a.model, folder / name, job, progress=tell("block"))
         about_run = dict(tuned=False, block_steps=a.tune_blocks, steps=0,
-                         seconds=time.perf_counter() - start)
+                         seconds=time.perf_counter() - start, notes=made.notes)
         yield about | about_run | quality(folder / name, teacher, a)
     if not a.steps:
         return

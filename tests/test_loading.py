@@ -93,6 +93,12 @@ def test_the_memory_limit_is_within_the_machine():
     assert 0 < memory_limit() < 4 << 40
 
 
+def test_on_cuda_the_memory_limit_is_the_gpus_not_the_hosts(monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: {"free_memory": 5 << 20})
+    own = mx.get_active_memory() + mx.get_cache_memory()
+    assert memory_limit() == (5 << 20) + own
+
+
 def test_inspection_counts_what_the_files_hold(stock_quantised):
     result = inspect(str(stock_quantised))
     assert result.bits_per_weight == 4 + 2 * 32 / 32  # codes, float32 scale and bias

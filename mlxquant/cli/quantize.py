@@ -155,6 +155,7 @@ def quantize(
 
 def _report(made: "Made", as_json: bool) -> None:
     from mlxquant.model.inspection import gain_line, inspect
+    from mlxquant.quantise.block_tuning import UNTUNED
 
     result = inspect(str(made.folder))
     if as_json:
@@ -164,11 +165,11 @@ def _report(made: "Made", as_json: bool) -> None:
                     "inherited_error": made.inherited, "tuned_blocks": made.tuned,
                     "notes": made.notes, "profile": made.profile}, indent=None)
     else:
-        for note in made.notes:
-            remark(note)
         print(clean(_errors(made)))
         if made.tuned:
             print(f"tuned: {gain_line(made.tuned)}")
+        for note in made.notes:
+            (print if UNTUNED in note else remark)(clean(note))
         print(f"{made.folder}: {result.bits_per_weight:.2f} bits per weight of the body, "
               f"{result.file_bytes / 1e6:.1f} MB on disk, {made.seconds:.0f} s, "
               f"peak {made.peak_memory / 1e9:.2f} GB", flush=True)

@@ -84,6 +84,16 @@ class Trainable:
             values[path.removesuffix("moves") + module.stored_as] = module.packed(values.pop(path))
         return values
 
+    def moved_share(self, moved: dict[str, mx.array]) -> float:
+        """Of the codes that could move, how many are others than at first."""
+        modules, changed, codes = dict(self.network.named_modules()), 0, 0
+        for path, moves in self.values(moved).items():
+            if path.endswith(".moves"):
+                module = modules[path.removesuffix(".moves")]
+                changed += int((module.rounded(moves) != module.codes).sum().item())
+                codes += moves.size
+        return changed / max(1, codes)
+
     def install(self, values: dict[str, mx.array]) -> nn.Module:
         """The network with these values in it."""
         kept = [(path, array if path.endswith(".moves") else array.astype(self.dtype))

@@ -33,10 +33,13 @@ def peak_resident() -> int:
 
 
 def memory_limit() -> int:
-    """Bytes a model may take: the GPU's recommended working set, else the free memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended:
+    """Bytes a model may take: the GPU's recommended working set, or what of its own memory no other
+    process holds; without a GPU the free memory."""
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
         return int(recommended)
+    if free := info.get("free_memory"):
+        return int(free) + mx.get_active_memory() + mx.get_cache_memory()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024

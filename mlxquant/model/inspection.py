@@ -91,10 +91,12 @@ def _making(file: Path) -> dict[str, Any] | None:
 
 def gain_line(tuned: dict[str, dict[str, float]]) -> str:
     """What tuning blocks gained, in a few words."""
-    before, after = (sum(block[when] for block in tuned.values()) / len(tuned)
-                     for when in ("before", "after"))
+    before, after, moved = (sum(block.get(what, 0) for block in tuned.values()) / len(tuned)
+                            for what in ("before", "after", "moved"))
     return (f"the outputs of {len(tuned)} blocks are off the original's by {100 * after:.2f} % of "
-            f"their energy in the mean, {100 * before:.2f} % before")
+            f"their energy in the mean, {100 * before:.2f} % before"
+            + f"; {100 * moved:.1f} % of the codes moved" * any(
+                "moved" in block for block in tuned.values()))
 
 
 def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:

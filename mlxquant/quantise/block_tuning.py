@@ -10,6 +10,7 @@ may end in another cell.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
 # What a block raises that MLX cannot trace, differentiate or hold.
 _UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
+UNTUNED = "blocks left untuned"  # in every note that says so
 Report = Callable[[int, int, float], None]
 
 
@@ -101,6 +103,7 @@ class BlockTuner:
         result.remainders.clear()
         if reason is not None:
             result.tuned = {"left": reason}
+            print(f"{block.path or 'the block'} is left untuned: {reason}", file=sys.stderr)
 
     def _train(self, block: Block, result: BlockResult, calls: list[Call]) -> None:
         with _as_stored(block.module, result):
@@ -110,11 +113,11 @@ class BlockTuner:
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
             state = self._best(student, calls)
-            tensors = student.tensors(state.best)
+            tensors, moved = student.tensors(state.best), student.moved_share(state.best)
             mx.eval(tensors)
         if state.best_loss < state.first_loss:
             result.tensors |= tensors
-        result.tuned = {"before": state.first_loss, "after": state.best_loss}
+        result.tuned = {"before": state.first_loss, "after": state.best_loss, "moved": moved}
 
     def _best(self, student: Trainable, calls: list[Call]) -> State:
         """Train on the calls in random order, again and again; the state where that ends."""
@@ -127,6 +130,8 @@ class BlockTuner:
             lambda network: float(np.mean([c.error(*c.arrays()).item() for c in held_out])),
             optim.cosine_decay(RATE * _faster(steps), steps),
             compiled=mx.default_device() == mx.gpu and _alike(calls))
+        if not math.isfinite(training.state.first_loss):
+            raise MlxquantError("its error is not a finite number")
         self.report(0, steps, 100 * training.state.first_loss)
         for step in range(1, steps + 1):
             order = order or random.permutation(len(used)).tolist()
@@ -139,13 +144,16 @@ class BlockTuner:
 
 
 def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What tuning gained by block, for config.json, and a note for each reason to leave blocks."""
+    """What tuning gained by block, for config.json, and a note for each reason why blocks are as
+    they were."""
     gains = {path: found for path, found in tuned.items() if "left" not in found}
     left: dict[str, list[str]] = {}
     for path, found in tuned.items():
         if "left" in found:
             left.setdefault(found["left"], []).append(path)
-    notes = [f"{len(paths)} of {len(tuned)} blocks left untuned"
+        elif not found["after"] < found["before"]:  # nor where either is no number
+            left.setdefault("training brought it no nearer", []).append(path)
+    notes = [f"{len(paths)} of {len(tuned)} {UNTUNED}"
              + f", {paths[0]} the first" * bool(paths[0]) + f": {reason}"
              for reason, paths in left.items()]
     return gains, notes

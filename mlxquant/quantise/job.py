@@ -139,9 +139,9 @@ class Made:
     as the mean over layers and the largest. ``inherited`` is what importing a GGUF file took
     before (``sources/gguf``), None where the model was no such file; what the file itself lost of
     its original cannot be known from it. ``notes`` are layers that were stored in another way
-    than asked for, and why. ``profile`` are seconds and peaks by step, calibration text and
-    budget too (``Profile.as_dict``). ``tuned`` are the errors of tuned blocks before and after, by
-    path.
+    than asked for, and blocks left untuned, and why. ``profile`` are seconds and peaks by step,
+    calibration text and budget too (``Profile.as_dict``). ``tuned`` are the errors of tuned blocks
+    before and after, and the share of codes that moved, by path.
     """
 
     folder: Path
