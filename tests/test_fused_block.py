@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import CONFIG
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import (
     KVCache,
@@ -18,6 +19,7 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_kernels import emulation  # noqa: F401 (a fixture)
 from test_packed import FORMS as packed_forms
 from test_packed import emulated, network_of, on_kernels  # noqa: F401 (a fixture)
@@ -223,3 +225,78 @@ def test_a_block_that_does_anything_else_keeps_its_own_call(monkeypatch, of):
     monkeypatch.setattr(llama.TransformerBlock, "__call__", block)
     packed = pack(network_of())
     assert all(type(layer) is llama.TransformerBlock for layer in packed.layers)
+
+
+def adapt(network):
+    """Put adapters beside the linear layers that are not nothing."""
+    linear_to_lora_layers(network, 4, {"rank": 2, "scale": 20.0, "dropout": 0.0})
+    for path, array in tree_flatten(network.trainable_parameters()):
+        if "lora" in path:
+            network.update(tree_unflatten([(path, mx.full(array.shape, 0.1))]))
+
+
+def double(network):
+    network.update(tree_map(lambda array: 2 * array, network.parameters()))
+
+
+@pytest.mark.parametrize("change", [adapt, double])
+@pytest.mark.parametrize("before", [[], [[5, 80, 200], [7]]], ids=["at once", "in between"])
+@pytest.mark.parametrize("prompt", [[7], [5, 80, 200]], ids=["token", "prompt"])
+def test_layers_and_weights_that_are_replaced_count(change, before, prompt):
+    changed = []
+    for network in (stock_network(), pack(stock_network())):
+        for tokens in before:
+            mx.eval(network(mx.array([tokens]), cache=make_prompt_cache(network)))
+        change(network)
+        changed.append((network, make_prompt_cache(network)))
+    for tokens in (prompt, [7], [99]):
+        alike(changed, tokens)
+
+
+def test_a_copy_of_a_network_has_its_own_weights():
+    network, kept, changed = pack(stock_network()), stock_network(), stock_network()
+    copied = copy.deepcopy(network)
+    double(copied)
+    double(changed)
+    for pair in ((changed, copied), (kept, network)):
+        pair = [(each, make_prompt_cache(each)) for each in pair]
+        for tokens in ([5, 80], [7], [99]):
+            alike(pair, tokens)
+
+
+def attend(self, x, mask, cache):
+    """Llama's attention, of a single token to the last three alone."""
+    q, k, v = (layer(x).reshape(1, x.shape[1], -1, self.rope.dims).swapaxes(1, 2)
+               for layer in (self.q_proj, self.k_proj, self.v_proj))
+    q, k = (self.rope(heads, offset=cache.offset) for heads in (q, k))
+    k, v = cache.update_and_fetch(k, v)
+    if mask is None:
+        k, v = k[:, :, -3:], v[:, :, -3:]
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+    return self.o_proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+
+def test_a_window_over_the_cache_is_kept(monkeypatch):
+    monkeypatch.setattr(llama.Attention, "__call__", attend)
+    networks = [(network, make_prompt_cache(network))
+                for network in (stock_network(), pack(stock_network()))]
+    for tokens in ([5, 80, 200, 31, 9], [7], [99]):
+        alike(networks, tokens)
+
+
+def test_another_thread_computes_as_ever_while_a_block_is_read(monkeypatch):
+    own, found = llama.Attention.__call__, []
+
+    def turn():
+        found.append(nn.RoPE(8)(mx.ones((1, 1, 1, 8)), offset=1).tolist())
+
+    def call(self, *args):
+        other = threading.Thread(target=turn)
+        other.start()
+        other.join()
+        return own(self, *args)
+
+    turn()
+    monkeypatch.setattr(llama.Attention, "__call__", call)
+    assert any(hasattr(layer, "one_token") for layer in pack(stock_network()).layers)
+    assert len(found) > 4 and all(each == found[0] for each in found)

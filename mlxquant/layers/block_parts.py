@@ -10,6 +10,7 @@ an output. So the names in the exported graph tell what is connected, and the on
 between are two additions and the gate's: whatever else a block does, it is another block.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ from mlxquant.layers.replicated import ReplicatedLinear
 _MARKED = {nn.Linear, nn.QuantizedLinear, ReplicatedLinear, nn.RMSNorm}  # these very classes
 _Operations = dict[str, tuple[str, set[str]]]  # by what they make: their names and inputs
 _SHAPES = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"}
-_POSITIONS = (3, 1 << 20)  # some rotary embeddings change far out
+_POSITIONS = (3, 1 << 20)  # some rotary embeddings change far out, and windows begin
+_LISTENING = threading.Lock()  # MLX's functions are exchanged for all threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,8 @@ def _read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     recorder = _Calls()
     exported: list[dict[str, Any]] = []
     run(x := mx.zeros(arrays[0].shape, arrays[0].dtype))
-    mx.export_function(exported.append, run, x, *recorder.made())
+    mx.export_function(exported.append, run, x,
+                       *(array for call in recorder.calls for array in call.made))
     paths = {key: path for key, (path, _) in modules.items()}
     return _Graph(*_named(exported, recorder.calls), paths, position).parts()
 
@@ -120,12 +123,10 @@ class _Calls:
         self.calls: list[_Call] = []
         self._given = iter(given) if given else None
 
-    def made(self) -> list[mx.array]:
-        return [array for call in self.calls for array in call.made]
-
     def note(self, kind: str, what: Any, handed: list[mx.array],
              shapes: list[tuple[int, ...]]) -> list[mx.array]:
-        made = [mx.zeros(shape, handed[0].dtype) if self._given is None else next(self._given)
+        zero = mx.zeros((), handed[0].dtype)  # which takes no memory in any shape
+        made = [mx.broadcast_to(zero, shape) if self._given is None else next(self._given)
                 for shape in shapes]
         self.calls.append(_Call(kind, what, handed, made))
         return made
@@ -138,20 +139,23 @@ class _Calls:
 
     @contextmanager
     def listening(self, modules: list[nn.Module]) -> Iterator[None]:
-        own = mx.fast.rope, mx.fast.scaled_dot_product_attention
+        here = threading.get_ident()
 
         def rope(x: mx.array, dims: int, **how: Any) -> mx.array:
-            return self.note("rope", {"dims": dims, **how}, [x], [x.shape])[0]
+            return (self.note("rope", {"dims": dims, **how}, [x], [x.shape])[0]
+                    if threading.get_ident() == here else own[0](x, dims, **how))
 
         def attention(q: mx.array, k: mx.array, v: mx.array, **how: Any) -> mx.array:
-            return self.note("attention", how, [q, k, v], [q.shape])[0]
+            return (self.note("attention", how, [q, k, v], [q.shape])[0]
+                    if threading.get_ident() == here else own[1](q, k, v, **how))
 
-        mx.fast.rope, mx.fast.scaled_dot_product_attention = rope, attention
-        try:
-            with intercepted(modules, self.through):
+        with _LISTENING, intercepted(modules, self.through):
+            own = mx.fast.rope, mx.fast.scaled_dot_product_attention
+            mx.fast.rope, mx.fast.scaled_dot_product_attention = rope, attention
+            try:
                 yield
-        finally:
-            mx.fast.rope, mx.fast.scaled_dot_product_attention = own
+            finally:
+                mx.fast.rope, mx.fast.scaled_dot_product_attention = own
 
 
 class _Recorder(KVCache):
@@ -162,7 +166,9 @@ class _Recorder(KVCache):
         self.offset, self._calls = offset, calls
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        return self._calls.note("cache", None, [keys, values], [keys.shape, values.shape])
+        # As long as it would be: of one token, the last so many are all.
+        shapes = [(*a.shape[:2], self.offset + 1, a.shape[3]) for a in (keys, values)]
+        return self._calls.note("cache", None, [keys, values], shapes)
 
 
 def _named(exported: list[dict[str, Any]], calls: list[_Call]) -> tuple[

@@ -82,33 +82,34 @@ def _attention_of(block: nn.Module, args: tuple[Any, ...],
     return found[0] if found else None
 
 
-def fuse(module: nn.Module, parts: Parts) -> None:
+def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
     """Have a module of such parts, packed or not, take single tokens in few dispatches, where each
-    of its products is one."""
+    of its products is one; ``watch`` is to be called when nothing of it changes any more."""
     if backend.has_gpu() and not trusted("rotary"):  # its reference copies the cache
-        return
+        return None
     modules, mlp = dict(module.named_modules()), parts.mlp
-    made = [join([modules[path] for path in paths])
-            for paths in (parts.qkv, (parts.out,), *((mlp.gate_up, (mlp.down,)) if mlp else ()))]
-    joined = [part for part in made if part is not None]
-    if len(joined) < len(made) or (mlp and joined[2].starts[0]):  # the gate is the first half
-        return
+    wanted = [parts.qkv, (parts.out,), *((mlp.gate_up, (mlp.down,)) if mlp else ())]
+    joined = [made for paths in wanted if (made := join([modules[path] for path in paths]))]
+    if len(joined) < len(wanted) or (mlp and joined[2].starts[0]):  # the gate is the first half
+        return None
     how = replace(parts.rotary, starts=joined[0].starts)
     mx.eval(how.steps, [part.bias for part in joined])
-    _exchange_call(module, OneToken(_Halves(parts, how, joined[0], joined[1], tuple(joined[2:]))))
-
-
-def _exchange_call(module: nn.Module, one_token: "OneToken") -> None:
     own = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        y = self.one_token(*args, *kwargs.values())
-        return own.__call__(self, *args, **kwargs) if y is None else y
+        if self.one_token is not None:
+            if (y := self.one_token(self, (*args, *kwargs.values()))) is not None:
+                return y
+            if self.one_token.outdated(self):
+                self.one_token = None
+        return own.__call__(self, *args, **kwargs)
 
     # Kept by the module: a class refers to itself, and would keep all weights until Python looks
     # for such circles.
-    module.one_token = one_token
+    module.one_token = one_token = OneToken(
+        _Halves(parts, how, joined[0], joined[1], tuple(joined[2:])))
     module.__class__ = type(own.__name__, (own,), {"__call__": call})
+    return one_token
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +153,24 @@ class OneToken:
         self.halves, self.shape = halves, (1, 1, halves.parts.inputs)
         self._before, self._behind = mx.compile(halves.before), mx.compile(halves.behind)
         self._keeps: dict[mx.Dtype, bool] = {}
+        self._held: list[tuple[nn.Module | None, str, Any]] = []
 
-    def __call__(self, *arguments: Any) -> mx.array | None:
-        """The module's result of what it is called with; None where that is not one token, a cache
-        that can be written in place, and nothing else."""
+    def watch(self, module: nn.Module) -> None:
+        """Note what ``module`` holds, for which alone this is right."""
+        self._held = [(None if inner is module else inner, key, value)  # which refers to this
+                      for inner in module.modules() for key, value in inner.items()]
+
+    def outdated(self, module: nn.Module) -> bool:
+        """Whether an array or a layer in it is another one: weights loaded, adapters put in."""
+        return any((module if inner is None else inner).get(key) is not value
+                   for inner, key, value in self._held)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the module has only its own call: its weights are others."""
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> mx.array | None:
+        """What ``module`` makes of its arguments; None where they are not one token, a cache that
+        can be written in place, and nothing else."""
         x = cache = None
         for argument in arguments:
             if argument is None:
@@ -171,7 +186,7 @@ class OneToken:
         if x.dtype not in self._keeps:
             self._keeps[x.dtype] = self.halves.keep(x.dtype)
         how = self.halves.how
-        if (not self._keeps[x.dtype]
+        if (not self._keeps[x.dtype] or (not held.ready and self.outdated(module))
                 or (room := held.room(how.stored, how.size, x.dtype)) is None):
             return None
         queries, keys, values = self._before(x, *room, place_of(held.offset))

@@ -27,17 +27,21 @@ class InPlaceCache(KVCache):
             cache.__class__ = cls
         return cache if type(cache) is cls else None
 
+    @property
+    def ready(self) -> bool:
+        """Whether what is held was made here and has room for a token."""
+        return (self._own is not None and self.keys is self._own[0]
+                and self.values is self._own[1] and self.offset < self._capacity)
+
     def room(self, heads: int, size: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array] | None:
         """Keys and values (1, heads, capacity, size) with room for one token at ``offset``; None
         where those that are held have another shape or type."""
         old = self.keys, self.values
-        if (self._own is not None and old[0] is self._own[0] and old[1] is self._own[1]
-                and self.offset < self._capacity):
-            return self._own
-        for array in old:
-            if array is not None and ((1, heads, size) != (*array.shape[:2], array.shape[3])
-                                      or array.dtype != dtype):
-                return None
+        if self.ready:
+            return old
+        if any(array is not None and ((*array.shape[:2], array.shape[3]) != (1, heads, size)
+                                      or array.dtype != dtype) for array in old):
+            return None
         # In steps that grow, as whatever depends on the capacity is traced anew.
         steps = self.offset // self.step
         self._capacity = (steps + 1 + steps // 8) * self.step

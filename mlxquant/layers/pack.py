@@ -45,8 +45,7 @@ def pack(network: nn.Module) -> nn.Module:
     modules = dict(network.named_modules())
     for group in siblings:
         _take_norm(network, modules, group)
-    for module, parts in plain:
-        fuse(module, parts)
+    fused = [(module, fuse(module, parts)) for module, parts in plain]
     made: list[tuple[str, nn.Module]] = [(path, PackedSwitchGLU(module)) for path, module
                                          in modules.items() if can_fuse(module)]
     made += [mlp for group in siblings for mlp in _gated(modules, group)]
@@ -55,6 +54,9 @@ def pack(network: nn.Module) -> nn.Module:
         for name, child in block.module.children().items():
             if isinstance(child, nn.Module) and _can_trace(child):
                 block.module[name] = TracedForFew(child)
+    for module, one_token in fused:
+        if one_token is not None:
+            one_token.watch(module)
     return network
 
 
