@@ -153,9 +153,8 @@ def test_sixty_four_tokens_of_a_real_model_are_the_same(smollm2):
 @pytest.mark.parametrize("turns", TURNS)
 def test_any_angle_a_position_is_taken(turned, turns):
     networks = both(**TURNS[turns])
-    alike(networks, [5, 80, 200])
-    for token in (7, 99):
-        alike(networks, [token])
+    for tokens in ([5, 80, 200], [7], [99]):
+        alike(networks, tokens)
 
 
 @pytest.mark.parametrize("turns", OTHER_TURNS)
@@ -188,11 +187,8 @@ def test_a_copy_sees_nothing_of_what_is_written_after(turned):
     copied = [(network, copy.deepcopy(cache)) for network, cache in networks]
     for _, cache in networks:
         trim_prompt_cache(cache, 3)
-    for token in (1, 2, 4, 8):
-        alike(networks, [token])
-    for token in (16, 32):
-        alike(copied, [token])
-    alike(networks, [64])
+    for each, token in zip([networks] * 4 + [copied] * 2 + [networks], (1, 2, 4, 8, 16, 32, 64)):
+        alike(each, [token])
 
 
 def test_a_saved_cache_is_mlx_lms_own(tmp_path):

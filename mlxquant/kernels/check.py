@@ -84,14 +84,6 @@ def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
             backend.relative_error(found, again)]
 
 
-def _matvec(case: Case) -> float:
-    return _product(case, replicated_matvec)
-
-
-def _tensor_cores(case: Case) -> float:
-    return _product(case, replicated_tensor_cores)
-
-
 def _product(case: Case, kernel: ModuleType) -> float:
     """Of the matrix kernel alone: its input is prepared by the reference."""
     x, matrix = case.draw()
@@ -107,6 +99,10 @@ def _product(case: Case, kernel: ModuleType) -> float:
         with mx.stream(mx.cpu):
             errors.append(backend.relative_error(y, added(expected)))
     return max(errors)
+
+
+_matvec = partial(_product, kernel=replicated_matvec)
+_tensor_cores = partial(_product, kernel=replicated_tensor_cores)
 
 
 def _expand(case: Case) -> float:

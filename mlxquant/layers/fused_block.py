@@ -15,6 +15,8 @@ before attention and what stands behind it is traced once each and replayed, as 
 token is that of its calls.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,51 +37,28 @@ from mlxquant.layers.in_place import InPlaceCache, place_of
 from mlxquant.layers.joined import Joined, join
 
 
-class _Found(Exception):
-    """A module was called with a cache."""
-
-
 def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module, Parts]]:
     """The plain ones of a network's ``blocks``, of others their attention where that is plain, and
     what they consist of."""
     calls: dict[int, tuple[Any, ...]] = {}
 
-    def through(block: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
-                kwargs: dict[str, Any]) -> Any:
-        calls[id(block)] = args, kwargs
-        return next(a for a in (*args, *kwargs.values()) if isinstance(a, mx.array))
-
-    try:
-        with intercepted([block.module for block in blocks], through):
-            network(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(network))
-    except Exception:  # it takes no cache, or its blocks make more than a hidden state
-        return []
-    found = []
-    for module in (block.module for block in blocks if id(block.module) in calls):
-        parts = read_parts(module, *calls[id(module)])
-        if parts is None and (inner := _attention_of(module, *calls[id(module)])) is not None:
-            module, parts = inner[0], read_parts(*inner)
-        if parts is not None:
-            found.append((module, parts))
-    return found
-
-
-def _attention_of(block: nn.Module, args: tuple[Any, ...],
-                  kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[Any, ...], Any] | None:
-    """The module in a block that is called with its cache, and how."""
-    found = []
-
-    def through(child: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> Any:
         if any(type(argument) is KVCache for argument in (*args, *kwargs.values())):
-            found.append((child, args, kwargs))
-            raise _Found
+            calls[id(module)] = args, kwargs
         return own(*args, **kwargs)
 
-    children = [child for child in block.children().values() if isinstance(child, nn.Module)]
-    with suppress(Exception), intercepted(children, through):  # most often it is ``_Found``
-        block(*args, **kwargs)
-    return found[0] if found else None
+    tried = [[block.module, *(child for child in block.module.children().values()
+                              if isinstance(child, nn.Module))] for block in blocks]
+    # Nothing is computed. Some networks take no cache, and some blocks no such one.
+    with suppress(Exception), intercepted(itertools.chain(*tried), through):
+        network(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(network))
+    found = []
+    for modules in tried:
+        read = ((module, read_parts(module, *calls[id(module)])) for module in modules
+                if id(module) in calls)
+        found += [(module, parts) for module, parts in read if parts is not None][:1]
+    return found
 
 
 def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
@@ -152,7 +131,7 @@ class OneToken:
     def __init__(self, halves: _Halves):
         self.halves, self.shape = halves, (1, 1, halves.parts.inputs)
         self._before, self._behind = mx.compile(halves.before), mx.compile(halves.behind)
-        self._keeps: dict[mx.Dtype, bool] = {}
+        self._keeps = functools.cache(halves.keep)
         self._held: list[tuple[nn.Module | None, str, Any]] = []
 
     def watch(self, module: nn.Module) -> None:
@@ -171,22 +150,13 @@ class OneToken:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> mx.array | None:
         """What ``module`` makes of its arguments; None where they are not one token, a cache that
         can be written in place, and nothing else."""
-        x = cache = None
-        for argument in arguments:
-            if argument is None:
-                continue
-            if x is None and isinstance(argument, mx.array):
-                x = argument
-            elif cache is None:
-                cache = argument
-            else:
-                return None
-        if x is None or x.shape != self.shape or (held := InPlaceCache.of(cache)) is None:
+        given = [argument for argument in arguments if argument is not None]
+        if len(given) != 2:
             return None
-        if x.dtype not in self._keeps:
-            self._keeps[x.dtype] = self.halves.keep(x.dtype)
-        how = self.halves.how
-        if (not self._keeps[x.dtype] or (not held.ready and self.outdated(module))
+        x, cache = given if isinstance(given[0], mx.array) else reversed(given)
+        held, how = InPlaceCache.of(cache), self.halves.how
+        if (held is None or getattr(x, "shape", None) != self.shape or not self._keeps(x.dtype)
+                or (not held.ready and self.outdated(module))
                 or (room := held.room(how.stored, how.size, x.dtype)) is None):
             return None
         queries, keys, values = self._before(x, *room, place_of(held.offset))
