@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from record import parser, save  # first: it loads the BLAS before MLX
+from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
 
 # isort: split
 import mlx.core as mx
@@ -28,7 +28,6 @@ from mlxquant.model.loading import LanguageModel, load
 from mlxquant.quantise.job import Job, Target, Text
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
-from mlxquant.tuning.settings import Schedule, Tuning
 
 COMMON = dict(rotation="online", propagation="corrected")
 REPLICA = dict(method="replica", **COMMON)
@@ -90,11 +89,9 @@ def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
         yield about | about_run | quality(folder / name, teacher, a)
     if not a.steps:
         return
-    schedule = Schedule(a.steps, a.batch_size, a.learning_rate, max(1, a.steps // 8))
     settings = dict(codes=a.codes, written=a.written, conversations=a.conversations)
     tuned = folder / "-".join(map(str, (name, "tuned", a.steps, *settings.values())))
-    tuning = Tuning(a.model, a.data, schedule, a.length, **settings)
-    result = mlxquant.tune(str(folder / name), tuned, tuning, progress=tell("step"))
+    result = mlxquant.tune(str(folder / name), tuned, tuning_of(a, a.model), progress=tell("step"))
     about_run = dict(tuned=True, seconds=result.seconds, steps=a.steps, batch_size=a.batch_size,
                      **settings, divergence_before=result.divergence_before,
                      divergence_after=result.divergence_after)
@@ -110,24 +107,15 @@ def tell(what: str):
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = tuning_options(__doc__)
     options.add_argument("--text", required=True)
     options.add_argument("--other", required=True)
     options.add_argument("--data", nargs="+", required=True)
     options.add_argument("--model", default=DEFAULT_MODEL)
     options.add_argument("--out", default="replicas")
     options.add_argument("--plan", nargs="+", default=list(PLAN), choices=PLAN)
-    options.add_argument("--steps", type=int, default=300)
-    options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--learning-rate", type=float, default=2e-3)
-    options.add_argument("--codes", type=float, default=0.0)
-    options.add_argument("--written", type=int, default=0)
-    options.add_argument("--conversations", type=int, default=0)
     options.add_argument("--tune-blocks", type=int, default=0, metavar="STEPS")
     options.add_argument("--samples", type=int, default=128)
-    options.add_argument("--windows", type=int, default=40)
-    options.add_argument("--keep", type=Path)
     a = options.parse_args()
     teacher = load(a.model, dense=True)
     rows = []

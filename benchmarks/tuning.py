@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import parser, save  # first: it loads the BLAS before MLX
+from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
 
 # isort: split
 import mlx.core as mx
@@ -45,6 +45,7 @@ from mlxquant.tuning.tune import Teacher
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")}
 SHAPES["qwen2.5-32b"] = shapes.llama(5120, 64, 27648, (40, 8), 152064, False)
+DTYPE = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32  # that tuning computes in
 QUANTISED = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"))
 
 
@@ -69,18 +70,18 @@ class Stages:
 def foretold(a: argparse.Namespace, tuning: Tuning) -> dict[str, float]:
     """GB that the formula gives for each stage."""
     network, config = open_lazily(resolve(a.folder))
-    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
-    student = Trainable(network, dtype, Parts(codes=tuning.codes))
-    room = Room(student, open_lazily(resolve(a.teacher))[0], config["vocab_size"])
-    step = Step.of(tuning, config)
+    return gigabytes(Room(Trainable(network, DTYPE, Parts(codes=tuning.codes)),
+                          open_lazily(resolve(a.teacher))[0], config["vocab_size"]),
+                     Step.of(tuning, config))
+
+
+def gigabytes(room: Room, step: Step) -> dict[str, float]:
     return {"predictions": room.teacher_bytes(step) / 1e9,
             "training": room.student_bytes(step) / 1e9}
 
 
 def tune(a: argparse.Namespace, output: Path) -> dict:
-    schedule = Schedule(a.steps, a.batch_size, a.learning_rate, max(1, a.steps // 8))
-    tuning = Tuning(a.teacher, a.data, schedule, a.length, codes=a.codes, written=a.written,
-                    conversations=a.conversations)
+    tuning = tuning_of(a, a.teacher)
     said, stages = foretold(a, tuning), Stages()
     result = mlxquant.tune(
         a.folder, output, tuning,
@@ -109,25 +110,22 @@ def measure(a: argparse.Namespace, folder: Path) -> dict:
     """Peaks of a shape of random weights and codes, beside what the formula gives."""
     config = shapes.SHAPES[a.measure]
     step = Step(a.batch_size, a.length, config["num_attention_heads"], a.codes > 0)
-    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     batches = np.random.default_rng(0).integers(0, config["vocab_size"],
                                                 (a.steps + 1, a.batch_size, a.length))
     kept = predictions.Predictions(folder, list(batches), config["vocab_size"])
     small = planned(outline.network_of(config), config, QUANTISED)
-    room = Room(Trainable(small, dtype, Parts(codes=a.codes)), outline.network_of(config),
-                config["vocab_size"])
-    said = {"predictions": room.teacher_bytes(step) / 1e9,
-            "training": room.student_bytes(step) / 1e9}
-    del room, small
+    said = gigabytes(Room(Trainable(small, DTYPE, Parts(codes=a.codes)),
+                          outline.network_of(config), config["vocab_size"]), step)
+    del small
     stages = Stages()
-    teacher = filled(outline.network_of(config), dtype)
+    teacher = filled(outline.network_of(config), DTYPE)
     mx.reset_peak_memory()
     kept.write(teacher, lambda done, total: stages.note("predictions", done, total))
     del teacher
     gc.collect()
     mx.clear_cache()
     student = Trainable(filled(planned(outline.network_of(config), config, QUANTISED), mx.float16),
-                        dtype, Parts(codes=a.codes))
+                        DTYPE, Parts(codes=a.codes))
     mx.reset_peak_memory()
     Distillation(student, kept, Schedule(a.steps, a.batch_size, check_every=a.steps)).run(
         lambda done, total, loss: stages.note("training", done, total, loss))
@@ -179,22 +177,13 @@ def known_shapes() -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = tuning_options(__doc__)
     options.add_argument("folder", nargs="?")
     options.add_argument("--teacher")
     options.add_argument("--text")
     options.add_argument("--data", nargs="+")
-    options.add_argument("--steps", type=int, default=300)
-    options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--length", type=int, default=512)
-    options.add_argument("--learning-rate", type=float, default=2e-3)
-    options.add_argument("--codes", type=float, default=0.0)
-    options.add_argument("--written", type=int, default=0)
-    options.add_argument("--conversations", type=int, default=0)
-    options.add_argument("--windows", type=int, default=40)
     options.add_argument("--top", type=int, default=predictions.TOP,
                          help="successors that are kept of each token's predictions")
-    options.add_argument("--keep", type=Path, help="the tuned folder; default: none is kept")
     options.add_argument("--out", default="tuning")
     options.add_argument("--shapes", action="store_true")
     options.add_argument("--measure", choices=shapes.SHAPES)

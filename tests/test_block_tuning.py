@@ -110,19 +110,23 @@ def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder,
     assert same(tmp_path / "whole", tmp_path / "again")
 
 
-def test_a_compiled_step_trains_as_a_plain_one_does(tmp_path, tiny_folder, text, monkeypatch):
-    """Compiled steps, which a GPU takes, are handed each call's arrays and not the first one's."""
-    class Compiled(block_tuning.Training):
-        def __init__(self, *given, compiled):
-            super().__init__(*given, compiled=True)
+@pytest.mark.parametrize("kind", ["replicas", "groups"])
+def test_a_compiled_step_trains_as_a_plain_one_does(tmp_path, tiny_folder, text, monkeypatch, kind):
+    """On any device, also without what computes matrices anew: each call's arrays are handed to a
+    compiled step and not the first one's, and as many codes move."""
+    training, checkpoint = block_tuning.Training, mx.checkpoint
 
-    options = KINDS["grouped replicas"] | dict(tune_steps=8, length=32)
-    plain = quantise(tiny_folder, tmp_path / "plain", text, **options).tuned
-    monkeypatch.setattr(block_tuning, "Training", Compiled)
-    compiled = quantise(tiny_folder, tmp_path / "compiled", text, **options).tuned
-    assert plain.keys() == compiled.keys()
-    for path, gain in plain.items():
-        assert compiled[path] == pytest.approx(gain, rel=0.02)
+    def first_block(compiled, kept):
+        name = f"{compiled}-{kept}"
+        monkeypatch.setattr(block_tuning, "Training", lambda *given, **_: training(
+            *given, compiled=compiled))
+        monkeypatch.setattr(mx, "checkpoint", (lambda step: step) if kept else checkpoint)
+        options = KINDS[kind] | dict(tune_steps=48, length=32, samples=16)
+        return quantise(tiny_folder, tmp_path / name, text, **options).tuned["model.layers.0"]
+
+    plain = first_block(compiled=False, kept=True)
+    assert plain["moved"] > 0
+    assert first_block(compiled=True, kept=False) == pytest.approx(plain, rel=0.05)
 
 
 @pytest.mark.parametrize("name, options", [

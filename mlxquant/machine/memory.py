@@ -3,12 +3,15 @@
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
-from mlxquant.base.errors import BadValue
+from mlxquant.base.errors import BadValue, TooLarge
 
+T = TypeVar("T")
 DENSE_SHARE = 0.7  # of the memory, so that activations and the KV cache have room
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -30,6 +33,22 @@ def peak_resident() -> int:
     """The most bytes that this process has held in memory so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def told(needed: float, limit: float, fitting: Iterable[str]) -> str:
+    """What is needed and may be used, in GB, and which options would fit."""
+    return (f"{needed / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB may be used; "
+            f"{' or '.join(fitting) or 'no option'} would fit")
+
+
+def require_memory(what: str, asked: T, need: Callable[[T], float], limit: float,
+                   smaller: Iterable[Iterable[tuple[str, T]]]) -> None:
+    """Raise ``TooLarge`` where ``what`` was asked needs more than ``limit`` bytes; it names of each
+    kind of what is ``smaller``, by the options that make it so, the first that would fit."""
+    if (needed := need(asked)) > limit:
+        fitting = [next((name for name, other in others if need(other) <= limit), None)
+                   for others in smaller]
+        raise TooLarge(f"{what} needs {told(needed, limit, filter(None, fitting))}")
 
 
 def memory_limit() -> int:

@@ -5,7 +5,7 @@ moments of its inputs, and what finding the codes of its largest siblings takes 
 arrays of a size a step holds is measured; ``tests/test_room.py`` holds the sum against real jobs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
 from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
@@ -26,7 +25,7 @@ from mlxquant.layers.traffic import (
     parts,
     weight_count,
 )
-from mlxquant.machine.memory import memory_limit
+from mlxquant.machine.memory import memory_limit, require_memory, told
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.observe import keeps_experts_apart
 from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
@@ -65,21 +64,14 @@ def check(network: nn.Module, blocks: list[Block], output: Path, job: Job, heads
     """What the job takes, of a network with so many heads of attention. Raises ``TooLarge`` where
     the result does not fit on the disk, or the job in memory; the latter names what would fit."""
     stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job.overrides)))
-    needed, limit = needs(network, blocks, job, heads), memory_limit()
+    needed = needs(network, blocks, job, heads)
     # The finished blocks and the shards made of them lie side by side for a moment.
     require_space(output, int(2 * stored + _ends(network, blocks) + needed.waiting),
                   f"quantising into {output.name}")
-    if needed.memory > limit:
-        fitting = [next((name for name, other in others
-                         if needs(network, blocks, other, heads).memory <= limit), None)
-                   for others in _smaller(job)]
-        raise TooLarge(f"quantising needs {_told(needed.memory, limit, filter(None, fitting))}")
+    require_memory("quantising", job, lambda other: (
+        needed if other is job else needs(network, blocks, other, heads)).memory,
+        memory_limit(), _smaller(job))
     return needed
-
-
-def _told(needed: float, limit: float, fitting: Iterable[str]) -> str:
-    return (f"{needed / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB may be used; "
-            f"{' or '.join(fitting) or 'no option'} would fit")
 
 
 def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
@@ -167,7 +159,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
         else:
             fitting = [f"--sequence-length {short.length}" for short in _shorter(batch)
                        if trained(block, groups, short) <= limit]
-            untrained[block.path] = f"training takes {_told(needed, limit, fitting[:1])}"
+            untrained[block.path] = f"training takes {told(needed, limit, fitting[:1])}"
     held, waiting = max(embeddings, *steps), state * job.text.samples * batch.length
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))

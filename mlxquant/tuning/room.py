@@ -14,13 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxquant.base.errors import TooLarge
 from mlxquant.base.storage import require_space
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.trainable import Trainable
-from mlxquant.machine.memory import DENSE_SHARE, memory_limit
+from mlxquant.machine.memory import DENSE_SHARE, memory_limit, require_memory
 from mlxquant.tuning import piecewise
 from mlxquant.tuning.predictions import bytes_for
 from mlxquant.tuning.settings import HELD_OUT, Tuning
@@ -83,15 +82,8 @@ class Room:
         limit = memory_limit()
         writing = _WRITING * limit if tuning.written or tuning.conversations else 0
 
-        def needed(step: Step) -> float:
-            return max(self.student_bytes(step), self.teacher_bytes(step) + writing)
-
-        if needed(step) > limit:
-            fitting = [next((name for name, other in others if needed(other) <= limit), None)
-                       for others in _smaller(step)]
-            said = " or ".join(filter(None, fitting)) or "no option"
-            raise TooLarge(f"tuning needs {needed(step) / 1e9:.2f} GB of memory, "
-                           f"{limit / 1e9:.2f} GB may be used; {said} would fit")
+        require_memory("tuning", step, lambda step: max(
+            self.student_bytes(step), self.teacher_bytes(step) + writing), limit, _smaller(step))
 
     def student_bytes(self, step: Step) -> float:
         """The most bytes that training holds."""
