@@ -8,7 +8,6 @@ import mlx.nn as nn
 
 from mlxquant.kernels.first_step import AsIs
 from mlxquant.kernels.matrix import NOTHING, Added
-from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.packed import PackedGroup, PackedLinear
 
 _FORM = ("bits", "group_size", "mode")  # of MLX's quantised layers, that they must share
@@ -20,10 +19,20 @@ class Stacked:
 
     def __init__(self, layers: list[nn.Module]):
         self.form = {key: getattr(layers[0], key) for key in _FORM if hasattr(layers[0], key)}
+        self.bounds = (0, *itertools.accumulate(len(layer.weight) for layer in layers))
         self.arrays: dict[str, mx.array] = {}
         for name in ("weight", "scales", "biases"):
             if layers[0].get(name) is not None:
-                self.arrays[name] = _stack(layers, name) if len(layers) > 1 else layers[0][name]
+                self.arrays[name] = (self._stack(layers, name) if len(layers) > 1
+                                     else layers[0][name])
+
+    def _stack(self, layers: list[nn.Module], name: str) -> mx.array:
+        whole = mx.concatenate([layer[name] for layer in layers])
+        for layer, start, end in zip(layers, self.bounds, self.bounds[1:]):
+            layer[name] = whole[start:end]
+        mx.eval(whole, *(layer[name] for layer in layers))
+        mx.clear_cache()
+        return whole
 
     def stacked(self, x: mx.array, first: AsIs | None, added: Added = NOTHING) -> mx.array:
         """As ``PackedGroup.stacked``."""
@@ -32,18 +41,6 @@ class Stacked:
             return added(x @ weight.T)
         return added(mx.quantized_matmul(x, weight, self.arrays["scales"],
                                          self.arrays.get("biases"), **self.form))
-
-
-def _stack(layers: list[nn.Module], name: str) -> mx.array:
-    whole = mx.concatenate([layer[name] for layer in layers])
-    start = 0
-    for layer in layers:
-        end = start + len(layer[name])
-        layer[name] = whole[start:end]
-        start = end
-    mx.eval(whole, *(layer[name] for layer in layers))
-    mx.clear_cache()
-    return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,31 +60,22 @@ class Joined:
 
 def join(layers: list[nn.Module]) -> Joined | None:
     """Layers that read one input; None where no one product has all of them, and only them."""
-    if all(isinstance(layer, PackedLinear) for layer in layers):
-        group = layers[0].group
-        if len(layers) != group.siblings or any(layer.group is not group for layer in layers):
+    kinds = {(type(layer), *(getattr(layer, key, None) for key in _FORM),
+              *(layer[name].dtype for name in ("weight", "scales") if name in layer))
+             for layer in layers}
+    product: PackedGroup | Stacked
+    if len(kinds) == 1 and type(layers[0]) in (nn.Linear, nn.QuantizedLinear):
+        product, places = Stacked(layers), list(range(len(layers)))
+    elif all(isinstance(layer, PackedLinear) for layer in layers):
+        product, places = layers[0].group, [layer.index for layer in layers]
+        if (len(layers) + 1 != len(product.bounds)
+                or any(layer.group is not product for layer in layers)):
             return None
-        starts = tuple(group.bounds[layer.index] for layer in layers)
-        dtype = group.replica_out.dtype
-        return Joined(group, starts, _biases(sorted(layers, key=lambda layer: layer.index), dtype))
-    if any(type(layer) not in (nn.Linear, nn.QuantizedLinear) for layer in layers):
+    else:
         return None
-    kinds = {(type(layer), *(getattr(layer, key, None) for key in _FORM), layer.weight.dtype,
-              layer.get("scales", layer.weight).dtype) for layer in layers}
-    if len(kinds) != 1:
-        return None
-    ends = itertools.accumulate((rows_of(layer) for layer in layers), initial=0)
-    dtype = layers[0].get("scales", layers[0].weight).dtype
-    return Joined(Stacked(layers), tuple(ends)[:-1], _biases(layers, dtype))
-
-
-def _biases(layers: list[nn.Module], dtype: mx.Dtype) -> mx.array | None:
-    """The layers' biases one behind the other, zeros where one has none."""
-    if not any("bias" in layer for layer in layers):
-        return None
-    parts = [layer.bias if "bias" in layer else mx.zeros(rows_of(layer), dtype) for layer in layers]
-    return mx.concatenate(parts)
-
-
-def rows_of(layer: nn.Module) -> int:
-    return layer.rows if isinstance(layer, PackedLinear) else shape_of(layer)[-2]
+    bias, bounds = None, product.bounds
+    if given := {place: layer.bias for place, layer in zip(places, layers) if "bias" in layer}:
+        dtype = next(iter(given.values())).dtype
+        bias = mx.concatenate([given.get(i, mx.zeros(bounds[i + 1] - bounds[i], dtype))
+                               for i in range(len(layers))])
+    return Joined(product, tuple(bounds[place] for place in places), bias)

@@ -162,11 +162,6 @@ class PackedSibling(nn.Module, Generic[Group]):
 class PackedLinear(PackedSibling[PackedGroup]):
     """In the place of a ``ReplicatedLinear``."""
 
-    @property
-    def rows(self) -> int:
-        start, end = self.group.bounds[self.index:self.index + 2]
-        return end - start
-
     def __call__(self, x: mx.array) -> mx.array:
         y = self.group.outputs(x, self.index)
         return y + self.bias.astype(y.dtype) if "bias" in self else y
