@@ -157,24 +157,29 @@ def test_a_block_whose_error_is_no_number_does_not_end_the_job(tmp_path, tiny_fo
     assert not made.tuned and "its error is not a finite number" in made.notes[0]
 
 
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("[malloc] Unable to allocate 9 bytes.\nAsked for 9."), "[malloc] Unable"),
+    (MemoryError(), "MemoryError")])
 def test_a_block_for_which_memory_runs_out_is_told_of_at_once(tmp_path, tiny_folder, text,
-                                                              monkeypatch):
+                                                              monkeypatch, error, said):
     """On standard error while it works, and with the result."""
     steps = []
 
     def short(self, *data):
         steps.append(data)
         if len(steps) > 4:  # in the second block
-            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+            raise error
         return 0.0
 
     monkeypatch.setattr(block_tuning.Training, "step", short)
+    cleared, clear = [], mx.clear_cache
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(len(steps)) or clear())
     done = CliRunner().invoke(app, [
         "quantize", str(tiny_folder), "-o", str(tmp_path / "out"), "--bits", "2", "--data", text,
         "--samples", "4", "--sequence-length", "32", "--tune-steps", "4"])
-    assert done.exit_code == 0, done.output
-    assert "model.layers.1 is left untuned: [malloc] Unable to allocate" in done.stderr
-    assert "1 of 2 blocks left untuned, model.layers.1 the first: [malloc]" in done.stdout
+    assert done.exit_code == 0 and 5 in cleared, done.output
+    assert f"model.layers.1 is left untuned: {said}" in done.stderr
+    assert f"1 of 2 blocks left untuned, model.layers.1 the first: {said}" in done.stdout
     assert "1 of 2 blocks left untuned, model.layers.0 the first: training brought" in done.stdout
 
 

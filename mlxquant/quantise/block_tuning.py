@@ -39,7 +39,8 @@ _FULL = 320  # steps that the rates were chosen for
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
 # What a block raises that MLX cannot trace, differentiate or hold.
-_UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
+_UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError,
+                MemoryError)
 UNTUNED = "blocks left untuned"  # in every note that says so
 Report = Callable[[int, int, float], None]
 
@@ -99,7 +100,8 @@ class BlockTuner:
             try:
                 self._train(block, result, calls)
             except _UNTRAINABLE as error:
-                reason = str(error).splitlines()[0]
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                mx.clear_cache()  # what ran out of memory must not cost the next block its own
         result.remainders.clear()
         if reason is not None:
             result.tuned = {"left": reason}
