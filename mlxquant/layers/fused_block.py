@@ -154,9 +154,9 @@ class OneToken:
         if len(given) != 2:
             return None
         x, cache = given if isinstance(given[0], mx.array) else reversed(given)
-        held, how = InPlaceCache.of(cache), self.halves.how
-        if (held is None or getattr(x, "shape", None) != self.shape or not self._keeps(x.dtype)
-                or (not held.ready and self.outdated(module))
+        how = self.halves.how
+        if (getattr(x, "shape", None) != self.shape or (held := InPlaceCache.of(cache)) is None
+                or not self._keeps(x.dtype) or (not held.ready and self.outdated(module))
                 or (room := held.room(how.stored, how.size, x.dtype)) is None):
             return None
         queries, keys, values = self._before(x, *room, place_of(held.offset))
