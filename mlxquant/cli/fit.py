@@ -72,13 +72,15 @@ def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _texts(wanted: dict[str, Any]) -> str:
     """What is calibrated on, whether blocks are trained, and what is measured on."""
+    from mlxquant.report.made import SELF
+
     samples = f"{wanted['samples']} samples of {wanted['sequence_length']} tokens"
     source = ("none, it is only rounded" if wanted["method"] == "rtn" and not wanted["tune_blocks"]
               else f"{samples} from {', '.join(wanted['data'])}" if wanted["data"]
               else f"{samples} that the model writes itself (--data FILE for your own)")
     trained = f"{wanted['tune_steps']} steps each" if wanted["tune_blocks"] else "not trained"
     held_out = "text that the model writes (--text FILE for your own)" if (
-        wanted["text"] == "self") else wanted["text"]
+        wanted["text"] == SELF) else wanted["text"]
     return f"calibration text: {source}; blocks: {trained}; measured afterwards on: {held_out}"
 
 

@@ -177,6 +177,8 @@ def _report(made: "Made", as_json: bool) -> None:
 
 def _measure(held_out: "HeldOut", output: Path, model: str, revision: str | None,
              as_json: bool) -> None:
+    from mlxquant.report.made import SELF
+
     with progress("held-out text, divergence in nats:") as advance:
         quality = held_out.measure(
             output, model, revision, progress=advance, writing=lambda done, total: advance(
@@ -185,7 +187,7 @@ def _measure(held_out: "HeldOut", output: Path, model: str, revision: str | None
         print_json({"stage": "measured", **asdict(quality)}, indent=None)
     else:
         print(f"{quality.line()}\nmeasured on " + (
-            "text that the original wrote" if held_out.text == "self" else clean(held_out.text)))
+            "text that the original wrote" if held_out.text == SELF else clean(held_out.text)))
 
 
 def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str], None]:

@@ -7,6 +7,7 @@ slice or a copy, where a block that is put there is never called.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -39,6 +40,13 @@ def shape_of(module: nn.Module) -> tuple[int, ...]:
         return tuple(module.shape)
     *rows, columns = module.weight.shape
     return *rows, columns * 32 // module.bits if hasattr(module, "bits") else columns
+
+
+def arrays_outside(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
+    """The arrays of a network that none of its blocks holds, by path."""
+    inside = tuple(block.full("") for block in blocks)
+    return {path: array for path, array in tree_flatten(network.parameters())
+            if not path.startswith(inside)}
 
 
 def find_blocks(network: nn.Module) -> list[Block]:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlxquant.base.trees import arrays
 from mlxquant.layers.blocks import blocks_or_itself, shape_of
 from mlxquant.layers.packed import PackedCodes
 from mlxquant.layers.packed_experts import PackedSwitchLinear
@@ -168,9 +169,8 @@ def kv_bytes(cache: list[Any]) -> int:
     """
     total = 0.0
     for layer in cache:
-        arrays = [array for _, array in tree_flatten(layer.state) if isinstance(array, mx.array)]
         offset = getattr(layer, "offset", None)
-        for array in arrays:
+        for array in arrays(layer.state):
             grown = offset is not None and array.ndim == 4
             total += array.nbytes * (min(offset / array.shape[-2], 1.0) if grown else 1.0)
     return round(total)

@@ -12,7 +12,7 @@ from mlxquant.codes import rtn
 from mlxquant.codes.spec import PLAIN_GROUPS, Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import formats
-from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
@@ -62,12 +62,11 @@ def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
     dtype, ends = stored_dtype(blocks[0]), dict[str, mx.array]()
     if (turn := turn_of(config, job)) is not None:
         ends, config = rotation.rotate_ends(network, config, turn)
-    inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
+    inside = tuple(block.full("") for block in blocks)
     modules = {path: module for path, module in network.named_modules()
                if isinstance(module, ENDS) and not path.startswith(inside)}
-    tensors = {name: array for name, array in tree_flatten(network.parameters())
-               if not name.startswith(inside)}
-    made = Outside(tensors | {name: array.astype(dtype) for name, array in ends.items()}, {
+    turned = {name: array.astype(dtype) for name, array in ends.items()}
+    made = Outside(arrays_outside(network, blocks) | turned, {
         path: stored_entry(m) for path, m in modules.items() if hasattr(m, "bits")}, config)
     stored = next((getattr(m, "bits", None) for m in modules.values()), None)
     if bits := job.embedding_bits or (stored if ends else None):
@@ -110,11 +109,10 @@ class Body:
 
     def add(self, block: Block, result: BlockResult) -> None:
         """Take in one block's."""
-        prefix = f"{block.path}." if block.path else ""
         if result.tuned:
             self.tuned[block.path] = result.tuned
         for kind in ("plain", "layers", "replicas", "errors"):
-            getattr(self, kind).update({f"{prefix}{path}": entry
+            getattr(self, kind).update({block.full(path): entry
                                         for path, entry in getattr(result, kind).items()})
 
     def output_error(self) -> dict[str, Any]:

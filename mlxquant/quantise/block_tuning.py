@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.base.errors import MlxquantError
+from mlxquant.base.trees import arrays, floats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.trainable import Parts, Trainable
@@ -55,7 +56,7 @@ class Call:
 
     def arrays(self) -> list[mx.array]:
         """All arrays of the arguments, then those of the outputs to meet."""
-        return [*_arrays(self.halt.given()), *_floats(self.halt.shelf.read(self.wanted))]
+        return [*arrays(self.halt.given()), *floats(self.halt.shelf.read(self.wanted))]
 
     def numbers(self) -> list[Any]:
         """What else is in the arguments."""
@@ -69,7 +70,7 @@ class Call:
         left = iter(data)
         args, kwargs = tree_map(lambda leaf: next(left) if isinstance(leaf, mx.array) else leaf,
                                 (self.halt.args, self.halt.kwargs))
-        given, errors = _floats(self.halt.own(*args, **kwargs)), []
+        given, errors = floats(self.halt.own(*args, **kwargs)), []
         for y, wanted in zip(given, left, strict=True):
             energy = mx.square(wanted).sum(-1)
             floor = 1e-3 * energy.mean() + 1e-20
@@ -192,11 +193,3 @@ def _as_stored(module: nn.Module, result: BlockResult) -> Iterator[None]:
                 delattr(holder, name)
         module.update_modules(tree_unflatten(leaves))
         module.train(training)
-
-
-def _arrays(tree: Any) -> list[mx.array]:
-    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
-
-
-def _floats(tree: Any) -> list[mx.array]:
-    return [array for array in _arrays(tree) if mx.issubdtype(array.dtype, mx.floating)]

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxquant.base.storage import require_space
 from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
-from mlxquant.layers.blocks import Block
+from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.traffic import (
     dense_bytes,
     float32_bytes,
@@ -239,9 +238,7 @@ def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> I
 
 def _ends(network: nn.Module, blocks: list[Block]) -> int:
     """Bytes outside the blocks, as stored."""
-    inside = tuple(f"{block.path}." if block.path else "" for block in blocks)
-    return sum(a.nbytes for name, a in tree_flatten(network.parameters())
-               if not name.startswith(inside))
+    return sum(array.nbytes for array in arrays_outside(network, blocks).values())
 
 
 def _stored_bytes(block: Block, plan: Plan) -> float:

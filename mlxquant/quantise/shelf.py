@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlxquant.base.errors import CannotWrite
+from mlxquant.base.trees import arrays
 
 _NAME = "array"
 
@@ -33,7 +34,7 @@ class Shelf:
         tokens) among their axes. Masks and the like may be the network's own, and stay."""
         if self._folder is None:
             return
-        for array in _arrays(tree):
+        for array in arrays(tree):
             places = range(array.ndim - 1)
             if id(array) in self._files or not any(array.shape[i:i + 2] == batch for i in places):
                 continue
@@ -52,7 +53,7 @@ class Shelf:
 
     def give_back(self, tree: Any) -> None:
         """Fill the arrays of a tree again, in place."""
-        for array in _arrays(tree):
+        for array in arrays(tree):
             if id(array) in self._files:
                 array[...] = self._read(array)
                 self._drop(id(array))
@@ -77,7 +78,3 @@ def shelf(folder: Path, spills: bool) -> Iterator[Shelf]:
         yield Shelf(folder if spills else None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _arrays(tree: Any) -> list[mx.array]:
-    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]

@@ -23,12 +23,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from greenlet import getcurrent, greenlet
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.base.storage import cache_dir, if_writable, save_arrays
+from mlxquant.base.trees import arrays, is_float
 from mlxquant.codes.statistics import Statistics
-from mlxquant.layers.blocks import Block
+from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.hooks import intercepted
 from mlxquant.model.loading import open_lazily
@@ -90,7 +91,7 @@ class Task:
 
     def go_on(self, output: Any) -> None:
         """Let the block at which the task stands return ``output``."""
-        mx.eval([array for _, array in tree_flatten(output) if isinstance(array, mx.array)])
+        mx.eval(arrays(output))
         self._shelf.give_back((self.stand.args, self.stand.kwargs))  # the network may use them on
         self._run_on(output)
         if self.halt is None:  # else it is the next block's argument, or the network's to use
@@ -106,14 +107,13 @@ class Task:
             self.halt.args = (hidden.astype(mx.float32) @ turn.T, *rest)
         given = self.halt.args, self.halt.kwargs
         # Once computed, what led to the arguments is free.
-        mx.eval([a for _, a in tree_flatten(given) if isinstance(a, mx.array)])
+        mx.eval(arrays(given))
         self.halt.shelf = self._shelf
         self._shelf.put(given, self._batch)
 
 
 def _as_float32(value: Any) -> Any:
-    is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-    return value.astype(mx.float32) if is_float else value
+    return value.astype(mx.float32) if is_float(value) else value
 
 
 def _stand(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -168,10 +168,8 @@ def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibr
 def _read_anew(network: nn.Module, blocks: list[Block], folder: Path) -> None:
     """Let go of what has been read outside the blocks, such as the embedding: what the network
     asks for again is read again."""
-    inside = tuple(block.full("") for block in blocks)
     fresh, _ = open_lazily(folder)
-    network.update(tree_unflatten([(path, array) for path, array in tree_flatten(fresh.parameters())
-                                   if not path.startswith(inside)]))
+    network.update(tree_unflatten(list(arrays_outside(fresh, blocks).items())))
 
 
 def batch_size() -> int:

@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.base.trees import floats, is_float
+from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.repeated import RepeatedBlock
 
@@ -76,9 +77,8 @@ class Pieces:
 
     def _outside(self) -> Arrays:
         """The trained arrays that no block holds."""
-        inside = tuple(block.full("") for block in self.blocks)
-        return {path: array for path, array in tree_flatten(self.network.parameters())
-                if path in self.trained and not path.startswith(inside)}
+        return {path: array for path, array in arrays_outside(self.network, self.blocks).items()
+                if path in self.trained}
 
     def _head(self, tokens: mx.array) -> "_Head":
         """Run the blocks; what makes logits of what the last one gives."""
@@ -151,7 +151,7 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
     @mx.custom_function
     def forward(values: Arrays, inputs: list[mx.array]) -> list[mx.array]:
         outputs.append(run(values, inputs))
-        return _floats(outputs[0])
+        return floats(outputs[0])
 
     @forward.vjp
     def backward(primals: Any, cotangents: list[mx.array], _: Any) -> tuple[Arrays, list[mx.array]]:
@@ -160,26 +160,22 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
 
         def again(*arrays: mx.array) -> list[mx.array]:
             own_arrays = dict(zip(names, arrays))
-            return _floats(run(own_arrays | matrices, list(arrays[len(names):])))
+            return floats(run(own_arrays | matrices, list(arrays[len(names):])))
 
         _, slopes = mx.vjp(again, [*(values[name] for name in names), *inputs], after)
         own_slopes, others = slopes[:len(names)], slopes[len(names):]
         # The module's own first: what they are made from would stay until the end.
         return dict(zip(names, own_slopes)), mx.depends(others, own_slopes) if others else others
 
-    made = forward(trained, _floats(given))
+    made = forward(trained, floats(given))
     # Popped: what a graph reaches by way of its own functions is never freed.
     return _with_floats(outputs.pop(), made)
-
-
-def _floats(tree: Any) -> list[mx.array]:
-    return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
 
 
 def _with_floats(tree: Any, arrays: Sequence[mx.array]) -> Any:
     """``tree`` with other ``arrays`` in place of its own of floating point."""
     left = iter(arrays)
-    return tree_map(lambda leaf: next(left) if _is_float(leaf) else leaf, tree)
+    return tree_map(lambda leaf: next(left) if is_float(leaf) else leaf, tree)
 
 
 def _behind(tree: Any, arrays: list[mx.array]) -> Any:
@@ -202,7 +198,3 @@ class _holding:
 
     def __exit__(self, *_: object) -> None:
         self._module.update(tree_unflatten(list(self._before.items())))
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)

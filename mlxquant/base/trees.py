@@ -1,0 +1,21 @@
+"""The arrays in arguments, results and states: lists, tuples and dicts in any nesting."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+def arrays(tree: Any) -> list[mx.array]:
+    """All arrays of a tree, in its order."""
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is an array of floating point."""
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def floats(tree: Any) -> list[mx.array]:
+    """Those of floating point."""
+    return list(filter(is_float, arrays(tree)))
