@@ -36,7 +36,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
 from mlxquant.layers import traffic
-from mlxquant.runtime.probe import read_ceiling
+from mlxquant.runtime.probe import percent_of_ceiling, read_ceiling
 
 
 class Decoding:
@@ -117,7 +117,7 @@ def main() -> None:
         if not arguments.limits:
             try:
                 row |= decoding.on_gpu()
-                row["percent_of_ceiling"] = 100 * row["gpu_gb_per_s"] / ceiling.gb_per_s
+                row["percent_of_ceiling"], ceiling = percent_of_ceiling(row["gpu_gb_per_s"])
             except RuntimeError as error:  # what a user sees is a result all the same
                 print(f"{name}: {error}", flush=True)
         rows.append(row)

@@ -6,11 +6,12 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
+import mlxquant
 from mlxquant.cli import app
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import gpu_clock
 from mlxquant.machine import replica_limits
-from mlxquant.runtime import probe, replica_probe
+from mlxquant.runtime import probe, replica_probe, speed
 
 
 @pytest.fixture
@@ -27,6 +28,48 @@ def test_probe_measures_once_and_is_cached(small, capsys):
     assert probe.read_ceiling() == first
     assert capsys.readouterr().err.count("Measuring") == 1
     assert probe.read_ceiling(refresh=True).kernel
+
+
+@pytest.fixture
+def finds(small, monkeypatch):
+    """Has the readers find these rates, one each time; gives those that are left."""
+    def install(*rates):
+        left = list(rates)
+        monkeypatch.setattr(probe, "_measure", lambda: probe.Probe(
+            probe.Ceiling(left.pop(0), 0.0, "r", "c", "m"), {}, 0.1))
+        return left
+    return install
+
+
+def _report(gb_per_s):
+    return speed.make(prompt_tokens=1, cached_tokens=0, generation_tokens=2, ttft_s=1.0,
+                      decode_s=1.0, bytes_per_token=round(gb_per_s * 1e9), peak_bytes=0)
+
+
+def test_a_run_that_beats_the_ceiling_has_it_measured_again(finds, capsys):
+    left = finds(16.8, 40.0, 20.0)
+    assert _report(10.5).percent_of_ceiling == 62.5 and len(left) == 2
+    assert _report(36.2).percent_of_ceiling == pytest.approx(90.5)
+    assert "36.2 GB/s is more than the 16.8 GB/s" in capsys.readouterr().err
+    probe._known.clear()  # as in a process that comes later
+    assert _report(10.0).percent_of_ceiling == 25 and len(left) == 1
+    for rate in (50.0, 50.0, 49.0):  # of a model in a cache: once, and the larger value stays
+        assert _report(rate).ceiling_gb_per_s == 40 and not left
+
+
+def test_the_ceiling_is_not_measured_again_where_memory_is_short(finds, monkeypatch):
+    left = finds(16.8, 40.0)
+    monkeypatch.setattr(probe, "memory_limit", lambda: 1)
+    assert _report(36.2).ceiling_gb_per_s == 16.8 and left == [40.0]
+
+
+def test_all_of_a_bench_stand_beside_one_ceiling(finds, tiny):
+    finds(1e-9, 1000.0)
+    told = []
+    mlxquant.bench([lambda: tiny], prompt=4, generated=4, repetitions=1, on_record=told.append)
+    for record in told[-1]:
+        assert record.probe_gb_per_s == 1000
+        assert record.percent_of_probe == pytest.approx(record.gb_per_s / 10)
 
 
 @pytest.mark.parametrize("content", ['{"gb_per_s"', '{"gb_per_s": 5, "spread": 0}', "[]",

@@ -57,13 +57,13 @@ def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft
     ``passes`` over the weights made the reply, each reading ``bytes_per_token``; unless
     given, there was one for each token.
     """
-    ceiling = probe.read_ceiling()
     steps = generation_tokens - 1
     further = steps if passes is None else passes - 1  # the first pass belongs to the prompt
     tps = steps / decode_s if further > 0 and decode_s > 0 else None
     if tps is not None:
         bytes_per_token = round(bytes_per_token * further / steps)
     rate = None if tps is None else tps * bytes_per_token / 1e9
+    percent, ceiling = probe.percent_of_ceiling(rate or 0.0)
     return Report(
         prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
         generation_tokens=generation_tokens, guessed_tokens=guessed_tokens,
@@ -71,5 +71,5 @@ def make(*, prompt_tokens: int, cached_tokens: int, generation_tokens: int, ttft
         bytes_per_token=bytes_per_token, gb_per_s=rate,
         ceiling_gb_per_s=ceiling.gb_per_s, ceiling_source="probe",
         headline_gb_per_s=chips.detect().headline_gb_per_s,
-        percent_of_ceiling=None if rate is None else 100 * rate / ceiling.gb_per_s,
+        percent_of_ceiling=None if rate is None else percent,
         peak_memory_gb=peak_bytes / 1e9)
