@@ -1,11 +1,17 @@
 """Several prompts at once: the replies of each alone, counts, refusals."""
 
+import copy
+
 import pytest
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 import mlxquant
 from mlxquant import Sampling
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.layers.fused_block import OneToken
+from mlxquant.layers.pack import pack
+from mlxquant.runtime.batch import Batch
+from mlxquant.runtime.prompt import Request
 
 PROMPTS = ["Once upon", [5, 6, 7, 8], [{"role": "user", "content": "tell me"}], "x"]
 
@@ -52,3 +58,111 @@ def test_a_state_that_cannot_be_put_side_by_side_is_refused(tiny, monkeypatch):
     monkeypatch.setattr("mlxquant.runtime.batch.make_prompt_cache", lambda network: [Alone(1)])
     with pytest.raises(Unsupported, match="side by side"):
         mlxquant.batch_generate(tiny, ["x"])
+
+
+@pytest.fixture
+def fused(tiny_folder, monkeypatch):
+    """A model whose blocks take a token in few dispatches, whether each pass was over the cache of
+    one sequence, and how many tokens were taken so."""
+    model, own = mlxquant.load(str(tiny_folder)), OneToken.__call__
+    pack(model.network)
+    blocks, single, taken = len(model.network.layers), [], []
+    network = type(model.network)
+    monkeypatch.setattr(network, "__call__", lambda self, x, cache, own=network.__call__: (
+        single.append(isinstance(cache[0], KVCache)), own(self, x, cache=cache))[1])
+    monkeypatch.setattr(OneToken, "__call__", lambda *a: (
+        y := own(*a), y is None or taken.append(1 / blocks))[0])
+    return model, single, taken
+
+
+def begin(batch, model, prompt, tokens):
+    return batch.add(Request.of(model, prompt, max_tokens=tokens))
+
+
+def run(batch, events, steps=1000):
+    """Up to so many passes; their events by rows."""
+    while batch and steps:
+        for event in batch.step():
+            events.setdefault(event.row, []).append(event)
+        steps -= 1
+
+
+def text_of(events):
+    return "".join(event.chunk.text for event in events if event.chunk)
+
+
+def test_a_row_by_itself_takes_tokens_as_a_single_prompt_does(fused):
+    model, single, taken = fused
+    alone = mlxquant.generate(model, "Once upon", max_tokens=20).text
+    needed = sum(taken)
+    taken.clear()
+    batch, events = Batch(model), {}
+    row = begin(batch, model, "Once upon", 20)
+    run(batch, events)
+    assert text_of(events[row]) == alone and all(single)
+    assert sum(taken) == pytest.approx(needed) and needed >= 20
+
+
+@pytest.mark.parametrize("first, second", [
+    ("Once upon", "x"), ([5], [7]), ([5], [9] * 300), ([9] * 300, [7])], ids=lambda p: len(p))
+def test_rows_that_join_and_leave_change_no_reply(fused, first, second):
+    model, single, taken = fused
+    long, short, late = ((first, 60), (second, 7), ("late", 9))
+    alone = [mlxquant.generate(model, prompt, max_tokens=count).text
+             for prompt, count in (long, short, late)]
+    batch, events = Batch(model), {}
+    lone = begin(batch, model, *long)
+    run(batch, events, 8)
+    joined, gone = begin(batch, model, *short), begin(batch, model, "gone", 40)
+    run(batch, events, 4)
+    batch.remove(gone)
+    single.clear(), taken.clear()
+    run(batch, events, 3)
+    assert single == [False] * 3 and not taken  # together
+    run(batch, events, 10)
+    single.clear(), taken.clear()
+    run(batch, events, 3)
+    assert single == [True] * 3 and sum(taken) == pytest.approx(3)  # by itself again
+    last = begin(batch, model, *late)
+    run(batch, events)
+    assert [text_of(events[row]) for row in (lone, joined, last)] == alone
+
+
+def test_two_rows_that_begin_and_leave_at_once(fused):
+    model, *_ = fused
+    batch, events = Batch(model), {}
+    pair = [begin(batch, model, prompt, 5) for prompt in ("a", "bcd")]
+    run(batch, events, 3)
+    batch.remove(pair[0])
+    batch.remove(pair[1])
+    again = begin(batch, model, "bcd", 5)
+    run(batch, events)
+    assert text_of(events[again]) == mlxquant.generate(model, "bcd", max_tokens=5).text
+
+
+def test_what_a_row_by_itself_leaves_behind_goes_on(fused):
+    """Its keys and values are its own, though others write where they were."""
+    model, *_ = fused
+    batch, events = Batch(model), {}
+    row = begin(batch, model, [5, 6, 7], 6)
+    run(batch, events)
+    kept = events[row][-1].cache
+    longer = [*kept.tokens, 8, 9]
+    alone = mlxquant.generate(model, longer, max_tokens=12).text
+    for _ in range(2):
+        copied = copy.deepcopy(kept)
+        row = batch.add(Request.of(model, longer, max_tokens=12), copied)
+        run(batch, events)
+        assert text_of(events[row]) == alone and events[row][0].progress[1] == 2
+
+
+def test_a_prompt_that_is_kept_stays_what_it_is_as_others_join(tiny_folder):
+    model, kept = mlxquant.load(str(tiny_folder)), []
+    model.network.make_cache = lambda: [KVCache(), RotatingKVCache(8)]  # no reply is cut back
+    batch = Batch(model, keep=kept.append)
+    begin(batch, model, [5] * 20, 6)
+    while not kept:
+        batch.step()
+    begin(batch, model, [6] * 30, 6)
+    batch.step()
+    assert len(kept[0].tokens) == kept[0].layers[0].offset == 19

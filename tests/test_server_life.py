@@ -13,6 +13,7 @@ import served
 from commands import Command
 from scripted import scripted
 from served import CHAT, DEADLINE, client_of, post, refusal, running, until
+from test_batch import fused  # noqa: F401 (a fixture)
 from test_distributed import free_ports
 
 import mlxquant
@@ -39,6 +40,26 @@ def test_requests_at_once_share_passes_over_the_weights(tiny_folder, monkeypatch
         list(pool.map(lambda i: client.completions.create(
             model="any", prompt=f"number {i}", max_tokens=200), range(4)))
     assert 4 in passes and len(passes) < 2 * 200, len(passes)
+
+
+def test_a_client_by_itself_is_served_as_quickly_as_a_single_prompt(fused):  # noqa: F811
+    """Before and after others are there; and all get the replies that they get alone."""
+    model, single, taken = fused
+    asked = [("Once upon", 300), ("number 1", 20), ([7], 20)]
+    alone = [mlxquant.generate(model, prompt, max_tokens=count).text for prompt, count in asked]
+    single.clear(), taken.clear()
+
+    def reply(prompt, count):
+        return client.completions.create(model="any", prompt=prompt, max_tokens=count)
+
+    with running(model) as (_, address), client_of(address) as client, \
+            ThreadPoolExecutor(1) as pool:
+        long = pool.submit(reply, *asked[0])
+        until(lambda: sum(taken) > 5)
+        replies = [reply(*asked[1]), reply(*asked[2]), long.result()]
+        assert [r.choices[0].text for r in replies] == [*alone[1:], alone[0]]
+        single.clear(), taken.clear()
+        assert reply("y", 20).choices[0].text and sum(taken) >= 20 and all(single)
 
 
 @pytest.mark.parametrize("stream", [False, True])

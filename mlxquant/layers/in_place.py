@@ -3,13 +3,18 @@
 MLX's arrays never change: what looks as if it did is a new array, in whose place the old memory is
 used if nobody else holds it. A kernel that writes where it reads (``kernels/rotary.py``) cannot ask
 who does, so its arrays are made here, and nobody else gets them.
+
+In mlx-lm's batches, too, a sequence keeps this cache for as long as it is the only one: as others
+join and leave, the cache changes its class, since a batch keeps the object.
 """
 
+import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxquant.kernels import backend
 
@@ -62,14 +67,50 @@ class InPlaceCache(KVCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlaceCache":
         """MLX's own copies would share memory, and see what is written after."""
-        copy = InPlaceCache()
-        copy.offset = self.offset
+        made = InPlaceCache()
+        made.offset = self.offset
         if self.keys is not None:
-            copy._capacity = self.keys.shape[2]
-            copy.hold(*(self._copy(array, array.shape, array.dtype)
+            made._capacity = self.keys.shape[2]
+            made.hold(*(self._copy(array, array.shape, array.dtype)
                         for array in (self.keys, self.values)))
-            mx.eval(copy.keys, copy.values)
-        return copy
+            mx.eval(made.keys, made.values)
+        return made
+
+    @classmethod
+    def merge(cls, caches: "Sequence[InPlaceCache]") -> "InPlaceCache | _SideBySide":
+        """The cache of a batch of these sequences."""
+        if len(caches) == 1:
+            return caches[0]
+        made = BatchKVCache.merge(caches)
+        return _become(made, made, _SideBySide)
+
+    def extend(self, other: "InPlaceCache | _SideBySide") -> None:
+        """Become the cache of these sequences and those of ``other``."""
+        _become(self, BatchKVCache.merge([self]), _SideBySide).extend(other)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep what there is: a batch from which all go has no cache."""
+
+    def extract(self, idx: int) -> "InPlaceCache":
+        return copy.deepcopy(self)
+
+
+class _SideBySide(BatchKVCache):
+    """mlx-lm's cache of several sequences, which becomes an ``InPlaceCache`` when one is left."""
+
+    def extend(self, other: "InPlaceCache | _SideBySide") -> None:
+        super().extend(BatchKVCache.merge([other]) if isinstance(other, KVCache) else other)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        super().filter(batch_indices)
+        if len(batch_indices) == 1:
+            _become(self, KVCache() if self.keys is None else self.extract(0), InPlaceCache)
+
+
+def _become(cache: Any, other: Any, kind: type) -> Any:
+    """``cache`` with what ``other`` holds, as one of ``kind``."""
+    cache.__dict__, cache.__class__ = vars(other), kind
+    return cache
 
 
 InPlaceCache.__name__ = KVCache.__name__  # by which mlx-lm saves a cache and finds it again

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers import traffic
+from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
 from mlxquant.runtime.prompt import Prompt, Request
@@ -124,6 +125,8 @@ class Batch:
         """Begin a reply, going on from what ``cache`` holds of its prompt; its row's number."""
         cache = cache or PromptCache()
         cached = cache.reuse(self._model.network, request.prompt)
+        for layer in cache.layers:
+            InPlaceCache.of(layer)  # a row by itself is then quick as a single prompt
         sampling = request.sampling
         (row,) = self.generator.insert(
             [request.prompt[cached:]],
