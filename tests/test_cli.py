@@ -7,6 +7,7 @@ import sys
 import time
 from threading import TIMEOUT_MAX
 
+import architectures
 import pytest
 from commands import run
 from conftest import write_folder
@@ -91,6 +92,12 @@ def test_inspect_json_and_table(tiny_folder):
             "bytes_per_token", "layers"} <= set(value)
     assert set(value["layers"][0]) == {"path", "format", "bits", "shape", "bytes"}
     assert "mlp.down_proj" in run("inspect", tiny_folder).stdout
+
+
+def test_inspect_says_once_why_layers_stand_by_themselves(tiny_folder, tmp_path):
+    said = run("inspect", architectures.write("dbrx", tmp_path / "dbrx")).stdout
+    assert said.count("run, by itself: the network cannot be traced: [eval] Attempting") == 1
+    assert "traced" not in run("inspect", tiny_folder).stdout
 
 
 def test_chat_through_a_pipe(tiny_folder):

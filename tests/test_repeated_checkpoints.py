@@ -66,6 +66,7 @@ def test_a_loaded_model_reads_the_weights_of_its_repeats_again(places):
             == plain.weight_bytes_per_token + gates + first + second + 2 * (third + fourth))
     assert traffic.dense_bytes(ours.network) == traffic.dense_bytes(plain.network) + gates
     bodies = [mlxquant.inspect(str(places / name)) for name in ("plain", "repeated")]
+    assert not any(body.untraceable for body in bodies)
     assert bodies[1].bytes_per_token > 1.5 * bodies[0].bytes_per_token
     assert bodies[1].parameters == bodies[0].parameters
 

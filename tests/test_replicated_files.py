@@ -73,6 +73,7 @@ def test_inspection_counts_what_the_file_holds(saved):
     held = sum(array.nbytes for name, array in mx.load(str(folder / "model.safetensors")).items()
                if ".layers." in name and not name.endswith(("norm.weight", ".bias")))
     assert look.bits_per_weight == pytest.approx(8 * held / weights)
+    assert look.untraceable is None
     assert {(layer.format, layer.bits) for layer in look.layers if "layers" in layer.path} == {
         ("replicas K4 G16 rotated", "ternary")}
     stored = sum(a.nbytes for a in mx.load(str(folder / "model.safetensors")).values())

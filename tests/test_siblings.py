@@ -12,7 +12,7 @@ from conftest import random_network
 
 from mlxquant.layers import outline
 from mlxquant.layers.hooks import intercepted
-from mlxquant.layers.siblings import find_siblings
+from mlxquant.layers.siblings import find_siblings, untraceable
 from mlxquant.layers.traffic import own_arrays
 
 PACKED = {"prism_hadamard_qwen35"}  # layers of a class of their own, all zeros here
@@ -52,6 +52,7 @@ def test_siblings_read_one_input_and_factors_may_move_to_what_stands_before(name
                        if mx.issubdtype(a.dtype, mx.floating) and a.min().item() == a.max().item()})
     modules = dict(network.named_modules())
     groups = find_siblings(network)
+    assert untraceable(network) is None
     paths = [path for group in groups for path in group.paths]
     assert len(paths) == len(set(paths))
     logits, seen = run(network, {path: modules[path] for path in paths})
@@ -89,6 +90,7 @@ def test_what_cannot_be_traced_stands_by_itself(name):
     before = {path: id(module.weight) for path, module in network.named_modules()
               if isinstance(module, nn.Linear)}
     groups = find_siblings(network)
+    assert untraceable(network)
     assert {path for group in groups for path in group.paths} >= set(before)
     assert all(len(group.paths) == 1 and group.norm is None for group in groups)
     assert {path: id(module.weight) for path, module in network.named_modules()

@@ -106,6 +106,9 @@ def inspect(model: option.Model, revision: option.Revision = None,
           f"{result.file_bytes / 1e6:.1f} MB on disk\n"
           f"reads {result.bytes_per_token / 1e6:.1f} MB of weights per token "
           f"({result.bytes_per_token_cpu / 1e6:.1f} MB as dense float32 on a plain CPU)")
+    if result.untraceable:
+        print("each layer is quantised, and on a GPU run, by itself: the network "
+              f"cannot be traced: {clean(result.untraceable)}")
     if result.tuned_blocks:
         print(f"tuned: {gain_line(result.tuned_blocks)}")
     if result.making:

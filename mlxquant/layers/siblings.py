@@ -4,7 +4,7 @@ One token is traced through the network, nothing is computed. Linear layers and 
 through marks: operations on a scalar of their own, by which the exported graph names them. What
 reads an array is then known exactly, whatever the architecture calls its parts; where a network
 cannot be traced, because it looks at values on its way, nothing is known and each layer stands by
-itself.
+itself (``untraceable`` says why).
 """
 
 from collections import defaultdict
@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlxquant.base.errors import Unsupported
 from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.hooks import intercepted
@@ -57,10 +58,13 @@ class Siblings:
 def find_siblings(network: nn.Module) -> list[Siblings]:
     """All linear layers: those that one token calls in the order in which it does, and others, or
     all where the network cannot be traced, each by itself."""
-    modules = {path: module for path, module in network.named_modules()
-               if type(module) in _MARKED}
+    modules = _marked(network)
     norms = {path for path, module in modules.items() if type(module) is nn.RMSNorm}
-    graph = _Graph(_trace(network, modules), list(modules), norms)
+    try:
+        exported = _trace(network, modules)
+    except Unsupported:
+        exported = []
+    graph = _Graph(exported, list(modules), norms)
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for path, calls in graph.calls.items():
         if path not in norms:
@@ -68,6 +72,19 @@ def find_siblings(network: nn.Module) -> list[Siblings]:
     others = [path for path in modules if path not in norms and path not in graph.calls]
     return [*(_describe(graph, paths) for paths in groups.values()),
             *(Siblings((path,)) for path in others)]
+
+
+def untraceable(network: nn.Module) -> str | None:
+    """Why ``find_siblings`` knows nothing of a network, None where it does."""
+    try:
+        _trace(network, _marked(network))
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+def _marked(network: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in network.named_modules() if type(module) in _MARKED}
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,7 @@ def _before(graph: _Graph, name: str) -> tuple[str | None, int | None]:
 
 def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> list[dict[str, Any]]:
     """The exported graph of one token, with a mark in the place of each of ``modules``: an input
-    behind the token's, in the same order."""
+    behind the token's, in the same order. Raises ``Unsupported``."""
     weights = tree_flatten(network.parameters())
     marks = [mx.ones(_outputs(module)) for module in modules.values()]
     traced: dict[int, mx.array] = {}
@@ -222,8 +239,8 @@ def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> list[dict[str, 
     with intercepted(modules.values(), through):
         try:
             mx.export_function(exported.append, run, *inputs)
-        except Exception:  # it looks at values, does what no graph can hold, or does not run
-            return []
+        except Exception as error:  # it looks at values, does what no graph can hold, or fails
+            raise Unsupported(" ".join(str(error).split())) from error
         finally:
             network.update(tree_unflatten(weights))
     return exported

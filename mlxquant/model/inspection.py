@@ -11,6 +11,7 @@ from mlxquant.codes.spec import Whole
 from mlxquant.layers import traffic
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import Replicated
+from mlxquant.layers.siblings import untraceable
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
@@ -35,7 +36,8 @@ class Inspection:
     of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
     ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them. ``making`` is
     what ``quantize`` wrote of its seconds and peaks by step, None where it made no such folder.
-    ``tuned_blocks`` are blocks that were trained, with their errors before and after."""
+    ``tuned_blocks`` are blocks that were trained, with their errors before and after.
+    ``untraceable`` says why the network cannot be traced, None where it can."""
 
     architecture: str
     parameters: int
@@ -47,6 +49,7 @@ class Inspection:
     layers: list[Layer]
     making: dict[str, Any] | None
     tuned_blocks: dict[str, dict[str, float]]
+    untraceable: str | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +76,8 @@ def inspect_folder(folder: Path) -> Inspection:
                 if isinstance(m, (GroupedLinear, Replicated))
                 or ("weight" in m and m.weight.ndim >= 2)],
         making=_making(folder / checkpoint.MAKING),
-        tuned_blocks=config.get("mlxquant_record", {}).get("tuned_blocks", {}))
+        tuned_blocks=config.get("mlxquant_record", {}).get("tuned_blocks", {}),
+        untraceable=untraceable(network))
 
 
 def _making(file: Path) -> dict[str, Any] | None:
