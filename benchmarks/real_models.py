@@ -2,10 +2,13 @@
 
     python benchmarks/real_models.py qwen2.5-coder-0.5b qwen2.5-coder-1.5b \\
         --text TEST --data TRAIN --plan gptq:4 gptq:3 rtn:8 replica-4-corrected:2 --out real-models
+    python benchmarks/real_models.py qwen2.5-coder-1.5b --text TEST --plan --made FOLDER …
 
-A step of the plan is a row of ``mlxquant compare`` and a width. Rows are written as they come.
+A step of the plan is a row of ``mlxquant compare`` and a width; FOLDER was made by ``mlxquant
+quantize`` or ``tune`` and gives its name to its row. Rows are written as they come.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -58,6 +61,12 @@ def rows(name: str, arguments: Any, folder: Path):
     teacher = load(name)
     yield ({"model": name, "method": "original", "bits": 16}
            | quality(teacher, teacher, arguments) | {"answers": answers(teacher, arguments.tokens)})
+    for made in arguments.made:
+        student = load(str(made))
+        record = json.loads((made / "config.json").read_text())["mlxquant_record"]
+        yield ({"model": name, "method": made.name, "bits": record["bits"]}
+               | quality(student, teacher, arguments)
+               | {"answers": answers(student, arguments.tokens)})
     text = Text(tuple(arguments.data), arguments.samples, arguments.length)
     for step in arguments.plan:
         method, _, bits = step.partition(":")
@@ -79,8 +88,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("models", nargs="+")
     options.add_argument("--text", required=True)
-    options.add_argument("--data", nargs="+", required=True)
-    options.add_argument("--plan", nargs="+", default=["gptq:4", "gptq:3", "rtn:8"])
+    options.add_argument("--data", nargs="*", default=[])
+    options.add_argument("--plan", nargs="*", default=["gptq:4", "gptq:3", "rtn:8"])
+    options.add_argument("--made", nargs="*", default=[], type=Path)
     options.add_argument("--windows", type=int, default=40)
     options.add_argument("--samples", type=int, default=128)
     options.add_argument("--length", type=int, default=512)
