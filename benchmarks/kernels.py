@@ -117,7 +117,7 @@ class Replicated:
     def times(self, kernel: ModuleType) -> dict[str, Any]:
         """Microseconds of one kernel, alone and in a chain with the preparation of its input."""
         case = self.case
-        layout = kernel.layout(case.shape, case.dtype)
+        layout = kernel.layout(case.shape, case.dtype, case.tokens)
         prepared = prepare_input.prepare(self.x, self.scales, layout)
         mx.eval(prepared)
 

@@ -113,7 +113,7 @@ def test_a_norm_and_a_gate_are_their_definitions(emulation, dtype, weight_dtype)
     scales = matrix.scales
     x, other = x.astype(dtype), case.draw(1)[0].astype(dtype)
     weight = case.draw(2)[0][0].astype(weight_dtype)
-    layout = replicated_matvec.layout(case.shape, dtype)
+    layout = replicated_matvec.layout(case.shape, dtype, case.tokens)
     exact = [np.array(a.astype(F32), np.float64) for a in (x, other, weight)]
     normed = exact[0] / np.sqrt((exact[0] ** 2).mean(1, keepdims=True) + 0.5) * exact[2]
     gated = exact[0] / (1 + np.exp(-exact[0])) * exact[1]
@@ -150,7 +150,7 @@ def near(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
 def test_the_product_is_the_reference_and_a_float64_product(emulation, case):
     assert check._matvec(case) <= ALLOWED[case.dtype]
     x, matrix = case.draw()
-    layout = replicated_matvec.layout(case.shape, case.dtype)
+    layout = replicated_matvec.layout(case.shape, case.dtype, case.tokens)
     prepared = prepare_input.reference(x, matrix.scales, layout)
     y = replicated_matvec.multiply(prepared, matrix, case.tokens, case.dtype)
     near(y, exact_product(case, matrix, np.array(matrix.scales.rotated(x), np.float64)), case.dtype)

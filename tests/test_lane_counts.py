@@ -62,6 +62,12 @@ def test_a_weight_costs_what_the_model_says(emulation, monkeypatch, bits, replic
     assert not {"uitofp", "sitofp", "zext"} & {name for name, count in found.items() if count > 0.1}
 
 
+@pytest.mark.parametrize("tokens", [2, 4, 8])
+def test_plain_replicas_of_several_tokens_are_folded(emulation, monkeypatch, tokens):
+    case = Case(Width.TWO, 4, 0, 64, 8, 64, tokens, mx.float16)
+    assert counted(emulation, monkeypatch, case)["fmul"] == pytest.approx(4 + 1 + tokens)
+
+
 def test_the_model_foretells_what_replicas_cost_an_h100():
     """Its ordinary cores do everything in turn, and read a half as a float by an operation."""
     measured = {(4, 16): 8.39, (8, 16): 9.53, (4, 0): 15.62}  # µs; results/kernel-candidates.json

@@ -123,6 +123,7 @@ def cases(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Case]:
             yield Case(bits, 4, 0, 64, 83, 1344, 1, dtype)
             yield Case(bits, 8, 16, 64, 40, 576, 3, dtype)
         yield Case(Width.TWO, 1, 0, 0, 17, 100, 8, dtype)
+        yield Case(Width.TWO, 4, 0, 64, 19, 320, 4, dtype)
         yield Case(Width.TWO, 16, 64, 256, 33, 2304, 4, dtype)
 
 

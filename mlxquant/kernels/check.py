@@ -62,7 +62,7 @@ def _prepare_gated(case: Case) -> float:
 
 
 def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
-    layouts = [replicated_matvec.layout(case.shape, case.dtype)]
+    layouts = [replicated_matvec.layout(case.shape, case.dtype, case.tokens)]
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(case.shape, case.dtype))
     errors = []
@@ -87,7 +87,7 @@ def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
 def _product(case: Case, kernel: ModuleType) -> float:
     """Of the matrix kernel alone: its input is prepared by the reference."""
     x, matrix = case.draw()
-    layout = kernel.layout(case.shape, case.dtype)
+    layout = kernel.layout(case.shape, case.dtype, case.tokens)
     prepared = prepare_input.reference(x, matrix.scales, layout)
     with mx.stream(mx.cpu):  # a GPU's own products may round float32 to 10 bits
         expected = matrix.product(matrix.scales.rotated(x), mx.float32)

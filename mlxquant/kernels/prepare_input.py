@@ -97,11 +97,17 @@ _BODY = """
         const int inside = column % (LANES * RUN);
         const int piece = column / (LANES * RUN) * (RUN / PIECE) + inside % RUN / PIECE;
         const int element = inside / RUN * PIECE + inside % PIECE;
-        const int vectors = EXPAND ? tokens * K : tokens, first = EXPAND ? token * K : token;
+        const int given = EXPAND ? tokens * K : tokens, first = EXPAND ? token * K : token;
+        const int vectors = given + (BEHIND ? K : 0);
         float value = z[i];
         if (ROTATION) value *= rsqrt(float(ROTATION));
         if (GROUP && column < n) value *= column_scale[expert * n + column];
         const int group = (expert * n + column) / (GROUP ? GROUP : 1);
+        if (BEHIND && token == 0) {
+            UNROLL for (int k = 0; k < K; ++k)
+                prepared[(piece * vectors + given + k) * LANES * PIECE + element]
+                    = static_cast<O>(column < n ? replica_in[group * K + k] : 0.0f);
+        }
         UNROLL for (int k = 0; k < (EXPAND ? K : 1); ++k) {
             float scaled = value;
             if (EXPAND && column < n) scaled *= replica_in[group * K + k];
@@ -125,7 +131,8 @@ _THREADS = 128
 @dataclass(frozen=True)
 class Layout:
     """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart;
-    ``sums``: with the sums of its decoded offsets, one for so many inputs, 0 for none."""
+    ``behind``: A's K vectors behind those of z; ``sums``: with the sums of its decoded offsets, one
+    for so many inputs, 0 for none."""
 
     lanes: int
     run: int
@@ -133,6 +140,7 @@ class Layout:
     dtype: mx.Dtype
     expand: bool
     sums: int = 0
+    behind: bool = False
 
     @property
     def block(self) -> int:
@@ -160,7 +168,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     padded = layout.padded(inputs)
     span = max(64, spec.rotation_block)
     decoded = spec.bits if layout.sums else Width.TWO  # one kernel where it does not matter
-    vectors = pairs * (spec.replicas if layout.expand else 1)
+    vectors = pairs * (spec.replicas if layout.expand else 1) + spec.replicas * layout.behind
     spans = -(-padded // span)
     prepared: mx.array = _kernel(experts is not None)(
         inputs=[x, norm.weight, scales.signs, scales.replica_in, scales.column_scale,
@@ -169,8 +177,8 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
                   ("ROTATION", spec.rotation_block), ("K", spec.replicas),
                   ("GROUP", spec.replica_group), ("EXPAND", layout.expand),
-                  ("LANES", layout.lanes), ("RUN", layout.run), ("PIECE", layout.piece),
-                  ("SUMS", layout.sums > 0), ("SHARED", layout.sums or 32),
+                  ("BEHIND", layout.behind), ("LANES", layout.lanes), ("RUN", layout.run),
+                  ("PIECE", layout.piece), ("SUMS", layout.sums > 0), ("SHARED", layout.sums or 32),
                   ("BITS", decoded.code_bits), ("LEVELS", decoded.levels)],
         grid=(-(-spans * 32 // _THREADS) * _THREADS, pairs, 1), threadgroup=(_THREADS, 1, 1),
         output_shapes=[(vectors * layout.stored(inputs),)],
@@ -190,6 +198,8 @@ def reference(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     elif scales.spec.replica_group:
         c = scales.column_scale[:(scales.experts or 1) * inputs].reshape(-1, inputs)
         z = z * (c if experts is None else c[experts])
+    if layout.behind:
+        z = mx.concatenate([z, envelope.T])
     z = mx.pad(z.reshape(-1, inputs), [(0, 0), (0, layout.padded(inputs) - inputs)])
     parts = z.reshape(len(z), -1, layout.lanes, layout.run // layout.piece, layout.piece)
     return with_sums(parts.transpose(1, 3, 0, 2, 4).astype(layout.dtype), layout, scales.spec.bits)

@@ -1,16 +1,17 @@
-"""Replicated codes times a few tokens: each code is read and decoded once, and used K times for
-every token.
+"""Replicated codes times a few tokens: each code is read and decoded once for all of them.
 
     y[t, i] = Σ_k b_ik Σ_j C_ij X_(t,k),j               plain:   X_(t,k) = a_k ∘ R x_t
+    y[t, i] = Σ_j (Σ_k b_ik a_jk) C_ij X_t,j            folded:  X_t = R x_t
     y[t, i] = Σ_g (Σ_k b_ik α_gk) Σ_(j in g) C_ij X_t,j   grouped: X_t = c ∘ R x_t
 
 A simdgroup has a few rows; its lanes take the chunks of a row in turn (``code_order.py``), so that
 the lanes' loads are neighbours, and no two simdgroups share a row: nothing but one ``simd_sum`` per
 row and token, to which a bias and the residual stream are added. A weight costs, beside its b bits,
-half an AND, half an OR and K multiply-adds, grouped 1 + (K + 1) / G. Decoded codes are too large by
-an offset: each chunk's sum, or group's, begins with minus that of the offsets times X, which comes
-with X. In float32, which asks for more than is left below the offsets, they are subtracted one by
-one.
+half an AND, half an OR and for T tokens T · K multiply-adds, grouped T + (K + T) / G. Plain
+replicas of several tokens are folded into the weights: K + 2 + T. Decoded codes are too large by an
+offset: each chunk's sum, or group's, begins with minus that of the offsets times X, which comes
+with X. Where codes are folded, and in float32, which asks for more than is left below the offsets,
+they are subtracted one by one.
 
 X is float32: in half precision the error grows from 2.1e-4 to 3.1e-4 and the time stays, and a
 bfloat16 model's may not fit. It is read from the caches once for all rows of a simdgroup, whose
@@ -29,6 +30,7 @@ from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.matrix import NOTHING, Added, Matrix, at_least, sizes
 from mlxquant.kernels.prepare_input import Layout
+from mlxquant.machine import lanes
 
 _HEADER = code_order.DECODE + """
 template <int BITS>
@@ -56,28 +58,26 @@ template <int K> FUNCTION void load_scales(const DEVICE float* from, THREAD floa
 }
 """
 _BODY = """
-    constexpr int USES = GROUP ? TOKENS : TOKENS * K;
-    const int rows = sizes[0], chunks = sizes[1], tokens = sizes[2], groups = sizes[3];
+    constexpr int USES = GROUP || FOLD ? TOKENS : TOKENS * K;
+    const int rows = sizes[0], chunks = sizes[1], groups = sizes[3];
+    const int pairs = PAIRS ? sizes[2] : 1;  // else strides of X are constants: no adding
     const uint mask = uint(sizes[4]);  // were it constant, NVIDIA's would take two operations
     const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const int row0 = (int(threadgroup_position_in_grid.x) * SIMDGROUPS + simdgroup) * ROWS;
-    const int token0 = int(threadgroup_position_in_grid.y) * TOKENS;
-    const int vectors = GROUP ? tokens : tokens * K, blocks = (chunks + 31) / 32;
-    const int first = GROUP ? token0 : token0 * K, last = vectors - 1;
+    const int pair = PAIRS ? int(threadgroup_position_in_grid.y) : 0, expert = EXPERT(pair);
+    const int vectors = pairs * USES + (FOLD ? K : 0), blocks = (chunks + 31) / 32;
     if (row0 >= rows) return;  // a whole simdgroup
-    const int expert = EXPERT(token0);
     const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
-    auto inputs = reinterpret_cast<const DEVICE float4*>(prepared) + first * 32 + lane;
-    auto offsets = prepared + blocks * 1024 * vectors + first * 32 + lane;
+    auto inputs = reinterpret_cast<const DEVICE float4*>(prepared) + pair * USES * 32 + lane;
+    auto offsets = prepared + blocks * 1024 * vectors + pair * USES * 32 + lane;
     float sums[ROWS][USES], y[ROWS][TOKENS], out_scales[ROWS][K];
-    int start[ROWS], vector[USES];
-    UNROLL for (int u = 0; u < USES; ++u) vector[u] = (WHOLE ? u : min(u, last - first)) * 32;
+    int start[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) {
         const int row = min(row0 + r, rows - 1);
         start[r] = row * chunks;
         UNROLL for (int u = 0; u < USES; ++u) sums[r][u] = 0.0f;
         UNROLL for (int t = 0; t < TOKENS; ++t) y[r][t] = 0.0f;
-        UNROLL for (int k = 0; k < (GROUP ? K : 0); ++k)
+        UNROLL for (int k = 0; k < (GROUP || FOLD ? K : 0); ++k)
             out_scales[r][k] = static_cast<float>(replica_out[(expert * rows + row) * K + k]);
     }
     for (int block = 0; block < blocks; ++block) {
@@ -88,9 +88,9 @@ _BODY = """
             const bool starts = piece % (SHARED / 4) == 0, ends = (piece + 1) % (SHARED / 4) == 0;
             if (starts) {
                 UNROLL for (int u = 0; u < USES; ++u) {
-                    const float offset = EXACT ? 0.0f : offsets[vector[u]];
+                    const float offset = EXACT ? 0.0f : offsets[u * 32];
                     UNROLL for (int r = 0; r < ROWS; ++r)
-                        sums[r][u] = (GROUP ? 0.0f : sums[r][u]) - offset;
+                        sums[r][u] = GROUP ? -offset : sums[r][u] - offset;
                 }
                 offsets += vectors * 32;
             }
@@ -105,8 +105,22 @@ _BODY = """
                     high[r].y -= pair_offset<BITS, LEVELS>(2 * piece + 1);
                 }
             }
+            if (FOLD) {
+                UNROLL for (int r = 0; r < ROWS; ++r) {
+                    float scale[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    UNROLL for (int k = 0; k < K; ++k) {
+                        const auto a = inputs[(USES + k) * 32];
+                        scale[0] += out_scales[r][k] * a.x;
+                        scale[1] += out_scales[r][k] * a.y;
+                        scale[2] += out_scales[r][k] * a.z;
+                        scale[3] += out_scales[r][k] * a.w;
+                    }
+                    low[r].x *= scale[0]; low[r].y *= scale[1];
+                    high[r].x *= scale[2]; high[r].y *= scale[3];
+                }
+            }
             UNROLL for (int u = 0; u < USES; ++u) {
-                const auto x = inputs[vector[u]];
+                const auto x = inputs[u * 32];
                 UNROLL for (int r = 0; r < ROWS; ++r) {
                     sums[r][u] += low[r].x * x.x;  // one by one: each is one operation then
                     sums[r][u] += low[r].y * x.y;
@@ -131,12 +145,13 @@ _BODY = """
     UNROLL for (int r = 0; r < ROWS; ++r) {
         const int row = expert * rows + min(row0 + r, rows - 1);
         UNROLL for (int t = 0; t < TOKENS; ++t) {
-            UNROLL for (int k = 0; k < (GROUP ? 0 : K); ++k)
+            if (FOLD) y[r][t] = sums[r][t];
+            UNROLL for (int k = 0; k < (GROUP || FOLD ? 0 : K); ++k)
                 y[r][t] += static_cast<float>(replica_out[row * K + k])
                     * sums[r][(t * K + k) % USES];
             float whole = simd_sum(y[r][t]);
-            if (lane == 0 && row0 + r < rows && token0 + t < tokens) {
-                const int at = (token0 + t) * rows + row0 + r;
+            if (lane == 0 && row0 + r < rows) {
+                const int at = (pair + t) * rows + row0 + r;
                 if (LEVELS == 2) whole *= 2.0f;
                 if (BIAS) whole += static_cast<float>(bias[row]);
                 if (RESIDUAL) whole += static_cast<float>(residual[at]);
@@ -147,17 +162,17 @@ _BODY = """
 """
 _INPUTS = ["prepared", "codes", "replica_out", "replica_in", "sizes", "bias", "residual"]
 _SIMDGROUPS = 2
-# A pass takes so many tokens, plain as many as use a code 8 times: with 16 uses four tokens took
-# 101 µs, where two tokens, with 8, took 26 (14336 × 4096, 2 bits, K = 4, H100).
-_TOKENS = 8
 
 
-def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
-    """How this kernel reads the input of a layer whose activations are ``dtype``: grouped, A
-    apart; with the sums of offsets where they are not subtracted one by one."""
+def layout(spec: ReplicaShape, dtype: mx.Dtype, tokens: int = 1) -> Layout:
+    """How this kernel reads the input, of so many tokens that share a matrix, of a layer whose
+    activations are ``dtype``: grouped or folded, A apart; with the sums of offsets where they are
+    not subtracted one by one."""
     shared = min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)
+    fold = folds(spec, tokens)
     return Layout(lanes=32, run=code_order.CHUNK, piece=4, dtype=mx.float32,
-                  expand=not spec.replica_group, sums=0 if dtype == mx.float32 else shared)
+                  expand=not (spec.replica_group or fold), behind=fold,
+                  sums=0 if dtype == mx.float32 or fold else shared)
 
 
 def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
@@ -166,31 +181,35 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     is ``added``; with ``experts`` (tokens,), the matrix each is to be multiplied by."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     chosen = [] if experts is None else [at_least(experts)]
-    most = _TOKENS if spec.replica_group else max(1, _TOKENS // spec.replicas)
-    together = 1 if experts is not None else min(tokens, most)
-    height = rows_together(spec, together)
+    together = tokens if experts is None else 1
+    fold, height = folds(spec, together), rows_together(spec, together)
     blocks = -(-rows // (_SIMDGROUPS * height))
     y: mx.array = _kernel(experts is not None)(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
                 sizes(rows, matrix.chunks, tokens, matrix.scales.groups,
                       code_order.pair_mask(bits)), *added.inputs(matrix.replica_out), *chosen],
-        template=[("T", dtype), ("EXACT", dtype == mx.float32), ("BITS", bits),
+        template=[("T", dtype), ("EXACT", dtype == mx.float32 or fold), ("BITS", bits),
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
-                  ("GROUP", spec.replica_group),
+                  ("GROUP", spec.replica_group), ("FOLD", fold),
                   ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
-                  ("TOKENS", together), ("WHOLE", tokens % together == 0), ("ROWS", height),
+                  ("TOKENS", together), ("PAIRS", experts is not None), ("ROWS", height),
                   ("SIMDGROUPS", _SIMDGROUPS), *added.template()],
-        grid=(blocks * _SIMDGROUPS * 32, -(-tokens // together), 1),
+        grid=(blocks * _SIMDGROUPS * 32, tokens // together, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype])[0]
     return y
 
 
-def rows_together(spec: ReplicaShape, together: int) -> int:
-    """Rows of a simdgroup, for all of which it reads X once: as many as registers hold the sums
-    of (``benchmarks/LOG.md``)."""
-    held = 2 * together + spec.replicas if spec.replica_group else 2 * together * spec.replicas
-    return 8 if held <= 10 else 4 if held <= 20 else 2
+def folds(spec: ReplicaShape, tokens: int) -> bool:
+    """Whether plain replicas are folded into the decoded weights: K + 2 operations a weight, in
+    place of K for each token."""
+    return not spec.replica_group and tokens * (spec.replicas - 1) > spec.replicas + 1
+
+
+def rows_together(spec: ReplicaShape, tokens: int) -> int:
+    """Rows of a simdgroup, for all of which it reads X once."""
+    apart = bool(spec.replica_group) or folds(spec, tokens)
+    return lanes.rows_together(tokens * (1 if apart else spec.replicas), spec.replicas * apart)
 
 
 @functools.cache

@@ -170,8 +170,9 @@ _ROWS = 16
 _MANY_ROWS = 8192
 
 
-def layout(spec: ReplicaShape, dtype: mx.Dtype) -> Layout:
-    """How this kernel reads its prepared input: every a_k ∘ z, in the activations' 16 bits."""
+def layout(spec: ReplicaShape, dtype: mx.Dtype, _tokens: int = 1) -> Layout:
+    """How this kernel reads its prepared input, of however many tokens: every a_k ∘ z, in the
+    activations' 16 bits."""
     return Layout(lanes=4, run=code_order.RUN[spec.bits.code_bits], piece=8, dtype=dtype,
                   expand=True)
 

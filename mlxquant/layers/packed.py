@@ -133,7 +133,7 @@ class PackedGroup(PackedCodes):
         if not prepared or not (on_tensor_cores or trusted("replicated_matvec")):
             return added(matrix.product(matrix.scales.rotated(first(x)), dtype))
         kernel = replicated_tensor_cores if on_tensor_cores else replicated_matvec
-        x = prepare_input.prepare(x, matrix.scales, kernel.layout(self.spec, dtype), first)
+        x = prepare_input.prepare(x, matrix.scales, kernel.layout(self.spec, dtype, tokens), first)
         return kernel.multiply(x, matrix, tokens, dtype, added=added)
 
     def _by_product(self, x: mx.array) -> mx.array:

@@ -77,11 +77,17 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     a sum; or in groups one, and a sum and K scales in G."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
-    held = 2 + replicas if group else 2 * replicas  # in registers, for a row
-    rows = 8 if held <= 10 else 4 if held <= 20 else 2  # that a fetch serves
+    rows = rows_together(vectors, replicas if group else 0)
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
     fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
     return Cost(products, _DECODING[_stored_bits(bits)], fetched)
+
+
+def rows_together(sums: int, scales: int) -> int:
+    """Rows of a simdgroup in ``replicated_matvec.py``, which a fetch of X serves: as many as
+    registers hold so many ``sums`` and ``scales`` of each (``benchmarks/LOG.md``)."""
+    held = 2 * sums + scales
+    return 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
