@@ -3,7 +3,7 @@
     python benchmarks/quality.py
 
 Of every width with its groups or replicas it holds the best method that ``quantize`` can run, with
-its options, calibrated only; beside them GPTQ's published rows (``literature.json``). A ratio is
+its options, blocks trained where that was measured and else calibrated only; beside them GPTQ's published rows (``literature.json``). A ratio is
 the perplexity over that of the original.
 """
 
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from measured import literature, method_rows, original_perplexity, replica_results
+from record import read
 
 from mlxquant.base.storage import write_json
 from mlxquant.report.comparison import METHODS
@@ -43,7 +44,10 @@ def flags(options: dict) -> str:
 def calibrated_replicas() -> list[dict]:
     """Rows of ``replicas.py``, which all correct for earlier blocks, under ``METHODS``' names."""
     found = []
-    for row in replica_results():
+    trained = [row | dict(bits=2, rotated=True, tuned=False, replicas=4, replica_group=None)
+               for row in read("blocks-trained-h100")["rows"]
+               if row["model"] == MODEL and row["method"] == "replica-4"]
+    for row in [*replica_results(), *trained]:
         group = f"-g{row['replica_group']}" if row["replica_group"] else ""
         name = f"replica-{row['replicas']}{group}-corrected"
         if row["rotated"] and not row["tuned"] and name in METHODS:

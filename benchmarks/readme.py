@@ -21,7 +21,8 @@ PAGES = {
                   "tree": tree.tree},
     "docs/results.md": {
         "default-model": tables.default_model, "widths": tables.widths,
-        "replicas": tables.replicas, "kernels": tables.kernels, "metal-body": tables.metal_body,
+        "replicas": tables.replicas, "blocks-trained": tables.blocks_trained,
+        "kernels": tables.kernels, "metal-body": tables.metal_body,
         "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods,
         "real-models": tables.real_models, "making": tables.making},
     "docs/answers.md": {"answers": tables.answers},

@@ -182,6 +182,19 @@ def replicas() -> str:
                  "no other number is given; seconds are those of each stage.")
 
 
+def blocks_trained() -> str:
+    """Models whose blocks were trained as they were made."""
+    run = read("blocks-trained-h100")
+    rows = [[row["model"].removesuffix("-Instruct"), row["method"],
+             f"{row['windows']} × 512, {row['block_steps']}", f"{row['bits_per_weight']:.2f}",
+             f"{row['before']:.1f}" if row["before"] else "", f"{row['perplexity']:.1f}",
+             f"{row['kl_mean']:.3f}", f"{row['seconds']}, {row['training_seconds']}",
+             f"{row['peak_gb']:.1f}"] for row in run["rows"]]
+    return table(("model", "body", "tokens, steps a block:", "bits/weight:", "`wt2-40` before:",
+                  "trained:", "KL:", "seconds in all, training:", "peak GB:"), rows,
+                 f"{place(run)}: `{run['command']}`. {run['note']}")
+
+
 def kernels() -> str:
     """One token, or a few, through one layer: what ran it, alone and in a chain."""
     run = kernel_run()
