@@ -3,8 +3,8 @@
     python benchmarks/quality.py
 
 Of every width with its groups or replicas it holds the best method that ``quantize`` can run, with
-its options, blocks trained where that was measured and else calibrated only; beside them GPTQ's published rows (``literature.json``). A ratio is
-the perplexity over that of the original.
+its options, blocks trained where that was measured and else calibrated only; beside them GPTQ's
+published rows (``literature.json``). A ratio is the perplexity over that of the original.
 """
 
 import re
