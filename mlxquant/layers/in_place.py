@@ -22,7 +22,7 @@ from mlxquant.kernels import backend
 class InPlaceCache(KVCache):
     """mlx-lm's cache of one sequence, and all that it can do; ``room`` makes it write in place."""
 
-    _own: tuple[mx.array, mx.array] | None = None  # what was made here, if that is still in use
+    _own: tuple[mx.array, mx.array] | None = None  # made here, and in no other's hands
     _capacity = 0  # tokens that there is room for in it
 
     @classmethod
@@ -66,14 +66,9 @@ class InPlaceCache(KVCache):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlaceCache":
-        """MLX's own copies would share memory, and see what is written after."""
-        made = InPlaceCache()
-        made.offset = self.offset
-        if self.keys is not None:
-            made._capacity = self.keys.shape[2]
-            made.hold(*(self._copy(array, array.shape, array.dtype)
-                        for array in (self.keys, self.values)))
-            mx.eval(made.keys, made.values)
+        """Both hold the same arrays, and each copies them before it writes to them."""
+        self._own, made = None, InPlaceCache()
+        made.state = self.state
         return made
 
     @classmethod
@@ -81,15 +76,14 @@ class InPlaceCache(KVCache):
         """The cache of a batch of these sequences."""
         if len(caches) == 1:
             return caches[0]
-        made = BatchKVCache.merge(caches)
-        return _become(made, made, _SideBySide)
+        return _become(InPlaceCache(), BatchKVCache.merge(caches), _SideBySide)
 
     def extend(self, other: "InPlaceCache | _SideBySide") -> None:
         """Become the cache of these sequences and those of ``other``."""
         _become(self, BatchKVCache.merge([self]), _SideBySide).extend(other)
 
     def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep what there is: a batch from which all go has no cache."""
+        """Keep the one that there is: mlx-lm drops the caches of a batch from which all go."""
 
     def extract(self, idx: int) -> "InPlaceCache":
         return copy.deepcopy(self)
