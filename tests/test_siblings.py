@@ -97,6 +97,15 @@ def test_what_cannot_be_traced_stands_by_itself(name):
             if isinstance(module, nn.Linear)} == before
 
 
+def test_an_error_that_says_nothing_is_named(monkeypatch):
+    def call(self, tokens):
+        raise NotImplementedError
+
+    network = random_network()
+    monkeypatch.setattr(type(network), "__call__", call)
+    assert untraceable(network) == "NotImplementedError"
+
+
 def test_weights_in_a_file_are_not_read(tmp_path):
     network = random_network()
     network.save_weights(str(tmp_path / "model.safetensors"))

@@ -240,7 +240,7 @@ def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> list[dict[str, 
         try:
             mx.export_function(exported.append, run, *inputs)
         except Exception as error:  # it looks at values, does what no graph can hold, or fails
-            raise Unsupported(" ".join(str(error).split())) from error
+            raise Unsupported(" ".join(str(error).split()) or type(error).__name__) from error
         finally:
             network.update(tree_unflatten(weights))
     return exported
