@@ -41,8 +41,9 @@ def flags(options: dict) -> str:
     return " ".join(parts)
 
 
-def calibrated_replicas() -> list[dict]:
-    """Rows of ``replicas.py``, which all correct for earlier blocks, under ``METHODS``' names."""
+def replica_rows() -> list[dict]:
+    """Rows of ``replicas.py`` before ``tune``, which all correct for earlier blocks, under
+    ``METHODS``' names."""
     found = []
     trained = [row | dict(bits=2, rotated=True, tuned=False, replicas=4, replica_group=None)
                for row in read("blocks-trained-h100")["rows"]
@@ -58,7 +59,7 @@ def calibrated_replicas() -> list[dict]:
 def measured() -> list[dict]:
     original = original_perplexity()
     ways: dict[tuple, list[dict]] = {}
-    for row in [*method_rows(), *calibrated_replicas()]:
+    for row in [*method_rows(), *replica_rows()]:
         if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be better
             row = row | {"method": "rtn", "group_size": 64}
         options = options_of(row["method"])

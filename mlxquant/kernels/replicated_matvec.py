@@ -201,8 +201,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
 
 
 def folds(spec: ReplicaShape, tokens: int) -> bool:
-    """Whether plain replicas are folded into the decoded weights: K + 2 operations a weight, in
-    place of K for each token."""
+    """Whether plain replicas are folded into the decoded weights: K + 2 operations a weight and one
+    for each token, in place of K for each token."""
     return not spec.replica_group and tokens * (spec.replicas - 1) > spec.replicas + 1
 
 
