@@ -78,6 +78,13 @@ def test_the_peak_of_training_a_block_is_predicted_within_a_fifth(tmp_path, hidd
     assert predicted == pytest.approx(peak, rel=0.2)
 
 
+def test_a_process_does_not_count_what_its_parent_held():
+    held = b"x" * 1_000_000_000
+    ask = "from mlxquant.machine.memory import peak_resident; print(peak_resident())"
+    child = subprocess.run([sys.executable, "-c", ask], check=True, stdout=subprocess.PIPE)
+    assert 10_000_000 < int(child.stdout) < len(held)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "replica"])
 def test_the_peak_of_a_large_block_bounds_that_of_the_process(tmp_path, method):
