@@ -23,10 +23,13 @@ import pytest
 from metal import Compiler, Emulation, Runner
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from mlx_lm.models.cache import KVCache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline
+from mlxquant.layers.fused_block import OneToken
+from mlxquant.layers.pack import pack
 from mlxquant.quantise.job import Job, Text
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.sources import checkpoint, recipes
@@ -113,6 +116,21 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return mlxquant.load(str(tiny_folder))
+
+
+@pytest.fixture
+def watched(tiny_folder, monkeypatch):
+    """A model whose blocks take a token in few dispatches, whether each pass was over the cache of
+    one sequence, and how many tokens were taken so."""
+    model, own = mlxquant.load(str(tiny_folder)), OneToken.__call__
+    pack(model.network)
+    blocks, single, taken = len(model.network.layers), [], []
+    network = type(model.network)
+    monkeypatch.setattr(network, "__call__", lambda self, x, cache, own=network.__call__: (
+        single.append(isinstance(cache[0], KVCache)), own(self, x, cache=cache))[1])
+    monkeypatch.setattr(OneToken, "__call__", lambda *a: (
+        y := own(*a), y is None or taken.append(1 / blocks))[0])
+    return model, single, taken
 
 
 @pytest.fixture(scope="session")

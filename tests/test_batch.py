@@ -8,8 +8,6 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 import mlxquant
 from mlxquant import Sampling
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
-from mlxquant.layers.fused_block import OneToken
-from mlxquant.layers.pack import pack
 from mlxquant.runtime.batch import Batch
 from mlxquant.runtime.prompt import Request
 
@@ -60,21 +58,6 @@ def test_a_state_that_cannot_be_put_side_by_side_is_refused(tiny, monkeypatch):
         mlxquant.batch_generate(tiny, ["x"])
 
 
-@pytest.fixture
-def fused(tiny_folder, monkeypatch):
-    """A model whose blocks take a token in few dispatches, whether each pass was over the cache of
-    one sequence, and how many tokens were taken so."""
-    model, own = mlxquant.load(str(tiny_folder)), OneToken.__call__
-    pack(model.network)
-    blocks, single, taken = len(model.network.layers), [], []
-    network = type(model.network)
-    monkeypatch.setattr(network, "__call__", lambda self, x, cache, own=network.__call__: (
-        single.append(isinstance(cache[0], KVCache)), own(self, x, cache=cache))[1])
-    monkeypatch.setattr(OneToken, "__call__", lambda *a: (
-        y := own(*a), y is None or taken.append(1 / blocks))[0])
-    return model, single, taken
-
-
 def begin(batch, model, prompt, tokens):
     return batch.add(Request.of(model, prompt, max_tokens=tokens))
 
@@ -91,8 +74,8 @@ def text_of(events):
     return "".join(event.chunk.text for event in events if event.chunk)
 
 
-def test_a_row_by_itself_takes_tokens_as_a_single_prompt_does(fused):
-    model, single, taken = fused
+def test_a_row_by_itself_takes_tokens_as_a_single_prompt_does(watched):
+    model, single, taken = watched
     alone = mlxquant.generate(model, "Once upon", max_tokens=20).text
     needed = sum(taken)
     taken.clear()
@@ -105,8 +88,8 @@ def test_a_row_by_itself_takes_tokens_as_a_single_prompt_does(fused):
 
 @pytest.mark.parametrize("first, second", [
     ("Once upon", "x"), ([5], [7]), ([5], [9] * 300), ([9] * 300, [7])], ids=lambda p: len(p))
-def test_rows_that_join_and_leave_change_no_reply(fused, first, second):
-    model, single, taken = fused
+def test_rows_that_join_and_leave_change_no_reply(watched, first, second):
+    model, single, taken = watched
     long, short, late = ((first, 60), (second, 7), ("late", 9))
     alone = [mlxquant.generate(model, prompt, max_tokens=count).text
              for prompt, count in (long, short, late)]
@@ -128,8 +111,8 @@ def test_rows_that_join_and_leave_change_no_reply(fused, first, second):
     assert [text_of(events[row]) for row in (lone, joined, last)] == alone
 
 
-def test_two_rows_that_begin_and_leave_at_once(fused):
-    model, *_ = fused
+def test_two_rows_that_begin_and_leave_at_once(watched):
+    model, *_ = watched
     batch, events = Batch(model), {}
     pair = [begin(batch, model, prompt, 5) for prompt in ("a", "bcd")]
     run(batch, events, 3)
@@ -140,9 +123,9 @@ def test_two_rows_that_begin_and_leave_at_once(fused):
     assert text_of(events[again]) == mlxquant.generate(model, "bcd", max_tokens=5).text
 
 
-def test_what_a_row_by_itself_leaves_behind_goes_on(fused):
+def test_what_a_row_by_itself_leaves_behind_goes_on(watched):
     """Its keys and values are its own, though others write where they were."""
-    model, *_ = fused
+    model, *_ = watched
     batch, events = Batch(model), {}
     row = begin(batch, model, [5, 6, 7], 6)
     run(batch, events)

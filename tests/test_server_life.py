@@ -13,7 +13,6 @@ import served
 from commands import Command
 from scripted import scripted
 from served import CHAT, DEADLINE, client_of, post, refusal, running, until
-from test_batch import fused  # noqa: F401 (a fixture)
 from test_distributed import free_ports
 
 import mlxquant
@@ -42,9 +41,9 @@ def test_requests_at_once_share_passes_over_the_weights(tiny_folder, monkeypatch
     assert 4 in passes and len(passes) < 2 * 200, len(passes)
 
 
-def test_a_client_by_itself_is_served_as_quickly_as_a_single_prompt(fused):  # noqa: F811
+def test_a_client_by_itself_is_served_as_quickly_as_a_single_prompt(watched):
     """Before and after others are there; and all get the replies that they get alone."""
-    model, single, taken = fused
+    model, single, taken = watched
     asked = [("Once upon", 300), ("number 1", 20), ([7], 20)]
     alone = [mlxquant.generate(model, prompt, max_tokens=count).text for prompt, count in asked]
     single.clear(), taken.clear()
