@@ -5,9 +5,10 @@ import json
 import commands
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from architectures import write
-from conftest import job
+from conftest import CONFIG, job, random_network, write_folder
 from typer.testing import CliRunner
 
 import mlxquant  # first: it loads the BLAS before MLX
@@ -15,12 +16,15 @@ from mlxquant.base.errors import BadValue
 from mlxquant.cli import app
 from mlxquant.codes.packing import unpack_codes
 from mlxquant.codes.width import Width
+from mlxquant.layers.head import foreseen
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import load, open_lazily
-from mlxquant.quantise import block_tuning, room
+from mlxquant.quantise import aims, block_tuning, room
 from mlxquant.quantise.assembly import blocks_of
+from mlxquant.quantise.calibration import from_files
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.walk import Halt
+from mlxquant.quantise.walk import Halt, batch_size
+from mlxquant.report.divergence import position_kl
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31, 16, 250, 44]])
 KINDS = {
@@ -32,6 +36,20 @@ KINDS = {
     "awq": dict(method="awq", bits=2, propagation="float"),
     "rounded": dict(method="rtn", bits=2),
 }
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A model that is not as sure of what follows as one whose head is its random embedding."""
+    config = CONFIG | {"tie_word_embeddings": False}
+    network = random_network(config)
+    network.lm_head.weight = 0.3 * mx.random.normal(network.lm_head.weight.shape)
+    folder = tmp_path_factory.mktemp("models")
+    write_folder(folder / "tiny", network, config)
+    nn.quantize(network, 32, 4)
+    write_folder(folder / "tiny in 4 bits", network, config | {
+        "quantization": {"group_size": 32, "bits": 4}})
+    return folder / "tiny"
 
 
 def quantise(source, output, text, progress=lambda *_: None, **options):
@@ -47,6 +65,12 @@ def distance(folder, source):
     tokens = mx.array([load(str(source)).tokenizer.encode("a cat sat on the mat and the cat ran")])
     logits, wanted = (load(str(f)).network(tokens) for f in (folder, source))
     return (mx.square(logits - wanted).mean() / mx.square(wanted).mean()).item()
+
+
+def kl(folder, source, tokens):
+    """The mean divergence of a made folder's predictions of ``tokens`` (windows, length)."""
+    p, q = (load(str(f)).network(mx.array(tokens)) for f in (source, folder))
+    return position_kl(p.astype(mx.float32), q.astype(mx.float32)).mean().item()
 
 
 def same(folder, other):
@@ -65,6 +89,56 @@ def test_every_kind_of_layer_comes_nearer_to_the_original(tmp_path, tiny_folder,
     assert "tuned_blocks" not in record(tmp_path / "plain")
     sizes = [mlxquant.inspect(str(tmp_path / name)).bytes_per_token for name in ("tuned", "plain")]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name, options", [
+    ("tiny", KINDS["replicas"]), ("tiny", KINDS["groups"] | dict(rotation="fused")),
+    ("tiny in 4 bits", KINDS["groups"]),
+    *((name, KINDS["rounded"] | dict(group_size=32)) for name in (
+        "gemma2", "cohere2", "deepseek_v3"))])
+def test_the_last_blocks_error_is_the_divergence_of_the_model(tmp_path, tiny_folder, text, name,
+                                                              options):
+    """Behind tied heads, untied and quantised, scaled and capped logits, rotated hidden states."""
+    source = tiny_folder.parent / name if "tiny" in name else write(name, tmp_path / "source")
+    made = quantise(source, tmp_path / "out", text, **options)
+    error = list(made.tuned.values())[-1]
+    assert error["nats"] and error["after"] < error["before"]
+    tokenizer = load(str(source)).tokenizer
+    held_out = from_files(tokenizer, [text], 8, 64, 0, vocabulary=288).tokens[-batch_size():]
+    assert kl(tmp_path / "out", source, held_out) == pytest.approx(error["after"], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["replicas", "groups", "rounded"])
+def test_the_last_block_trained_on_predictions_predicts_better(tmp_path, tiny_folder, text,
+                                                               monkeypatch, kind):
+    quantise(tiny_folder, tmp_path / "predictions", text, **KINDS[kind])
+    monkeypatch.setattr(room, "foreseen", lambda *_: {})
+    made = quantise(tiny_folder, tmp_path / "outputs", text, **KINDS[kind])
+    assert not any("nats" in error for error in made.tuned.values())
+    words = np.random.default_rng(1).choice(["the", "cat", "sat", "on", "a", "mat"], 400)
+    other = load(str(tiny_folder)).tokenizer.encode(" ".join(words))[:256]
+    found = [kl(tmp_path / name, tiny_folder, [other]) for name in ("predictions", "outputs")]
+    assert found[0] < found[1]
+
+
+@pytest.mark.parametrize("found", ["no number", "an error in a compiled step"])
+def test_predictions_that_cannot_be_trained_for_leave_it_at_outputs(
+        tmp_path, tiny_folder, text, monkeypatch, found):
+    training, error, calls = block_tuning.Training, aims.Predictions.error, []
+
+    def failing(*given):
+        calls.append(given)
+        if found == "no number":
+            return mx.array(float("nan"))
+        if len(calls) > 1:  # the first is for what is held out
+            raise ValueError("no derivative")
+        return error(*given)
+
+    monkeypatch.setattr(block_tuning, "Training", lambda *given, **_: training(*given))
+    monkeypatch.setattr(aims.Predictions, "error", failing)
+    made = quantise(tiny_folder, tmp_path / "out", text, **KINDS["groups"])
+    assert not any("nats" in error for error in made.tuned.values())
+    assert all(error["after"] < error["before"] for error in made.tuned.values()) and not made.notes
 
 
 def test_codes_end_in_other_cells(tmp_path, tiny_folder, text):
@@ -108,7 +182,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder,
     resumed = []
     quantise(tiny_folder, tmp_path / "again", text, **KINDS["grouped replicas"],
              progress=lambda done, total, value, stage: resumed.append(stage))
-    assert resumed[0] == "quantising" and resumed.count("tuning") == 9
+    assert resumed[0] == "quantising" and resumed.count("tuning") == 18
     assert same(tmp_path / "whole", tmp_path / "again")
 
 
@@ -118,17 +192,18 @@ def test_a_compiled_step_trains_as_a_plain_one_does(tmp_path, tiny_folder, text,
     compiled step and not the first one's, and as many codes move."""
     training, checkpoint = block_tuning.Training, mx.checkpoint
 
-    def first_block(compiled, kept):
+    def errors(compiled, kept):
         name = f"{compiled}-{kept}"
         monkeypatch.setattr(block_tuning, "Training", lambda *given, **_: training(
             *given, compiled=compiled))
         monkeypatch.setattr(mx, "checkpoint", (lambda step: step) if kept else checkpoint)
         options = KINDS[kind] | dict(tune_steps=48, length=32, samples=16)
-        return quantise(tiny_folder, tmp_path / name, text, **options).tuned["model.layers.0"]
+        return quantise(tiny_folder, tmp_path / name, text, **options).tuned.values()
 
-    plain = first_block(compiled=False, kept=True)
-    assert plain["moved"] > 0
-    assert first_block(compiled=True, kept=False) == pytest.approx(plain, rel=0.05)
+    plain = errors(compiled=False, kept=True)
+    assert all(block["moved"] > 0 for block in plain)
+    for found, wanted in zip(errors(compiled=True, kept=False), plain):
+        assert found == pytest.approx(wanted, rel=0.05)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -140,6 +215,9 @@ def test_blocks_of_any_signature_are_trained(tmp_path, text, name, options):
     source = write(name, tmp_path / "source")
     made = quantise(source, tmp_path / "tuned", text, tune_steps=8, length=32, **options)
     assert len(made.tuned) == 4
+    # These two give more at the end than a hidden state a token.
+    network, _ = open_lazily(source)
+    assert bool(foreseen(network, blocks_of(network))) == (name not in ("gemma3n", "rwkv7"))
     assert any(gain["after"] < gain["before"] for gain in made.tuned.values())
     assert mx.isfinite(load(str(tmp_path / "tuned")).network(TOKENS)).all()
 
@@ -154,7 +232,8 @@ def test_a_block_that_cannot_be_trained_is_noted_and_made(tmp_path, tiny_folder,
 
 def test_a_block_whose_error_is_no_number_does_not_end_the_job(tmp_path, tiny_folder, text,
                                                                monkeypatch):
-    monkeypatch.setattr(block_tuning.Call, "error", lambda *_: mx.array(float("nan")))
+    for aim in (aims.Outputs, aims.Predictions):
+        monkeypatch.setattr(aim, "error", lambda *_: mx.array(float("nan")))
     made = quantise(tiny_folder, tmp_path / "out", text, **KINDS["groups"])
     assert not made.tuned and "its error is not a finite number" in made.notes[0]
 
@@ -162,10 +241,11 @@ def test_a_block_whose_error_is_no_number_does_not_end_the_job(tmp_path, tiny_fo
 def test_a_token_that_dwarfs_all_others_cannot_be_given_up_for_them():
     """SmolLM2's block 11 makes the first token of a text 170 times as large as the rest."""
     wanted = mx.concatenate([mx.full((1, 1, 8), 170.0), mx.ones((1, 511, 8))], axis=1)
-    call = block_tuning.Call(Halt(nn.Identity(), lambda x: x, (wanted,), {}), wanted)
+    call = aims.Call(Halt(nn.Identity(), lambda x: x, (wanted,), {}), wanted)
     without, coarse = mx.ones_like(wanted), mx.where(wanted > 1, wanted, 0.8)
-    assert call.error(wanted, wanted).item() == 0
-    assert call.error(without, wanted) > 10 * call.error(coarse, wanted)
+    assert aims.OUTPUTS.error(call, wanted, wanted).item() == 0
+    assert aims.OUTPUTS.error(call, without, wanted) > 10 * aims.OUTPUTS.error(
+        call, coarse, wanted)
 
 
 @pytest.mark.parametrize("error, said", [
@@ -216,10 +296,11 @@ def test_by_default_blocks_below_4_bits_are_trained(tmp_path, tiny_folder, text,
 
 
 def test_the_command_says_what_it_gained(tmp_path, tiny_folder, text):
-    options = ["--bits", "2", "--data", text, "--samples", "4", "--sequence-length", "32"]
+    options = ["--bits", "2", "--data", text, "--samples", "8", "--sequence-length", "64"]
     done = commands.run("quantize", str(tiny_folder), "-o", str(tmp_path / "out"), *options,
-                        "--tune-steps", "8")
-    assert "tuned: the outputs of 2 blocks are off the original's by " in done.stdout
-    assert "tuned: the outputs of 2 blocks" in commands.run("inspect", str(tmp_path / "out")).stdout
+                        "--tune-steps", "24")
+    assert "tuned: the outputs of 1 blocks are off the original's by " in done.stdout
+    assert " before; the last block's predictions by 0.00" in done.stdout
+    assert "tuned: the outputs of 1 blocks" in commands.run("inspect", str(tmp_path / "out")).stdout
     with pytest.raises(BadValue, match="tune_steps is 0"):
         Job().changed(tune_steps=0)

@@ -9,9 +9,12 @@ from conftest import CONFIG, random_bytes, random_network, replicated
 from mlx.utils import tree_map
 
 from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import head
+from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.head import foreseen
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.report.divergence import position_kl
-from mlxquant.tuning import piecewise, predictions
+from mlxquant.tuning import predictions
 from mlxquant.tuning.piecewise import Pieces
 from mlxquant.tuning.predictions import Predictions, divergence, likeliest
 
@@ -70,7 +73,7 @@ def gradients(network, parts, compiled):
     *((lambda name=name: affine(name), Parts(), False) for name in (
         "qwen3_moe", "gemma3n", "cohere2", "mamba2", "deepseek_v3", "rwkv7", "iquestloopcoder"))])
 def test_gradients_in_pieces_are_those_of_the_whole(monkeypatch, make, parts, compiled):
-    monkeypatch.setattr(piecewise, "AT_ONCE", 384 * 11)  # chunks with an end that is shorter
+    monkeypatch.setattr(head, "AT_ONCE", 384 * 11)  # chunks with an end that is shorter
     (loss, whole), (same, pieces) = gradients(make(), parts, compiled)
     assert same.item() == pytest.approx(loss.item(), rel=1e-5)
     largest = max(mx.abs(g).max().item() for g in whole.values())
@@ -101,8 +104,32 @@ def test_memory_is_that_of_one_block_and_one_chunk(monkeypatch):
         student.install(student.values(moved))
         return pieces.loss(tokens, lambda logits, _: mx.logsumexp(logits, -1).sum())
 
-    monkeypatch.setattr(piecewise, "AT_ONCE", 4096 * 32)
+    monkeypatch.setattr(head, "AT_ONCE", 4096 * 32)
     assert peak(in_pieces) < 0.3 * peak(whole)
+
+
+class Skipping(nn.Module):
+    """Logits of what the first block gives, too: of each token, or ``meant`` over them."""
+
+    def __init__(self, meant):
+        super().__init__()
+        self.layers = [nn.Sequential(nn.Linear(8, 8)) for _ in range(3)]
+        self.embedding, self.meant = nn.Embedding(16, 8), meant
+
+    def __call__(self, tokens):
+        first = h = self.layers[0](self.embedding(tokens))
+        for layer in self.layers[1:]:
+            h = layer(h)
+        first = first.mean(1, keepdims=True) if self.meant else first
+        return self.embedding.as_linear(h + first)
+
+
+def test_a_head_that_needs_more_than_the_last_block_is_none_or_gives_no_numbers():
+    network = Skipping(meant=False)
+    assert not foreseen(network, find_blocks(network))
+    network = Skipping(meant=True)
+    (path, behind), = foreseen(network, find_blocks(network)).items()
+    assert path == "layers.2" and mx.isnan(behind.logits(mx.ones((2, 8)))).all()
 
 
 def test_what_is_kept_is_the_divergence_but_for_the_rest():

@@ -67,7 +67,8 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
 
 
 @pytest.mark.parametrize("hidden,inner,changes", [
-    (384, 1056, dict(method="gptq", length=32, vocab_size=40_000)),  # weights; not the embedding
+    (384, 1056, dict(method="gptq", length=32, vocab_size=40_000)),  # weights, and the head's
+    (128, 352, dict(method="gptq", length=256, vocab_size=30_000)),  # its logits
     (256, 704, dict(method="replica", rotation="online", length=256)),  # and tokens
     (128, 352, dict(method="replica", rotation="online", length=512, propagation="corrected",
                     samples=32, spill_share=0)),  # and attention
@@ -134,3 +135,13 @@ def test_a_refusal_names_what_would_fit(tiny_folder, tmp_path, monkeypatch, chan
     monkeypatch.setattr(room, "memory_limit", lambda: needed + 1)
     with pytest.raises(TooLarge, match=f"{said}.* would fit"):
         mlxquant.quantize(str(tiny_folder), tmp_path / "out", asked)
+
+
+def test_a_last_block_whose_predictions_do_not_fit_is_trained_as_others(tiny_folder, monkeypatch):
+    network, _ = open_lazily(tiny_folder)
+    asked = job("text.txt", bits=2, samples=2, tune_blocks=True)
+    whole = room.needs(network, blocks_of(network), asked, 4)
+    assert list(whole.predicting) == ["model.layers.1"]
+    monkeypatch.setattr(room, "memory_limit", lambda: whole.memory - 1)
+    less = room.needs(network, blocks_of(network), asked, 4)
+    assert not less.predicting and not less.untrained and less.memory < whole.memory

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _advanced = partial(Option, rich_help_panel="Advanced")
 # Titles of the bars of what quantising does, by stage.
 _STAGES = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
-           "tuning": "tuning the block, % error left:"}
+           "tuning": "tuning the block, 100 × error left:"}
 
 
 @app.command(cls=Panels,

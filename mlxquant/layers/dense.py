@@ -49,6 +49,20 @@ def expanded_weight(module: nn.Module) -> mx.array:
                          module.mode, dtype=mx.float32)
 
 
+def dense_layer(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
+    """The same, dense in float32. Expanded before any cast: a scale rounded to bfloat16 would move
+    a whole group."""
+    with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
+        weight = expanded_weight(module)
+    rows, columns = weight.shape
+    dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
+             else nn.Linear(columns, rows, bias="bias" in module))
+    dense.weight = weight
+    if "bias" in module:
+        dense.bias = module.bias
+    return dense
+
+
 def expand_grouped(network: nn.Module) -> nn.Module:
     """Replace every grouped layer by a dense one in the type of its scales, in place."""
     return _expand(network, (GroupedLinear,))

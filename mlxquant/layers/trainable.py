@@ -15,7 +15,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers.blocks import Block, find_blocks
-from mlxquant.layers.dense import expanded_weight
+from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedLinear
 from mlxquant.layers.transformed import TransformedLinear
@@ -113,25 +113,12 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
             made.append((path, MovingReplica(module, start)))
         elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
               and not path.startswith(inside)):
-            made.append((path, _dense(module)))
+            made.append((path, dense_layer(module)))
         elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
             made.append((path, UnpackedAffine(module, start)))
         elif isinstance(module, QuantizedSwitchLinear) and parts.experts:
             made.append((path, UnpackedExperts(module)))
     network.update_modules(tree_unflatten(made))
-
-
-def _dense(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
-    """Expanded before any cast: a scale rounded to bfloat16 would move a whole group."""
-    with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
-        weight = expanded_weight(module)
-    rows, columns = weight.shape
-    dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
-             else nn.Linear(columns, rows, bias="bias" in module))
-    dense.weight = weight
-    if "bias" in module:
-        dense.bias = module.bias
-    return dense
 
 
 def _trained(network: nn.Module, parts: Parts

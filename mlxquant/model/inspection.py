@@ -36,8 +36,9 @@ class Inspection:
     of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
     ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them. ``making`` is
     what ``quantize`` wrote of its seconds and peaks by step, None where it made no such folder.
-    ``tuned_blocks`` are blocks that were trained, with their errors before and after.
-    ``untraceable`` says why the network cannot be traced, None where it can."""
+    ``tuned_blocks`` are blocks that were trained, with their errors before and after, shares of the
+    output's energy, or ``nats`` of the predictions'. ``untraceable`` says why the network cannot be
+    traced, None where it can."""
 
     architecture: str
     parameters: int
@@ -95,12 +96,20 @@ def _making(file: Path) -> dict[str, Any] | None:
 
 def gain_line(tuned: dict[str, dict[str, float]]) -> str:
     """What tuning blocks gained, in a few words."""
-    before, after, moved = (sum(block.get(what, 0) for block in tuned.values()) / len(tuned)
-                            for what in ("before", "after", "moved"))
-    return (f"the outputs of {len(tuned)} blocks are off the original's by {100 * after:.2f} % of "
-            f"their energy in the mean, {100 * before:.2f} % before"
-            + f"; {100 * moved:.1f} % of the codes moved" * any(
-                "moved" in block for block in tuned.values()))
+    parts, others = [], [block for block in tuned.values() if "nats" not in block]
+    if others:
+        before, after = (100 * _mean(others, what) for what in ("before", "after"))
+        parts.append(f"the outputs of {len(others)} blocks are off the original's by {after:.2f} % "
+                     f"of their energy in the mean, {before:.2f} % before")
+    parts += [f"the last block's predictions by {block['after']:.3g} nats, {block['before']:.3g} "
+              "before" for block in tuned.values() if "nats" in block]
+    if any("moved" in block for block in tuned.values()):
+        parts.append(f"{100 * _mean(list(tuned.values()), 'moved'):.1f} % of the codes moved")
+    return "; ".join(parts)
+
+
+def _mean(blocks: list[dict[str, float]], what: str) -> float:
+    return sum(block.get(what, 0) for block in blocks) / len(blocks)
 
 
 def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:

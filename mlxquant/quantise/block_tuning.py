@@ -6,12 +6,12 @@ https://arxiv.org/abs/2407.11062) one block after the other is trained on the ca
 that memory holds one block and its optimiser. The block reads what the quantised blocks before it
 give and aims at the output of the float block behind float ones: so it also makes up for what those
 before it did wrong. A code starts as far from the middle of its cell as the float weight is, and
-may end in another cell.
+may end in another cell. What blocks aim at is in ``aims.py``.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,20 +20,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from mlxquant.base.errors import MlxquantError
-from mlxquant.base.trees import arrays, floats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.quantise.aims import OUTPUTS, Call, Outputs
 from mlxquant.quantise.blocks import restore
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import Plan
 from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.training import State, Training
-from mlxquant.quantise.walk import Halt
 
 RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels
 _FULL = 320  # steps that the rates were chosen for
@@ -47,48 +46,15 @@ Report = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
-class Call:
-    """One batch's call of a block behind quantised blocks, and what the float block returned for
-    the same batch behind float blocks."""
-
-    halt: Halt
-    wanted: Any
-
-    def arrays(self) -> list[mx.array]:
-        """All arrays of the arguments, then those of the outputs to meet."""
-        return [*arrays(self.halt.given()), *floats(self.halt.shelf.read(self.wanted))]
-
-    def numbers(self) -> list[Any]:
-        """What else is in the arguments."""
-        leaves = tree_flatten((self.halt.args, self.halt.kwargs))
-        return [None if isinstance(leaf, mx.array) else leaf for _, leaf in leaves]
-
-    def error(self, *data: mx.array) -> mx.array:
-        """How far off the call is with ``data`` in place of this one's ``arrays``: half the mean
-        over tokens of ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². To the norm that the next block
-        begins with each token counts alike, so it does in the first half. A few tokens are hundreds
-        of times as large as all others, and heads look there when they look for nothing (Sun et
-        al. 2024, https://arxiv.org/abs/2402.17762): the second half sees to it that they are not
-        given up for the rest, which costs the first one a thousandth and the model everything."""
-        left = iter(data)
-        args, kwargs = tree_map(lambda leaf: next(left) if isinstance(leaf, mx.array) else leaf,
-                                (self.halt.args, self.halt.kwargs))
-        given, errors = floats(self.halt.own(*args, **kwargs)), []
-        for y, wanted in zip(given, left, strict=True):
-            missed, energy = mx.square(y - wanted).sum(-1), mx.square(wanted).sum(-1)
-            floor = 1e-3 * energy.mean() + 1e-20
-            errors += [(missed / (energy + floor)).mean(), missed.mean() / (energy.mean() + floor)]
-        return mx.stack(errors).mean()
-
-
-@dataclass(frozen=True)
 class BlockTuner:
-    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, % of error) of each.
-    ``untrained`` says why blocks, by path, cannot be trained."""
+    """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, 100 × error) of each.
+    ``untrained`` says why blocks, by path, cannot be trained; ``aims`` are by path what
+    blocks are trained for after the float block's outputs."""
 
     job: Job
     report: Report
     untrained: dict[str, str] = field(default_factory=dict)
+    aims: Mapping[str, Outputs] = field(default_factory=dict)
 
     def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
         """Train what ``result`` holds of a block, and note there what that gained, or why it cannot
@@ -100,53 +66,67 @@ class BlockTuner:
             reason = "it is called more than once"
         elif not block.path:
             reason = "the network is one block"
-        elif reason is None:
-            try:
-                self._train(block, result, calls)
-            except _UNTRAINABLE as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                mx.clear_cache()  # what ran out of memory must not cost the next block its own
+        reason = reason or self._tried(block, result, calls, OUTPUTS)
         result.remainders.clear()
+        if reason is None and block.path in self.aims:  # where that fails, it is trained already
+            self._tried(block, result, calls, self.aims[block.path])
         if reason is not None:
             result.tuned = {"left": reason}
             print(f"{block.path or 'the block'} is left untuned: {reason}", file=sys.stderr)
 
-    def _train(self, block: Block, result: BlockResult, calls: list[Call]) -> None:
+    def _tried(self, block: Block, result: BlockResult, calls: list[Call],
+               aim: Outputs) -> str | None:
+        """Train a block; or why that cannot be."""
+        try:
+            aim.prepare()
+            self._train(block, result, calls, aim)
+        except _UNTRAINABLE as error:
+            mx.clear_cache()  # what ran out of memory must not cost the next block its own
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        return None
+
+    def _train(self, block: Block, result: BlockResult, calls: list[Call], aim: Outputs) -> None:
         with _as_stored(block.module, result):
             remainders = result.remainders
             parts = Parts(codes=CODES_RATE / RATE, experts=True, starts={  # exact in 16 bits
                 path: remainders.pop(path).astype(mx.float16) / 256 for path in list(remainders)})
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
-            state = self._best(student, calls)
+            state = self._best(student, calls, aim)
             tensors, moved = student.tensors(state.best), student.moved_share(state.best)
             mx.eval(tensors)
         if state.best_loss < state.first_loss:
             result.tensors |= tensors
-        result.tuned = {"before": state.first_loss, "after": state.best_loss, "moved": moved}
+        elif aim is not OUTPUTS:
+            return
+        result.tuned = aim.told | {"before": state.first_loss, "after": state.best_loss,
+                                   "moved": moved + result.tuned.get("moved", 0)}
 
-    def _best(self, student: Trainable, calls: list[Call]) -> State:
+    def _best(self, student: Trainable, calls: list[Call], aim: Outputs) -> State:
         """Train on the calls in random order, again and again; the state where that ends."""
         held = max(1, len(calls) // _HELD_OUT)
         used, held_out, steps = calls[:-held] or calls, calls[-held:], self.job.tuning.steps
         random, order = np.random.default_rng(self.job.seed), list[int]()
         call = calls[0]  # the one at hand; to a compiled step all are this one with other arrays
         training = Training(
-            student, lambda network, *data: call.error(*data),
-            lambda network: float(np.mean([c.error(*c.arrays()).item() for c in held_out])),
+            student, lambda network, *data: aim.error(call, *data),
+            lambda network: float(np.mean([aim.error(c, *aim.data(c)).item() for c in held_out])),
             optim.cosine_decay(RATE * _faster(steps), steps),
             compiled=mx.default_device() == mx.gpu and _alike(calls))
-        if not math.isfinite(training.state.first_loss):
-            raise MlxquantError("its error is not a finite number")
-        self.report(0, steps, 100 * training.state.first_loss)
-        for step in range(1, steps + 1):
-            order = order or random.permutation(len(used)).tolist()
-            call = used[order.pop()]
-            training.step(*call.arrays())
-            if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
-                training.check()
-                self.report(step, steps, 100 * training.state.best_loss)
-        return training.end()
+        try:
+            if not math.isfinite(training.state.first_loss):
+                raise MlxquantError("its error is not a finite number")
+            self.report(0, steps, 100 * training.state.first_loss)
+            for step in range(1, steps + 1):
+                order = order or random.permutation(len(used)).tolist()
+                call = used[order.pop()]
+                training.step(*aim.data(call, random))
+                if step % math.ceil(steps / _CHECKS) == 0 or step == steps:
+                    training.check()
+                    self.report(step, steps, 100 * training.state.best_loss)
+        finally:
+            training.end()
+        return training.state
 
 
 def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:

@@ -19,7 +19,7 @@ Progress = Callable[[int, int, float, str], None]
 
 def silent(done: int, total: int, seconds: float, stage: str) -> None:
     """A ``Progress`` that tells nobody: blocks done, of how many, seconds so far, and in which
-    stage ("weighing" or "quantising"); or steps done on a block, of how many, its error in %, and
+    stage ("weighing" or "quantising"); or steps done on a block, of how many, 100 × its error, and
     "tuning"."""
 
 
@@ -141,7 +141,8 @@ class Made:
     its original cannot be known from it. ``notes`` are layers that were stored in another way
     than asked for, and blocks left untuned, and why. ``profile`` are seconds and peaks by step,
     calibration text and budget too (``Profile.as_dict``). ``tuned`` are the errors of tuned blocks
-    before and after, and the share of codes that moved, by path.
+    before and after (in ``nats`` where predictions are compared), and the share of codes that
+    moved, by path.
     """
 
     folder: Path

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.layers.blocks import Block
-from mlxquant.quantise.block_tuning import BlockTuner, Call
+from mlxquant.quantise.aims import Call
+from mlxquant.quantise.block_tuning import BlockTuner
 from mlxquant.quantise.blocks import quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Watch

@@ -24,6 +24,7 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
+from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assembly import (
     Body,
     blocks_of,
@@ -125,11 +126,12 @@ class Run:
         partial, profile = working_folder(self.output, self._identity(), record), current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
-        tuner = self._tuner(plans, progress)
+        turn = turn_of(config, job)
+        tuner = self._tuner(plans, turn, progress)
         body = Body()
         with (_unchanged(self.folder, source, partial) as check,
               shelf(partial / "hidden", self.needs.waiting > 0) as waiting):
-            work = Passes(network, blocks, plans, files, turn_of(config, job),
+            work = Passes(network, blocks, plans, files, turn,
                           self._context(network, blocks, tuner is not None), tuner,
                           job.propagation == "float", waiting)
             for done, (index, result) in enumerate(self._results(work), 1):
@@ -180,12 +182,14 @@ class Run:
         job = replace(self.job, text=Text(), target=None)
         return identity(self.folder, repr(job), self.tokens.digest, __version__)
 
-    def _tuner(self, plans: list[Plan], progress: Progress) -> BlockTuner | None:
+    def _tuner(self, plans: list[Plan], turn: mx.array | None,
+               progress: Progress) -> BlockTuner | None:
         """What trains the blocks, where there is text and any is to be trained."""
         job = self.job
         wanted = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
+        aims = {path: Predictions(head, turn) for path, head in self.needs.predicting.items()}
         return BlockTuner(job, lambda done, steps, error: progress(
-            done, steps, error, "tuning"), self.needs.untrained) if wanted else None
+            done, steps, error, "tuning"), self.needs.untrained, aims) if wanted else None
 
     def _context(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Context:
         job = self.job

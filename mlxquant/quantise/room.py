@@ -16,6 +16,7 @@ from mlxquant.base.storage import require_space
 from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
 from mlxquant.layers.blocks import Block, arrays_outside
+from mlxquant.layers.head import Head, foreseen
 from mlxquant.layers.traffic import (
     dense_bytes,
     float32_bytes,
@@ -25,6 +26,7 @@ from mlxquant.layers.traffic import (
     weight_count,
 )
 from mlxquant.machine.memory import memory_limit, require_memory, told
+from mlxquant.quantise.aims import PREDICTED
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.observe import keeps_experts_apart
 from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
@@ -41,6 +43,7 @@ _PASSING = 2  # arrays of a batch's inputs and outputs
 # moves (its latent, the best and two moments, 16; what it is now and the matrix, 8; start and code,
 # 3; then gradients) and of an expert's; arrays of inputs and outputs, and of attention's scores.
 _EXPERT, _BEGIN, _END = 12, (30, 3.9, 3.5), (41, 1.2, 0)
+_LOGITS, _HEAD = 5.7, 1.2  # arrays of a step's logits, and of the head, where the last begins
 # Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
 _KEPT, _FACTORING = 2.2, 1.7
 _CORRECTED = 1.0  # more of them, where the target is corrected
@@ -52,11 +55,13 @@ _FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 @dataclass(frozen=True)
 class Needs:
     """The most bytes that a job holds at once, the interpreter's own apart; those of hidden states
-    that wait on the disk; and the blocks that cannot be trained in this memory, and why."""
+    that wait on the disk; the blocks that cannot be trained in this memory, and why; and the head
+    for whose predictions the last block can be, by its path."""
 
     memory: float = 0.0
     waiting: float = 0.0
     untrained: dict[str, str] = field(default_factory=dict)
+    predicting: dict[str, Head] = field(default_factory=dict)
 
 
 def check(network: nn.Module, blocks: list[Block], output: Path, job: Job, heads: int) -> Needs:
@@ -159,13 +164,21 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
             fitting = [f"--sequence-length {short.length}" for short in _shorter(batch)
                        if trained(block, groups, short) <= limit]
             untrained[block.path] = f"training takes {told(needed, limit, fitting[:1])}"
+    predicting = foreseen(network, blocks) if tuned else {}
+    for block, groups in tuned:
+        if block.path in predicting and block.path not in untrained:
+            needed = _training_bytes(block, groups, batch, predicting[block.path])
+            if state * batch.tokens + needed <= limit:
+                steps.append(needed)
+            else:  # it is trained as the others are
+                predicting = {}
     held, waiting = max(embeddings, *steps), state * job.text.samples * batch.length
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
     weighing = _weighing_bytes(network, job) if job.target else 0
     return Needs(max(writing, weighing, held + (state * batch.tokens if spills else waiting)),
-                 spills * waiting, untrained)
+                 spills * waiting, untrained, predicting)
 
 
 def _shorter(batch: _Batch) -> list[_Batch]:
@@ -182,14 +195,19 @@ def _weighing_bytes(network: nn.Module, job: Job) -> float:
     return dense_bytes(network) + 4 * 3 * job.text.length * outputs
 
 
-def _training_bytes(block: Block, groups: list[_Siblings], batch: _Batch) -> float:
-    """What training a block takes, with its codes as they are stored."""
+def _training_bytes(block: Block, groups: list[_Siblings], batch: _Batch,
+                    head: Head | None = None) -> float:
+    """What training a block takes, with its codes as they are stored; for the predictions of
+    ``head``, if any."""
     experts = sum(g.rows * g.inputs * g.experts for g in groups)
     sizes = (sum(g.rows * g.inputs for g in groups if not g.experts),
              4 * batch.tokens * _numbers(block, groups),
              4 * batch.tokens * batch.heads * batch.length)
-    return _EXPERT * experts + max(sum(each * size for each, size in zip(step, sizes))
-                                   for step in (_BEGIN, _END))
+    begin, end = (sum(each * size for each, size in zip(step, sizes)) for step in (_BEGIN, _END))
+    if head:
+        begin += 4 * head.vocabulary * (_LOGITS * min(PREDICTED, batch.tokens)
+                                        + _HEAD * head.inputs.shape[-1])
+    return _EXPERT * experts + max(begin, end)
 
 
 def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,

@@ -86,10 +86,9 @@ class Training:
         self.state.step += 1
         return value.item()
 
-    def end(self) -> State:
-        """Let go of the compiled step, which holds this object as this holds it; the state."""
+    def end(self) -> None:
+        """Let go of the compiled step, which holds this object as this holds it."""
         del self._step
-        return self.state
 
     def check(self) -> None:
         """Keep the state if it is the best so far."""

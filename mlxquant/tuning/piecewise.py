@@ -16,10 +16,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxquant.base.trees import floats, is_float
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
-from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.head import Head
 from mlxquant.layers.repeated import RepeatedBlock
 
-AT_ONCE = 1 << 25  # logits: more tokens at once take more memory and hardly less time
 # Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: their share.
 Judge = Callable[[mx.array, slice], Any]
 Arrays = dict[str, mx.array]
@@ -80,10 +79,9 @@ class Pieces:
         return {path: array for path, array in arrays_outside(self.network, self.blocks).items()
                 if path in self.trained}
 
-    def _head(self, tokens: mx.array) -> "_Head":
+    def _head(self, tokens: mx.array) -> Head:
         """Run the blocks; what makes logits of what the last one gives."""
         paths = {id(block.module): block.full("") for block in self.blocks}
-        outputs: list[Any] = []
 
         def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
                     kwargs: dict[str, Any]) -> Any:
@@ -92,45 +90,10 @@ class Pieces:
                        if above + path in self.trained}
             # Passes of repeated blocks run other blocks too, whose arrays are not the module's.
             plain = not trained or isinstance(module, RepeatedBlock)
-            outputs.append(own(*args, **kwargs) if plain
-                           else _recomputed(module, own, trained, (args, kwargs)))
-            return outputs[-1]
+            return (own(*args, **kwargs) if plain
+                    else _recomputed(module, own, trained, (args, kwargs)))
 
-        with intercepted((block.module for block in self.blocks), through):
-            logits = self.network(tokens)
-        return _Head(self, tokens, outputs, logits)
-
-
-class _Head:
-    """What a network does behind its blocks, for some tokens at a time: ``inputs`` (tokens, n) are
-    what the last block gave. Where more is needed than that, they are the logits themselves."""
-
-    def __init__(self, pieces: Pieces, tokens: mx.array, outputs: list[Any], whole: mx.array):
-        self._pieces, self._tokens, self._outputs = pieces, tokens, outputs
-        self.inputs, self._made = whole.reshape(-1, whole.shape[-1]), True
-        last = outputs[-1] if outputs else None
-        if isinstance(last, mx.array) and last.shape[:-1] == tokens.shape:
-            flat = last.reshape(-1, last.shape[-1])
-            try:  # a graph that is never computed
-                self._made = self._through(flat[:1]).shape != (1, 1, whole.shape[-1])
-            except ValueError:  # shapes do not fit
-                self._made = True
-            self.inputs = self.inputs if self._made else flat
-        step = max(1, AT_ONCE // whole.shape[-1])
-        self.places = [slice(start, min(tokens.size, start + step))
-                       for start in range(0, tokens.size, step)]
-
-    def logits(self, inputs: mx.array) -> mx.array:
-        """Of some of the inputs, in float32."""
-        made = inputs if self._made else self._through(inputs)[0]
-        return made.astype(mx.float32)
-
-    def _through(self, inputs: mx.array) -> mx.array:
-        """The network without its blocks: each gives what it gave, but the last one ``inputs``."""
-        given = iter([*self._outputs[:-1], inputs[None]])
-        with intercepted((block.module for block in self._pieces.blocks),
-                         lambda *_: next(given)):
-            return self._pieces.network(self._tokens)
+        return Head(self.network, self.blocks, tokens, through)
 
 
 def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, given: Any) -> Any:

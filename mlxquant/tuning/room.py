@@ -15,12 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.storage import require_space
-from mlxquant.layers import outline, traffic
+from mlxquant.layers import head, outline, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.trainable import Trainable
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, require_memory
-from mlxquant.tuning import piecewise
 from mlxquant.tuning.predictions import bytes_for
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 
@@ -118,7 +117,7 @@ class Room:
 
     def _chunk(self, step: Step, arrays: float) -> float:
         return arrays * 4 * min(step.tokens * self.vocabulary,
-                                max(self.vocabulary, piecewise.AT_ONCE))
+                                max(self.vocabulary, head.AT_ONCE))
 
 
 def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:

@@ -1,0 +1,81 @@
+"""What a network does behind its blocks: from what the last one gives to logits."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+
+from mlxquant.base.trees import is_float
+from mlxquant.layers.blocks import Block, arrays_outside
+from mlxquant.layers.dense import dense_layer
+from mlxquant.layers.hooks import Through, intercepted
+
+AT_ONCE = 1 << 25  # logits: more tokens at once take more memory and hardly less time
+
+
+class Head:
+    """What a network does behind its ``blocks`` of ``tokens``, for some tokens at a time.
+
+    The network runs; each block's call goes ``through`` a function. ``inputs`` (tokens, n) are what
+    the ``last`` block gave. Where more is needed than that, they are the logits themselves, which
+    are then ``made``.
+    """
+
+    def __init__(self, network: nn.Module, blocks: list[Block], tokens: mx.array, through: Through):
+        self._network, self._blocks, self._tokens = network, blocks, tokens
+        self._outputs, self.last, self.made = list[Any](), network, True
+
+        def note(module: nn.Module, *call: Any) -> Any:
+            self.last = module
+            self._outputs.append(through(module, *call))
+            return self._outputs[-1]
+
+        with intercepted((block.module for block in blocks), note):
+            whole = network(tokens)
+        self.inputs, self.vocabulary = whole.reshape(-1, whole.shape[-1]), whole.shape[-1]
+        last = self._outputs[-1] if self._outputs else None
+        if isinstance(last, mx.array) and last.shape[:-1] == tokens.shape:
+            flat = last.reshape(-1, last.shape[-1])
+            try:  # a graph that is never computed
+                self.made = self._through(flat[:1]).shape != (1, 1, self.vocabulary)
+            except ValueError:  # shapes do not fit
+                self.made = True
+            self.inputs = self.inputs if self.made else flat
+        step = max(1, AT_ONCE // self.vocabulary)
+        self.places = [slice(start, min(tokens.size, start + step))
+                       for start in range(0, tokens.size, step)]
+
+    def expand(self) -> None:
+        """Have what is outside the blocks dense in float32, as soon as it is needed: products of
+        many tokens would expand it each time."""
+        inside = tuple(block.full("") for block in self._blocks)
+        self._network.update_modules(tree_unflatten([
+            (path, dense_layer(module)) for path, module in self._network.named_modules()
+            if isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
+            and not path.startswith(inside)]))
+        self._network.update(tree_unflatten([
+            (path, array.astype(mx.float32))
+            for path, array in arrays_outside(self._network, self._blocks).items()
+            if is_float(array)]))
+
+    def logits(self, inputs: mx.array) -> mx.array:
+        """Of some of the inputs, in float32."""
+        made = inputs if self.made else self._through(inputs)[0]
+        return made.astype(mx.float32)
+
+    def _through(self, inputs: mx.array) -> mx.array:
+        """The network without its blocks: each gives what it gave, but the last one ``inputs``."""
+        given = iter([*self._outputs[:-1], inputs[None]])
+        with intercepted((block.module for block in self._blocks), lambda *_: next(given)):
+            return self._network(self._tokens)
+
+
+def foreseen(network: nn.Module, blocks: list[Block]) -> dict[str, Head]:
+    """The head of a network whose blocks are yet to run, for any inputs, by the last one's path;
+    none where it needs more than these. Nothing is computed and nothing of a block is held: what
+    blocks give is no number here, and so are logits that need it of others than the last."""
+    head = Head(network, blocks, mx.zeros((1, 2), mx.int32), lambda _, own, args, kwargs: tree_map(
+        lambda leaf: mx.full(leaf.shape, mx.nan, leaf.dtype) if is_float(leaf) else leaf,
+        own(*args, **kwargs)))
+    return {} if head.made else {b.path: head for b in blocks if b.module is head.last}

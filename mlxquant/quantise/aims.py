@@ -1,0 +1,110 @@
+"""What a block is trained for: the float block's outputs, or the predictions that follow.
+
+The last block's output passes only the final norm and the head. What counts of it is what these
+predict, so its last aim is KL(float ‖ quantised) over the vocabulary, at some tokens of each step.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from mlxquant.base.trees import arrays, floats
+from mlxquant.layers.head import Head
+from mlxquant.quantise.walk import Halt
+
+PREDICTED = 512  # tokens of a step whose predictions are compared
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch's call of a block behind quantised blocks, and what the float block returned for
+    the same batch behind float blocks."""
+
+    halt: Halt
+    wanted: Any
+
+    def numbers(self) -> list[Any]:
+        """What is in the arguments beside arrays."""
+        leaves = tree_flatten((self.halt.args, self.halt.kwargs))
+        return [None if isinstance(leaf, mx.array) else leaf for _, leaf in leaves]
+
+    def outputs(self, data: Iterator[mx.array]) -> list[mx.array]:
+        """What the block returns with the next of ``data`` in place of the arguments' arrays."""
+        args, kwargs = tree_map(lambda leaf: next(data) if isinstance(leaf, mx.array) else leaf,
+                                (self.halt.args, self.halt.kwargs))
+        return floats(self.halt.own(*args, **kwargs))
+
+
+class Outputs:
+    """The aim is the float block's outputs. ``told`` marks errors in another unit than shares."""
+
+    told: ClassVar[dict[str, float]] = {}
+
+    def prepare(self) -> None:
+        """What is to be done before training."""
+
+    def data(self, call: Call, random: np.random.Generator | None = None) -> list[mx.array]:
+        """All arrays of a call's arguments, then what ``error`` compares with. Where not all tokens
+        are compared, they are drawn from ``random``, or without it always the same."""
+        return [*arrays(call.halt.given()), *floats(call.halt.shelf.read(call.wanted))]
+
+    def error(self, call: Call, *data: mx.array) -> mx.array:
+        """How far off a call like ``call`` is with this ``data``: half the mean over tokens of
+        ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². To the norm that the next block begins with each
+        token counts alike, so it does in the first half. A few tokens are hundreds of times as
+        large as all others, and heads look there when they look for nothing (Sun et al. 2024,
+        https://arxiv.org/abs/2402.17762): the second half sees to it that they are not given up
+        for the rest, which costs the first one a thousandth and the model everything."""
+        left, errors = iter(data), []
+        for y, wanted in zip(call.outputs(left), left, strict=True):
+            missed, energy = mx.square(y - wanted).sum(-1), mx.square(wanted).sum(-1)
+            floor = 1e-3 * energy.mean() + 1e-20
+            errors += [(missed / (energy + floor)).mean(), missed.mean() / (energy.mean() + floor)]
+        return mx.stack(errors).mean()
+
+
+OUTPUTS = Outputs()
+
+
+@dataclass(frozen=True)
+class Predictions(Outputs):
+    """The aim is what the model's own ``head``, as its source stores it, predicts of the float
+    block's output. Residual streams are turned by ``turn`` (n, n), which the head is not."""
+
+    told: ClassVar[dict[str, float]] = {"nats": True}
+    head: Head
+    turn: mx.array | None
+
+    def prepare(self) -> None:
+        self.head.expand()
+
+    def data(self, call: Call, random: np.random.Generator | None = None) -> list[mx.array]:
+        wanted, = floats(call.halt.shelf.read(call.wanted))
+        tokens = wanted.size // wanted.shape[-1]
+        places = mx.array(np.arange(0, tokens, math.ceil(tokens / PREDICTED)) if random is None
+                          else random.permutation(tokens)[:PREDICTED])
+        logits = self._logits(wanted, places)
+        likely = mx.softmax(logits, axis=-1)
+        found = [*arrays(call.halt.given()), places, likely, _cross_entropy(likely, logits)]
+        mx.eval(found[-3:])  # its head's memory is free before a step
+        return found
+
+    def error(self, call: Call, *data: mx.array) -> mx.array:
+        """The mean over tokens of KL(float ‖ quantised) in nats."""
+        left = iter(data)
+        y, = call.outputs(left)
+        places, likely, entropy = left
+        return _cross_entropy(likely, self._logits(y, places)) - entropy
+
+    def _logits(self, y: mx.array, places: mx.array) -> mx.array:
+        some = y.reshape(-1, y.shape[-1])[places]
+        return self.head.logits(some if self.turn is None else some @ self.turn)
+
+
+def _cross_entropy(likely: mx.array, logits: mx.array) -> mx.array:
+    return (mx.logsumexp(logits, axis=-1) - (likely * logits).sum(-1)).mean()
