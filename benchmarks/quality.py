@@ -41,7 +41,7 @@ def flags(options: dict) -> str:
     return " ".join(parts)
 
 
-def replica_rows() -> list[dict]:
+def untuned_replicas() -> list[dict]:
     """Rows of ``replicas.py`` before ``tune``, which all correct for earlier blocks, under
     ``METHODS``' names."""
     found = []
@@ -59,7 +59,7 @@ def replica_rows() -> list[dict]:
 def measured() -> list[dict]:
     original = original_perplexity()
     ways: dict[tuple, list[dict]] = {}
-    for row in [*method_rows(), *replica_rows()]:
+    for row in [*method_rows(), *untuned_replicas()]:
         if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be better
             row = row | {"method": "rtn", "group_size": 64}
         options = options_of(row["method"])
