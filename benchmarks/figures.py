@@ -18,7 +18,7 @@ KINDS = {"replicas under a budget": r"budget-[\d.]+",
 def draw_methods() -> None:
     """Perplexity over whole-folder bytes of the rows that were saved as folders."""
     fields = Row.__dataclass_fields__
-    rows = [{"tasks": None} | row for row in method_rows() if row["bits"] in (2, 3, 4)]
+    rows = [{"tasks": ()} | row for row in method_rows() if row["bits"] in (2, 3, 4)]
     rows = [row for row in rows if set(fields) <= set(row)]
     plot([Row(**{name: row[name] for name in fields}) for row in rows],
          RESULTS / "methods-h200.png")
