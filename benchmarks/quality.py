@@ -45,9 +45,8 @@ def untuned_replicas() -> list[dict]:
     """Rows of ``replicas.py`` before ``tune``, which all correct for earlier blocks, under
     ``METHODS``' names."""
     found = []
-    trained = [row | dict(bits=2, rotated=True, tuned=False, replicas=4, replica_group=None)
-               for row in read("blocks-trained-h100")["rows"]
-               if row["model"] == MODEL and row["method"] == "replica-4"]
+    trained = [row | {"trained": ", blocks trained on a GPU"}
+               for row in read("blocks-trained-h100")["rows"] if row["model"] == MODEL]
     for row in [*replica_results(), *trained]:
         group = f"-g{row['replica_group']}" if row["replica_group"] else ""
         name = f"replica-{row['replicas']}{group}-corrected"
@@ -69,7 +68,7 @@ def measured() -> list[dict]:
         group = options.get("replica_group", 0) if replicas else row["group_size"]
         found = {"model": MODEL, "bits": row["bits"], "replicas": replicas, "group": group,
                  "ratio": row["perplexity"] / original, "method": row["method"],
-                 "flags": flags(options), "source": f"measured on {MODEL}"}
+                 "flags": flags(options), "source": f"measured on {MODEL}{row.get('trained', '')}"}
         ways.setdefault((row["bits"], replicas, group), []).append(found)
     return [simplest(found) for found in ways.values()]
 

@@ -97,6 +97,8 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=160, help="Of an answer, at most.")
     options.add_argument("--out", default="real-models")
     arguments = options.parse_args()
+    if arguments.plan and not arguments.data:
+        options.error("a --plan needs --data to calibrate on")
     kept: list[dict[str, Any]] = []
     folder = Path(tempfile.mkdtemp(prefix="mlxquant-"))
     try:

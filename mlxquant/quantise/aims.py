@@ -58,8 +58,8 @@ class Outputs:
         ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². To the norm that the next block begins with each
         token counts alike, so it does in the first half. A few tokens are hundreds of times as
         large as all others, and heads look there when they look for nothing (Sun et al. 2024,
-        https://arxiv.org/abs/2402.17762): the second half sees to it that they are not given up
-        for the rest, which costs the first one a thousandth and the model everything."""
+        https://arxiv.org/abs/2402.17762): without the second half training can give them up, at
+        the cost of a thousandth of the first and of all that the later blocks do."""
         left, errors = iter(data), []
         for y, wanted in zip(call.outputs(left), left, strict=True):
             missed, energy = mx.square(y - wanted).sum(-1), mx.square(wanted).sum(-1)
