@@ -113,7 +113,8 @@ def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 
     for entry in models:
         model = load(entry, memory=memory) if isinstance(entry, str) else entry()
         for test in tests:
-            records = [_beside_ceiling(r) for r in (*records, _measure(model, test, repetitions))]
+            newest = _measure(model, test, repetitions)
+            records = [*map(_beside_ceiling, records), newest]
             on_record(with_fit(records))
             progress(len(records), len(tests) * len(models), records[-1].tps_mean)
         del model
