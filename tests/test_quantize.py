@@ -198,9 +198,11 @@ def test_an_architecture_without_the_right_norms_is_refused_for_the_fused_rotati
     (dict(method="replica", bits=6), "bits is 6, allowed are 1, ternary"),
     (dict(method="replica", replicas=17), "replicas is 17"),
     (dict(method="replica", activation=ActivationSpec()), "leave"),
-    (dict(refine=-1), "0 to 100 rounds"), (dict(propagation="hope"), "float, quantised, corrected"),
-    (dict(alpha=1.5), "alpha is 1.5, allowed is 0 to 1"),
-    (dict(alpha=float("nan")), "alpha is nan"),
+    (dict(refine=-1), "allowed are 0 to 100"),
+    (dict(propagation="hope"), "float, quantised, corrected"),
+    (dict(alpha=1.5), "alpha is 1.5, allowed are 0 to 1"),
+    (dict(alpha=-0.1), "alpha is -0.1"), (dict(alpha=float("nan")), "alpha is nan"),
+    (dict(samples=0), "samples is 0"), (dict(length=1), "sequence length is 1"),
 ])
 def test_impossible_requests_are_refused_before_any_work(tmp_path, tiny_folder, text, options,
                                                          message):

@@ -209,10 +209,10 @@ def test_gradients_are_those_of_finite_differences(places, name):
 def test_what_cannot_be_tuned_is_refused(places, tmp_path):
     with pytest.raises(Unsupported, match="nothing to tune"):
         run(places, "source", tmp_path / "out")
-    with pytest.raises(BadValue, match="steps is 0, allowed is a whole number of at least 1"):
+    with pytest.raises(BadValue, match="steps is 0, at least 1 is needed"):
         Schedule(steps=0)
     for codes in (-0.1, 0.6):
-        with pytest.raises(BadValue, match="allowed is 0 to 0.5"):
+        with pytest.raises(BadValue, match="allowed are 0 to 0.5"):
             run(places, "affine", tmp_path / "out", codes=codes)
     with pytest.raises(BadValue, match="a sample needs 100000"):
         run(places, "affine", tmp_path / "out", sequence_length=100_000)

@@ -6,6 +6,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.codes.width import Width
 
@@ -106,8 +107,7 @@ class Spec:
         _check("rotation", self.rotation, ROTATIONS)
         if self.method == "replica":
             self.replica_shape(64)
-        if type(self.refine) is not int or not 0 <= self.refine <= 100:
-            raise BadValue(f"refine is {self.refine!r}, allowed are 0 to 100 rounds")
+        checks.integer("refine", self.refine, 0, 100)
 
     @property
     def mirrored(self) -> bool:

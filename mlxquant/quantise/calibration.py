@@ -62,7 +62,6 @@ def from_files(tokenizer: Any, names: list[str], samples: int = SAMPLES,
     sequence, ``BadCheckpoint`` for tokens beyond ``vocabulary``; says on stderr where the sequences
     go over a text more than twice.
     """
-    check(samples, length)
     texts = _Texts(tokenizer, names, length, vocabulary)
     return texts.drawn(texts.streams, samples, seed, _PASSES)
 
@@ -75,7 +74,6 @@ def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length
     never sees. Raises ``BadValue`` for texts of fewer than two sequences; says on stderr where
     training goes over a text more than 32 times.
     """
-    check(min(samples, held), length)
     texts = _Texts(tokenizer, names, length, vocabulary, least=2)
     ends = [max(texts.own, len(stream) // 20) for stream in texts.streams]
     parts = [(stream[:-end], stream[-end:]) for stream, end in zip(texts.streams, ends)]
@@ -119,10 +117,3 @@ class _Texts:
                       "text would do better", file=sys.stderr)
         source = ", ".join(Path(name).name for name in self.names)
         return Calibration(np.concatenate(rows), source)
-
-
-def check(samples: int, length: int) -> None:
-    """Raises ``BadValue`` where there would be nothing to calibrate on."""
-    if samples < 1 or length < 2:
-        raise BadValue(f"samples is {samples} and sequence length {length}; "
-                       "at least 1 and 2 are needed")

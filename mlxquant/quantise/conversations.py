@@ -12,7 +12,6 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.model.loading import LanguageModel
-from mlxquant.quantise.calibration import check
 from mlxquant.quantise.self_written import at_once, write_on
 
 # Of an answer, and of a question. Answers are to be as in use, and questions many.
@@ -31,7 +30,6 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0,
     for a model without a chat template or whose template does not show where somebody speaks,
     ``BadValue`` for a ``length`` that the template alone fills.
     """
-    check(samples, length)
     opening, *between = _template(model)
     if len(opening) >= length:
         raise BadValue(f"a window of {length} tokens holds no conversation, the template of "

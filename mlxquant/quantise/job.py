@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.base.version import __version__
 from mlxquant.codes.spec import Overrides, Rule, Spec
@@ -26,11 +27,16 @@ def silent(done: int, total: int, seconds: float, stage: str) -> None:
 @dataclass(frozen=True)
 class Text:
     """Calibration text: ``samples`` windows of ``length`` tokens from ``files`` (paths, or
-    ``hf://datasets/OWNER/NAME/FILE``). Without files the model writes its own."""
+    ``hf://datasets/OWNER/NAME/FILE``). Without files the model writes its own. Raises
+    ``BadValue`` where there would be nothing to calibrate on."""
 
     files: tuple[str, ...] = ()
     samples: int = SAMPLES
     length: int = SEQUENCE_LENGTH
+
+    def __post_init__(self) -> None:
+        checks.integer("samples", self.samples, 1)
+        checks.integer("sequence length", self.length, 2)
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ class Job:
         if self.propagation not in PROPAGATIONS:
             raise BadValue(f"propagation is {self.propagation!r}, allowed are "
                            f"{', '.join(PROPAGATIONS)}")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise BadValue(f"alpha is {self.alpha:g}, allowed is 0 to 1")
+        if self.alpha is not None:
+            checks.number("alpha", self.alpha, 0, 1)
         methods = self._methods()
         if "replica" in methods and self.activation is not None:
             raise BadValue("replica does not quantise activations: leave --activation-bits out")

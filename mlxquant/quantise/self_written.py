@@ -11,7 +11,7 @@ from mlxquant.layers import outline
 from mlxquant.machine.memory import memory_limit
 from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import beginning
-from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration, check
+from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
 
 _MOST_AT_ONCE = 512  # a GPU's pass over a small model takes no longer for hundreds than for a few
 
@@ -26,7 +26,6 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
     quantization-aware training (LLM-QAT, https://arxiv.org/abs/2305.17888). ``batch`` are written
     in each pass; ``progress`` is told the samples done, and all.
     """
-    check(samples, length)
     key, rows = mx.random.key(seed), []
     for done in range(0, samples, batch):
         count = min(batch, samples - done)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxquant.base.errors import BadValue
+from mlxquant.base import checks
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise import envelope
 
@@ -35,10 +35,8 @@ class BlockTuning:
     tune_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tune_steps is not None and (type(self.tune_steps) is not int
-                                            or self.tune_steps < 1):
-            raise BadValue(f"tune_steps is {self.tune_steps!r}, allowed is a whole number of at "
-                           "least 1")
+        if self.tune_steps is not None:
+            checks.integer("tune_steps", self.tune_steps, 1)
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlxquant.base.errors import BadValue
 from mlxquant.codes import rtn
 from mlxquant.codes.affine import Affine
 from mlxquant.codes.spec import Spec
@@ -29,10 +28,7 @@ CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
             settings: Settings) -> mx.array | None:
     """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input, to be used as
-    weight → weight · s (columns), input → input / s; None where nothing is to be moved.
-
-    Raises ``BadValue`` unless the α of ``settings``, where given, is between 0 and 1.
-    """
+    weight → weight · s (columns), input → input / s; None where nothing is to be moved."""
     if settings.alpha == 0 or settings.activation is None:
         return None
     if settings.alpha is None:
@@ -41,9 +37,7 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
 
 
 def factors(weights: list[mx.array], statistics: Statistics, alpha: float) -> mx.array:
-    """Equation 4 for siblings, W being all their rows. Raises as ``balance``."""
-    if not 0 <= alpha <= 1:
-        raise BadValue(f"alpha is {alpha!r}, allowed is a number from 0 to 1")
+    """Equation 4 for siblings, W being all their rows."""
     columns = mx.stack([mx.abs(weight.astype(mx.float32)).max(0) for weight in weights]).max(0)
     return above_zero(statistics.largest) ** alpha / above_zero(columns) ** (1 - alpha)
 

@@ -9,15 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.quantise.calibration import SEQUENCE_LENGTH
 
 HELD_OUT = 32  # sequences
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise BadValue(f"{name} is {value!r}, allowed is a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "check_every"):
-            _whole(name, getattr(self, name), 1)
+            checks.integer(name, getattr(self, name), 1)
         if not 0 < self.learning_rate < 1:
             raise BadValue(f"learning_rate is {self.learning_rate!r}, "
                            "allowed is a number between 0 and 1")
@@ -84,12 +80,10 @@ class Tuning:
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 2), ("written", 0), ("conversations", 0),
                             ("seed", 0)):
-            _whole(name, getattr(self, name), least)
+            checks.integer(name, getattr(self, name), least)
         if isinstance(self.data, str) or not self.data:
             raise BadValue(f"data is {self.data!r}, allowed is a list of at least one text")
-        if not 0 <= self.codes <= 0.5:
-            raise BadValue(f"codes is {self.codes}, allowed is 0 to 0.5: "
-                           "half a level is the way to the next")
+        checks.number("codes", self.codes, 0, 0.5)  # half a level is the way to the next
 
     def record(self, data: str, dtype: mx.Dtype) -> dict[str, Any]:
         """What a checkpoint says of it, with what ``data`` and the computation's type were."""
