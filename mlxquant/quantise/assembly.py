@@ -1,6 +1,6 @@
 """What a quantised checkpoint holds beside its blocks: embedding, head, norms, gates, config."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +14,11 @@ from mlxquant.codes.width import Width
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.dense import expanded_weight
+from mlxquant.layers.formats import Entries
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import stored_entry
-from mlxquant.quantise.storing import BlockResult, Entries
+from mlxquant.quantise.results import Body
 from mlxquant.quantise.walk import call_order
 
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
@@ -95,33 +96,6 @@ def gates(job: Job, blocks: list[Block], dtype: mx.Dtype) -> dict[str, mx.array]
     """The gates of repeated blocks by path, (passes − 1,): zeros, until they are tuned."""
     return {f"{blocks[repeat.last].path}.repeat_gates": mx.zeros(repeat.passes - 1, dtype)
             for repeat in job.repeats}
-
-
-@dataclass
-class Body:
-    """The entries of all blocks by full path, as far as the blocks are made."""
-
-    plain: Entries = field(default_factory=dict)
-    layers: Entries = field(default_factory=dict)
-    replicas: Entries = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    tuned: Entries = field(default_factory=dict)
-
-    def add(self, block: Block, result: BlockResult) -> None:
-        """Take in one block's."""
-        if result.tuned:
-            self.tuned[block.path] = result.tuned
-        for kind in ("plain", "layers", "replicas", "errors"):
-            getattr(self, kind).update({block.full(path): entry
-                                        for path, entry in getattr(result, kind).items()})
-
-    def output_error(self) -> dict[str, Any]:
-        """The errors' mean, the largest, and in which layer."""
-        if not self.errors:
-            return {"mean": 0.0, "largest": 0.0, "layer": None}
-        worst = max(self.errors, key=lambda path: self.errors[path])
-        return {"mean": sum(self.errors.values()) / len(self.errors),
-                "largest": self.errors[worst], "layer": worst}
 
 
 def result_config(made: Outside, body: Body, job: Job, record: dict[str, Any]) -> dict[str, Any]:

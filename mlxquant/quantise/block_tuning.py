@@ -31,7 +31,7 @@ from mlxquant.quantise.aims import OUTPUTS, Call, Outputs
 from mlxquant.quantise.blocks import restore
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import Plan
-from mlxquant.quantise.storing import BlockResult
+from mlxquant.quantise.results import BlockResult
 from mlxquant.quantise.training import State, Training
 
 RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadValue
+from mlxquant.base.trees import is_float
 from mlxquant.codes import hadamard
 from mlxquant.codes.affine import Affine
 from mlxquant.codes.spec import PLAIN_GROUPS, Spec
@@ -24,17 +25,18 @@ from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, Plan
 from mlxquant.quantise.profile import step
-from mlxquant.quantise.storing import Around, BlockResult, store, store_replicas
+from mlxquant.quantise.results import BlockResult, Work
+from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.storing import Around, store, store_replicas
 from mlxquant.quantise.walk import release
-from mlxquant.quantise.work import Context, Work
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
 
 
-def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context) -> BlockResult:
+def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settings) -> BlockResult:
     """Quantise the layers of a block that is dense in float32, as its plan says. Raises
     ``BadValue`` for a weight so large that its scale would be infinite."""
-    work = Work(block, plan, context, BlockResult(dict(plan.kept), dict(plan.entries)))
+    work = Work(block, plan, settings, BlockResult(dict(plan.entries), tensors=dict(plan.kept)))
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
     for first, paths in reversed(seen.groups.items()):
@@ -52,8 +54,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
             round_stack(work, path, _for_unseen(spec))
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
-        path: array.astype(context.settings.dtype) if mx.issubdtype(array.dtype, mx.floating)
-        else array
+        path: array.astype(settings.dtype) if is_float(array) else array
         for path, array in tree_flatten(block.module.parameters())
         if not path.startswith(inside) and path not in plan.kept} | work.result.tensors
     _require_finite(work)
@@ -62,7 +63,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, context: Context
 
 def _require_finite(work: Work) -> None:
     for path, array in work.result.tensors.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        if is_float(array) and not mx.isfinite(array).all().item():
             held = str(array.dtype).removeprefix("mlx.core.")
             raise BadValue(f"{work.block.full(path)} would exceed what {held} holds: give the "
                            "layer more bits, or start from a model in bfloat16")
@@ -70,7 +71,7 @@ def _require_finite(work: Work) -> None:
 
 def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:
     """Layers that read one input; without statistics a layer that no text reached."""
-    modules, settings = linears(work.block.module), work.context.settings
+    modules, settings = linears(work.block.module), work.settings
     weights = {path: modules[path].weight for path in specs}
     around, spec = Around(activation=settings.activation), next(iter(specs.values()))
     if statistics is not None:
@@ -82,7 +83,7 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
             weights = {path: weight * factors for path, weight in weights.items()}
             statistics = _rescaled(statistics, factors)
     if spec.rotation == "online":
-        signs, size = rotation_of(work.context.seed, work.block.full(next(iter(specs))),
+        signs, size = rotation_of(work.settings.seed, work.block.full(next(iter(specs))),
                                   next(iter(weights.values())).shape[1])
         weights = {p: hadamard.rotate(w, signs, size) for p, w in weights.items()}
         statistics = statistics and rotated(statistics, signs, size)
@@ -94,7 +95,7 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
     for kind, paths in by_spec(specs).items():
         made = codes_of({path: weights[path] for path in paths}, statistics, kind, settings)
         work.result.errors |= {p: relative_error(weights[p], made[p], statistics) for p in paths}
-        if work.context.remainders:
+        if work.settings.remainders:
             work.result.remainders |= {p: _remainder(weights[p], made[p]) for p in paths}
         replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
         affines = {p: codes for p, codes in made.items() if isinstance(codes, Affine)}
@@ -107,7 +108,7 @@ def _fold(work: Work, paths: list[str], factors: mx.array,
           around: Around) -> tuple[mx.array, Around]:
     """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front
     of the layers. Returns the factors as that place takes them."""
-    known = work.context.siblings.get(work.block.full(paths[0]), Siblings(()))
+    known = work.settings.siblings.get(work.block.full(paths[0]), Siblings(()))
     modules = {}
     if {work.block.full(path) for path in paths} == set(known.paths):  # and none of them is kept
         modules = {work.block.full(path): module for path, module in leaf_modules(work.block.module)
@@ -118,7 +119,7 @@ def _fold(work: Work, paths: list[str], factors: mx.array,
         factors, rows = _shared(factors, len(before.weight), known.heads)
         _divide_rows(before, rows)
     else:
-        stored = work.context.settings.dtype
+        stored = work.settings.dtype
         factors = 1 / (1 / factors).astype(stored).astype(mx.float32)  # as it will be stored
         around = replace(around, input_scale=1 / factors)
     return factors, around

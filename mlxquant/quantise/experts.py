@@ -15,8 +15,8 @@ from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import Codes
 from mlxquant.quantise.observe import Routed, linears
-from mlxquant.quantise.storing import Around, BlockResult, store_replicas, store_stack
-from mlxquant.quantise.work import Work
+from mlxquant.quantise.results import BlockResult, Work
+from mlxquant.quantise.storing import Around, store_replicas, store_stack
 
 
 def quantise_experts(work: Work, paths: list[str], routed: Routed) -> None:
@@ -41,7 +41,7 @@ class _Mixture:
 
     def made(self, around: Around) -> Iterator[dict[str, Codes]]:
         """The codes of one expert after the other; notes their mean errors."""
-        settings = replace(self.work.context.settings, correction=0.0)
+        settings = replace(self.work.settings, correction=0.0)
         errors = self.work.result.errors
         experts = len(next(iter(self.modules.values())).weight)
         for expert in range(experts):
@@ -65,17 +65,16 @@ class _Mixture:
             for path, affine in codes.items():
                 parts[path] += [affine] if isinstance(affine, Affine) else []
         for path, module in self.modules.items():
-            store_stack(path, module, parts[path], self.work.context.settings.dtype,
-                        self.work.result)
+            store_stack(path, module, parts[path], self.work.settings.dtype, self.work.result)
 
     def store_replicas(self) -> None:
         """Replicated, with one rotation for all."""
         work, around, first = self.work, Around(), next(iter(self.modules))
         if self.spec.rotation == "online":
-            signs, size = rotation_of(work.context.seed, work.block.full(first),
+            signs, size = rotation_of(work.settings.seed, work.block.full(first),
                                       self.modules[first].weight.shape[-1])
             around = Around(rotation_signs=signs, rotation_block=size)
-        stacks, dtype = [], work.context.settings.dtype
+        stacks, dtype = [], work.settings.dtype
         for codes in self.made(around):
             own = BlockResult()
             replicas = {p: found for p, found in codes.items() if isinstance(found, Replicas)}
@@ -90,7 +89,7 @@ class _Mixture:
 
 def round_stack(work: Work, path: str, spec: Spec) -> None:
     """Round a stack of matrices (…, m, n) that no statistics are known of."""
-    module, dtype = dict(leaf_modules(work.block.module))[path], work.context.settings.dtype
+    module, dtype = dict(leaf_modules(work.block.module))[path], work.settings.dtype
     parts = [rtn.quantise(weight, spec, dtype) for weight in module.weight]
     store_stack(path, module, parts, dtype, work.result)
     work.result.errors[path] = sum(relative_error(weight, part, None) for weight, part

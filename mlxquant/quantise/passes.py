@@ -14,13 +14,12 @@ from mlxquant.quantise.block_tuning import BlockTuner
 from mlxquant.quantise.blocks import quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Watch
-from mlxquant.quantise.partial import read_result, write_result
 from mlxquant.quantise.plans import Plan
 from mlxquant.quantise.profile import step
+from mlxquant.quantise.results import BlockResult
+from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.shelf import Shelf
-from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import dense_block, float_walk, visits
-from mlxquant.quantise.work import Context
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Passes:
     plans: list[Plan]
     files: list[Path]
     turn: mx.array | None
-    context: Context
+    settings: Settings
     tuner: BlockTuner | None = None
     floats: bool = False
     shelf: Shelf = field(default_factory=Shelf)
@@ -54,7 +53,7 @@ class Passes:
     def on_quantised(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
         """The result of every block, each calibrated on what the quantised blocks before give it,
         and with a correction beside what the float ones would."""
-        corrected, seen = bool(self.context.settings.correction), dict[int, Observation]()
+        corrected, seen = bool(self.settings.correction), dict[int, Observation]()
         for visit in visits(self.network, self.blocks, folder, tokens, self.shelf, quantised=True,
                             floats=corrected or self.tuner is not None, turn=self.turn):
             index, block = visit.index, self.blocks[visit.index]
@@ -92,11 +91,11 @@ class Passes:
         """A block's result from its file, or made and put there."""
         block, file = self.blocks[index], self.files[index]
         if file.exists() or seen is None:
-            return read_result(file, block.path)
-        result = quantise_block(block, self.plans[index], seen, self.context)
+            return BlockResult.read(file, block)
+        result = quantise_block(block, self.plans[index], seen, self.settings)
         if self.tuner is not None and calls is not None:
             with step("tuning"):
                 self.tuner.tune(block, self.plans[index], result, calls)
         with step("writing"):
-            write_result(file, block.path, result)
+            result.write(file, block)
         return result

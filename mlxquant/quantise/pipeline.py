@@ -26,7 +26,6 @@ from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assembly import (
-    Body,
     blocks_of,
     gates,
     outside,
@@ -43,12 +42,11 @@ from mlxquant.quantise.passes import Passes
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
+from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.shelf import shelf
-from mlxquant.quantise.storing import BlockResult
 from mlxquant.quantise.walk import identity, release
-from mlxquant.quantise.work import Context
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 
@@ -132,7 +130,7 @@ class Run:
         with (_unchanged(self.folder, source, partial) as check,
               shelf(partial / "hidden", self.needs.waiting > 0) as waiting):
             work = Passes(network, blocks, plans, files, turn,
-                          self._context(network, blocks, tuner is not None), tuner,
+                          self._settings(network, blocks, tuner is not None), tuner,
                           job.propagation == "float", waiting)
             for done, (index, result) in enumerate(self._results(work), 1):
                 body.add(blocks[index], result)
@@ -157,7 +155,7 @@ class Run:
         # Opened anew, so that what was calculated with outside the blocks is not held.
         network, config = open_lazily(self.folder)
         made = outside(network, config, self.job)
-        others = made.tensors | gates(self.job, work.blocks, work.context.settings.dtype)
+        others = made.tensors | gates(self.job, work.blocks, work.settings.dtype)
         config = result_config(made, body, self.job, record)
 
         def tensors() -> Iterator[tuple[str, mx.array]]:
@@ -191,12 +189,12 @@ class Run:
         return BlockTuner(job, lambda done, steps, error: progress(
             done, steps, error, "tuning"), self.needs.untrained, aims) if wanted else None
 
-    def _context(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Context:
+    def _settings(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Settings:
         job = self.job
-        correction = CORRECTION if job.propagation == "corrected" else 0.0
-        return Context(Settings(stored_dtype(blocks[0]), correction, job.activation, job.alpha),
-                       {path: group for group in find_siblings(network) for path in group.paths},
-                       job.seed, tuned)
+        return Settings(
+            stored_dtype(blocks[0]), CORRECTION if job.propagation == "corrected" else 0.0,
+            job.activation, job.alpha, job.seed,
+            {path: group for group in find_siblings(network) for path in group.paths}, tuned)
 
     def _results(self, work: Passes) -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:

@@ -18,10 +18,11 @@ from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise.assembly import ENDS, Body, Outside, blocks_of, result_config
+from mlxquant.quantise.assembly import ENDS, Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks
-from mlxquant.quantise.storing import Around, BlockResult, describe, describe_replicas
+from mlxquant.quantise.results import BlockResult, Body
+from mlxquant.quantise.storing import Around, describe, describe_replicas
 
 
 def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], plans: list[Plan],

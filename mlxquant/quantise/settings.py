@@ -1,11 +1,12 @@
 """What holds for every layer of a job, whatever its method."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlxquant.base import checks
+from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise import envelope
 
@@ -14,13 +15,17 @@ from mlxquant.quantise import envelope
 class Settings:
     """The type that scales are stored in, how far the target moves to make up for earlier layers
     (0 to 1, see ``Sweep.correct``), how activations are rounded, SmoothQuant's strength (None:
-    searched), for how many rounds replicas' scalings are fitted, and what gives the directions in
-    which that begins (``envelope.leading``), where several fits share them."""
+    searched), the seed of rotations, the network's siblings by the path of each, whether what codes
+    leave of the weights is kept, for how many rounds replicas' scalings are fitted, and what gives
+    the directions in which that begins (``envelope.leading``), where several fits share them."""
 
     dtype: mx.Dtype = mx.float16
     correction: float = 0.0
     activation: ActivationSpec | None = None
     alpha: float | None = None
+    seed: int = 0
+    siblings: dict[str, Siblings] = field(default_factory=dict)
+    remainders: bool = False
     rounds: int = envelope.ROUNDS
     leading: Callable[[], tuple[mx.array, mx.array]] | None = None
 

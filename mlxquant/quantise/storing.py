@@ -1,6 +1,6 @@
 """Quantised layers as a checkpoint holds them: tensors by path, and entries for config.json."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,25 +15,7 @@ from mlxquant.layers import grouped
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.profile import step
-
-Entries = dict[str, dict[str, Any]]
-
-
-@dataclass
-class BlockResult:
-    """Tensors by path in the block; ``plain``, ``layers`` and ``replicas`` are entries of
-    config.json: plain layers' widths, single layers that stock mlx-lm lacks, and replicated
-    siblings. ``errors`` are E‖(Ŵ − W) x‖² / E‖W x‖² of every layer on the calibration text, before
-    the block is tuned; ``tuned`` is what that gained. ``remainders`` (m, n) int8 by path are how
-    far the float weights are from the codes, in 256ths of a level; not kept on disk."""
-
-    tensors: dict[str, mx.array] = field(default_factory=dict)
-    plain: Entries = field(default_factory=dict)
-    layers: Entries = field(default_factory=dict)
-    replicas: Entries = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    tuned: dict[str, Any] = field(default_factory=dict)
-    remainders: dict[str, mx.array] = field(default_factory=dict)
+from mlxquant.quantise.results import BlockResult
 
 
 @dataclass(frozen=True)
