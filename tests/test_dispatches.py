@@ -42,10 +42,10 @@ def laid_out(monkeypatch):
     """Graphs as on a GPU, where a kernel, and each of MLX's fast operations, is one node."""
     monkeypatch.setattr(
         "mlxquant.layers.packed.trusted", lambda name: name != "replicated_tensor_cores")
-    monkeypatch.setattr(backend, "build", lambda *_, **__: kernel)
+    monkeypatch.setattr(backend.Kernel, "_build", lambda *_: kernel)
     monkeypatch.setattr("mlxquant.layers.fused_block.trusted", lambda name: True)
     for module in (prepare_input, replicated_matvec, rotary):
-        monkeypatch.setattr(module, "_kernel", module._kernel.__wrapped__)
+        monkeypatch.setattr(module._KERNEL, "built", {})
     for name, arrays in (("rms_norm", 2), ("rope", 1), ("scaled_dot_product_attention", 3)):
         monkeypatch.setattr(mx.fast, name, lambda x, *others, _more=arrays - 1, **__: standin(
             x.shape, x.dtype, x, *others[:_more]))

@@ -186,8 +186,8 @@ def test_expanded_codes_are_the_reference(emulation, case):
     (expand_codes, "if (whole) weight", "weight", Unsettled),  # the neighbour row's first element
 ], ids=["chunk", "row", "input beyond", "unwritten", "input", "output", "square", "up", "odd"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wrong, complaint):
-    assert correct in module._BODY
-    monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
+    assert correct in module._KERNEL.body
+    monkeypatch.setattr(module._KERNEL, "body", module._KERNEL.body.replace(correct, wrong))
     runs = {replicated_matvec: [check._matvec], expand_codes: [check._expand],
             prepare_input: [check._prepare, check._prepare_normed, check._prepare_gated]}[module]
     with pytest.raises(complaint):
@@ -206,8 +206,8 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
     (expand_codes, "int j = expert * n", "int j = (expert + 1) * n"),
 ], ids=["codes", "sums", "out", "column", "row", "expanded codes", "expanded scales"])
 def test_an_expert_beyond_the_last_is_seen(emulation, monkeypatch, module, correct, wrong):
-    assert correct in module._BODY
-    monkeypatch.setattr(module, "_BODY", module._BODY.replace(correct, wrong))
+    assert correct in module._KERNEL.body
+    monkeypatch.setattr(module._KERNEL, "body", module._KERNEL.body.replace(correct, wrong))
     with pytest.raises(OutOfBounds):
         check._experts(Case(Width.TWO, 8, 16, 64, 10, 192, 2, F16, experts=3))
 

@@ -89,8 +89,9 @@ def test_each_template_is_compiled_once(emulation, tmp_path):
 ], ids=["bound", "before", "after", "input", "local", "unwritten", "race", "constant", "thread",
         "threadgroup", "barrier", "simd", "divergent"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, correct, wrong, complaint, says):
-    assert correct in column_sweep._BODY
-    monkeypatch.setattr(column_sweep, "_BODY", column_sweep._BODY.replace(correct, wrong))
+    kernel = column_sweep._KERNEL
+    assert correct in kernel.body
+    monkeypatch.setattr(kernel, "body", kernel.body.replace(correct, wrong))
     with pytest.raises(complaint, match=says):
         column_sweep._launch(*problem(65, 7, 4))
 

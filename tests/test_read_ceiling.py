@@ -44,13 +44,14 @@ def test_the_package_would_trust_it(emulation):
     ("held[j].w", "held[j].z"), ("(i + j) * WIDTH", "(i + j) * WIDTH / 2"),
     ("previous[at % 8]", "0")])
 def test_a_kernel_that_leaves_something_out_is_not_trusted(emulation, monkeypatch, correct, wrong):
-    assert correct in read_ceiling._BODY
-    monkeypatch.setattr(read_ceiling, "_BODY", read_ceiling._BODY.replace(correct, wrong))
+    kernel = read_ceiling._KERNEL
+    assert correct in kernel.body
+    monkeypatch.setattr(kernel, "body", kernel.body.replace(correct, wrong))
     assert read_ceiling.disagreement() > 0
 
 
 def test_a_read_past_the_end_is_seen(emulation, monkeypatch):
-    monkeypatch.setattr(read_ceiling, "_BODY",
-                        read_ceiling._BODY.replace("(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
+    monkeypatch.setattr(read_ceiling._KERNEL, "body", read_ceiling._KERNEL.body.replace(
+        "(i + j) * WIDTH", "(i + j + 1) * WIDTH"))
     with pytest.raises(OutOfBounds, match="`data`"):
         read_ceiling.read(*buffers(3, 8), 8)

@@ -64,7 +64,7 @@ def test_heads_are_normed_turned_and_stored(emulation, case):
     ("* capacity + position", "* capacity + position + 2"),
 ], ids=["head", "write", "read", "steps", "position"])
 def test_an_injected_fault_is_seen(emulation, monkeypatch, correct, wrong):
-    assert correct in rotary._BODY
-    monkeypatch.setattr(rotary, "_BODY", rotary._BODY.replace(correct, wrong))
+    assert correct in rotary._KERNEL.body
+    monkeypatch.setattr(rotary._KERNEL, "body", rotary._KERNEL.body.replace(correct, wrong))
     with pytest.raises((OutOfBounds, Unsettled)):
         check._rotary(Heads(3, 2, 66, 66, F32, normed=True))

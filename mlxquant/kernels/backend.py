@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -66,21 +67,40 @@ def is_cuda() -> bool:
     return has_gpu() and not mx.metal.is_available()
 
 
-def build(name: str, inputs: list[str], outputs: list[str], body: str, header: str = "", *,
-          mixture: bool = False) -> Callable[..., list[mx.array]]:
-    """MLX's kernel object for ``body``; ``header`` holds functions that it calls. ``EXPERT(i)`` in
-    the body is the number of a mixture's expert, read from a further input ``experts`` at i, or 0
-    where the kernel is for no mixture."""
-    if mixture:
-        name, inputs = f"{name}_experts", [*inputs, "experts"]
-    header = f"#define EXPERT(i) {'int(experts[i])' if mixture else '0'}\n{header}"
-    made: Callable[..., list[mx.array]]
-    if mx.metal.is_available():
-        made = mx.fast.metal_kernel(f"mlxquant_{name}", inputs, outputs, body, _METAL + header,
-                                    compile_options={"math_mode": "fast"})
-    else:
-        made = mx.fast.cuda_kernel(f"mlxquant_{name}", inputs, outputs, body, _CUDA + header)
-    return made
+class Kernel:
+    """MLX's kernel for ``body``, built at its first call; ``header`` holds functions that the body
+    calls. ``EXPERT(i)`` in it is the number of a mixture's expert, read from a further input
+    ``experts`` at i, or 0 in calls for no mixture."""
+
+    def __init__(self, name: str, inputs: list[str], outputs: list[str], body: str,
+                 header: str = ""):
+        self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.body, self.header = body, header
+        self.built: dict[bool, Callable[..., list[mx.array]]] = {}  # by whether for a mixture
+
+    def __call__(self, inputs: list[mx.array], experts: mx.array | None = None,
+                 **launch: Any) -> list[mx.array]:
+        """The outputs; ``launch`` is as for MLX's kernels."""
+        given = inputs if experts is None else [*inputs, at_least(experts)]
+        mixture = experts is not None
+        if mixture not in self.built:
+            self.built[mixture] = self._build(mixture)
+        return self.built[mixture](inputs=given, **launch)
+
+    def _build(self, mixture: bool) -> Callable[..., list[mx.array]]:
+        name = f"mlxquant_{self.name}" + "_experts" * mixture
+        inputs = self.inputs + ["experts"] * mixture
+        header = f"#define EXPERT(i) {'int(experts[i])' if mixture else '0'}\n{self.header}"
+        if mx.metal.is_available():
+            return mx.fast.metal_kernel(name, inputs, self.outputs, self.body, _METAL + header,
+                                        compile_options={"math_mode": "fast"})
+        return mx.fast.cuda_kernel(name, inputs, self.outputs, self.body, _CUDA + header)
+
+
+def at_least(array: mx.array) -> mx.array:
+    """``array`` (n,), filled up with zeros to what a kernel's buffer must hold."""
+    missing = SMALLEST - len(array)
+    return mx.pad(array, (0, missing)) if missing > 0 else array
 
 
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:

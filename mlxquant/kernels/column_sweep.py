@@ -10,9 +10,6 @@ columns, and the error of the column just rounded goes to all lanes. It reads fo
 writes two per weight; F (64 × 64) stays in cache.
 """
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 import numpy as np
 
@@ -49,7 +46,9 @@ _BODY = """
         }
     }
 """
-_INPUTS = ["weight", "wanted", "scales", "biases", "feedback", "sizes"]
+_KERNEL = backend.Kernel(
+    "column_sweep", ["weight", "wanted", "scales", "biases", "feedback", "sizes"],
+    ["codes", "errors"], _BODY)
 _SIMDGROUPS = 4
 TIES = 0.01  # a tie may fall either way, and moves what follows in its row
 BLOCK = 64  # columns that are rounded in one launch
@@ -140,15 +139,10 @@ def _push(wanted: mx.array, error: mx.array, row: mx.array) -> mx.array:
     return wanted - error * row
 
 
-@functools.cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    return backend.build("column_sweep", _INPUTS, ["codes", "errors"], _BODY)
-
-
 def _launch(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
             feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     rows, width = weight.shape
-    return tuple(_kernel()(
+    return tuple(_KERNEL(
         inputs=[weight, wanted, scales, biases, feedback, sizes(rows, levels - 1)],
         template=[("WIDTH", width), ("PARTS", -(-width // 32)), ("SIMDGROUPS", _SIMDGROUPS)],
         grid=(-(-rows // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),

@@ -6,9 +6,6 @@ A thread has one pair of inputs in several rows, so that lanes write neighbours 
 registers. It reads the codes, A and B and writes 2 bytes a weight, which is most of its time.
 """
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from mlxquant.kernels import backend, code_order
@@ -49,7 +46,9 @@ _BODY = """
         if (whole) weight[to + 1] = static_cast<T>(unit * (level.y - offset) * second);
     }
 """
-_INPUTS = ["codes", "replica_out", "replica_in", "column_scale", "sizes"]
+_KERNEL = backend.Kernel(
+    "expand_codes", ["codes", "replica_out", "replica_in", "column_scale", "sizes"],
+    ["weight"], _BODY, code_order.DECODE)
 _ROWS, _THREADS = 8, 128
 
 
@@ -58,7 +57,7 @@ def expand(matrix: Matrix, dtype: mx.Dtype) -> mx.array:
     scales, rows = matrix.scales, matrix.rows
     spec, inputs, stack = scales.spec, scales.inputs, scales.experts or 1
     pairs = -(-inputs // 2)
-    made: mx.array = _kernel()(
+    return _KERNEL(
         inputs=[matrix.codes, matrix.replica_out, scales.replica_in, scales.column_scale,
                 sizes(rows, matrix.chunks, inputs)],
         template=[("T", dtype), ("BITS", matrix.code_bits), ("LEVELS", spec.bits.levels),
@@ -66,9 +65,3 @@ def expand(matrix: Matrix, dtype: mx.Dtype) -> mx.array:
         grid=(-(-pairs // _THREADS) * _THREADS, -(-rows // _ROWS), stack),
         threadgroup=(_THREADS, 1, 1), output_shapes=[(*matrix.replica_out.shape[:-1], inputs)],
         output_dtypes=[dtype])[0]
-    return made
-
-
-@functools.cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    return backend.build("expand_codes", _INPUTS, ["weight"], _BODY, code_order.DECODE)

@@ -84,9 +84,9 @@ def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
 
 
 @functools.cache
-def _kernel(inputs: int) -> Callable[..., list[mx.array]]:
+def _kernel(inputs: int) -> backend.Kernel:
     names = [f"input{i}" for i in range(inputs)]
-    return backend.build(f"gpu_clock_{inputs}", names, ["clock", "zero"], _BODY)
+    return backend.Kernel(f"gpu_clock_{inputs}", names, ["clock", "zero"], _BODY)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
+from mlxquant.kernels.backend import at_least
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,6 @@ class Added:
 
 
 NOTHING = Added()
-
-
-def at_least(array: mx.array) -> mx.array:
-    """``array`` (n,), filled up with zeros to what a kernel's buffer must hold."""
-    missing = backend.SMALLEST - len(array)
-    return mx.pad(array, (0, missing)) if missing > 0 else array
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,8 +22,6 @@ piece are neighbours. Where a kernel decodes codes to floats that are too large 
 [group in the chunk][u][lane].
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -31,7 +29,7 @@ import mlx.core as mx
 from mlxquant.codes.width import Width
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.first_step import AS_IS, AsIs, Gate, Norm
-from mlxquant.kernels.matrix import Scales, at_least, float_bits, sizes
+from mlxquant.kernels.matrix import Scales, float_bits, sizes
 
 LARGEST_BLOCK = 1024  # of a rotation: 32 registers a lane
 
@@ -124,7 +122,9 @@ _BODY = """
         }
     }
 """
-_INPUTS = ["x", "norm_weight", "signs", "replica_in", "column_scale", "sizes"]
+_KERNEL = backend.Kernel(
+    "prepare_input", ["x", "norm_weight", "signs", "replica_in", "column_scale", "sizes"],
+    ["prepared"], _BODY, code_order.DECODE)
 _THREADS = 128
 
 
@@ -162,7 +162,6 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     before. With ``experts`` (pairs,) each row of x goes to as many experts in turn as there are
     pairs to a row, and X is that of the pairs."""
     inputs, spec = scales.inputs, scales.spec
-    chosen = [] if experts is None else [at_least(experts)]
     pairs = len(x) if experts is None else len(experts)
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
@@ -170,9 +169,9 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     decoded = spec.bits if layout.sums else Width.TWO  # one kernel where it does not matter
     vectors = pairs * (spec.replicas if layout.expand else 1) + spec.replicas * layout.behind
     spans = -(-padded // span)
-    prepared: mx.array = _kernel(experts is not None)(
+    return _KERNEL(
         inputs=[x, norm.weight, scales.signs, scales.replica_in, scales.column_scale,
-                sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x)), *chosen],
+                sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x))],
         template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
                   ("ROTATION", spec.rotation_block), ("K", spec.replicas),
@@ -182,8 +181,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
                   ("BITS", decoded.code_bits), ("LEVELS", decoded.levels)],
         grid=(-(-spans * 32 // _THREADS) * _THREADS, pairs, 1), threadgroup=(_THREADS, 1, 1),
         output_shapes=[(vectors * layout.stored(inputs),)],
-        output_dtypes=[layout.dtype])[0]
-    return prepared
+        output_dtypes=[layout.dtype], experts=experts)[0]
 
 
 def reference(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
@@ -213,9 +211,3 @@ def with_sums(x: mx.array, layout: Layout, bits: Width) -> mx.array:
     runs = x.transpose(0, 2, 3, 1, 4).reshape(len(x), x.shape[2], layout.lanes, layout.run)
     sums = (runs * code_order.offsets(bits)).reshape(*runs.shape[:3], -1, layout.sums).sum(-1)
     return mx.concatenate([x.reshape(-1), sums.transpose(0, 3, 1, 2).reshape(-1)])
-
-
-@functools.cache
-def _kernel(mixture: bool) -> Callable[..., list[mx.array]]:
-    return backend.build("prepare_input", _INPUTS, ["prepared"], _BODY, code_order.DECODE,
-                         mixture=mixture)

@@ -9,9 +9,6 @@ launches wait for one another. It moves the buffer, and 4 bytes written per thre
 1 / (4 V) of that.
 """
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 import numpy as np
 
@@ -30,6 +27,7 @@ _BODY = """
     }
     out[at] = total;
 """
+_KERNEL = backend.Kernel("read_ceiling", ["data", "previous"], ["out"], _BODY)
 WIDTH = 256  # threads that read neighbouring vectors
 
 
@@ -44,10 +42,10 @@ def read(data: mx.array, previous: mx.array, vectors: int) -> mx.array:
     ``vectors``, a multiple of 8, is how many of 16 bytes a thread reads.
     """
     count = data.size // (4 * vectors)
-    return _kernel()(inputs=[data, previous],
-                     template=[("COUNT", count), ("WIDTH", WIDTH), ("VECTORS", vectors)],
-                     grid=(count, 1, 1), threadgroup=(WIDTH, 1, 1),
-                     output_shapes=[(count,)], output_dtypes=[mx.uint32])[0]
+    return _KERNEL([data, previous],
+                   template=[("COUNT", count), ("WIDTH", WIDTH), ("VECTORS", vectors)],
+                   grid=(count, 1, 1), threadgroup=(WIDTH, 1, 1),
+                   output_shapes=[(count,)], output_dtypes=[mx.uint32])[0]
 
 
 def reference(data: mx.array, previous: mx.array, vectors: int) -> mx.array:
@@ -69,8 +67,3 @@ def disagreement() -> float:
     """Share of words in a small random case that differ from the reference."""
     data = mx.array(np.random.default_rng(0).integers(0, 1 << 32, words(16) * 3, np.uint32))
     return (read(data, data, 16) != reference(data, data, 16)).astype(mx.float32).mean().item()
-
-
-@functools.cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    return backend.build("read_ceiling", ["data", "previous"], ["out"], _BODY)

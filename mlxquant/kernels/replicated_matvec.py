@@ -21,14 +21,11 @@ Of a mixture only the chosen experts' codes are read: a token is then a pair of 
 expert, and each goes through the matrix of its own.
 """
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.matrix import NOTHING, Added, Matrix, at_least, sizes
+from mlxquant.kernels.matrix import NOTHING, Added, Matrix, sizes
 from mlxquant.kernels.prepare_input import Layout
 from mlxquant.machine import lanes
 
@@ -160,7 +157,10 @@ _BODY = """
         }
     }
 """
-_INPUTS = ["prepared", "codes", "replica_out", "replica_in", "sizes", "bias", "residual"]
+_KERNEL = backend.Kernel(
+    "replicated_matvec",
+    ["prepared", "codes", "replica_out", "replica_in", "sizes", "bias", "residual"],
+    ["out"], _BODY, _HEADER)
 _SIMDGROUPS = 2
 
 
@@ -180,14 +180,13 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``, with what
     is ``added``; with ``experts`` (tokens,), the matrix each is to be multiplied by."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
-    chosen = [] if experts is None else [at_least(experts)]
     together = tokens if experts is None else 1
     fold, height = folds(spec, together), rows_together(spec, together)
     blocks = -(-rows // (_SIMDGROUPS * height))
-    y: mx.array = _kernel(experts is not None)(
+    return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
                 sizes(rows, matrix.chunks, tokens, matrix.scales.groups,
-                      code_order.pair_mask(bits)), *added.inputs(matrix.replica_out), *chosen],
+                      code_order.pair_mask(bits)), *added.inputs(matrix.replica_out)],
         template=[("T", dtype), ("EXACT", dtype == mx.float32 or fold), ("BITS", bits),
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group), ("FOLD", fold),
@@ -196,8 +195,7 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
                   ("SIMDGROUPS", _SIMDGROUPS), *added.template()],
         grid=(blocks * _SIMDGROUPS * 32, tokens // together, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
-        output_dtypes=[dtype])[0]
-    return y
+        output_dtypes=[dtype], experts=experts)[0]
 
 
 def folds(spec: ReplicaShape, tokens: int) -> bool:
@@ -210,8 +208,3 @@ def rows_together(spec: ReplicaShape, tokens: int) -> int:
     """Rows of a simdgroup, for all of which it reads X once."""
     apart = bool(spec.replica_group) or folds(spec, tokens)
     return lanes.rows_together(tokens * (1 if apart else spec.replicas), spec.replicas * apart)
-
-
-@functools.cache
-def _kernel(mixture: bool) -> Callable[..., list[mx.array]]:
-    return backend.build("replicated_matvec", _INPUTS, ["out"], _BODY, _HEADER, mixture=mixture)

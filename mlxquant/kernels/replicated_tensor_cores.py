@@ -17,9 +17,6 @@ copies under way in each; their sums, times B, meet in shared memory. Based on t
 of PTX's ``mma``; the idea of decoding into them is Marlin's (arXiv 2408.11743).
 """
 
-import functools
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from mlxquant.codes.spec import ReplicaShape
@@ -165,7 +162,9 @@ _BODY = """
     }
 """
 MOST_USES = 64  # of a code: more tokens than 64 / K are dearer than expanding the codes
-_INPUTS = ["prepared", "codes", "replica_out", "sizes", "bias", "residual"]
+_KERNEL = backend.Kernel(
+    "replicated_tensor_cores", ["prepared", "codes", "replica_out", "sizes", "bias", "residual"],
+    ["out"], _BODY, _HEADER)
 _ROWS = 16
 _MANY_ROWS = 8192
 
@@ -191,7 +190,7 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     run = code_order.RUN[bits]
     runs = matrix.chunks * code_order.CHUNK // run
     warps, ahead = launch_shape(rows, runs)
-    y: mx.array = _kernel()(
+    return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs),
                 *added.inputs(matrix.replica_out)],
         template=[("T", dtype), ("BITS", bits), ("LEVELS", spec.bits.levels),
@@ -199,7 +198,6 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
                   ("AHEAD", ahead), *added.template()],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
-    return y
 
 
 def launch_shape(rows: int, runs: int) -> tuple[int, int]:
@@ -207,8 +205,3 @@ def launch_shape(rows: int, runs: int) -> tuple[int, int]:
     H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more
     under way."""
     return min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
-
-
-@functools.cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    return backend.build("replicated_tensor_cores", _INPUTS, ["out"], _BODY, _HEADER)

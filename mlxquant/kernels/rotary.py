@@ -13,15 +13,14 @@ arrays (``layers/in_place.py`` sees to it), and whatever reads them after comes 
 Based on RoFormer (https://arxiv.org/abs/2104.09864).
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlxquant.kernels import backend
+from mlxquant.kernels.backend import at_least
 from mlxquant.kernels.first_step import Norm
-from mlxquant.kernels.matrix import at_least, float_bits, sizes
+from mlxquant.kernels.matrix import float_bits, sizes
 
 _BODY = """
     constexpr int PAIRS = SIZE / 2, EACH = (PAIRS + 31) / 32;
@@ -67,7 +66,9 @@ _BODY = """
         to[second] = static_cast<T>(b[i]);
     }
 """
-_INPUTS = ["qkv", "keys", "values", "steps", "query_weight", "key_weight", "place", "sizes"]
+_KERNEL = backend.Kernel(
+    "rotary", ["qkv", "keys", "values", "steps", "query_weight", "key_weight", "place", "sizes"],
+    ["out"], _BODY)
 _THREADS = 128
 
 
@@ -99,7 +100,7 @@ def turn(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
                                 else (qkv, qkv))  # which is not read
     epsilons = [float_bits(norm.eps) for norm in rotary.norms or ()]
     heads = rotary.queries + 2 * rotary.stored
-    queries: mx.array = _kernel()(
+    queries: mx.array = _KERNEL(
         inputs=[qkv, keys, values, at_least(rotary.steps), query_weight, key_weight, place,
                 sizes(rotary.queries, rotary.stored, keys.shape[2], *rotary.starts, *epsilons)],
         template=[("T", qkv.dtype), ("SIZE", rotary.size), ("DIMS", rotary.dims),
@@ -123,8 +124,3 @@ def reference(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
     queries, *new = made
     return [queries, *(mx.slice_update(old, part, place[:1], axes=[2])
                        for old, part in zip((keys, values), new))]
-
-
-@functools.cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    return backend.build("rotary", _INPUTS, ["out"], _BODY)
