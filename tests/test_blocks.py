@@ -8,7 +8,7 @@ from architectures import CONFIGURATIONS, TOKENS, network_of, watch
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers.blocks import Block, find_blocks
-from mlxquant.model.blocks import after_each_block
+from mlxquant.layers.hooks import after_each_block
 from mlxquant.report.by_layer import hidden_states
 
 CALLED_IN_PARTS = {"iquestloopcoder"}  # its model calls the attention and MLP of each block

@@ -15,8 +15,8 @@ from mlx_lm.models.cache import (
 
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers import repeated, traffic
+from mlxquant.layers.hooks import after_each_block
 from mlxquant.layers.repeated import PassesCache, Repeat, parse_repeat
-from mlxquant.model.blocks import after_each_block
 
 DEEP = CONFIG | {"num_hidden_layers": 4, "tie_word_embeddings": False}
 SLIDING = DEEP | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}

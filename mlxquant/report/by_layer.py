@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.errors import BadValue
-from mlxquant.model.blocks import after_each_block
+from mlxquant.layers.hooks import after_each_block
 from mlxquant.model.loading import LanguageModel
 from mlxquant.report.divergence import paired_windows
 from mlxquant.report.figure import figure

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.errors import BadValue
-from mlxquant.model.blocks import after_each_block
+from mlxquant.layers.hooks import after_each_block
 from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import Window, check_context, first_windows
 from mlxquant.report.perplexity import Perplexity, Progress, described, loss
