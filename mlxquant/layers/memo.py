@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxquant.codes import hadamard
+
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
@@ -22,19 +24,15 @@ class Elsewhere(Generic[Kind]):
     module: Kind
 
 
-class Kept:
-    """What was made of one array, until another is asked about or another ``variant`` of it."""
+class Signs:
+    """Those of a rotation, unpacked, until other bits or another type are asked about."""
 
-    def __init__(self) -> None:
-        self._source: mx.array | None = None
-        self._variant: object = None
-        self._made: Any = None
+    def __init__(self, inputs: int) -> None:
+        self._inputs, self._bits, self._made = inputs, mx.array(0), mx.array(0)
 
-    def get(self, source: mx.array, make: Callable[[mx.array], mx.array],
-            variant: object = None) -> mx.array:
-        if self._source is not source or self._variant != variant:
-            self._made = make(source)
-            self._source, self._variant = source, variant
+    def get(self, bits: mx.array, dtype: mx.Dtype) -> mx.array:
+        if self._bits is not bits or self._made.dtype != dtype:
+            self._bits, self._made = bits, hadamard.unpack_signs(bits, self._inputs, dtype)
         return self._made
 
 

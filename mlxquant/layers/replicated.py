@@ -24,7 +24,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes import hadamard
 from mlxquant.codes.packing import empty_codes, unpack_codes
 from mlxquant.codes.spec import ReplicaShape
-from mlxquant.layers.memo import Elsewhere, Kept, MadeOnce
+from mlxquant.layers.memo import Elsewhere, MadeOnce, Signs
 
 
 class ReplicaInput(nn.Module):
@@ -49,7 +49,7 @@ class ReplicaInput(nn.Module):
         if spec.rotation_block:
             self.rotation_signs = hadamard.pack_signs(mx.ones(inputs))
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
-        self._signs, self._rotated = Kept(), MadeOnce()
+        self._signs, self._rotated = Signs(inputs), MadeOnce()
 
     def operations(self) -> int:
         """Additions per token: those of the rotation, n·log₂(block); for each expert again."""
@@ -75,22 +75,18 @@ class ReplicaInput(nn.Module):
             return x
         if sibling is None:
             return self._rotate(x)
-        rotated: mx.array = self._rotated.get((x,), sibling, self._rotate)
-        return rotated
+        return self._rotated.get((x,), sibling, self._rotate)
 
     def unrotate_weight(self, weight: mx.array) -> mx.array:
         """W R of ``weight`` (…, n), in its dtype: what takes x where W takes R x."""
         if "rotation_signs" not in self:
             return weight
-        return hadamard.unrotate_weight(weight, self._unpacked(weight.dtype),
-                                        self.spec.rotation_block)
+        signs = self._signs.get(self.rotation_signs, weight.dtype)
+        return hadamard.unrotate_weight(weight, signs, self.spec.rotation_block)
 
     def _rotate(self, x: mx.array) -> mx.array:
-        return hadamard.rotate(x, self._unpacked(x.dtype), self.spec.rotation_block)
-
-    def _unpacked(self, dtype: mx.Dtype) -> mx.array:
-        return self._signs.get(self.rotation_signs, lambda bits: hadamard.unpack_signs(
-            bits, self.inputs, dtype), dtype)
+        signs = self._signs.get(self.rotation_signs, x.dtype)
+        return hadamard.rotate(x, signs, self.spec.rotation_block)
 
 
 class Replicated(nn.Module):

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unpack_signs, unrotate_weight
+from mlxquant.codes.hadamard import check_block, pack_signs, rotate, unrotate_weight
 from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.memo import Kept
+from mlxquant.layers.memo import Signs
 
 GRANULARITIES = ("token", "tensor", "static")
 _OFF = 16
@@ -105,7 +105,7 @@ class TransformedLinear(nn.Module):
         self.inputs = _inputs(linear)
         self.rotation_block = rotation_block
         self.activation: ActivationSpec | None = None
-        self._signs = Kept()
+        self._signs = Signs(self.inputs)
         if input_scale is not None:
             self.input_scale = _checked("input_scale", input_scale, self.inputs)
         if (rotation_signs is None) != (rotation_block is None):
@@ -157,7 +157,7 @@ class TransformedLinear(nn.Module):
         if "input_scale" in self:
             x = x * self.input_scale.astype(x.dtype)
         if self.rotation_block is not None:
-            x = rotate(x, self._unpacked(x.dtype), self.rotation_block)
+            x = rotate(x, self._signs.get(self.rotation_signs, x.dtype), self.rotation_block)
         if self.activation is not None:
             codes, step = round_activation(x, self.activation, self.get("activation_scale"))
             x = (codes * step).astype(x.dtype)
@@ -167,15 +167,12 @@ class TransformedLinear(nn.Module):
         """W R diag(input_scale) of ``weight`` (m, n), in its dtype: what takes x where W takes the
         transformed input, rounding apart."""
         if self.rotation_block is not None:
-            weight = unrotate_weight(weight, self._unpacked(weight.dtype), self.rotation_block)
+            signs = self._signs.get(self.rotation_signs, weight.dtype)
+            weight = unrotate_weight(weight, signs, self.rotation_block)
         return weight * self.input_scale.astype(weight.dtype) if "input_scale" in self else weight
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(self.transform(x))
-
-    def _unpacked(self, dtype: mx.Dtype) -> mx.array:
-        return self._signs.get(self.rotation_signs, lambda bits: unpack_signs(
-            bits, self.inputs, dtype), dtype)
 
 
 def _inputs(linear: nn.Module) -> int:
