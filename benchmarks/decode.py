@@ -36,7 +36,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
 from mlxquant.layers import traffic
-from mlxquant.runtime.probe import percent_of_ceiling, read_ceiling
+from mlxquant.runtime.probe import measured, percent_of_ceiling
 
 
 class Decoding:
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = options.parse_args()
     if arguments.metal_body:
         replicated_tensor_cores.fits = lambda *_: False
-    ceiling, rows = read_ceiling(), []
+    ceiling, rows = measured().ceiling, []
     for name in arguments.models:
         decoding = Decoding(name)
         row = dict(model=name, kernel=kernel_of(name, arguments.metal_body),

@@ -38,7 +38,7 @@ from mlxquant.kernels import (
 )
 from mlxquant.kernels.cases import Case
 from mlxquant.kernels.matrix import Matrix
-from mlxquant.runtime.probe import read_ceiling
+from mlxquant.runtime.probe import measured
 
 COLD = 600e6  # bytes of distinct weights
 REPEATS = 7
@@ -145,7 +145,12 @@ class Replicated:
                     free_us=1e6 * seconds_per_step(free(whole, self.x), self.count))
 
     def bytes(self) -> int:
-        return self.matrices[0].bytes_moved(self.case.tokens, self.case.dtype)
+        """The fewest that a call can move: codes, scales, x and y, each once."""
+        case, matrix, scales = self.case, self.matrices[0], self.scales
+        read = [matrix.codes, matrix.replica_out, scales.replica_in,
+                *[scales.column_scale] * bool(case.group), *[scales.signs] * bool(case.rotation)]
+        return (sum(array.nbytes for array in read)
+                + case.tokens * (case.inputs + case.rows) * case.dtype.size)
 
 
 def stock(bits: int, rows: int, inputs: int, tokens: int, cold: float = COLD) -> dict[str, Any]:
@@ -192,7 +197,7 @@ class Results:
     """Rows and errors, each printed and saved as soon as it is there."""
 
     def __init__(self, name: str):
-        self.name, self.ceiling = name, read_ceiling(refresh=True)
+        self.name, self.ceiling = name, measured(refresh=True).ceiling
         self.rows: list[dict[str, Any]] = []
         self.errors: list[dict[str, Any]] = []
         print(f"read ceiling {self.ceiling.gb_per_s:.0f} GB/s ({self.ceiling.kernel})", flush=True)

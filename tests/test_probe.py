@@ -23,11 +23,11 @@ def small(monkeypatch, tmp_path):
 
 
 def test_probe_measures_once_and_is_cached(small, capsys):
-    first = probe.read_ceiling()
+    first = probe.measured().ceiling
     assert first.gb_per_s > 0 and first.spread >= 0 and first.mlx == mx.__version__
-    assert probe.read_ceiling() == first
+    assert probe.measured().ceiling == first
     assert capsys.readouterr().err.count("Measuring") == 1
-    assert probe.read_ceiling(refresh=True).kernel
+    assert probe.measured(refresh=True).ceiling.kernel
 
 
 @pytest.fixture
@@ -75,29 +75,29 @@ def test_all_of_a_bench_stand_beside_one_ceiling(finds, tiny):
 @pytest.mark.parametrize("content", ['{"gb_per_s"', '{"gb_per_s": 5, "spread": 0}', "[]",
                                      '{"ceiling": {}}'])
 def test_probe_survives_a_broken_or_older_cache(small, content):
-    probe.read_ceiling()
+    probe.measured()
     file = next((small / "probe").glob("*.json"))
     file.write_text(content)
     probe._known.clear()  # as in a process that comes later
-    assert probe.read_ceiling().gb_per_s > 0
+    assert probe.measured().ceiling.gb_per_s > 0
     assert json.loads(file.read_text())["ceiling"]["gb_per_s"] > 0
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(small, monkeypatch, capsys):
     (small / "file").write_text("where a folder should be")
     monkeypatch.setenv("MLXQUANT_CACHE", str(small / "file"))
-    first = probe.read_ceiling()
+    first = probe.measured().ceiling
     said = capsys.readouterr().err
     assert "cannot write" in said and "measured again next time" in said
-    assert probe.read_ceiling() is first and capsys.readouterr().err == ""
+    assert probe.measured().ceiling is first and capsys.readouterr().err == ""
 
 
 def test_the_file_is_read_once(small, monkeypatch):
-    probe.read_ceiling()
+    probe.measured()
     probe._known.clear()
-    probe.read_ceiling()
+    probe.measured()
     monkeypatch.setattr(probe.json, "loads", lambda text: 1 / 0)
-    assert probe.read_ceiling().gb_per_s > 0
+    assert probe.measured().ceiling.gb_per_s > 0
 
 
 def test_the_ceiling_is_the_best_reader(small):

@@ -69,13 +69,13 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
                probe: bool = True) -> "LanguageModel":
     """Load by name, with the hint for a slow BLAS, and the ceiling measured beforehand."""
     from mlxquant.model.loading import load_folder
-    from mlxquant.runtime.probe import read_ceiling
+    from mlxquant.runtime.probe import measured
     from mlxquant.sources.names import resolve
 
     if hint := blas.hint():
         remark(hint)
     if probe:
-        read_ceiling()
+        measured()
     with progress("importing, GB:", after=TIMEOUT_MAX) as advance:  # downloads have their own bars
         folder = resolve(model, revision=revision, progress=advance)
     with progress(f"loading {model}", after=2):

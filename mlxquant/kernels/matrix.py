@@ -41,13 +41,6 @@ class Scales:
         """Rows of one A."""
         return self.inputs // (self.spec.replica_group or 1)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read for one call."""
-        used = [self.replica_in, *[self.column_scale] * bool(self.spec.replica_group),
-                *[self.signs] * bool(self.spec.rotation_block)]
-        return sum(array.nbytes for array in used)
-
     def envelope(self) -> mx.array:
         """A with c in it, (n, K) or (E, n, K): one row an input, grouped or not."""
         spec, stack = self.spec, self.experts or 1
@@ -117,11 +110,6 @@ class Matrix:
         c = self.scales.column_scale.reshape(stack, -1)[experts] if spec.replica_group else None
         return replace(self, codes=self.codes[experts], replica_out=self.replica_out[experts],
                        scales=Scales.of(self.scales.inputs, spec, a, c, self.scales.signs))
-
-    def bytes_moved(self, tokens: int, dtype: mx.Dtype) -> int:
-        """The fewest bytes that a call can move: codes, scales, x and y, each once."""
-        return (self.codes.nbytes + self.replica_out.nbytes + self.scales.nbytes
-                + tokens * (self.scales.inputs + self.rows) * dtype.size)
 
 
 @dataclass(frozen=True, eq=False)

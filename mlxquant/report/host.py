@@ -42,7 +42,7 @@ def host(chip: str | None, memory: str | None) -> Host:
     if chip is None and memory is not None:
         return Host("a Mac of any chip", limit, remarks=remarks)
     remarks += ("tokens/s are a ceiling, not a prediction: bandwidth over bytes",)
-    ceiling = found.headline_gb_per_s if chip else probe.read_ceiling().gb_per_s
+    ceiling = found.headline_gb_per_s if chip else probe.measured().ceiling.gb_per_s
     return Host(found.label, limit, ceiling=ceiling, dense=here and system.device() == "cpu",
                 limits=limits, remarks=remarks)
 

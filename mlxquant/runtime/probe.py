@@ -61,11 +61,6 @@ class Probe:
     beaten_by: float = 0.0
 
 
-def read_ceiling(*, refresh: bool = False) -> Ceiling:
-    """The ceiling of this chip and MLX version, measured now if it is not known."""
-    return measured(refresh=refresh).ceiling
-
-
 def percent_of_ceiling(gb_per_s: float) -> tuple[float, Ceiling]:
     """How much of the ceiling a run reached, and the ceiling.
 
