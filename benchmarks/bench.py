@@ -116,7 +116,7 @@ def main() -> None:
 
     def keep(records: list[Record]) -> None:
         save(f"bench-{arguments.out}", probe=asdict(measured),
-             records=[record.as_dict() for record in records])
+             records=[asdict(record) for record in records])
         last = records[-1]
         print(f"{last.model} {last.test}: {last.tps_mean:.2f} tokens/s, {last.gb_per_s:.1f} GB/s, "
               f"{last.percent_of_probe:.0f} % of measured", flush=True)

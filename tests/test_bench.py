@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import commands
 import pytest
@@ -32,7 +32,7 @@ def test_every_test_is_measured(records):
     assert [r.test for r in records] == ["pp16", "tg6", "pp16 @ d40", "tg6 @ d40", "pp16 b3",
                                          "tg6 b3", "pp16 @ d40 b3", "tg6 @ d40 b3"]
     for record in records:
-        assert set(KEYS) <= set(record.as_dict())
+        assert set(KEYS) <= set(asdict(record))
         assert record.tps_mean > 0 and record.tps_stdev >= 0 and record.repetitions == 2
         assert record.gb_per_s == pytest.approx(record.tps_mean * record.bytes_per_token / 1e9)
         assert record.percent_of_probe == pytest.approx(record.gb_per_s)
@@ -131,7 +131,7 @@ def test_formats():
     records = bench.with_fit([synthetic(name, gigabytes=size)
                               for name, size in (("a", 1), ("b", 2), ("c", 4))])
     assert bench_output.markdown(records) == MARKDOWN
-    dictionaries = [r.as_dict() for r in records]
+    dictionaries = [asdict(r) for r in records]
     assert json.loads(bench_output.as_json(records)) == dictionaries
     assert ([json.loads(line) for line in bench_output.json_lines(records).splitlines()]
             == dictionaries)

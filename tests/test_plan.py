@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from commands import run
@@ -66,7 +66,7 @@ def test_the_original_is_always_a_row(llama):
 def test_rows_are_whole_and_consistent(llama):
     assert llama.parameters == pytest.approx(8.03e9, rel=1e-3)
     assert llama.memory_bytes == int(16 * 2**30 * 2 / 3)
-    for row in llama.as_dict()["rows"]:
+    for row in asdict(llama)["rows"]:
         assert set(row) >= ROW_KEYS and row["tps_source"] == "predicted"
         assert row["fits"] == (row["total_bytes"] <= llama.memory_bytes)
         assert row["total_bytes"] > row["file_bytes"] + row["kv_bytes"]

@@ -94,7 +94,7 @@ def test_time_left_is_known_from_the_first_block_on_and_by_those_made_in_this_ru
 def test_the_folder_tells_what_its_making_took(tmp_path, tiny_folder, text, method):
     made = mlxquant.quantize(str(tiny_folder), tmp_path / "out", job(
         text, 2, 16, method=method, bits=2, rotation="online", propagation="corrected"))
-    told = inspect(str(tmp_path / "out")).as_dict()["making"]
+    told = inspect(str(tmp_path / "out")).making
     assert told["seconds"].keys() >= STEPS and told["seconds"].keys() == (
         told["peak_memory_gb"].keys())
     steps = [seconds for name, seconds in told["seconds"].items() if name != "total"]

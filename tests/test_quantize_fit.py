@@ -16,9 +16,9 @@ import mlxquant
 from mlxquant import cli
 from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.report import made, plan
-from mlxquant.report.choose import choose
 from mlxquant.report.divergence import Divergence, divergence
 from mlxquant.report.made import HeldOut
+from mlxquant.report.plan import choose
 
 FEW = ("--samples", 4, "--sequence-length", 32, "--windows", 2)
 

@@ -19,8 +19,7 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
     """The arguments of ``quantize`` for what the plan recommends among the forms that agree with
     those given, which stay; and the line that chats with the result. Says what it chose, on a line
     of JSON where that is asked for. Raises what ``plan`` and ``choose`` raise."""
-    from mlxquant.report.choose import choose
-    from mlxquant.report.plan import plan
+    from mlxquant.report.plan import choose, plan
 
     params = ctx.params
     given = {name for name in params if (source := ctx.get_parameter_source(name)) is not None

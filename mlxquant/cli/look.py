@@ -40,7 +40,7 @@ def plan(
     result = make(model or str(config), memory=memory, chip=chip, context=context,
                   min_tps=min_tps, revision=revision)
     if as_json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
         return
     active = ("" if result.active_parameters == result.parameters else
               f", {result.active_parameters / 1e9:.2f} of them for a token")
@@ -94,7 +94,7 @@ def inspect(model: option.Model, revision: option.Revision = None,
 
     result = look(model, revision=revision)
     if as_json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
         return
     print_table([["layer", "format", "bits", "shape", "MB"], *(
         [layer.path, layer.format, str(layer.bits), "×".join(map(str, layer.shape)),

@@ -90,7 +90,7 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
     found = known.find(chip)
     predicted = {(model, depth): predict_model(config_of(model), found, depth)
                  for model in models for depth in depths}
-    rows = [{"model": model, "depth": depth, "predicted": True, **value.as_dict()}
+    rows = [{"model": model, "depth": depth, "predicted": True, **asdict(value)}
             for (model, depth), value in predicted.items()]
     if output is not None:
         write_json(output, rows)

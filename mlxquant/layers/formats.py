@@ -48,8 +48,7 @@ def config_with(config: dict[str, Any], layers: Entries, replicas: Entries | Non
 def model_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
     """mlx-lm's hook: the model class and argument class for a configuration."""
     if config.get("model_type") != "mlxquant":
-        classes: tuple[Callable[[Any], nn.Module], Any] = _get_classes(config)
-        return classes
+        return _get_classes(config)
     block = config.get("mlxquant")
     if not isinstance(block, dict) or "base_model_type" not in config:
         raise BadCheckpoint("config.json says mlxquant but lacks its block or base_model_type")

@@ -113,8 +113,7 @@ class PackedSwitchGLU(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         pairs = indices.size
         few = pairs < _TRACED and self.module.down_proj.group.are_few(pairs)
-        y: mx.array = (self._few if few else self.module)(x, indices)
-        return y
+        return (self._few if few else self.module)(x, indices)
 
     def _fused(self, x: mx.array, indices: mx.array) -> mx.array:
         experts, down = indices.reshape(-1), self.module.down_proj

@@ -245,6 +245,5 @@ def install(network: nn.Module, repeats: Sequence[Repeat]) -> None:
 def _caches(network_class: type[nn.Module], network: nn.Module) -> list[Any]:
     """New caches of one pass, as ``network_class`` or else mlx-lm makes them."""
     if hasattr(network_class, "make_cache"):
-        made: list[Any] = network_class.make_cache(network)
-        return made
+        return network_class.make_cache(network)
     return [KVCache() for _ in find_blocks(network)]

@@ -1,6 +1,6 @@
 """What a model folder holds, layer by layer, read from its headers alone."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,6 @@ class Inspection:
     making: dict[str, Any] | None
     tuned_blocks: dict[str, dict[str, float]]
     untraceable: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def inspect(name: str, *, revision: str | None = None) -> Inspection:

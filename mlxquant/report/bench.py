@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -89,9 +89,6 @@ class Record:
     machine: dict[str, Any]
     power: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 512,
           generated: int = 128, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,),
@@ -108,7 +105,7 @@ def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 
              for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
     if not tests or repetitions < 1:
         raise BadValue("at least one test and one repetition are needed")
-    probe.read_ceiling()
+    probe.measured()
     records: list[Record] = []
     for entry in models:
         model = load(entry, memory=memory) if isinstance(entry, str) else entry()

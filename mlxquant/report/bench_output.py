@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,18 @@ def markdown(records: list[Record]) -> str:
 
 
 def as_json(records: list[Record]) -> str:
-    return json.dumps([record.as_dict() for record in records], indent=2, ensure_ascii=False)
+    return json.dumps([asdict(record) for record in records], indent=2, ensure_ascii=False)
 
 
 def json_lines(records: list[Record]) -> str:
-    return "\n".join(json.dumps(record.as_dict(), ensure_ascii=False) for record in records)
+    return "\n".join(json.dumps(asdict(record), ensure_ascii=False) for record in records)
 
 
 def comma_separated(records: list[Record]) -> str:
     """Every key a column; those of the machine and its power flat, with a prefix."""
     rows = []
     for record in records:
-        row = record.as_dict()
+        row = asdict(record)
         for key in ("machine", "power"):
             row |= {f"{key}_{name}": value for name, value in row.pop(key).items()}
         rows.append(row)

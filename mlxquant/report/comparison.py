@@ -90,14 +90,13 @@ class Row:
 
 
 def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list[Width],
-            job: Job | None = None, keep: Path | None = None, original: bool = True,
+            job: Job | None = None, original: bool = True,
             progress: Callable[[str], None] = lambda *_: None) -> Iterator[Row]:
     """Yield a row for the original, unless not asked for, and one for every method and width.
 
-    All run densely in float32, so that rows differ by their weights alone. The results go to
-    ``keep``, or are deleted; ``job`` says what the methods have in common, such as calibration
-    text and group size. Activation-quantising methods run at 8 bits only, per channel. Raises
-    ``BadValue`` for a method that is not known.
+    All run densely in float32, so that rows differ by their weights alone. ``job`` says what the
+    methods have in common, such as calibration text and group size. Activation-quantising methods
+    run at 8 bits only, per channel. Raises ``BadValue`` for a method that is not known.
     """
     for method in methods:
         if method not in METHODS:
@@ -118,13 +117,12 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
             if "activation" in METHODS[method] and width is not Width.EIGHT:
                 continue
             progress(f"{method} at {width} bits")
-            folder = (keep or Path(scratch)) / f"{method}-{width}"
+            folder = Path(scratch, f"{method}-{width}")
             asked = _job(method, width, job or Job())
             made = quantize(name, folder, asked)
             yield _row(method, *measured(load(str(folder), dense=True)), asked, made)
             mx.clear_cache()
-            if keep is None:
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
 
 
 def _job(method: str, width: Width, common: Job) -> Job:

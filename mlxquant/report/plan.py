@@ -7,13 +7,13 @@ measurements only.
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
@@ -25,7 +25,7 @@ from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.report.bench import CHUNK
-from mlxquant.report.host import Host, host
+from mlxquant.report.host import Host, host, memory_for
 from mlxquant.report.predict import Prediction, predict
 from mlxquant.report.quality import lookup
 from mlxquant.sources.names import config_of
@@ -35,6 +35,7 @@ REPLICATED = tuple((bits, k, g) for bits in (4, 3, 2, "ternary", 1)
                    for k, g in ((2, 0), (4, 0), (8, 16)))
 KV_BITS = (16, 8, 4)
 EMBEDDING_BITS = 8
+_TOKENS = 256  # a context that is proposed is a multiple of it
 _AS_GOOD = 1.02  # times the best perplexity: then the faster is recommended
 
 
@@ -95,9 +96,6 @@ class Plan:
     recommended: Row | None
     remarks: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Model:
@@ -157,6 +155,26 @@ def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
     best = min((quality for quality, _ in alike), default=0)
     close = [row for quality, row in alike if quality <= _AS_GOOD * best]
     return max(close, key=lambda row: (row.kv_bits, row.tps or 0, -row.total_bytes), default=None)
+
+
+def choose(result: Plan, rows: list[Row], chip: str | None = None) -> Row:
+    """What ``recommend`` takes of those ``rows`` of a plan that can be made. Raises ``BadValue``
+    where nothing is known of the quality of any, ``TooLarge`` where none fits."""
+    if (row := recommend(rows)) is not None:
+        return row
+    known = [row for row in rows if row.quality is not None and row.free_replicas is not False]
+    if not known:
+        raise BadValue(f"none of the forms of {result.model} that were asked for has a measured "
+                       "quality; `mlxquant plan` shows those that have")
+    least = min(known, key=lambda row: row.total_bytes)
+    tokens = int((result.memory_bytes - least.total_bytes + least.kv_bytes) * result.context
+                 / max(least.kv_bytes, 1)) // _TOKENS * _TOKENS
+    size = memory_for(least.total_bytes, chip)
+    fitting = [f"--fit {size}GB"] * (size is not None) + [f"--fit-context {tokens}"] * (tokens > 0)
+    raise TooLarge(
+        f"nothing of {result.model} fits in {result.memory_bytes / 1e9:.2f} GB with "
+        f"{result.context:,} tokens: {least.label()} with {least.kv_bits}-bit keys and values "
+        f"takes {least.total_bytes / 1e9:.2f} GB; {' or '.join(fitting) or 'no machine'} would do")
 
 
 def _model(name: str, config: dict[str, Any], context: int) -> _Model:

@@ -8,7 +8,7 @@ from the others alone: those errors are the band.
 """
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -55,9 +55,6 @@ class Prediction:
     fits: bool | None
     bound_by: str
     assumptions: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def line(self) -> str:
         """One line for people, labelled as what it is."""
