@@ -1,0 +1,124 @@
+"""The graph that one token makes of a network or a part of it, in which its layers are calls.
+
+Each call hands on arrays of its own, and what it was handed is a result of the graph: so the
+names in MLX's export tell what is connected, whatever an architecture calls its parts. Nothing is
+computed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxquant.layers.blocks import shape_of
+
+_SHAPES = {"Flatten", "Reshape", "Unflatten"}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """An operation: arrays by their names, the inputs' shapes as they are read."""
+
+    name: str
+    arguments: list[Any]
+    inputs: list[str]
+    shapes: list[tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of ``what``, the first array that it made, and the names of what it was handed and
+    made."""
+
+    kind: str
+    what: Any
+    made: mx.array
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+
+class Graph:
+    """What makes and what reads each array, and the calls in the order of the graph. Arrays that
+    hold the same numbers have one name. ``x`` is the first input; ``y``, the result, None reads."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.makers: dict[str, Node] = {}
+        self.readers: dict[str, set[Node | Call | None]] = defaultdict(set)
+
+    def note(self, kind: str, what: Any, handed: list[mx.array],
+             shapes: list[tuple[int, ...]]) -> list[mx.array]:
+        """A call; it hands on arrays of these ``shapes``, of which only what they depend on is
+        known."""
+        made = mx.depends([mx.zeros(shape, handed[0].dtype) for shape in shapes], handed)
+        self.calls.append(Call(kind, what, made[0]))
+        return made
+
+    def through(self, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> mx.array:
+        """The call of an RMSNorm, a linear layer or a stack of experts'."""
+        x = args[0]
+        if isinstance(module, nn.RMSNorm):
+            return self.note("norm", module, [x], [x.shape])[0]
+        *experts, rows, _ = shape_of(getattr(module, "linear", module))
+        before = (*args[1].shape, x.shape[-2]) if experts else x.shape[:-1]
+        return self.note("linear", module, [x], [(*before, rows)])[0]
+
+    def trace(self, run: Callable[..., mx.array], inputs: list[mx.array],
+              same: Collection[str]) -> None:
+        """Read the graph of ``run``, which makes the calls. ``same`` are operations that hand an
+        array's numbers on, as they are or in another shape."""
+        parts: list[dict[str, Any]] = []
+        mx.export_function(parts.append, lambda *given: [
+            run(*given), *(call.made for call in self.calls)], *inputs)
+        ends = {part["type"]: part for part in parts if part["type"] != "primitive"}
+        self.x = _names(ends["inputs"]["inputs"])[0]
+        self.y, *made = _names(ends["outputs"]["outputs"])
+        calls, self.calls = dict(zip(made, self.calls)), []
+        constant = set(_names(ends["constants"]["constants"]))
+        known: dict[str, str] = {}
+        repeated: set[str] = set()
+        for part in parts:
+            if part["type"] != "primitive":
+                continue
+            own, outputs = _names(part["inputs"]), _names(part["outputs"])
+            read = [known.get(name, name) for name in own]
+            if call := calls.get(outputs[0]):
+                call.inputs, call.outputs = read[len(outputs):], outputs
+                self.calls.append(call)
+                for name in call.inputs:
+                    self.readers[name].add(call)
+                continue
+            if constant.issuperset(own):
+                constant.update(outputs)
+                continue
+            node = Node(part["name"], part["arguments"], read,
+                        [tuple(shape) for _, shape, _ in part["inputs"]])
+            # What repeats an array hands it on, but not in another shape: there it is longer.
+            if node.name in same and _keeps_order(node) and not (
+                    node.name in _SHAPES and own[0] in repeated):
+                known[outputs[0]] = read[0]
+                if own[0] in repeated or prod(node.shapes[0]) < prod(part["outputs"][0][1]):
+                    repeated.add(outputs[0])
+                continue
+            self.makers |= dict.fromkeys(outputs, node)
+            for name in read:
+                self.readers[name].add(node)
+        self.y = known.get(self.y, self.y)
+        self.readers[self.y].add(None)
+
+
+def _names(arrays: list[tuple[Any, ...]]) -> list[str]:
+    return [name for name, *_ in arrays]
+
+
+def _keeps_order(node: Node) -> bool:
+    """Whether only axes of length 1 change places."""
+    if node.name != "Transpose":
+        return True
+    long = [axis for axis in node.arguments[0] if node.shapes[0][axis] > 1]
+    return long == sorted(long)
