@@ -1,12 +1,13 @@
 """Keys and values of conversations, kept between calls and between sessions."""
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import (
+    CacheList,
+    LRUPromptCache,
     can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,
@@ -78,34 +79,22 @@ class PromptCache:
 
 
 class PromptCaches:
-    """The newest ``most`` conversations, of which any may go on."""
+    """The newest ``most`` conversations, of which any may go on; mlx-lm keeps them."""
 
     def __init__(self, most: int):
-        self._most = most
-        self._held: list[PromptCache] = []
+        self._held = LRUPromptCache(most)
 
     def nearest(self, prompt: list[int]) -> PromptCache:
         """A copy of what shares most with ``prompt`` and can be cut back to that, or nothing."""
-        best, most = None, 0
-        for known in self._held:
-            shared = min(common_prefix_len(known.tokens, prompt), len(prompt) - 1)
-            usable = shared == len(known.tokens) or all(
-                map(can_trim_prompt_cache, known.sets()))
-            if usable and shared > most:
-                best, most = known, shared
-        if best is None:
-            return PromptCache()
-        self._held.sort(key=lambda known: known is best)  # the last one is the newest
-        return copy.deepcopy(best)
+        sets, rest = self._held.fetch_nearest_cache(None, prompt)
+        tokens = prompt[:len(prompt) - len(rest)]
+        return PromptCache(tokens, *(list(layers.caches) for layers in sets or ()))
 
     def keep(self, cache: PromptCache) -> None:
         """Hold ``cache``, which nobody changes from now on, in place of its own beginnings."""
-        if not cache.tokens:
-            return
-        if all(map(can_trim_prompt_cache, cache.sets())):
-            self._held = [known for known in self._held
-                          if cache.tokens[:len(known.tokens)] != known.tokens]
-        self._held = [*self._held, cache][-self._most:] if self._most else []
+        if cache.tokens:
+            sets = [CacheList(*layers) for layers in cache.sets()]
+            self._held.insert_cache(None, cache.tokens, sets)
 
 
 def takes_back(layers: list[Any]) -> bool:
