@@ -10,6 +10,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.transformed import ActivationSpec, TransformedLinear
 from mlxquant.quantise import awq, smoothquant
+from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.settings import Settings
 
 N = 128
@@ -46,9 +47,9 @@ def sample_error(x, weights, approximations):
 # --- AWQ
 
 def awq_error(x, weights, spec, s):
-    """Output error of quantising each W · s as ``awq.quantise`` does."""
+    """Output error of quantising each W · s as the method does."""
     scaled = statistics_of(x / np.array(s))
-    made = [awq.quantise(mx.array(w) * s, scaled, spec, Settings()).dequantise() / s
+    made = [METHODS["awq"].quantise(mx.array(w) * s, scaled, spec, Settings()).dequantise() / s
             for w in weights]
     return sample_error(x, weights, made)
 
@@ -128,8 +129,8 @@ def test_expected_error_equals_the_mean_over_samples():
 def test_awq_quantise_weights_the_error_by_the_inputs():
     x, (weight,), spec = inputs(size=100.0), matrices(16), Spec(bits=2)
     blind = fit(mx.array(weight), spec).dequantise()
-    seeing = awq.quantise(mx.array(weight), statistics_of(x), spec, Settings()).dequantise()
-    assert sample_error(x, [weight], [seeing]) < sample_error(x, [weight], [blind])
+    seeing = METHODS["awq"].quantise(mx.array(weight), statistics_of(x), spec, Settings())
+    assert sample_error(x, [weight], [seeing.dequantise()]) < sample_error(x, [weight], [blind])
 
 
 # --- SmoothQuant

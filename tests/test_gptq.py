@@ -8,9 +8,12 @@ from mlxquant.codes import rtn
 from mlxquant.codes.affine import expand, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
-from mlxquant.quantise import factor, gptq
+from mlxquant.quantise import factor
+from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep, damped
+
+GPTQ = METHODS["gptq"]
 
 
 def problem(rows=24, columns=160, tokens=600, seed=0):
@@ -43,7 +46,7 @@ def textbook(weight, hessian, scales, biases, levels, order):
 def test_codes_equal_the_textbook(bits, act_order):
     weight, _, statistics = problem()
     spec = Spec(bits=bits, group_size=32, act_order=act_order, refine=0)
-    q = gptq.quantise(mx.array(weight), statistics, spec, Settings(mx.float32))
+    q = GPTQ.quantise(mx.array(weight), statistics, spec, Settings(mx.float32))
     hessian = np.array(statistics.hessian, np.float64)
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else range(weight.shape[1])
     scales, biases = (np.array(expand(x, 32), np.float64) for x in (q.scales, q.biases))
@@ -77,7 +80,7 @@ def test_the_sweep_beats_rounding_on_the_data(bits):
 
     rounded = output_error(rtn.quantise(mx.array(weight), spec))
     scaled = output_error(fit(mx.array(weight), spec, statistics.hessian.diagonal()))
-    assert (output_error(gptq.quantise(mx.array(weight), statistics, spec, Settings()))
+    assert (output_error(GPTQ.quantise(mx.array(weight), statistics, spec, Settings()))
             < 0.7 * min(rounded, scaled))
 
 
@@ -119,10 +122,10 @@ def test_dead_inputs_do_not_break_the_sweep():
     weight, _, statistics = problem()
     alive = mx.array(np.arange(160) >= 40, mx.float32)
     statistics.hessian = statistics.hessian * alive * alive[:, None]
-    q = gptq.quantise(mx.array(weight), statistics, Spec(bits=4, group_size=32), Settings())
+    q = GPTQ.quantise(mx.array(weight), statistics, Spec(bits=4, group_size=32), Settings())
     assert np.isfinite(np.array(q.dequantise())).all()
     statistics.hessian = mx.zeros((160, 160))
-    assert np.isfinite(np.array(gptq.quantise(
+    assert np.isfinite(np.array(GPTQ.quantise(
         mx.array(weight), statistics, Spec(bits=4, group_size=32), Settings()).dequantise())).all()
 
 

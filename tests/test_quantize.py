@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from dataclasses import replace
 
 import architectures
 import mlx.core as mx
@@ -15,9 +16,9 @@ import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
-from mlxquant.quantise import awq, observe, pipeline, walk
+from mlxquant.quantise import observe, pipeline, walk
 from mlxquant.quantise.job import PROPAGATIONS, silent
-from mlxquant.quantise.methods import METHODS, Method
+from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.observe import Observation
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
@@ -255,7 +256,7 @@ def test_the_fused_rotation_unties_a_head_that_no_configuration_mentions(tmp_pat
 
 
 def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, text, monkeypatch):
-    monkeypatch.setitem(METHODS, "awq", Method(awq.quantise, lambda weights, *_: mx.exp(
+    monkeypatch.setitem(METHODS, "awq", replace(METHODS["awq"], balance=lambda weights, *_: mx.exp(
         mx.random.normal((weights[0].shape[1],), key=mx.random.key(0)))))
     config = CONFIG | {"attention_bias": True, "mlp_bias": True}
     network = random_network(config)

@@ -12,9 +12,13 @@ from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape, Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.codes.width import Width
 from mlxquant.quantise import envelope, replica
+from mlxquant.quantise.matrices import split
+from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.refine import move_codes
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import damped
+
+REPLICA = METHODS["replica"]
 
 SHAPES = [(1, 0), (4, 0), (3, 8), (4, 16)]
 
@@ -91,7 +95,7 @@ def test_the_sweep_and_each_round_after_it_lower_the_error_on_the_data(bits, rep
     rounded = envelope.fit(weight, ReplicaShape(bits, replicas, group),
                            statistics.hessian.diagonal()).rounded(mx.float16)
     losses = [loss(weight, rounded, hessian)]
-    losses += [loss(weight, replica.quantise(weight, statistics,
+    losses += [loss(weight, REPLICA.quantise(weight, statistics,
                                              spec(bits, replicas, group, refine=n), Settings()),
                     hessian)
                for n in range(4)]
@@ -140,9 +144,9 @@ def test_gradient_steps_reach_the_least_squares_solution(replicas, group, monkey
 def test_more_replicas_and_more_bits_fit_better():
     weight, statistics = problem(rows=48)
     hessian = statistics.hessian
-    by_replicas = [loss(weight, replica.quantise(weight, statistics, spec(2, k), Settings()),
+    by_replicas = [loss(weight, REPLICA.quantise(weight, statistics, spec(2, k), Settings()),
                         hessian) for k in (1, 4, 16)]
-    by_bits = [loss(weight, replica.quantise(weight, statistics, spec(b, 2), Settings()), hessian)
+    by_bits = [loss(weight, REPLICA.quantise(weight, statistics, spec(b, 2), Settings()), hessian)
                for b in REPLICA_WIDTHS]
     assert by_replicas == sorted(by_replicas, reverse=True)
     assert by_bits == sorted(by_bits, reverse=True)
@@ -154,14 +158,14 @@ def test_dead_rows_and_inputs_give_finite_scales():
     statistics.hessian = statistics.hessian * alive * alive[:, None]
     weight = weight * (mx.arange(24) != 3)[:, None]
     for replicas, group in SHAPES:
-        found = replica.quantise(weight, statistics, spec(2, replicas, group), Settings())
+        found = REPLICA.quantise(weight, statistics, spec(2, replicas, group), Settings())
         assert np.isfinite(np.array(found.dequantise())).all()
 
 
 def test_stacked_siblings_split_into_their_rows():
     weight, statistics = problem()
-    found = replica.quantise(weight, statistics, spec(), Settings())
-    parts = found.split([10, 14])
+    found = REPLICA.quantise(weight, statistics, spec(), Settings())
+    parts = split(found, [10, 14])
     assert [part.codes.shape for part in parts] == [(10, 64), (14, 64)]
     assert mx.array_equal(mx.concatenate([part.dequantise() for part in parts]), found.dequantise())
 

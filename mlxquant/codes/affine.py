@@ -7,7 +7,6 @@ never right there.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
@@ -60,10 +59,6 @@ class Affine:
         """Bits that stacked matrices share: none."""
         return 0
 
-    def split(self, rows: list[int]) -> list["Affine"]:
-        """The matrices that were stacked, by their numbers of rows."""
-        return [self.rows(part) for part in row_parts(rows)]
-
     def stored_bits(self) -> int:
         """Bits of packed codes, scales and biases, the latter in 16."""
         rows, columns = self.codes.shape
@@ -72,11 +67,6 @@ class Affine:
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
         return pack(self.codes, self.bits.code_bits)
-
-
-def row_parts(rows: list[int]) -> list[slice]:
-    """Where each of the matrices that were stacked lies, by their numbers of rows."""
-    return [slice(end - count, end) for count, end in zip(rows, accumulate(rows))]
 
 
 def expand(per_group: mx.array, group: int) -> mx.array:

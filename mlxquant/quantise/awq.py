@@ -7,7 +7,7 @@ on samples, E[x xᵀ] gives its expectation over all calibration tokens, without
 
 import mlx.core as mx
 
-from mlxquant.codes.affine import Affine, fit
+from mlxquant.codes.affine import fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise.settings import Settings
@@ -23,9 +23,9 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
     weight → weight · s (columns), input → input / s; sqrt(max s · min s) = 1.
 
     α goes up from 0 to 1 in 20 steps, until three of them lower the error no more. For speed that
-    is measured on up to 256 rows of a matrix, rounded as ``quantise`` does. The best is taken if it
-    also beats s = 1 on up to 512: it was not the choice of rows that made it the best. Raises
-    ``BadValue`` if the groups do not divide n.
+    is measured on up to 256 rows of a matrix, with ranges clipped as the result's will be. The best
+    is taken if it also beats s = 1 on up to 512: it was not the choice of rows that made it the
+    best. Raises ``BadValue`` if the groups do not divide n.
     """
     weights = [weight.astype(mx.float32) for weight in weights]
     base = above_zero(statistics.mean_magnitude)
@@ -50,16 +50,6 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
         elif step - best == _PATIENCE:
             break
     return factors(best if best and error(best, more) < error(0, more) else 0)
-
-
-def quantise(weight: mx.array, statistics: Statistics, spec: Spec,
-             settings: Settings) -> Affine:
-    """Quantise ``weight`` (m, n): ranges clipped per group for the least error weighted by E[x²].
-
-    Both are those after ``balance``: the weight times s, the statistics of x / s.
-    Raises ``BadValue`` if the groups do not divide n.
-    """
-    return fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
 
 
 def output_error(error: mx.array, hessian: mx.array) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.codes.affine import nearest, row_parts
+from mlxquant.codes.affine import nearest
 from mlxquant.codes.packing import empty_codes
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.codes.width import Width
@@ -88,10 +88,6 @@ class Replicas:
     def rows(self, part: slice) -> "Replicas":
         """Some of the rows."""
         return replace(self, codes=self.codes[part], replica_out=self.replica_out[part])
-
-    def split(self, rows: list[int]) -> list["Replicas"]:
-        """Those of the matrices that were stacked, by their numbers of rows."""
-        return [self.rows(part) for part in row_parts(rows)]
 
 
 @step("fit")

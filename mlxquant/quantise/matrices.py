@@ -1,6 +1,7 @@
 """Stacked siblings as one matrix: rotated, quantised, and the error measured."""
 
 import zlib
+from itertools import accumulate
 from typing import cast
 
 import mlx.core as mx
@@ -27,7 +28,12 @@ def codes_of(weights: dict[str, mx.array], statistics: Statistics | None, spec: 
     # A method that is not calibrated takes no statistics.
     made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())),
                                          cast(Statistics, statistics), spec, settings)
-    return dict(zip(weights, made.split(rows)))
+    return dict(zip(weights, split(made, rows)))
+
+
+def split(made: Codes, rows: list[int]) -> list[Codes]:
+    """The matrices that were stacked, by their numbers of rows."""
+    return [made.rows(slice(end - count, end)) for count, end in zip(rows, accumulate(rows))]
 
 
 @step("errors")

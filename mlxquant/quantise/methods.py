@@ -1,41 +1,74 @@
-"""The methods by name: how each moves scale between input and weight, and how it finds codes."""
+"""The methods by name: how each moves scale between input and weight, and how it finds codes.
+
+Scales are fixed before GPTQ's sweep (``sweep.py``), so columns may be taken in any order while
+groups stay where they are: by default the most active inputs first. Rounds then move codes and
+scales together.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
+from mlxquant.base.trees import arrays
 from mlxquant.codes import rtn
-from mlxquant.codes.affine import Affine
+from mlxquant.codes.affine import Affine, fit
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
-from mlxquant.quantise import awq, gptq, replica, smoothquant
+from mlxquant.quantise import awq, refine, replica, smoothquant
 from mlxquant.quantise.envelope import Replicas
+from mlxquant.quantise.profile import step
 from mlxquant.quantise.settings import Settings
+from mlxquant.quantise.sweep import Sweep
 
 Codes = Affine | Replicas
-Quantise = Callable[[mx.array, Any, Spec, Settings], Codes]  # statistics; None if uncalibrated
+Start = Callable[[mx.array, Any, Spec, Settings], Codes]  # statistics; None if uncalibrated
+Refine = Callable[[mx.array, Any, mx.array, mx.Dtype], Codes]
 Balance = Callable[[list[mx.array], Statistics, Spec, Settings], mx.array | None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """``quantise`` finds the codes of a matrix (m, n), or of stacked siblings; ``start`` is what it
-    begins a sweep with, where it sweeps. ``balance`` gives factors (n,) for siblings (weight · s,
-    input / s), or None. A method that is not ``calibrated`` looks at no statistics."""
+    """``start`` finds scales, and the codes nearest to each weight. Where there is a ``refine``, a
+    round that improves both under a damped H, a sweep comes first and moves the codes. ``balance``
+    gives factors (n,) for siblings (weight · s, input / s), or None. A method that is not
+    ``calibrated`` looks at no statistics."""
 
-    quantise: Quantise
+    start: Start
+    refine: Refine | None = None
     balance: Balance = lambda weights, statistics, spec, settings: None
-    start: Quantise | None = None
     calibrated: bool = True
+
+    def quantise(self, weight: mx.array, statistics: Any, spec: Spec, settings: Settings) -> Codes:
+        """The codes of ``weight`` (m, n), or of stacked siblings, already balanced and rotated, for
+        inputs with these ``statistics``, which hold ``cross`` where it is to be corrected. Raises
+        ``BadValue`` if the groups do not divide n."""
+        if self.refine is None:
+            return self.start(weight, statistics, spec, settings)
+        with step("refine"):
+            sweep = Sweep.of(statistics, spec.act_order)
+            weight = sweep.correct(weight.astype(mx.float32), statistics.cross,
+                                   settings.correction)
+            found = self.start(weight, statistics, spec, settings)
+            found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
+            for _ in range(spec.refine):
+                found = self.refine(weight, found, sweep.hessian, settings.dtype)
+            mx.eval(arrays(vars(found)))
+        return found
+
+
+@step("fit")
+def _fit(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Affine:
+    """Ranges clipped per group for the least error weighted by E[x²]."""
+    return fit(weight, spec, statistics.hessian.diagonal(), settings.dtype)
 
 
 METHODS = {
     "rtn": Method(lambda weight, _, spec, settings: rtn.quantise(weight, spec, settings.dtype),
                   calibrated=False),
-    "gptq": Method(gptq.quantise, start=gptq.start),
-    "awq": Method(awq.quantise, awq.balance),
-    "smoothquant": Method(smoothquant.quantise, smoothquant.balance),
-    "replica": Method(replica.quantise, start=replica.start),
+    "gptq": Method(_fit, refine.refine),
+    "awq": Method(_fit, balance=awq.balance),
+    "smoothquant": Method(smoothquant.quantise, balance=smoothquant.balance),
+    "replica": Method(replica.start, replica.refine),
 }

@@ -36,7 +36,6 @@ from mlxquant.quantise.assembly import (
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.gptq import CORRECTION
 from mlxquant.quantise.job import Job, Made, Progress, Text, silent
 from mlxquant.quantise.passes import Passes
 from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
@@ -46,6 +45,7 @@ from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.shelf import shelf
+from mlxquant.quantise.sweep import CORRECTION
 from mlxquant.quantise.walk import identity, release
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve

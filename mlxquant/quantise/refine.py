@@ -37,17 +37,14 @@ class Maps:
     total_change: Callable[[mx.array], mx.array] = mx.sum
 
 
-def refine(weight: mx.array, start: Affine, hessian: mx.array, rounds: int,
-           dtype: mx.Dtype = mx.float16) -> Affine:
-    """``start`` after ``rounds`` of both steps, for ``weight`` (m, n) and a damped ``hessian``
-    (n, n), both float32.
+def refine(weight: mx.array, start: Affine, hessian: mx.array, dtype: mx.Dtype) -> Affine:
+    """``start`` after a round of both steps, for ``weight`` (m, n) and a damped ``hessian`` (n, n),
+    both float32.
 
     Scales and biases stay rounded to ``dtype``. Where one group holds the whole matrix there are
     no rows to fit: its codes move, its scale stays.
     """
-    for _ in range(rounds):
-        start = refit(weight, move_codes(weight, start, hessian), hessian, dtype)
-    return start
+    return refit(weight, move_codes(weight, start, hessian), hessian, dtype)
 
 
 def row_errors(weight: mx.array, made: Affine | Replicas, hessian: mx.array) -> mx.array:
@@ -63,8 +60,7 @@ def move_codes(weight: mx.array, start: _Codes, hessian: mx.array) -> _Codes:
     return replace(start, codes=codes.astype(mx.uint8))
 
 
-def refit(weight: mx.array, start: Affine, hessian: mx.array,
-          dtype: mx.Dtype = mx.float16) -> Affine:
+def refit(weight: mx.array, start: Affine, hessian: mx.array, dtype: mx.Dtype) -> Affine:
     """Scales and biases that lower the loss for the codes, towards its minimum; a row that rounding
     makes worse keeps its own."""
     if start.spec.group_size is Whole.MATRIX:

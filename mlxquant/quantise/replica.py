@@ -15,29 +15,11 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import envelope
 from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.profile import step
 from mlxquant.quantise.refine import Maps, conjugate_gradients, move_codes, row_errors
 from mlxquant.quantise.settings import Settings
-from mlxquant.quantise.sweep import Sweep
 
 _GRADIENT_STEPS = 8
 AT_ONCE = 1 << 25  # numbers in one array: rows are independent, and a few at a time take less
-
-
-@step("refine")
-def quantise(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
-    """Codes and scalings of stacked siblings ``weight`` (m, n), already rotated where ``spec``
-    rotates, for inputs with these statistics (see ``gptq.quantise``)."""
-    sweep = Sweep.of(statistics, spec.act_order)
-    weight = sweep.correct(weight.astype(mx.float32), statistics.cross, settings.correction)
-    found = start(weight, statistics, spec, settings)
-    found = replace(found, codes=sweep.codes(weight, *found.grid(), spec.bits.levels))
-    for _ in range(spec.refine):
-        found = move_codes(weight, found, sweep.hessian)
-        found = fit_outputs(weight, found, sweep.hessian, settings.dtype)
-        found = fit_inputs(weight, found, sweep.hessian, settings.dtype)
-    mx.eval(found.codes, found.replica_out, found.replica_in)
-    return found
 
 
 def start(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settings) -> Replicas:
@@ -45,6 +27,13 @@ def start(weight: mx.array, statistics: Statistics, spec: Spec, settings: Settin
     first = settings.leading() if settings.leading else None
     return envelope.fit(weight, spec.replica_shape(0), statistics.hessian.diagonal(),
                         settings.rounds, first).rounded(settings.dtype)
+
+
+def refine(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:
+    """``found`` after a round of all steps, for ``weight`` (m, n) and a damped ``hessian``."""
+    found = move_codes(weight, found, hessian)
+    found = fit_outputs(weight, found, hessian, dtype)
+    return fit_inputs(weight, found, hessian, dtype)
 
 
 def fit_outputs(weight: mx.array, found: Replicas, hessian: mx.array, dtype: mx.Dtype) -> Replicas:

@@ -17,6 +17,7 @@ from mlxquant.quantise.factor import Factor
 from mlxquant.quantise.profile import step
 
 DAMPING = 0.01
+CORRECTION = 0.5  # see ``Sweep.correct``
 
 
 @dataclass(frozen=True)

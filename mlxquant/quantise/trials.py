@@ -11,7 +11,7 @@ from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import envelope
-from mlxquant.quantise.matrices import rotated, rotation_of
+from mlxquant.quantise.matrices import rotated, rotation_of, split
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
@@ -34,7 +34,7 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
     moments, statistics = statistics.hessian, statistics.sound()
     for made in _tried(weight.astype(mx.float32), specs, statistics):
         shared = made.shared_bits()
-        own = [part.stored_bits() - shared for part in made.split(rows)]
+        own = [part.stored_bits() - shared for part in split(made, rows)]
         yield made.dequantise() - weight, moments, own, shared + turned
 
 
@@ -44,8 +44,8 @@ def _tried(weight: mx.array, specs: list[Spec], statistics: Statistics) -> Itera
     most, weights = max(spec.replicas for spec in specs), statistics.hessian.diagonal()
     method, settings = METHODS[specs[0].method], Settings(
         rounds=_ROUNDS, leading=cache(lambda: envelope.leading(weight, most, weights)))
-    if method.start is None:
-        yield from (method.quantise(weight, statistics, spec, settings) for spec in specs)
+    if method.refine is None:
+        yield from (method.start(weight, statistics, spec, settings) for spec in specs)
         return
     sweep = Sweep.of(statistics, specs[0].act_order)
     for width, alike in groupby(specs, key=lambda spec: spec.bits):
