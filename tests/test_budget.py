@@ -126,13 +126,3 @@ def test_ties_go_to_the_layer_listed_first_whatever_the_order_of_its_options():
 
 def test_no_layers_take_no_bits():
     assert choose({}, 0) == {}
-
-
-@pytest.mark.parametrize("ways,message", [
-    ([], "a has no options"),
-    ([Option(2, 1, float("nan"))], "option 2 of a has 1 bits and damage nan"),
-    ([Option(2, float("inf"), 1)], "option 2 of a has inf bits"),
-])
-def test_unusable_options_are_refused(ways, message):
-    with pytest.raises(BadValue, match=message):
-        choose({"a": ways}, 10)

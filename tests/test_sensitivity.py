@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import CONFIG, random_network
 
-from mlxquant.base.errors import BadValue
 from mlxquant.layers.blocks import find_blocks
 from mlxquant.quantise.observe import Watch, linears
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
@@ -165,9 +164,3 @@ def test_layers_are_restored_also_when_the_model_raises(network):
     with pytest.raises(RuntimeError, match="broken on purpose"):
         output_importance(network, layers_of(network), tokens)
     assert same()
-
-
-@pytest.mark.parametrize("tokens", [[], [mx.zeros((0, 4), mx.int32)]])
-def test_no_tokens_are_refused(network, tokens):
-    with pytest.raises(BadValue, match="tokens is empty"):
-        output_importance(network, layers_of(network), tokens)

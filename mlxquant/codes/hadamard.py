@@ -24,15 +24,9 @@ def check_block(n: int, block: int) -> None:
                        f"{', '.join(map(str, allowed))}")
 
 
-def default_block(n: int, at_most: int = 64) -> int:
-    """The largest power of two that divides ``n`` and is not above ``at_most``.
-
-    Raises ``BadValue`` if either is below 1.
-    """
-    if n < 1 or at_most < 1:
-        raise BadValue(f"{n} inputs and at_most={at_most} have no rotation block; "
-                       "allowed are numbers from 1")
-    return min(n & -n, 1 << at_most.bit_length() - 1, _LARGEST)
+def default_block(n: int) -> int:
+    """The largest power of two that divides ``n`` and is not above 64."""
+    return min(n & -n, 64)
 
 
 def random_signs(n: int, seed: int) -> mx.array:

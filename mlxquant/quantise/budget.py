@@ -8,7 +8,6 @@ step that no longer fits, the damage exceeds the least possible by less than tha
 is left of the budget is filled with smaller steps.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -37,10 +36,8 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
 
     Exact where the walk along the hulls spends the budget to the bit or reaches every layer's least
     damage; otherwise near it, as the module says. Ties go to the layer listed first. Raises
-    ``BadValue`` for a layer without options, an option whose bits or damage are not finite, and a
-    budget below the least bits possible, which it names.
+    ``BadValue`` for a budget below the least bits possible, which it names.
     """
-    _check(options)
     frontiers = {layer: _frontier(ways) for layer, ways in options.items()}
     chosen = {layer: ways[0] for layer, ways in frontiers.items()}
     least = sum(option.bits for option in chosen.values())
@@ -103,13 +100,3 @@ def _walk(frontiers: dict[_Layer, list[Option]]) -> list[tuple[_Layer, Option, O
 def _rate(old: Option, new: Option) -> float:
     """Damage saved per bit."""
     return (old.damage - new.damage) / (new.bits - old.bits)
-
-
-def _check(options: dict[str, list[Option]]) -> None:
-    for layer, ways in options.items():
-        if not ways:
-            raise BadValue(f"{layer} has no options, at least one is needed")
-        for option in ways:
-            if not (math.isfinite(option.bits) and math.isfinite(option.damage)):
-                raise BadValue(f"option {option.choice} of {layer} has {option.bits} bits and "
-                               f"damage {option.damage}, allowed are finite numbers")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxquant.base.errors import BadValue
@@ -34,9 +33,6 @@ class Calibration:
     def rows(self, size: int) -> list[np.ndarray]:
         """Batches of ``size`` samples, of which the last may be smaller."""
         return [self.tokens[i:i + size] for i in range(0, len(self.tokens), size)]
-
-    def batches(self, size: int) -> list[mx.array]:
-        return list(map(mx.array, self.rows(size)))
 
     def mixed_with(self, rows: np.ndarray, share: float, what: str,
                    seed: int = 0) -> "Calibration":

@@ -1,7 +1,7 @@
 """The model card of a quantised folder: README.md, from what config.json and the files say."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,6 @@ class Base:
     title: str
     licence: str | None = None
     homepage: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def base_of(name: str, folder: Path) -> Base:

@@ -60,12 +60,9 @@ def by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
 
 def rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
     """The second moments of R x. Magnitudes do not carry over; their bounds are kept."""
-    def turn(moments: mx.array) -> mx.array:
-        return hadamard.rotate_hessian(moments, signs, size)
-
-    hessian = turn(statistics.hessian)
+    hessian, cross = hadamard.rotate_hessian(statistics.hessian, signs, size), statistics.cross
+    cross = None if cross is None else hadamard.rotate_hessian(cross, signs, size)
     deviation = mx.sqrt(mx.maximum(hessian.diagonal(), 0))
-    cross = None if statistics.cross is None else turn(statistics.cross)
     return Statistics(statistics.count, hessian, deviation, deviation * 4, cross)
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mlxquant.base.version import __version__
 from mlxquant.layers import outline, repeated
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.siblings import find_siblings
+from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
 from mlxquant.quantise import calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
@@ -38,7 +39,7 @@ from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Made, Progress, Text, silent
 from mlxquant.quantise.passes import Passes
-from mlxquant.quantise.plans import Plan, layer_paths, plan_blocks
+from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.results import BlockResult, Body
@@ -83,7 +84,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     if job.target is not None:
         with step(WEIGHING):
             job = assign(folder, job, tokens, progress)
-    run = Run(folder, output, job, tokens, card.base_of(name, folder).as_dict(), needs)
+    run = Run(folder, output, job, tokens, asdict(card.base_of(name, folder)), needs)
     return run.make(network, blocks, config, progress)
 
 
@@ -94,7 +95,8 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
     if job.spec.rotation == "fused":
         rotation.check(config)
     repeated.check_repeats(network, job.repeats)
-    paths = list(layer_paths(blocks))
+    paths = [block.full(path) for block in blocks for path, module in leaf_modules(block.module)
+             if type(module) in LAYERS]
     for glob, _ in job.rules:
         if not any(fnmatchcase(path, glob) for path in paths):
             raise BadValue(f"no layer matches the override {glob!r}; layers are called like "

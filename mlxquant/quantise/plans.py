@@ -6,7 +6,7 @@ a layer's inputs the next smaller one that does is taken, with a note, and where
 layer stays as it is stored.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,11 +127,3 @@ def _for_stack(spec: Spec, heads: bool) -> Spec:
         return spec
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
     return replace(spec, method="rtn" if heads else spec.method, group_size=group, rotation=None)
-
-
-def layer_paths(blocks: list[Block]) -> Iterator[str]:
-    """The full paths of all layers that can be quantised."""
-    for block in blocks:
-        for path, module in leaf_modules(block.module):
-            if type(module) in LAYERS:
-                yield block.full(path)

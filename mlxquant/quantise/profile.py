@@ -25,29 +25,21 @@ WEIGHING = "weighing"  # the pass of a budget: its steps are counted apart
 @dataclass
 class Profile:
     """Seconds, and peaks of MLX's memory in bytes, by step; steps inside a step are not counted
-    into it. ``runs`` are more than one where a job was killed and went on."""
+    into it, and ``open`` are under way. ``runs`` are more than one where a job was killed and went
+    on."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     host_peak: int = 0
     runs: int = 1
-    _open: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
     _since: float = field(default_factory=lambda: time.perf_counter())
 
-    def enter(self, step: str) -> None:
-        """Open a step: until it is left, what happens counts for it."""
-        self._count()
-        self._open.append(step)
-
-    def leave(self) -> None:
-        """Close the step that was opened last."""
-        self._count()
-        self._open.pop()
-
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Count what happened since the last time for the innermost step that is open."""
         now, peak = time.perf_counter(), mx.get_peak_memory()
-        name = self._open[-1] if self._open else "other"
-        if WEIGHING in self._open[:-1]:
+        name = self.open[-1] if self.open else "other"
+        if WEIGHING in self.open[:-1]:
             name = f"{WEIGHING}: {name}"
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
@@ -71,7 +63,7 @@ class Profile:
 
     def write(self, file: Path) -> None:
         """Write ``as_dict`` to ``file``, up to now."""
-        self._count()
+        self.count()
         write_json(file, self.as_dict())
 
     def go_on_from(self, file: Path) -> None:
@@ -134,8 +126,10 @@ def step(name: str) -> Iterator[None]:
     if (profile := _current.get()) is None:
         yield
         return
-    profile.enter(name)
+    profile.count()
+    profile.open.append(name)
     try:
         yield
     finally:
-        profile.leave()
+        profile.count()
+        profile.open.pop()

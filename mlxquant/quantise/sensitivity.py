@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadValue
 from mlxquant.layers.hooks import intercepted
 from mlxquant.quantise.profile import step
 
@@ -38,12 +37,9 @@ def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: 
     for the same ``seed``; a batch that is listed again draws anew. Values are (m,) float32 in
     nats² per unit of output², of experts summed over those that a token chose; a layer that is
     not called gets zeros. The gradient takes in what an output does to later positions. Memory
-    is that of one batch's activations. Raises ``BadValue`` where there are no tokens.
+    is that of one batch's activations.
     """
     count = sum(batch.size for batch in tokens)
-    if not count:
-        raise BadValue("tokens is empty, the importance of outputs needs at least one batch with "
-                       "a token")
     sums = {path: mx.zeros(layer.weight.shape[-2]) for path, layer in layers.items()}
     for batch, key in zip(tokens, mx.random.split(mx.random.key(seed), len(tokens))):
         zeros: Shifts = {}

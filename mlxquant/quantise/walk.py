@@ -64,7 +64,8 @@ class Halt:
 
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments in float32."""
-        return tree_map(_as_float32, self.shelf.read((self.args, self.kwargs)))
+        return tree_map(lambda leaf: leaf.astype(mx.float32) if is_float(leaf) else leaf,
+                        self.shelf.read((self.args, self.kwargs)))
 
     def run(self) -> Any:
         """What the block returns, as it is now."""
@@ -112,10 +113,6 @@ class Task:
         self._shelf.put(given, self._batch)
 
 
-def _as_float32(value: Any) -> Any:
-    return value.astype(mx.float32) if is_float(value) else value
-
-
 def _stand(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
            kwargs: dict[str, Any]) -> Any:
     """In a task: halt at the block. Elsewhere the block runs."""
@@ -153,7 +150,7 @@ def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibr
     """
     places = {id(block.module): index for index, block in enumerate(blocks)}
     order = call_order(network, blocks)
-    batches = tokens.batches(batch_size())
+    batches = [mx.array(rows) for rows in tokens.rows(batch_size())]
     with intercepted((block.module for block in blocks), _stand):
         behind, before = ([Task(network, b, shelf, turn) for b in batches] if wanted else []
                           for wanted in (quantised, floats))
