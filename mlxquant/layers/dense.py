@@ -3,7 +3,7 @@ runs many tokens through."""
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import dequantize_model
 
@@ -13,23 +13,14 @@ from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitc
 from mlxquant.layers.transformed import TransformedLinear
 
 
-def to_float32(network: nn.Module) -> nn.Module:
-    """Every floating-point parameter in float32, in place; packed codes stay as they are."""
-
-    def cast(array: mx.array) -> mx.array:
-        return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-
-    network.update(tree_map(cast, network.parameters()))
-    return network
-
-
 def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     """Every quantised matrix expanded, in place: as float32, which leaves what it stands for
     unchanged, then rounded to ``dtype``, one array after the other."""
     # MLX's CUDA back end has no 1-bit kernels.
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
-        network = _expand(dequantize_model(to_float32(network)), (GroupedLinear, Replicated))
+        network.set_dtype(mx.float32)
+        network = _expand(dequantize_model(network), (GroupedLinear, Replicated))
         network = _fold_transforms(network)
         network.set_dtype(dtype)
         for _, array in tree_flatten(network.parameters()):

@@ -21,7 +21,8 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsupported
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.layers import traffic
-from mlxquant.layers.dense import expand_grouped, to_dense, to_float32
+from mlxquant.layers.blocks import held_bytes
+from mlxquant.layers.dense import expand_grouped, to_dense
 from mlxquant.layers.pack import pack
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
 from mlxquant.model import distributed, stored
@@ -81,7 +82,7 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
     network, config = _build(folder, trust_remote_code)
-    needed = sum(array.nbytes for _, array in tree_flatten(network.parameters())) // group.size()
+    needed = held_bytes(network) // group.size()
     if needed > limit:
         raise TooLarge(f"{name} needs {needed / 1e9:.2f} GB for its weights, "
                        f"{limit / 1e9:.2f} GB may be used")
@@ -94,7 +95,7 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     if dense or (on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit):
         network = to_dense(network)
     elif on_cpu:
-        network = to_float32(network)
+        network.set_dtype(mx.float32)
     if group.size() > 1:
         network = distributed.shard(network, name, group)
         distributed.agree_on_randomness(group)

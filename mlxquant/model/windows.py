@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, ModelNotFound, TooLarge
 from mlxquant.model.loading import LanguageModel
 from mlxquant.sources.hub import first_line
@@ -44,9 +45,9 @@ def first_windows(model: LanguageModel, text: str | Path, context: int,
     """The first ``windows`` (None: all) runs of ``context`` tokens of a text (a string, or a file's
     path). Raises ``BadValue`` for a text of fewer, ``TooLarge`` for a context that the model does
     not have, ``BadCheckpoint`` for tokens that it does not know."""
-    if context < 2 or (windows is not None and windows < 1):
-        raise BadValue(f"context is {context} and windows is {windows}; "
-                       "at least 2 and 1 are needed")
+    checks.integer("context", context, 2)
+    if windows is not None:
+        checks.integer("windows", windows, 1)
     lead = beginning(model.tokenizer)
     check_context(model, context, len(lead))
     text = text if isinstance(text, str) else read_text(str(text))

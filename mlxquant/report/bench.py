@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.layers import traffic
 from mlxquant.layers.blocks import held_bytes
@@ -39,8 +40,7 @@ class Test:
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("depth", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise BadValue(f"{name} is {getattr(self, name)}, at least {least} is needed")
+            checks.integer(name, getattr(self, name), least)
 
     @property
     def name(self) -> str:

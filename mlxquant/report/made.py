@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.model.loading import load, open_tokenizer
 from mlxquant.model.windows import read_text
@@ -28,9 +29,8 @@ class HeldOut:
 
     def check(self, original: str, calibration: list[str], revision: str | None = None) -> None:
         """Raise ``BadValue`` or ``MlxquantError`` for a text that cannot serve."""
-        if self.windows < 1 or self.length < 2:
-            raise BadValue(f"windows is {self.windows} and sequence length {self.length}; "
-                           "at least 1 and 2 are needed")
+        checks.integer("windows", self.windows, 1)
+        checks.integer("sequence length", self.length, 2)
         if self.text == SELF:
             return
         if not Path(self.text).is_file():

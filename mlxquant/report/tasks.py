@@ -27,6 +27,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import check_context
@@ -199,8 +200,8 @@ def prepare(names: Sequence[str], questions: int | None = None) -> list[Task]:
     TruthfulQA MC1), or ``question`` and the text ``answer`` (as GSM8K, with eight examples).
     Raises ``BadValue`` and ``MlxquantError`` for what is none of these.
     """
-    if questions is not None and questions < 1:
-        raise BadValue(f"questions is {questions}, at least 1 is needed")
+    if questions is not None:
+        checks.integer("questions", questions, 1)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = []
     for name in names:

@@ -12,11 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxquant.codes.spec import REPLICA_WIDTHS, ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.kernels import gpu_clock
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.pack import pack
 from mlxquant.layers.replicated import ReplicaInput, ReplicatedLinear
 from mlxquant.machine.replica_limits import ReplicaLimits, search
@@ -25,7 +25,6 @@ from mlxquant.machine.system import device
 _SHAPE = (14336, 4096)
 _LEAST_LAYERS, _LEAST_BYTES = 8, 256e6
 _CALLS = 64
-_PASSES = 7
 _LEAST_SHARE = 0.25  # of the ceiling: one replica must reach it, else others mean nothing
 
 
@@ -68,7 +67,7 @@ def time_layers(shape: ReplicaShape, size: tuple[int, int],
     count = max(_LEAST_LAYERS, 2 * round(_LEAST_BYTES / one / 2))
     chain: Any = nn.Sequential(*(
         _Step(_layer(shape, *(size if i % 2 == 0 else size[::-1]), dtype)) for i in range(count)))
-    stored = sum(array.nbytes for _, array in tree_flatten(chain.parameters())) / count
+    stored = held_bytes(chain) / count
     start = mx.random.normal((1, size[1])).astype(dtype)
     mx.eval(start, chain.parameters())
     chain = pack(chain)
@@ -79,7 +78,7 @@ def time_layers(shape: ReplicaShape, size: tuple[int, int],
             x = chain(x)
         return [x]
 
-    passes = gpu_clock.seconds_per_step(run, max(1, _CALLS // count), _PASSES)
+    passes = gpu_clock.seconds_per_step(run, max(1, _CALLS // count))
     times = [seconds / count for seconds in passes]
     median = statistics.median(times)
     return shape.as_dict() | {
