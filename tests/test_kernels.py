@@ -7,6 +7,7 @@ a rotation, a number of columns and of tokens drawn for it.
 import itertools
 import json
 import random
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +29,7 @@ from mlxquant.kernels import (
     rotary,
 )
 from mlxquant.kernels.cases import Case
-from mlxquant.kernels.first_step import Gate, Norm
+from mlxquant.kernels.first_step import AsIs, Gate, Norm
 from mlxquant.kernels.matrix import Matrix
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
@@ -99,10 +100,10 @@ def test_reordering_some_rows_at_a_time_changes_nothing(monkeypatch):
     assert mx.array_equal(code_order.reorder(packed, Width.THREE, 96), whole)
 
 
-@pytest.mark.parametrize("prepare", [check._prepare, check._prepare_normed, check._prepare_gated])
+@pytest.mark.parametrize("step", [AsIs, Norm, Gate])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prepared_inputs_are_the_reference(emulation, case, prepare):
-    assert prepare(case) <= ALLOWED[case.dtype]
+def test_prepared_inputs_are_the_reference(emulation, case, step):
+    assert check._prepare(case, step) <= ALLOWED[case.dtype]
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(F16, F16), (BF16, BF16), (F16, F32), (F32, BF16)])
@@ -189,7 +190,8 @@ def test_an_injected_fault_is_seen(emulation, monkeypatch, module, correct, wron
     assert correct in module._KERNEL.body
     monkeypatch.setattr(module._KERNEL, "body", module._KERNEL.body.replace(correct, wrong))
     runs = {replicated_matvec: [check._matvec], expand_codes: [check._expand],
-            prepare_input: [check._prepare, check._prepare_normed, check._prepare_gated]}[module]
+            prepare_input: [partial(check._prepare, step=step) for step in (AsIs, Norm, Gate)],
+            }[module]
     with pytest.raises(complaint):
         for run in runs:
             # prepared for tensor cores too: 128 inputs in a block
@@ -233,8 +235,8 @@ def test_a_layer_that_asks_again_reads_no_file(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "_answers", {})
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
     monkeypatch.setattr(check._Check, "worst", lambda self: 0.5)
-    reads, read = [], backend._read
-    monkeypatch.setattr(backend, "_read", lambda path: reads.append(path) or read(path))
+    reads, read = [], backend.cached
+    monkeypatch.setattr(backend, "cached", lambda *of: reads.append(of) or read(*of))
     assert check.trusted("expand_codes")
     once = len(reads)
     assert once and all(check.trusted("expand_codes") for _ in range(5)) and len(reads) == once

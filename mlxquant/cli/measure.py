@@ -53,8 +53,7 @@ def bench(
     form = "json" if as_json else form
     if form not in bench_output.FORMATS:
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     if chip is not None:
         _predict(models, chip, depth or [0], form, output)
         return
@@ -144,10 +143,9 @@ def evaluate(
         raise MlxquantError(f"no such file: {text}")
     if layerwise and (reference is None or text is None or tasks):
         raise BadValue("--by-layer needs --reference and --text, and goes without --tasks")
-    if plot is not None:
-        if not layerwise:
-            raise BadValue("--plot needs --by-layer")
-        check_plot(plot)
+    if plot is not None and not layerwise:
+        raise BadValue("--plot needs --by-layer")
+    check_plot(plot)
     asked = _prepared(tasks, questions)
     models = [load_model(model, revision, memory, trust_remote_code, probe=False)]
     if reference is not None:
@@ -202,8 +200,7 @@ def compare(
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     evaluation = comparison.Evaluation(text, context, windows, _prepared(tasks, questions))
     job = Job(Spec(group_size=group_size), seed=seed,
               text=Text(tuple(data or ()), samples, sequence_length))

@@ -9,7 +9,6 @@ another address space.
 
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxquant.base.storage import cache_dir, if_writable, write_json
+from mlxquant.base.storage import cache_dir, cached
 from mlxquant.machine import chips
 
 _METAL = """
@@ -111,25 +110,21 @@ def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
     one warning: its reference takes its place.
     """
     if name not in _answers:
-        _answers[name] = _ask(name, check, allowed)
+        file = cache_dir("kernels", f"{chips.slug()}-{_sources()}", f"{name}.json")
+        _answers[name] = cached(file, lambda: _agrees(name, check, allowed))
     return _answers[name]
 
 
-def _ask(name: str, check: Callable[[], float], allowed: float) -> bool:
-    path = cache_dir("kernels", f"{chips.slug()}-{_sources()}.json")
-    known = _read(path)
-    if name not in known:
-        try:
-            error = check()
-            complaint = f"its error is {error:.2g}, allowed is {allowed:g}"
-        except Exception as failure:  # a compiler's complaints have no common type
-            error, complaint = float("inf"), str(failure).strip().split("\n")[0]
-        known = _read(path) | {name: bool(error <= allowed)}
-        with if_writable():
-            write_json(path, known)
-        if not known[name]:
-            print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
-    return known[name]
+def _agrees(name: str, check: Callable[[], float], allowed: float) -> bool:
+    try:
+        error = check()
+        complaint = f"its error is {error:.2g}, allowed is {allowed:g}"
+    except Exception as failure:  # a compiler's complaints have no common type
+        error, complaint = float("inf"), str(failure).strip().split("\n")[0]
+    if error <= allowed:
+        return True
+    print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
+    return False
 
 
 @functools.cache
@@ -137,14 +132,6 @@ def _sources() -> str:
     """A digest of the files here: a changed kernel is another kernel."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-
-
-def _read(path: Path) -> dict[str, bool]:
-    try:
-        known: dict[str, bool] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:

@@ -45,23 +45,13 @@ class Comparison:
         return self.error is not None and self.error <= self.allowed
 
 
-def _prepare(case: Case) -> float:
-    x, matrix = case.draw()
-    return _preparation(case, x, matrix.scales, AS_IS)
-
-
-def _prepare_normed(case: Case) -> float:
-    x, matrix = case.draw()  # an eps that shows
-    return _preparation(case, 3 * x, matrix.scales, Norm(mx.abs(case.draw(1)[0][0]), 0.1))
-
-
-def _prepare_gated(case: Case) -> float:
-    gate, matrix = case.draw()
-    both = mx.concatenate([gate, case.draw(1)[0]], axis=1)
-    return _preparation(case, both, matrix.scales, Gate())
-
-
-def _preparation(case: Case, x: mx.array, scales: Scales, first: AsIs) -> float:
+def _prepare(case: Case, step: type[AsIs] = AsIs) -> float:
+    (x, matrix), (other, _) = case.draw(), case.draw(1)
+    scales, first = matrix.scales, AS_IS
+    if step is Norm:
+        x, first = 3 * x, Norm(mx.abs(other[0]), 0.1)  # an eps that shows
+    elif step is Gate:
+        x, first = mx.concatenate([x, other], axis=1), Gate()
     layouts = [replicated_matvec.layout(case.shape, case.dtype, case.tokens)]
     if case.dtype != mx.float32:
         layouts.append(replicated_tensor_cores.layout(case.shape, case.dtype))
@@ -152,8 +142,8 @@ class _Check:
                    for case in self.cases(self.dtypes[:2]) if case.quick)
 
 
-CHECKS = {AsIs.kernel: _Check(_prepare), Norm.kernel: _Check(_prepare_normed),
-          Gate.kernel: _Check(_prepare_gated), "replicated_matvec": _Check(_matvec),
+CHECKS = {**{step.kernel: _Check(partial(_prepare, step=step)) for step in (AsIs, Norm, Gate)},
+          "replicated_matvec": _Check(_matvec),
           "replicated_tensor_cores": _Check(_tensor_cores, dtypes=_SIXTEEN_BITS),
           "expand_codes": _Check(_expand), "rotary": _Check(_rotary, heads),
           MIXTURE: _Check(_experts, mixtures)}

@@ -64,7 +64,7 @@ class ReplicaInput(nn.Module):
         scales = mx.repeat(some(self.replica_in), group, axis=-2)
         return scales * some(self.column_scale)[..., None] if "column_scale" in self else scales
 
-    def rotate(self, x: mx.array, sibling: int | None = None) -> mx.array:
+    def rotate(self, x: mx.array, sibling: int) -> mx.array:
         """R x of ``x`` (…, n), in its dtype; ``x`` itself where there is no rotation.
 
         ``sibling`` is the number of the one that asks: it gets what was made for another one
@@ -73,8 +73,6 @@ class ReplicaInput(nn.Module):
         """
         if "rotation_signs" not in self:
             return x
-        if sibling is None:
-            return self._rotate(x)
         return self._rotated.get((x,), sibling, self._rotate)
 
     def unrotate_weight(self, weight: mx.array) -> mx.array:

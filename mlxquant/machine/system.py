@@ -27,13 +27,10 @@ def device() -> str:
 def power_state() -> dict[str, Any]:
     """What can make the same machine slower today, the load of its last minute among it; each
     None where the machine does not tell."""
-    return _power() | {"load_average": round(os.getloadavg()[0], 2)}
-
-
-def _power() -> dict[str, Any]:
+    load = {"load_average": round(os.getloadavg()[0], 2)}
     if sys.platform == "darwin":
         return _mac_power(output_of("pmset", "-g", "batt"), output_of("pmset", "-g"),
-                          output_of("pmset", "-g", "therm"))
+                          output_of("pmset", "-g", "therm")) | load
     supplies = Path("/sys/class/power_supply").glob("*/online")
     mains = [file.read_text().strip() == "1" for file in supplies]
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -43,7 +40,7 @@ def _power() -> dict[str, Any]:
             "low_power_mode": governor.read_text().strip() == "powersave"
             if governor.exists() else None,
             "cpu_speed_limit_percent": None,
-            "gpu_power_limit_w": float(limit[0]) if limit else None}
+            "gpu_power_limit_w": float(limit[0]) if limit else None} | load
 
 
 def _mac_power(battery: str, settings: str, thermal: str) -> dict[str, Any]:

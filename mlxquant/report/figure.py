@@ -10,9 +10,10 @@ from mlxquant.base.errors import BadValue, MlxquantError
 _ENDINGS = (".png", ".svg")
 
 
-def check_plot(path: str | Path) -> None:
+def check_plot(path: Path | None) -> None:
     """Refuse a name that ``figure`` could not write to, before anything is measured."""
-    path = Path(path)
+    if path is None:
+        return
     if path.suffix.lower() not in _ENDINGS:
         raise BadValue(f"the plot's file is {path}, its name must end in {' or '.join(_ENDINGS)}")
     if not path.parent.is_dir():
@@ -20,7 +21,7 @@ def check_plot(path: str | Path) -> None:
 
 
 @contextmanager
-def figure(path: str | Path, size: tuple[float, float], rows: int = 1) -> Iterator[list[Any]]:
+def figure(path: Path, size: tuple[float, float], rows: int = 1) -> Iterator[list[Any]]:
     """Matplotlib's axes, one below the other, for what is to be drawn into ``path``; ``size`` is
     in inches."""
     check_plot(path)
