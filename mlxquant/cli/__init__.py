@@ -1,7 +1,8 @@
 """The command line: verbs that parse, call and print.
 
-Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a
-failure (one line says which), 2 for a wrong call, 130 for Ctrl-C.
+Results go to stdout, progress and remarks to stderr. Exit codes: 0, 1 for a failure (one line says
+which), 2 for a wrong call, 130 for Ctrl-C. What a verb needs is imported when it runs, so that the
+help is quick.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""Verbs that describe models and machines without running a model: plan, inspect, chips, check.
-
-What a verb needs is imported when it runs, so that the help is quick.
-"""
+"""Verbs that describe models and machines without running a model: plan, inspect, chips, check."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Verbs that make a model folder of another: tune and import; ``quantize.py`` has the third.
-
-What a verb needs is imported when it runs, so that the help is quick.
-"""
+"""Verbs that make a model folder of another: tune and import; ``quantize.py`` has the third."""
 
 from pathlib import Path
 from typing import Annotated

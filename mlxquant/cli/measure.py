@@ -1,7 +1,4 @@
-"""Verbs that measure models by running them: bench, evaluate, compare; and the machine: probe.
-
-What a verb needs is imported when it runs, so that the help is quick.
-"""
+"""Verbs that measure models by running them: bench, evaluate, compare; and the machine: probe."""
 
 from collections.abc import Callable
 from dataclasses import asdict

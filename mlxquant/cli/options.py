@@ -1,16 +1,18 @@
 """Arguments and options that several verbs take, as annotated types for typer."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 MODEL_HELP = "A folder, a .gguf file, a Hugging Face repository, or a recipe's name."
+advanced = partial(Option, rich_help_panel="Advanced")  # where a verb has panels
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
 DefaultModel = Annotated[str, Argument(metavar="[MODEL]", help=MODEL_HELP)]
 AsJson = Annotated[bool, Option("--json", help="Print JSON on stdout.")]
-Revision = Annotated[str | None, Option(help="Branch, tag or commit of a repository.")]
+Revision = Annotated[str | None, advanced(help="Branch, tag or commit of a repository.")]
 Memory = Annotated[str | None, Option(help="Most the model may take, e.g. 8GB.")]
 Trust = Annotated[bool, Option(
     "--trust-remote-code", help="Run code that the model folder brings. Off by default.")]
@@ -43,11 +45,11 @@ Windows = Annotated[int | None, Option(help="Use the first N windows; default: a
 Data = Annotated[list[str] | None, Option(
     help="Calibration text: a file or hf://datasets/OWNER/NAME/FILE; repeatable. "
          "Default: text the model writes itself.")]
-Samples = Annotated[int, Option(help="Calibration samples.")]
-Length = Annotated[int, Option("--sequence-length", help="Tokens in a sample.")]
+Samples = Annotated[int, advanced(help="Calibration samples.")]
+Length = Annotated[int, advanced("--sequence-length", help="Tokens in a sample.")]
 GroupSize = Annotated[int, Option(
     help="Inputs that share a scale; 0: a whole row, -1: the whole matrix.")]
-ByteSeed = Annotated[int, Option("--seed", help="The same seed gives the same bytes.")]
+ByteSeed = Annotated[int, advanced("--seed", help="The same seed gives the same bytes.")]
 Chip = Annotated[str | None, Option(
     "--chip",
     help="Predict for this chip, e.g. 'M1 Pro' or 'M3 Max 30c', in place of this machine.")]

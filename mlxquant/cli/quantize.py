@@ -1,12 +1,8 @@
-"""The verb quantize: from a model to a smaller one, by what was asked or by what fits.
-
-What a verb needs is imported when it runs, so that the help is quick.
-"""
+"""The verb quantize: from a model to a smaller one, by what was asked or by what fits."""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +13,13 @@ from mlxquant.base.text import clean
 from mlxquant.cli import fit as fitting
 from mlxquant.cli import options as option
 from mlxquant.cli.common import Advance, Panels, app, print_json, progress, remark
+from mlxquant.cli.options import advanced
 
 if TYPE_CHECKING:
     from mlxquant.codes.spec import Spec
     from mlxquant.quantise.job import Made
     from mlxquant.report.made import HeldOut
 
-_advanced = partial(Option, rich_help_panel="Advanced")
 # Titles of the bars of what quantising does, by stage.
 _STAGES = {"quantising": "quantising, seconds:", "weighing": "weighing layers, seconds:",
            "tuning": "tuning the block, 100 × error left:"}
@@ -59,49 +55,46 @@ def quantize(
         metavar="FILE|self",
         help="Afterwards, perplexity and divergence from MODEL on this text, another than --data; "
              "self, as --fit has it by default: one that MODEL writes.")] = None,
-    rotate_fused: Annotated[bool, _advanced(
+    rotate_fused: Annotated[bool, advanced(
         "--rotate-fused",
         help="Rotate the residual stream once, merged into the weights.")] = False,
-    replica_group: Annotated[int, _advanced(
+    replica_group: Annotated[int, advanced(
         help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; "
              "0: none.")] = 0,
-    symmetric: Annotated[bool, _advanced("--symmetric", help="Levels mirror around zero.")] = False,
-    act_order: Annotated[bool, _advanced(help="GPTQ: most active inputs first.")] = True,
-    refine: Annotated[int, _advanced(
+    symmetric: Annotated[bool, advanced("--symmetric", help="Levels mirror around zero.")] = False,
+    act_order: Annotated[bool, advanced(help="GPTQ: most active inputs first.")] = True,
+    refine: Annotated[int, advanced(
         help="GPTQ: rounds that move codes and scales once more.")] = 3,
-    propagation: Annotated[str, _advanced(
+    propagation: Annotated[str, advanced(
         help="Calibrate a block on the inputs of the float model, of the quantised one, "
              "or corrected for the difference.")] = "quantised",
-    override: Annotated[list[str] | None, _advanced(
+    override: Annotated[list[str] | None, advanced(
         help="'GLOB:bits=4,group_size=64' for some layers; repeatable.")] = None,
-    target_gb: Annotated[float | None, _advanced(
+    target_gb: Annotated[float | None, advanced(
         help="As --target-bpw, to gigabytes (10^9 bytes) of the whole folder.")] = None,
-    siblings_alike: Annotated[bool, _advanced(
+    siblings_alike: Annotated[bool, advanced(
         "--siblings-alike",
         help="With a target, replica: q, k and v get one width, gate and up too; faster, a little "
              "worse.")] = False,
-    activation_bits: Annotated[int | None, _advanced(
+    activation_bits: Annotated[int | None, advanced(
         help="Round activations too (simulated), e.g. 8.")] = None,
-    activation_granularity: Annotated[str, _advanced(help="token, tensor or static.")] = "token",
-    alpha: Annotated[float | None, _advanced(
+    activation_granularity: Annotated[str, advanced(help="token, tensor or static.")] = "token",
+    alpha: Annotated[float | None, advanced(
         help="SmoothQuant's strength, 0 to 1; default: searched.")] = None,
-    repeat_blocks: Annotated[list[str] | None, _advanced(
+    repeat_blocks: Annotated[list[str] | None, advanced(
         help="8:16x2 runs each of blocks 8 to 15 twice in a row, on weights stored once; "
              "repeatable. Changes nothing until the result is tuned.")] = None,
-    repeat_span: Annotated[list[str] | None, _advanced(
+    repeat_span: Annotated[list[str] | None, advanced(
         help="8:16x2 runs blocks 8 to 15 in turn, and then all of them again; "
              "repeatable.")] = None,
-    tune_steps: Annotated[int | None, _advanced(
+    tune_steps: Annotated[int | None, advanced(
         help="Steps for each block; default: 320 on a GPU, 32 without one.")] = None,
-    samples: Annotated[int, _advanced(help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, _advanced(help="Tokens in a sample.")] = 512,
-    seed: Annotated[int, _advanced(help="The same seed gives the same bytes.")] = 0,
-    windows: Annotated[int, _advanced(
+    samples: option.Samples = 128, sequence_length: option.Length = 512, seed: option.ByteSeed = 0,
+    windows: Annotated[int, advanced(
         help="Windows of --sequence-length tokens that --text is measured on.")] = 16,
-    fit_context: Annotated[int, _advanced(
+    fit_context: Annotated[int, advanced(
         help="Tokens of conversation that --fit leaves room for.")] = 8192,
-    revision: Annotated[str | None, _advanced(
-        help="Branch, tag or commit of a repository.")] = None,
+    revision: option.Revision = None,
     as_json: Annotated[bool, Option(
         "--json", help="Print JSON on stdout: a line when a block is done, and one at the end.",
     )] = False,

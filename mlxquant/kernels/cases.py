@@ -67,10 +67,10 @@ class Case:
                         out if self.dtype == mx.float32 else out.astype(self.dtype), scales)
         return normal(self.tokens, self.inputs).astype(self.dtype), matrix
 
-    def chosen(self, of_each: int = 3) -> mx.array:
-        """The experts that each token in turn goes to, (tokens · ``of_each``,)."""
-        size = self.tokens * of_each
-        return mx.array(np.random.default_rng(1).integers(0, self.experts, size).astype(np.uint32))
+    def chosen(self) -> mx.array:
+        """The three experts that each token in turn goes to, (3 · tokens,)."""
+        random = np.random.default_rng(1)
+        return mx.array(random.integers(0, self.experts, 3 * self.tokens).astype(np.uint32))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlxquant.base.errors import BadCheckpoint
 from mlxquant.codes.spec import Whole
 from mlxquant.layers import traffic
+from mlxquant.layers.blocks import shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import Replicated
 from mlxquant.layers.siblings import untraceable
@@ -114,19 +115,18 @@ def _layer(path: str, module: nn.Module, transformed: set[str]) -> Layer:
     prefix = "transformed " if outer in transformed else ""
     path = outer if prefix else path
     size = traffic.own_bytes(module) - (module.bias.nbytes if "bias" in module else 0)
+    shape = list(shape_of(module))
     if isinstance(module, GroupedLinear):
         group = module.group_size
         width = group.name.lower() if isinstance(group, Whole) else f"g{group}"
-        return Layer(path, f"{prefix}affine {width}", module.bits, list(module.shape), size)
+        return Layer(path, f"{prefix}affine {width}", module.bits, shape, size)
     if isinstance(module, Replicated):
         spec = module.input.spec
         parts = [f"replicas K{spec.replicas}", f"G{spec.replica_group}" * bool(spec.replica_group),
                  "rotated" * bool(spec.rotation_block)]
-        return Layer(path, " ".join(filter(None, parts)), spec.bits.value, list(module.shape), size)
-    shape = list(module.weight.shape)
-    bits = getattr(module, "bits", None)
-    if bits is None:
-        name = str(module.weight.dtype).removeprefix("mlx.core.")
-        return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
-    shape[-1] = shape[-1] * 32 // bits
-    return Layer(path, f"{prefix}{module.mode} g{module.group_size}", bits, shape, size)
+        return Layer(path, " ".join(filter(None, parts)), spec.bits.value, shape, size)
+    if hasattr(module, "bits"):
+        name = f"{module.mode} g{module.group_size}"
+        return Layer(path, prefix + name, module.bits, shape, size)
+    name = str(module.weight.dtype).removeprefix("mlx.core.")
+    return Layer(path, prefix + name, 8 * module.weight.dtype.size, shape, size)
