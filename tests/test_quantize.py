@@ -58,7 +58,7 @@ def test_every_plain_result_loads_in_stock_mlx_lm(tmp_path, tiny_folder, tiny, t
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5,
          activation=ActivationSpec(granularity="tensor")),
     dict(method="smoothquant", bits=8, group_size=0, alpha=0.5,
-         activation=ActivationSpec(granularity="static", scale=1.0)),
+         activation=ActivationSpec(granularity="static")),
 ])
 def test_our_own_format_loads_here_and_is_refused_by_stock_mlx_lm(tmp_path, tiny_folder, tiny, text,
                                                                   options):

@@ -57,7 +57,7 @@ def make(parts, inner=None, n=N, block=BLOCK, seed=0):
     step = 0.03125 if granularity == "static" else None
     layer = TransformedLinear(
         inner, None if scale is None else mx.array(scale), signs,
-        None if signs is None else block, granularity and ActivationSpec(8, granularity, step))
+        None if signs is None else block, granularity and ActivationSpec(8, granularity), step)
     matrix = np.diag(np.ones(n) if scale is None else scale.astype(np.float64))
     if signs is not None:
         matrix = rotation_matrix(np.array(signs), block) @ matrix
@@ -168,7 +168,8 @@ def test_trains_and_compiles():
     ({"rotation_signs": mx.zeros(N), "rotation_block": 32}, "allowed 1 and -1"),
     ({"rotation_signs": mx.ones(N), "rotation_block": 64}, "allowed for 96 inputs"),
     ({"rotation_block": 32}, "needs both"), ({"rotation_signs": mx.ones(N)}, "needs both"),
-    ({"activation": ActivationSpec(8, "static")}, "needs its scale")])
+    *(({"activation": ActivationSpec(8, "static"), "activation_scale": scale}, "needs its scale")
+      for scale in (None, 0.0, float("nan"), float("inf")))])
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(BadValue, match=message):
         TransformedLinear(nn.Linear(N, M), **arguments)

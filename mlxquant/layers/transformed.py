@@ -6,7 +6,7 @@ rotation is that of ``codes/hadamard.py``.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -28,13 +28,12 @@ class ActivationSpec:
     """How activations are rounded: to the symmetric integers of ``bits``, 2 to 16; 16 is off.
 
     One step is max |x| / (2^(bits−1) − 1), the maximum taken over each token (the
-    last axis) or over the whole tensor at hand; ``"static"`` takes the step
-    ``scale``, found in calibration. Raises ``BadValue`` for what is not allowed.
+    last axis) or over the whole tensor at hand; ``"static"`` takes a step that was
+    found in calibration. Raises ``BadValue`` for what is not allowed.
     """
 
     bits: int = 8
     granularity: str = "token"
-    scale: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= _OFF:
@@ -42,14 +41,6 @@ class ActivationSpec:
         if self.granularity not in GRANULARITIES:
             raise BadValue(f"activation granularity is {self.granularity!r}, "
                            f"allowed are {', '.join(GRANULARITIES)}")
-        if self.scale is None:
-            return
-        if self.granularity != "static":
-            raise BadValue(f"an activation scale is allowed with granularity static only, "
-                           f"not with {self.granularity}")
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if not number or not (math.isfinite(self.scale) and self.scale > 0):
-            raise BadValue(f"activation scale is {self.scale!r}, allowed is a positive number")
 
     @property
     def off(self) -> bool:
@@ -87,7 +78,7 @@ class TransformedLinear(nn.Module):
     ``linear`` is a ``Linear``, ``QuantizedLinear`` or ``GroupedLinear`` of n inputs;
     ``input_scale`` (n,) multiplies the input; ``rotation_signs`` (n,) of ±1 and
     ``rotation_block`` make R (see ``codes/hadamard.py``), and are kept as bits;
-    ``activation`` makes Q. A static step is the parameter ``activation_scale`` (1,).
+    ``activation`` makes Q, a static one with ``activation_scale`` as its step.
 
     Q is a simulation, exact in what it rounds to: integers held in float32 are
     multiplied by their step, and the product, rounded to the input's dtype, enters
@@ -99,7 +90,7 @@ class TransformedLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, input_scale: mx.array | None = None,
                  rotation_signs: mx.array | None = None, rotation_block: int | None = None,
-                 activation: ActivationSpec | None = None):
+                 activation: ActivationSpec | None = None, activation_scale: float | None = None):
         super().__init__()
         self.linear = linear
         self.inputs = _inputs(linear)
@@ -117,11 +108,12 @@ class TransformedLinear(nn.Module):
             self.freeze(recurse=False, keys="rotation_signs")  # bits have no gradient
         if activation is None or activation.off:
             return
-        self.activation = replace(activation, scale=None)  # the parameter holds it
+        self.activation = activation
         if activation.granularity == "static":
-            if activation.scale is None:
-                raise BadValue("a static activation needs its scale, a positive number")
-            self.activation_scale = mx.array([float(activation.scale)])
+            if activation_scale is None or not 0 < activation_scale < math.inf:
+                raise BadValue(f"activation scale is {activation_scale!r}; a static activation "
+                               "needs its scale, a positive number")
+            self.activation_scale = mx.array([float(activation_scale)])
 
     @classmethod
     def from_config(cls, inner: nn.Module, entry: dict[str, Any]) -> "TransformedLinear":
@@ -140,17 +132,15 @@ class TransformedLinear(nn.Module):
         block = entry.get("rotation_block")
         layer = cls(inner, input_scale=mx.zeros(inputs) if scaled else None,
                     rotation_signs=None if block is None else mx.ones(inputs), rotation_block=block,
-                    activation=_activation_from(entry.get("activation")))
+                    activation=_activation_from(entry.get("activation")), activation_scale=1.0)
         if "activation_scale" in layer:
             layer.activation_scale = mx.zeros(1)
         return layer
 
     def describe(self) -> dict[str, Any]:
         """What ``from_config`` needs beside the parameters, for JSON."""
-        activation = self.activation and {"bits": self.activation.bits,
-                                          "granularity": self.activation.granularity}
         return {"input_scale": "input_scale" in self, "rotation_block": self.rotation_block,
-                "activation": activation}
+                "activation": self.activation and asdict(self.activation)}
 
     def transform(self, x: mx.array) -> mx.array:
         """Q(R (x · input_scale)) of ``x`` (…, n), in its dtype: what the inner layer takes."""
@@ -193,5 +183,4 @@ def _activation_from(entry: dict[str, Any] | None) -> ActivationSpec | None:
         return None
     if not isinstance(entry, dict) or entry.keys() - {"bits", "granularity"}:
         raise Unsupported(f"activation {entry!r} is not known; its keys may be bits, granularity")
-    spec = ActivationSpec(**entry)
-    return replace(spec, scale=1.0) if spec.granularity == "static" else spec
+    return ActivationSpec(**entry)

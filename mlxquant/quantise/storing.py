@@ -21,12 +21,13 @@ from mlxquant.quantise.results import BlockResult
 @dataclass(frozen=True)
 class Around:
     """What a layer's input goes through first, each None where it does not: a scale (n,), a
-    rotation by signs (n,) in blocks, rounding."""
+    rotation by signs (n,) in blocks, rounding (with a step, if that is static)."""
 
     input_scale: mx.array | None = None
     rotation_signs: mx.array | None = None
     rotation_block: int | None = None
     activation: ActivationSpec | None = None
+    activation_scale: float | None = None
 
     def __bool__(self) -> bool:
         return any(value is not None for value in (self.input_scale, self.rotation_signs,
@@ -35,15 +36,14 @@ class Around:
     def wrap(self, linear: nn.Module) -> TransformedLinear:
         """The layer with its input so treated."""
         return TransformedLinear(linear, self.input_scale, self.rotation_signs,
-                                 self.rotation_block, self.activation)
+                                 self.rotation_block, self.activation, self.activation_scale)
 
     def calibrated(self, largest: mx.array) -> "Around":
         """With the step of a static activation: the calibrated maximum is the last level."""
         given = self.activation
         if given is None or given.granularity != "static":
             return self
-        step = max(largest.max().item(), 1e-8) / given.largest
-        return replace(self, activation=replace(given, scale=step))
+        return replace(self, activation_scale=max(largest.max().item(), 1e-8) / given.largest)
 
 
 def describe(path: str, spec: Spec, inputs: int, around: Around, linear: nn.Module,
