@@ -94,27 +94,20 @@ def _history() -> Any:
 
 
 def _completer(completions: Completions) -> Any:
-    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter, WordCompleter
     from prompt_toolkit.document import Document
-
-    paths = PathCompleter(expanduser=True)
 
     class Commands(Completer):
         """Commands after a slash, then what each of them takes."""
 
         def get_completions(self, document: Document, complete_event: Any) -> Iterator[Completion]:
             command, space, rest = document.text_before_cursor.partition(" ")
-            if not command.startswith("/"):
-                return
-            if not space:
-                yield from _matching(completions, command)
-            elif (words := completions.get(command, list)) is not None:
-                yield from _matching(words(), rest)
-            else:
-                yield from paths.get_completions(Document(rest), complete_event)
-
-    def _matching(words: Any, start: str) -> Iterator[Completion]:
-        return (Completion(word, -len(start)) for word in sorted(words) if word.startswith(start))
+            words = completions.get(command, list) if space else lambda: list(completions)
+            if command.startswith("/"):
+                each = (PathCompleter(expanduser=True) if words is None
+                        else WordCompleter(sorted(words()), sentence=True))
+                yield from each.get_completions(Document(rest if space else command),
+                                                complete_event)
 
     return Commands()
 
