@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
@@ -23,6 +23,7 @@ from mlxquant.machine import chips, identity, system
 from mlxquant.model.loading import LanguageModel, load
 from mlxquant.report.fit import Fit, fit
 from mlxquant.runtime import probe
+from mlxquant.runtime.prompt_cache import cut, offset
 
 CHUNK = 2048  # prompt tokens that are processed at once
 _WARM_UP = 8  # tokens, of those generated
@@ -192,9 +193,8 @@ class _Runner:
                 yield seconds
 
     def _to_depth(self) -> None:
-        held = max((getattr(layer, "offset", 0) for layer in self.cache), default=0)
-        if self.cache and held > self.test.depth and can_trim_prompt_cache(self.cache):
-            trim_prompt_cache(self.cache, held - self.test.depth)
+        surplus = offset(self.cache) - self.test.depth
+        if surplus > 0 and cut(self.cache, surplus):
             return
         self.cache = make_prompt_cache(self.model.network)
         if self.test.depth:

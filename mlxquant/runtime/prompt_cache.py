@@ -39,7 +39,7 @@ class PromptCache:
             self.draft_layers = []
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
         known = self.layers and (draft is None or self.draft_layers)
-        if not known or not all(_cut(layers, len(self.tokens) - shared) for layers in self.sets()):
+        if not known or not all(cut(layers, len(self.tokens) - shared) for layers in self.sets()):
             self.layers, shared = make_prompt_cache(network), 0
             self.draft_layers = make_prompt_cache(draft) if draft is not None else []
         self.tokens = self.tokens[:shared]
@@ -48,8 +48,8 @@ class PromptCache:
     def record(self, fed: list[int]) -> None:
         """Note the tokens of the last call, as far as all layers have taken them in."""
         known = self.tokens + fed
-        held = min(len(known), *map(_offset, self.sets()))
-        if held and all(_cut(layers, _offset(layers) - held) for layers in self.sets()):
+        held = min(len(known), *map(offset, self.sets()))
+        if held and all(cut(layers, offset(layers) - held) for layers in self.sets()):
             self.tokens = known[:held]
         else:  # unknown contents: start afresh next time
             self.tokens, self.layers, self.draft_layers = [], [], []
@@ -103,11 +103,12 @@ def takes_back(layers: list[Any]) -> bool:
     return can_trim_prompt_cache(layers) and not any(hasattr(layer, "max_size") for layer in layers)
 
 
-def _offset(layers: list[Any]) -> int:
+def offset(layers: list[Any]) -> int:
+    """How many tokens the layers have taken in."""
     return max((getattr(layer, "offset", 0) for layer in layers), default=0)
 
 
-def _cut(layers: list[Any], surplus: int) -> bool:
+def cut(layers: list[Any], surplus: int) -> bool:
     """Forget the last ``surplus`` tokens; False where that cannot be done."""
     if surplus and not can_trim_prompt_cache(layers):
         return False
