@@ -1,16 +1,15 @@
 """How much the model's predictions suffer from an error in one layer's weight.
 
-For a small weight error E of a layer y = W x, the divergence
-KL(model ‖ perturbed model) is ½ of E's square under the Fisher information.
-K-FAC (Martens & Grosse 2015, https://arxiv.org/abs/1503.05671) factors that
-information into F ⊗ H, with H = E[x xᵀ] of the inputs and F = E[g gᵀ] of the
-gradients g that reach the outputs; here F is kept by its diagonal, one number
-an output. SqueezeLLM (https://arxiv.org/abs/2306.07629) weights quantization
-errors with the Fisher information of single weights in the same spirit.
+For a small weight error E of a layer y = W x, the divergence KL(model ‖ perturbed model) is ½ of
+E's square under the Fisher information. K-FAC (Martens & Grosse 2015,
+https://arxiv.org/abs/1503.05671) factors that information into F ⊗ H, with H = E[x xᵀ] of the
+inputs and F = E[g gᵀ] of the gradients g that reach the outputs; here F is kept by its diagonal,
+one number an output. SqueezeLLM (https://arxiv.org/abs/2306.07629) weights quantization errors with
+the Fisher information of single weights in the same spirit.
 
-Labels are drawn from the model itself, so this is the true Fisher information,
-the curvature of that divergence; the text's own next tokens would give the
-empirical one, which is no curvature of anything.
+Labels are drawn from the model itself, so this is the true Fisher information, the curvature of
+that divergence; the text's own next tokens would give the empirical one, which is no curvature of
+anything.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import save_arrays
@@ -67,29 +68,21 @@ class Distillation(Training):
 
     def save(self, file: Path) -> None:
         """Write everything that a later run needs to go on, in one step."""
-        state, arrays = self.state, dict[str, mx.array]()
-        for part, entries in (("moved", state.moved), ("best", state.best),
-                              ("optimizer", state.optimizer.state)):
-            for path, entry in entries.items():  # Adam's is an array, or moments by name
-                named = entry if isinstance(entry, dict) else {None: entry}
-                arrays |= {f"{part}|{path}" + (f"|{name}" if name else ""): array
-                           for name, array in named.items()}
+        state = self.state
         numbers = {"step": state.step, "best_loss": state.best_loss, "first_loss": state.first_loss}
-        save_arrays(file, arrays, {"numbers": json.dumps(numbers)})
+        save_arrays(file, dict(tree_flatten(self._arrays())), {"numbers": json.dumps(numbers)})
 
     def restore(self, file: Path) -> None:
         """Take up what ``save`` left."""
         arrays, metadata = mx.load(str(file), return_metadata=True)
-        parts: dict[str, Any] = {"moved": {}, "best": {}, "optimizer": {}}
-        for key, array in arrays.items():
-            *above, last = key.split("|")
-            place = parts
-            for name in above:
-                place = place.setdefault(name, {})
-            place[last] = array
+        parts = tree_map_with_path(lambda path, _: arrays[path], self._arrays())
         optimizer = self.state.optimizer
         optimizer.state = parts.pop("optimizer")
         self.resume(State(optimizer=optimizer, **parts, **json.loads(metadata["numbers"])))
+
+    def _arrays(self) -> dict[str, Any]:
+        state = self.state
+        return {"moved": state.moved, "best": state.best, "optimizer": state.optimizer.state}
 
 
 def _judge(wanted: Wanted) -> Judge:

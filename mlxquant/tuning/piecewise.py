@@ -7,6 +7,7 @@ Nothing is assumed of a block but that it is called, with and returning arrays i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,16 +149,12 @@ def _behind(tree: Any, arrays: list[mx.array]) -> Any:
     return tree_map(lambda _: next(later), tree)
 
 
-class _holding:
+@contextmanager
+def _holding(module: nn.Module, arrays: Arrays) -> Iterator[None]:
     """Within the context ``module`` holds other ``arrays``, by path."""
-
-    def __init__(self, module: nn.Module, arrays: Arrays):
-        self._module, self._arrays = module, arrays
-
-    def __enter__(self) -> None:
-        held = dict(tree_flatten(self._module.parameters()))
-        self._before = {path: held[path] for path in self._arrays}
-        self._module.update(tree_unflatten(list(self._arrays.items())))
-
-    def __exit__(self, *_: object) -> None:
-        self._module.update(tree_unflatten(list(self._before.items())))
+    before = [(path, array) for path, array in tree_flatten(module.parameters()) if path in arrays]
+    module.update(tree_unflatten(list(arrays.items())))
+    try:
+        yield
+    finally:
+        module.update(tree_unflatten(before))

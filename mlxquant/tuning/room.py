@@ -92,7 +92,7 @@ class Room:
         trained = sum(step.moving * _MOVING * array.size if path.endswith(".moves")
                       else _TRAINED * array.size for path, array in student.base.items())
         blocks = [block.module for block in find_blocks(student.network)]
-        costs = [_MATRICES * 4 * _weights(block) + width * (
+        costs = [_MATRICES * 4 * sum(map(traffic.weight_count, block.modules())) + width * (
             _PASSING * step.tokens * _numbers(block) + _SCORES * step.scores) for block in blocks]
         # Blocks that repeat are not computed again: all that their passes compute stays.
         stays = sum(cost * block.passes for block, cost in zip(blocks, costs)
@@ -137,10 +137,6 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> int:
 def fits_dense(network: nn.Module, dtype: mx.Dtype) -> bool:
     """Whether a network is to be expanded, as ``load`` decides it."""
     return dense_bytes(network, dtype) <= DENSE_SHARE * memory_limit()
-
-
-def _weights(block: nn.Module) -> int:
-    return sum(map(traffic.weight_count, block.modules()))
 
 
 def _numbers(block: nn.Module) -> float:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.errors import BadValue
@@ -72,7 +71,10 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     network, config = open_lazily(folder)
     teacher = Teacher(tuning.teacher)
-    vocabulary = _common_vocabulary(name, network, teacher)
+    vocabulary, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
+    if vocabulary != theirs:
+        raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {vocabulary}; "
+                       "a teacher needs the same vocabulary")
     texts, held_out = held_apart(
         open_tokenizer(folder, config), list(tuning.data), schedule.steps * schedule.batch_size,
         HELD_OUT, tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
@@ -94,7 +96,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     gc.collect()  # its layers refer to each other
     mx.clear_cache()
     training = Distillation(student, predictions, schedule)
-    state = training.run(progress, unfinished / "state.safetensors")
+    state = training.run(progress, unfinished / "training.safetensors")
     before, after = state.first_loss, state.best_loss
     record |= {"divergence_before": before, "divergence_after": after}
     config |= {"mlxquant_record": config.get("mlxquant_record", {}) | {"tuned": record}}
@@ -122,46 +124,28 @@ class Teacher:
                              open_tokenizer(self.folder, self._config), self._config)
 
 
-def _common_vocabulary(name: str, network: nn.Module, teacher: Teacher) -> int:
-    ours, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
-    if ours != theirs:
-        raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {ours}; "
-                       "a teacher needs the same vocabulary")
-    return ours
-
-
 def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,
                   writing: Writing) -> Calibration:
     """The texts, a part of them replaced by what the teacher is asked to write."""
 
-    def mixed(kind: str, share: float, write: Callable[[Told], np.ndarray]) -> Calibration:
-        rows = _kept(unfinished / f"{kind}.safetensors",
-                     lambda: write(lambda done, total: writing(done, total, kind)))
-        return texts.mixed_with(rows, share, f"windows of {kind} by the teacher", tuning.seed)
+    length = tuning.sequence_length
 
-    if tuning.written:
-        texts = mixed("continuations", 1 / 2,
-                      lambda told: _continuations(teacher.model, texts, tuning, told))
+    def mixed(kind: str, share: float, write: Callable[[Told], np.ndarray]) -> Calibration:
+        file = unfinished / f"{kind}.safetensors"
+        if not file.exists():  # nor has an earlier part of the run left it
+            rows = write(lambda done, total: writing(done, total, kind))
+            save_arrays(file, {"tokens": mx.array(rows)}, {})
+        return texts.mixed_with(np.array(mx.load(str(file))["tokens"]), share,
+                                f"windows of {kind} by the teacher", tuning.seed)
+
+    if tuning.written:  # the first eighth is from the texts
+        texts = mixed("continuations", 1 / 2, lambda told: self_written(
+            teacher.model, tuning.written, length, tuning.seed, at_once(teacher.model, length),
+            starts=texts.tokens[:, :max(1, length // 8)], progress=told).tokens)
     if tuning.conversations:
         texts = mixed("conversations", 1 / (len(tuning.data) + 1), lambda told: converse(
-            teacher.model, tuning.conversations, tuning.sequence_length, tuning.seed,
-            progress=told))
+            teacher.model, tuning.conversations, length, tuning.seed, progress=told))
     return texts
-
-
-def _continuations(teacher: LanguageModel, texts: Calibration, tuning: Tuning,
-                   progress: Told) -> np.ndarray:
-    """Sequences of which the first eighth is from the texts and the rest as the teacher goes on."""
-    length = tuning.sequence_length
-    return self_written(teacher, tuning.written, length, tuning.seed, at_once(teacher, length),
-                        starts=texts.tokens[:, :max(1, length // 8)], progress=progress).tokens
-
-
-def _kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What ``make`` makes, from ``file`` if an earlier part of the run has left it there."""
-    if not file.exists():
-        save_arrays(file, {"tokens": mx.array(make())}, {})
-    return np.array(mx.load(str(file))["tokens"])
 
 
 def _tensors(folder: Path, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
