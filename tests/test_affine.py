@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mlxquant.base.errors import BadValue
 from mlxquant.codes import affine, rtn
-from mlxquant.codes.spec import Overrides, Spec, Whole, parse_override
+from mlxquant.codes.spec import Spec, Whole, parse_override
 from mlxquant.codes.width import Width
+from mlxquant.quantise.job import Job
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,10 +125,10 @@ def test_a_group_that_does_not_divide_names_those_that_do():
         Spec(group_size=128).group_for(576, "a.b")
 
 
-def test_overrides_apply_by_glob_first_match_first():
+def test_rules_apply_by_glob_first_match_first():
     rules = (parse_override("*.down_proj:bits=4,group_size=32"),
              parse_override("model.layers.0.*:bits=8"))
-    chosen = Overrides(Spec(bits=2), rules)
+    chosen = Job(Spec(bits=2), rules)
     assert chosen.ruled("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
     assert chosen.ruled("model.layers.0.mlp.up_proj").bits is Width.EIGHT
     assert chosen.ruled("model.layers.1.mlp.up_proj") is None

@@ -1,9 +1,8 @@
 """What was asked for: widths, groups and method, checked on construction."""
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
-from fnmatch import fnmatchcase
 from typing import Any
 
 from mlxquant.base import checks
@@ -134,21 +133,6 @@ class Spec:
 
 
 Rule = tuple[str, dict[str, Any]]  # a glob over layer paths, and what it changes in the spec
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """Specs by layer path: the default, as the first glob that matches changes it."""
-
-    default: Spec
-    rules: tuple[Rule, ...] = ()
-
-    def ruled(self, path: str) -> Spec | None:
-        """What the first rule that matches makes of the default, or None."""
-        for glob, changes in self.rules:
-            if fnmatchcase(path, glob):
-                return replace(self.default, **changes)
-        return None
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:

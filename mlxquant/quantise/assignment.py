@@ -69,7 +69,7 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     chosen = choose(options, measure.budget(options, job.target))
     rules = tuple((path, dict(way)) for paths, option in chosen.items()
                   for path, way in zip(paths.split(","), option.choice)
-                  if job.overrides.ruled(path) is None)
+                  if job.ruled(path) is None)
     return replace(job, rules=job.rules + rules)
 
 
@@ -84,7 +84,7 @@ class _Measure:
     def __post_init__(self) -> None:
         self.network, self.config = open_lazily(self.folder)
         self.blocks = blocks_of(self.network)
-        self.plans = plan_blocks(self.network, self.blocks, self.job.overrides)
+        self.plans = plan_blocks(self.network, self.blocks, self.job)
 
     def options(self, progress: Progress) -> dict[str, list[Option]]:
         """The ways to store every layer, or siblings (their paths joined by commas, the choice
@@ -154,7 +154,7 @@ class _Measure:
 
     def _candidates(self, trial: "_Trial") -> list[dict[str, Any]]:
         """The ways in which these layers may be stored: their rule's, or the method's."""
-        if self.job.overrides.ruled(trial.full()[0]) is not None:
+        if self.job.ruled(trial.full()[0]) is not None:
             return [{}]
         return REPLICATED if trial.spec.method == "replica" else WIDTHS
 

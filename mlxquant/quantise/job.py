@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.base.version import __version__
-from mlxquant.codes.spec import Overrides, Rule, Spec
+from mlxquant.codes.spec import Rule, Spec
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
@@ -104,10 +105,12 @@ class Job:
         return replace(self, spec=replace(self.spec, **spec), text=replace(self.text, **text),
                        tuning=replace(self.tuning, **tuning), **values)
 
-    @property
-    def overrides(self) -> Overrides:
-        """The spec of every layer, by its path."""
-        return Overrides(self.spec, self.rules)
+    def ruled(self, path: str) -> Spec | None:
+        """What the first rule that matches the layer at ``path`` makes of the spec, or None."""
+        for glob, changes in self.rules:
+            if fnmatchcase(path, glob):
+                return replace(self.spec, **changes)
+        return None
 
     @property
     def calibrated(self) -> bool:

@@ -120,7 +120,7 @@ class Run:
              progress: Progress) -> Made:
         """Quantise the blocks of a network whose weights are on disk, and write the result."""
         start, source, job = time.perf_counter(), identity(self.folder), self.job
-        plans = plan_blocks(network, blocks, job.overrides)
+        plans = plan_blocks(network, blocks, job)
         rehearse(network, config, blocks, plans, job)
         record = job.record(self.tokens, self.base)
         partial, profile = working_folder(self.output, self._identity(), record), current()

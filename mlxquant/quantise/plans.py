@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Overrides, Spec, Whole
+from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Spec, Whole
 from mlxquant.codes.width import Width
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules, weight_count
+from mlxquant.quantise.job import Job
 
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 STACKS = (*EXPERTS, MultiLinear, QuantizedMultiLinear)
@@ -40,12 +41,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_blocks(network: nn.Module, blocks: list[Block], overrides: Overrides) -> list[Plan]:
+def plan_blocks(network: nn.Module, blocks: list[Block], job: Job) -> list[Plan]:
     """The plans of a network's blocks, whose parameters are still as stored."""
-    return [_plan(network, block, overrides) for block in blocks]
+    return [_plan(network, block, job) for block in blocks]
 
 
-def _plan(network: nn.Module, block: Block, overrides: Overrides) -> Plan:
+def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
     plan, cast = Plan(), getattr(network, "cast_predicate", lambda path: True)
     modules = leaf_modules(block.module)
     layers = tuple(f"{path}." for path, module in modules if type(module) in LAYERS)
@@ -58,7 +59,7 @@ def _plan(network: nn.Module, block: Block, overrides: Overrides) -> Plan:
         if type(module) not in LAYERS:
             continue
         full = block.full(path)
-        spec = _asked(module, full, overrides, getattr(network, "quant_predicate", None))
+        spec = _asked(module, full, job, getattr(network, "quant_predicate", None))
         spec, note = (None, None) if spec is None else _fitted(spec, module)
         if note:
             plan.notes.append(f"{full}: {note}")
@@ -83,17 +84,16 @@ def inputs_of(module: nn.Module) -> int:
     return weight_count(module) * module.weight.shape[-1] // module.weight.size
 
 
-def _asked(module: nn.Module, path: str, overrides: Overrides,
-           predicate: Predicate | None) -> Spec | None:
+def _asked(module: nn.Module, path: str, job: Job, predicate: Predicate | None) -> Spec | None:
     """The spec that the job's rules, or else the architecture, or else the default asks for."""
-    if (spec := overrides.ruled(path)) is not None:
+    if (spec := job.ruled(path)) is not None:
         return spec
     own = True if predicate is None else predicate(path, module)
     if not own:
         return None
     if isinstance(own, dict) and "bits" in own:
         return Spec(bits=Width.of(own["bits"]), group_size=own.get("group_size", 64), method="rtn")
-    return overrides.default
+    return job.spec
 
 
 def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:

@@ -53,7 +53,7 @@ def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
     divide their inputs, and ``Unsupported`` where the result would not load.
     """
     blocks = blocks_of(network)
-    plans = plan_blocks(network, blocks, job.overrides)
+    plans = plan_blocks(network, blocks, job)
     taken = [spec == job.spec for plan in plans for spec in plan.specs.values()
              if spec.method == job.spec.method]
     if 2 * sum(taken) < len(taken):

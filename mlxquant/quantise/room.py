@@ -67,7 +67,7 @@ class Needs:
 def check(network: nn.Module, blocks: list[Block], output: Path, job: Job, heads: int) -> Needs:
     """What the job takes, of a network with so many heads of attention. Raises ``TooLarge`` where
     the result does not fit on the disk, or the job in memory; the latter names what would fit."""
-    stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job.overrides)))
+    stored = sum(map(_stored_bytes, blocks, plan_blocks(network, blocks, job)))
     needed = needs(network, blocks, job, heads)
     # The finished blocks and the shards made of them lie side by side for a moment.
     require_space(output, int(2 * stored + _ends(network, blocks) + needed.waiting),
@@ -140,7 +140,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     """What the job takes. Hidden states wait on the disk where they would take more than an eighth
     of the memory, or what the job has not beside them. Blocks that do not fit while they are
     trained are not, unless that was asked for."""
-    plans, limit = plan_blocks(network, blocks, job.overrides), memory_limit()
+    plans, limit = plan_blocks(network, blocks, job), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
     batch = (_Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
              else _Batch(1, 2, heads))
