@@ -133,11 +133,13 @@ class _Measure:
         return list(kinds.values())
 
     def _ways(self, trial: "_Trial", importance: dict[str, mx.array]) -> Ways:
-        """The siblings' ways by their joined paths: all alike, or each in its own at one price per
-        bit. What a sibling costs by itself is taken from the fit of all together, whose scales
-        serve it a little worse."""
+        """The siblings' ways by their joined paths: as their rule says, or else the method's, all
+        alike or each in its own at one price per bit. What a sibling costs by itself is taken from
+        the fit of all together, whose scales serve it a little worse."""
         felt = [importance[path] for path in trial.full()]
-        ways = self._candidates(trial)
+        ways: list[dict[str, Any]] = REPLICATED if trial.spec.method == "replica" else WIDTHS
+        if self.job.ruled(trial.full()[0]) is not None:
+            ways = [{}]
         single: list[list[Option]] = [[] for _ in trial.paths]
         shared = []
         for way, (stored, common, damages) in enumerate(trial.results(ways, felt, self.job.seed)):
@@ -151,12 +153,6 @@ class _Measure:
             found[chosen] = ([ways[w] for w in chosen], sum(o.bits for o in options) - twice,
                              sum(o.damage for o in options))
         return {",".join(trial.full()): list(found.values())}
-
-    def _candidates(self, trial: "_Trial") -> list[dict[str, Any]]:
-        """The ways in which these layers may be stored: their rule's, or the method's."""
-        if self.job.ruled(trial.full()[0]) is not None:
-            return [{}]
-        return REPLICATED if trial.spec.method == "replica" else WIDTHS
 
     def budget(self, options: dict[str, list[Option]], target: Target) -> float:
         """Bits that the layers may store together; raises ``BadValue`` where that is too few."""

@@ -106,12 +106,13 @@ class BlockTuner:
         """Train on the calls in random order, again and again; the state where that ends."""
         held = max(1, len(calls) // _HELD_OUT)
         used, held_out, steps = calls[:-held] or calls, calls[-held:], self.job.tuning.steps
+        faster = min(2.0, max(1.0, math.sqrt(_FULL / steps)))  # than the rate, in fewer steps
         random, order = np.random.default_rng(self.job.seed), list[int]()
         call = calls[0]  # the one at hand; to a compiled step all are this one with other arrays
         training = Training(
             student, lambda network, *data: aim.error(call, *data),
             lambda network: float(np.mean([aim.error(c, *aim.data(c)).item() for c in held_out])),
-            optim.cosine_decay(RATE * _faster(steps), steps),
+            optim.cosine_decay(RATE * faster, steps),
             compiled=mx.default_device() == mx.gpu and _alike(calls))
         try:
             if not math.isfinite(training.state.first_loss):
@@ -143,11 +144,6 @@ def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
              + f", {paths[0]} the first" * bool(paths[0]) + f": {reason}"
              for reason, paths in left.items()]
     return gains, notes
-
-
-def _faster(steps: int) -> float:
-    """How many times the rate is to be in fewer steps than it was chosen for."""
-    return min(2.0, max(1.0, math.sqrt(_FULL / steps)))
 
 
 def _alike(calls: list[Call]) -> bool:

@@ -11,7 +11,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.base.trees import is_float
 from mlxquant.codes import hadamard
 from mlxquant.codes.affine import Affine
-from mlxquant.codes.spec import PLAIN_GROUPS, Spec
+from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
@@ -23,7 +23,7 @@ from mlxquant.quantise.experts import quantise_experts, round_stack
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
-from mlxquant.quantise.plans import STACKS, Plan
+from mlxquant.quantise.plans import STACKS, Plan, for_stack
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.settings import Settings
@@ -51,7 +51,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
             _quantise_siblings(work, {path: plan.specs[path]}, None)
     for path, spec in plan.specs.items():
         if isinstance(modules[path], STACKS) and path not in work.result.errors:
-            round_stack(work, path, _for_unseen(spec))
+            round_stack(work, path, for_stack(spec, rounded=True))
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
         path: array.astype(settings.dtype) if is_float(array) else array
@@ -117,17 +117,14 @@ def _fold(work: Work, paths: list[str], factors: mx.array,
         norm.weight = norm.weight / factors
     elif before := modules.get(known.before or ""):
         factors, rows = _shared(factors, len(before.weight), known.heads)
-        _divide_rows(before, rows)
+        before.weight = before.weight / rows[:, None]
+        if "bias" in before:
+            before.bias = before.bias / rows
     else:
         stored = work.settings.dtype
         factors = 1 / (1 / factors).astype(stored).astype(mx.float32)  # as it will be stored
         around = replace(around, input_scale=1 / factors)
     return factors, around
-
-
-def _for_unseen(spec: Spec) -> Spec:
-    group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
-    return replace(spec, method="rtn", group_size=group, rotation=None)
 
 
 def _remainder(weight: mx.array, made: Codes) -> mx.array:
@@ -152,12 +149,6 @@ def _shared(factors: mx.array, rows: int, heads: int | None) -> tuple[mx.array, 
     return mx.broadcast_to(shared, grouped.shape).reshape(-1), shared.reshape(-1)
 
 
-def _divide_rows(linear: nn.Linear, factors: mx.array) -> None:
-    linear.weight = linear.weight / factors[:, None]
-    if "bias" in linear:
-        linear.bias = linear.bias / factors
-
-
 def _rescaled(statistics: Statistics, factors: mx.array) -> Statistics:
     """The statistics of x / factors."""
     both = factors[:, None] * factors
@@ -169,11 +160,8 @@ def _rescaled(statistics: Statistics, factors: mx.array) -> Statistics:
 def restore(block: nn.Module, result: BlockResult) -> nn.Module:
     """Put the layers that a result holds in place of the dense ones of ``block``."""
     formats.install(block, result.layers, result.replicas)
-
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, object]:
-        return result.plain.get(path, False) if hasattr(module, "to_quantized") else False
-
-    nn.quantize(block, class_predicate=predicate)
+    nn.quantize(block, class_predicate=lambda path, module:
+                hasattr(module, "to_quantized") and result.plain.get(path, False))
     block.load_weights(list(result.tensors.items()), strict=True)
     return block
 

@@ -43,10 +43,6 @@ class Replicas:
         """Sums over the inputs that share a row of A: (n, k) → (n / G, k)."""
         return by_input.reshape(-1, self.group, by_input.shape[1]).sum(1)
 
-    def without_factors(self) -> "Replicas":
-        """The same with the factor of every input 1."""
-        return replace(self, column_scale=None)
-
     def inputs(self) -> mx.array:
         """A (n, K)."""
         a = mx.repeat(self.replica_in, self.group, axis=0)
@@ -200,6 +196,6 @@ def _fit_inputs(weight: mx.array, found: Replicas) -> Replicas:
     found = replace(found, replica_in=solve(matrix.reshape(-1, count, count), target))
     if found.column_scale is None:
         return found
-    plain = found.without_factors().dequantise()
+    plain = replace(found, column_scale=None).dequantise()
     factor = (plain * weight).sum(0) / mx.maximum((plain * plain).sum(0), 1e-20)
     return replace(found, column_scale=factor)

@@ -102,7 +102,7 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
     if inputs < min(PLAIN_GROUPS):
         return None, f"only {inputs} inputs: kept as stored"
     if isinstance(module, STACKS):
-        spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
+        spec = for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
     if spec.method == "replica":
         group = max((g for g in REPLICA_GROUPS if g <= spec.replica_group and (
             not g or inputs % g == 0)), default=0)
@@ -120,10 +120,11 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
         f"groups of {smaller[-1]}, since {spec.group_size} does not divide its {inputs} inputs")
 
 
-def _for_stack(spec: Spec, heads: bool) -> Spec:
+def for_stack(spec: Spec, rounded: bool) -> Spec:
     """What a stack of matrices takes of a spec: experts may be replicated; else MLX runs affine
-    groups of its own sizes, on inputs as they are. Matrices by head are rounded."""
-    if spec.method == "replica" and not heads:
+    groups of its own sizes, on inputs as they are. Matrices by head, and those that no text
+    reaches, are ``rounded``."""
+    if spec.method == "replica" and not rounded:
         return spec
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
-    return replace(spec, method="rtn" if heads else spec.method, group_size=group, rotation=None)
+    return replace(spec, method="rtn" if rounded else spec.method, group_size=group, rotation=None)

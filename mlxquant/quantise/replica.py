@@ -80,7 +80,7 @@ def _descend(weight: mx.array, found: Replicas, hessian: mx.array, name: str) ->
     def pull_back(gradient: mx.array) -> mx.array:
         by_input = (gradient * levels).T @ out  # by A (n, K)
         if name == "column_scale":
-            return (by_input * found.without_factors().inputs()).sum(1)
+            return (by_input * replace(found, column_scale=None).inputs()).sum(1)
         if found.column_scale is not None:
             by_input = by_input * found.column_scale[:, None]
         return found.per_group(by_input)
@@ -95,7 +95,7 @@ def _curvature(found: Replicas, hessian: mx.array, name: str) -> mx.array:
     levels = found.levels()
     energy = levels * levels * hessian.diagonal()
     if name == "column_scale":
-        outer = found.without_factors().scales()
+        outer = replace(found, column_scale=None).scales()
         return mx.maximum((energy * outer * outer).sum(0), 1e-20)
     by_input = energy.T @ mx.square(found.replica_out)
     if found.column_scale is not None:
