@@ -28,7 +28,8 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
         raise BadValue("--fit and a target are two sizes; give one")
     result = plan(params["model"], memory=params["fit"], chip=params["for_chip"],
                   context=params["fit_context"], revision=params["revision"])
-    made = {row: _parsed(ctx, row.command) for row in result.rows if row.command}
+    made = {row: ctx.command.make_context("quantize", shlex.split(row.command)[2:]).params
+            for row in result.rows if row.command}
     row = choose(result, [row for row, form in made.items() if all(
         form[name] == params[name] for name in given & _FORM)], params["for_chip"])
     wanted = _settled(params | {name: value for name, value in made[row].items()
@@ -48,10 +49,6 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
           f"{row.total_bytes / 1e9:.2f} GB in all, perplexity × {row.quality:.2f} "
           f"({row.quality_source})\n{_texts(wanted)}\nthe same by hand: {command}", flush=True)
     return wanted, chat
-
-
-def _parsed(ctx: Context, command: str) -> dict[str, Any]:
-    return ctx.command.make_context("quantize", shlex.split(command)[2:]).params
 
 
 def _settled(wanted: dict[str, Any]) -> dict[str, Any]:

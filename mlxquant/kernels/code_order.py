@@ -58,11 +58,6 @@ FUNCTION float2 pair_floats(const THREAD uint* words, int pair, uint mask) {
 """
 
 
-def pair_mask(width: int) -> int:
-    """The lowest ``width`` bits of both halves of a word."""
-    return ((1 << width) - 1) * 0x10001
-
-
 def offsets(bits: Width) -> mx.array:
     """What a kernel's decoded floats of a chunk's 32 codes are larger by than their levels."""
     made = []

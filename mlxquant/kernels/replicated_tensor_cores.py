@@ -189,7 +189,9 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     run = code_order.RUN[bits]
     runs = matrix.chunks * code_order.CHUNK // run
-    warps, ahead = launch_shape(rows, runs)
+    # Warps that share 16 rows, and blocks of inputs that each has under way: of seven tried on an
+    # H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more.
+    warps, ahead = min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
     return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs),
                 *added.inputs(matrix.replica_out)],
@@ -198,10 +200,3 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
                   ("AHEAD", ahead), *added.template()],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
-
-
-def launch_shape(rows: int, runs: int) -> tuple[int, int]:
-    """(warps that share 16 rows, blocks of inputs that each has under way): of seven tried on an
-    H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more
-    under way."""
-    return min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4

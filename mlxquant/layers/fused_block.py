@@ -29,11 +29,12 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlxquant.kernels import backend, rotary
 from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import Gate
+from mlxquant.kernels.matrix import sizes
 from mlxquant.kernels.rotary import Rotary
 from mlxquant.layers.block_parts import Parts, read_parts
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import intercepted
-from mlxquant.layers.in_place import InPlaceCache, place_of
+from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.layers.joined import Joined, join
 
 
@@ -159,7 +160,7 @@ class OneToken:
                 or not self._keeps(x.dtype) or (not held.ready and self.outdated(module))
                 or (room := held.room(how.stored, how.size, x.dtype)) is None):
             return None
-        queries, keys, values = self._before(x, *room, place_of(held.offset))
+        queries, keys, values = self._before(x, *room, sizes(held.offset))
         held.hold(keys, values)
         held.offset = end = held.offset + 1
         y = mx.fast.scaled_dot_product_attention(queries, keys[:, :, :end], values[:, :, :end],

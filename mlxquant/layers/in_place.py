@@ -9,14 +9,11 @@ join and leave, the cache changes its class, since a batch keeps the object.
 """
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
-
-from mlxquant.kernels import backend
 
 
 class InPlaceCache(KVCache):
@@ -108,9 +105,3 @@ def _become(cache: Any, other: Any, kind: type) -> Any:
 
 
 InPlaceCache.__name__ = KVCache.__name__  # by which mlx-lm saves a cache and finds it again
-
-
-@functools.lru_cache(maxsize=4)
-def place_of(position: int) -> mx.array:
-    """A position as kernels read it; one array for all blocks."""
-    return mx.array([position, *[0] * (backend.SMALLEST - 1)], mx.int32)

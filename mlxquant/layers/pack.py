@@ -52,7 +52,8 @@ def pack(network: nn.Module) -> nn.Module:
     network.update_modules(tree_unflatten(made))
     for block in blocks:
         for name, child in block.module.children().items():
-            if isinstance(child, nn.Module) and _can_trace(child):
+            if isinstance(child, nn.Module) and _takes_one_array(child) and any(
+                    isinstance(inner, PackedCodes) for inner in child.modules()):
                 block.module[name] = TracedForFew(child)
     for module, one_token in fused:
         if one_token is not None:
@@ -125,9 +126,3 @@ def _is_all(mlp: nn.Module, gate: PackedLinear, up: PackedLinear, down: PackedLi
 def _takes_one_array(module: nn.Module) -> bool:
     """Whether ``module`` is called with one array alone."""
     return callable(module) and len(inspect.signature(type(module).__call__).parameters) == 2
-
-
-def _can_trace(module: nn.Module) -> bool:
-    """Whether ``module`` holds packed layers and is called with one array alone."""
-    return _takes_one_array(module) and any(isinstance(inner, PackedCodes)
-                                            for inner in module.modules())

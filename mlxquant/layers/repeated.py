@@ -18,10 +18,9 @@ that answers as the first pass's would, whose offset and mask are also those of 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import MethodType
 from typing import Any
 
 import mlx.core as mx
@@ -127,30 +126,12 @@ def _of_pass(argument: Any, number: int) -> Any:
     return argument
 
 
-@dataclass(frozen=True)
-class _Call:
-    """How a block was called, beside the hidden state."""
-
-    function: MethodType
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def on(self, hidden: mx.array, number: int) -> mx.array:
-        """Run the block on another state, with the caches of pass ``number``."""
-        output = self.function(hidden, *(_of_pass(a, number) for a in self.args),
-                               **{name: _of_pass(a, number) for name, a in self.kwargs.items()})
-        if not isinstance(output, mx.array):
-            raise Unsupported(f"{type(self.function.__self__).__name__} returns more than a hidden "
-                              "state; repeats cover only blocks that return that alone")
-        return output
-
-
 @dataclass
 class _Span:
     """What the blocks of one range share: the calls of the pass under way."""
 
     repeat: Repeat
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[Callable[[mx.array, int], mx.array]] = field(default_factory=list)
 
 
 class RepeatedBlock:
@@ -183,9 +164,19 @@ class RepeatedBlock:
         if self._index == span.repeat.first:
             span.calls = []
         # The own class's call, past hooks: those see a block once, as in any other network.
-        own: MethodType = super().__call__  # type: ignore[misc]
-        span.calls.append(_Call(own, args, kwargs))
-        hidden = span.calls[-1].on(hidden, 0)
+        own = super().__call__  # type: ignore[misc]
+
+        def run(state: mx.array, number: int) -> mx.array:
+            """The block on a state, with the caches of pass ``number``."""
+            output = own(state, *(_of_pass(a, number) for a in args),
+                         **{name: _of_pass(a, number) for name, a in kwargs.items()})
+            if not isinstance(output, mx.array):
+                raise Unsupported(f"{type(self).__name__} returns more than a hidden state; "
+                                  "repeats cover only blocks that return that alone")
+            return output
+
+        span.calls.append(run)
+        hidden = run(hidden, 0)
         if self._index < span.repeat.last:
             return hidden
         calls, span.calls = span.calls, []  # so that no cache or tracer outlives the pass
@@ -194,7 +185,7 @@ class RepeatedBlock:
         for number, gate in enumerate(self.repeat_gates.astype(hidden.dtype), 1):
             again = hidden
             for call in calls:
-                again = call.on(again, number)
+                again = call(again, number)
             hidden = hidden + gate * (again - hidden)
         return hidden
 

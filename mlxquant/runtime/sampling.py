@@ -72,7 +72,7 @@ class Sampling:
         the steps begun ahead stay harmless until someone looks.
         """
         if self.temperature == 0:
-            return _greedy
+            return _greedy  # one for all rows: then mlx-lm samples them together
         tokenizer = model.tokenizer
         newlines = tokenizer.encode("\n", add_special_tokens=False) if self.xtc_probability else []
         choose = make_sampler(
