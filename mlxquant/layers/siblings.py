@@ -55,20 +55,20 @@ def find_siblings(network: nn.Module) -> list[Siblings]:
     modules = _marked(network)
     linear = [path for path, module in modules.items() if type(module) is not nn.RMSNorm]
     try:
-        traced = _Traced(_trace(network, modules), modules)
+        traced = _Traced(network, modules)
     except Unsupported:
         return [Siblings((path,)) for path in linear]
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for path in filter(linear.__contains__, traced.calls):
-        groups[tuple(call.inputs[0] for call in traced.calls[path])].append(path)
-    others = [path for path in linear if path not in traced.calls]
+    for path in filter(linear.__contains__, traced.of):
+        groups[tuple(call.inputs[0] for call in traced.of[path])].append(path)
+    others = [path for path in linear if path not in traced.of]
     return [*map(traced.describe, groups.values()), *(Siblings((path,)) for path in others)]
 
 
 def untraceable(network: nn.Module) -> str | None:
     """Why ``find_siblings`` knows nothing of a network, None where it does."""
     try:
-        _trace(network, _marked(network))
+        _Traced(network, _marked(network))
     except Unsupported as error:
         return str(error)
     return None
@@ -78,26 +78,40 @@ def _marked(network: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in network.named_modules() if type(module) in _MARKED}
 
 
-class _Traced:
-    """A graph, and its calls by their layers' paths."""
+class _Traced(Graph):
+    """The graph of one token, in which ``modules`` are calls; raises ``Unsupported``."""
 
-    def __init__(self, graph: Graph, modules: dict[str, nn.Module]):
-        self.makers, self.readers = graph.makers, graph.readers
-        self.calls: dict[str, list[Call]] = defaultdict(list)
+    def __init__(self, network: nn.Module, modules: dict[str, nn.Module]):
+        super().__init__()
+        weights = tree_flatten(network.parameters())
+
+        def run(tokens: mx.array, *given: mx.array) -> mx.array:
+            # Arrays of a file are no part of a graph.
+            network.update(tree_unflatten([(name, x) for (name, _), x in zip(weights, given)]))
+            return network(tokens)
+
+        with intercepted(modules.values(), self.through):
+            try:
+                self.trace(run, [mx.zeros((1, 1), mx.int32), *(x for _, x in weights)], _SAME)
+            except Exception as error:  # it looks at values, does what no graph can hold, or fails
+                raise Unsupported(" ".join(str(error).split()) or type(error).__name__) from error
+            finally:
+                network.update(tree_unflatten(weights))
+        self.of: dict[str, list[Call]] = defaultdict(list)  # the calls by their layers' paths
         self.layers: dict[str, str] = {}  # the linear layers by what they make
         paths = {id(module): path for path, module in modules.items()}
-        for call in graph.calls:
+        for call in self.calls:
             path = paths[id(call.what)]
-            self.calls[path].append(call)
+            self.of[path].append(call)
             if call.kind == "linear":
                 self.layers[call.outputs[0]] = path
 
     def describe(self, paths: list[str]) -> Siblings:
         """What stands before layers that read one input: the same in all their calls."""
-        inputs = [call.inputs[0] for call in self.calls[paths[0]]]
-        alone = all({self.calls[path][i] for path in paths} == self.readers[name]
+        inputs = [call.inputs[0] for call in self.of[paths[0]]]
+        alone = all({self.of[path][i] for path in paths} == self.readers[name]
                     for i, name in enumerate(inputs))
-        norm = next((path for path, calls in self.calls.items() if calls[0].kind == "norm"
+        norm = next((path for path, calls in self.of.items() if calls[0].kind == "norm"
                      and [call.outputs[0] for call in calls] == inputs), None)
         gates, befores = set(map(self.gate, inputs)), set(map(self.before, inputs))
         gate, up = gates.pop() if len(gates) == 1 else (None, None)
@@ -145,22 +159,3 @@ class _Traced:
         maker = self.makers.get(name)
         turns = maker is not None and maker.name == "Transpose" and maker.arguments[0] == _HEADS
         return maker if turns else None
-
-
-def _trace(network: nn.Module, modules: dict[str, nn.Module]) -> Graph:
-    """The graph of one token, in which ``modules`` are calls; raises ``Unsupported``."""
-    weights, graph = tree_flatten(network.parameters()), Graph()
-
-    def run(tokens: mx.array, *given: mx.array) -> mx.array:
-        # Arrays of a file are no part of a graph.
-        network.update(tree_unflatten([(name, x) for (name, _), x in zip(weights, given)]))
-        return network(tokens)
-
-    with intercepted(modules.values(), graph.through):
-        try:
-            graph.trace(run, [mx.zeros((1, 1), mx.int32), *(x for _, x in weights)], _SAME)
-        except Exception as error:  # it looks at values, does what no graph can hold, or fails
-            raise Unsupported(" ".join(str(error).split()) or type(error).__name__) from error
-        finally:
-            network.update(tree_unflatten(weights))
-    return graph
