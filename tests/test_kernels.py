@@ -133,11 +133,10 @@ def exact_product(case: Case, matrix: Matrix, rotated: np.ndarray) -> np.ndarray
     scales, codes = matrix.scales, matrix.codes.reshape(case.rows, *matrix.codes.shape[-2:])
     levels = case.bits.lowest + case.bits.distance * np.arange(case.bits.levels)
     dense = levels[np.array(code_order.unpack(codes, case.inputs))]
-    count = case.inputs // (case.group or 1) * case.replicas
-    a = np.array(scales.replica_in, np.float64)[:count].reshape(-1, case.replicas)
+    a = np.array(scales.replica_in, np.float64).reshape(-1, case.replicas)
     a = np.repeat(a, case.group or 1, axis=0)
     if case.group:
-        a = a * np.array(scales.column_scale, np.float64)[:case.inputs, None]
+        a = a * np.array(scales.column_scale, np.float64).reshape(-1, 1)
     b = np.array(matrix.replica_out.astype(F32), np.float64).reshape(case.rows, -1)
     return sum(np.atleast_2d(rotated * a[:, k]) @ dense.T * b[:, k] for k in range(case.replicas))
 

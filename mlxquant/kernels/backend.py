@@ -3,8 +3,8 @@ reference.
 
 Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
 preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION``,
-``UNROLL`` and ``floats_of_halves``. Buffers have at least 8 elements: Metal puts smaller ones into
-another address space.
+``UNROLL`` and ``floats_of_halves``. Buffers are filled up to 8 elements: Metal puts smaller ones
+into another address space.
 """
 
 import functools
@@ -80,10 +80,12 @@ class Kernel:
     def __call__(self, inputs: list[mx.array], experts: mx.array | None = None,
                  **launch: Any) -> list[mx.array]:
         """The outputs; ``launch`` is as for MLX's kernels."""
-        given = inputs if experts is None else [*inputs, at_least(experts)]
         mixture = experts is not None
+        given = [*inputs, experts] if mixture else inputs
         if mixture not in self.built:
             self.built[mixture] = self._build(mixture)
+        given = [x if x.size >= SMALLEST else mx.pad(x.reshape(-1), (0, SMALLEST - x.size))
+                 for x in given]
         return self.built[mixture](inputs=given, **launch)
 
     def _build(self, mixture: bool) -> Callable[..., list[mx.array]]:
@@ -94,12 +96,6 @@ class Kernel:
             return mx.fast.metal_kernel(name, inputs, self.outputs, self.body, _METAL + header,
                                         compile_options={"math_mode": "fast"})
         return mx.fast.cuda_kernel(name, inputs, self.outputs, self.body, _CUDA + header)
-
-
-def at_least(array: mx.array) -> mx.array:
-    """``array`` (n,), filled up with zeros to what a kernel's buffer must hold."""
-    missing = SMALLEST - len(array)
-    return mx.pad(array, (0, missing)) if missing > 0 else array
 
 
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:

@@ -55,7 +55,7 @@ class Case:
         stack = (self.experts,) * bool(self.experts)
         rows = self.rows * (self.experts or 1)
         codes = mx.array(random.integers(0, self.bits.levels, (rows, self.inputs), np.uint8))
-        scales = Scales.of(
+        scales = Scales(
             self.inputs, self.shape,
             normal(*stack, self.inputs // (self.group or 1), self.replicas),
             normal(*stack, self.inputs) if self.group else None,

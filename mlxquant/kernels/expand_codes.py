@@ -58,7 +58,7 @@ def expand(matrix: Matrix, dtype: mx.Dtype) -> mx.array:
     spec, inputs, stack = scales.spec, scales.inputs, scales.experts or 1
     pairs = -(-inputs // 2)
     return _KERNEL(
-        inputs=[matrix.codes, matrix.replica_out, scales.replica_in, scales.column_scale,
+        inputs=[matrix.codes, matrix.replica_out, *scales.for_kernel()[:2],
                 sizes(rows, matrix.chunks, inputs)],
         template=[("T", dtype), ("BITS", matrix.code_bits), ("LEVELS", spec.bits.levels),
                   ("K", spec.replicas), ("GROUP", spec.replica_group), ("ROWS", _ROWS)],

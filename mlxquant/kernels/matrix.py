@@ -10,51 +10,39 @@ import mlx.core as mx
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
-from mlxquant.kernels.backend import at_least
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What siblings of n inputs share: A and c (or none), flat in float32, and signs as bits (or
-    none). ``experts`` is None, or the number E of experts of which A and c are, one behind the
-    other; the signs are one for all of them."""
+    """What siblings of n inputs share: A (n, K), or grouped (n / G, K) with c (n,), in float32, and
+    where there is a rotation its signs as bits. Of a mixture's experts A and c have their number E
+    in front; the signs are one for all of them."""
 
     inputs: int
     spec: ReplicaShape
     replica_in: mx.array
-    column_scale: mx.array
-    signs: mx.array
-    experts: int | None = None
-
-    @classmethod
-    def of(cls, inputs: int, spec: ReplicaShape, replica_in: mx.array,
-           column_scale: mx.array | None = None, signs: mx.array | None = None) -> "Scales":
-        """Of A (n, K), grouped (n / G, K) with c (n,), or of experts' with E in front."""
-        a = replica_in.astype(mx.float32).reshape(-1)
-        c = mx.zeros(1) if column_scale is None else column_scale.astype(mx.float32).reshape(-1)
-        bits = mx.zeros(1, mx.uint8) if signs is None else signs
-        return cls(inputs, spec, at_least(a), at_least(c), at_least(bits),
-                   len(replica_in) if replica_in.ndim == 3 else None)
+    column_scale: mx.array | None = None
+    signs: mx.array | None = None
 
     @property
-    def groups(self) -> int:
-        """Rows of one A."""
-        return self.inputs // (self.spec.replica_group or 1)
+    def experts(self) -> int | None:
+        return len(self.replica_in) if self.replica_in.ndim == 3 else None
+
+    def for_kernel(self) -> list[mx.array]:
+        """A, c and signs, with arrays that are not read in the place of what is not there."""
+        a, unread = self.replica_in, mx.array([0] * backend.SMALLEST, mx.uint8)
+        return [a, a if self.column_scale is None else self.column_scale,
+                unread if self.signs is None else self.signs]
 
     def envelope(self) -> mx.array:
         """A with c in it, (n, K) or (E, n, K): one row an input, grouped or not."""
-        spec, stack = self.spec, self.experts or 1
-        made = self.replica_in[:stack * self.groups * spec.replicas]
-        made = made.reshape(stack, self.groups, spec.replicas)
-        if spec.replica_group:
-            c = self.column_scale[:stack * self.inputs].reshape(stack, -1, 1)
-            made = mx.repeat(made, spec.replica_group, axis=1) * c
-        return made if self.experts else made[0]
+        made = mx.repeat(self.replica_in, self.spec.replica_group or 1, axis=-2)
+        return made if self.column_scale is None else made * self.column_scale[..., None]
 
     def rotated(self, x: mx.array) -> mx.array:
         """R x of ``x`` (…, n), in float32."""
         x = x.astype(mx.float32)
-        if not self.spec.rotation_block:
+        if self.signs is None:
             return x
         return hadamard.rotate(x, hadamard.unpack_signs(self.signs, self.inputs),
                                self.spec.rotation_block)
@@ -105,11 +93,10 @@ class Matrix:
 
     def part(self, experts: slice) -> "Matrix":
         """Some of the experts, as a stack of their own."""
-        spec, stack = self.scales.spec, self.scales.experts or 1
-        a = self.scales.replica_in.reshape(stack, self.scales.groups, spec.replicas)[experts]
-        c = self.scales.column_scale.reshape(stack, -1)[experts] if spec.replica_group else None
+        c = self.scales.column_scale
         return replace(self, codes=self.codes[experts], replica_out=self.replica_out[experts],
-                       scales=Scales.of(self.scales.inputs, spec, a, c, self.scales.signs))
+                       scales=replace(self.scales, replica_in=self.scales.replica_in[experts],
+                                      column_scale=None if c is None else c[experts]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +114,7 @@ class Added:
 
     def inputs(self, unread: mx.array) -> list[mx.array]:
         """Both for a kernel, with an ``unread`` array in the place of what is not there."""
-        return [unread if term is None else term if term.size >= backend.SMALLEST
-                else at_least(term.reshape(-1)) for term in (self.bias, self.residual)]
+        return [unread if term is None else term for term in (self.bias, self.residual)]
 
     def template(self) -> list[tuple[str, bool]]:
         return [("BIAS", self.bias is not None), ("RESIDUAL", self.residual is not None)]

@@ -162,6 +162,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     before. With ``experts`` (pairs,) each row of x goes to as many experts in turn as there are
     pairs to a row, and X is that of the pairs."""
     inputs, spec = scales.inputs, scales.spec
+    replica_in, column_scale, signs = scales.for_kernel()
     pairs = len(x) if experts is None else len(experts)
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
@@ -170,7 +171,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     vectors = pairs * (spec.replicas if layout.expand else 1) + spec.replicas * layout.behind
     spans = -(-padded // span)
     return _KERNEL(
-        inputs=[x, norm.weight, scales.signs, scales.replica_in, scales.column_scale,
+        inputs=[x, norm.weight, signs, replica_in, column_scale,
                 sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x))],
         template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
@@ -193,9 +194,8 @@ def reference(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
         z, envelope = mx.repeat(z, len(experts) // len(z), axis=0), envelope[experts]
     if layout.expand:
         z = z[:, None] * envelope.swapaxes(-1, -2)
-    elif scales.spec.replica_group:
-        c = scales.column_scale[:(scales.experts or 1) * inputs].reshape(-1, inputs)
-        z = z * (c if experts is None else c[experts])
+    elif scales.column_scale is not None:
+        z = z * (scales.column_scale if experts is None else scales.column_scale[experts])
     if layout.behind:
         z = mx.concatenate([z, envelope.T])
     z = mx.pad(z.reshape(-1, inputs), [(0, 0), (0, layout.padded(inputs) - inputs)])

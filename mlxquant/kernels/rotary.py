@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxquant.kernels import backend
-from mlxquant.kernels.backend import at_least
 from mlxquant.kernels.first_step import Norm
 from mlxquant.kernels.matrix import float_bits, sizes
 
@@ -101,7 +100,7 @@ def turn(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
     epsilons = [float_bits(norm.eps) for norm in rotary.norms or ()]
     heads = rotary.queries + 2 * rotary.stored
     queries: mx.array = _KERNEL(
-        inputs=[qkv, keys, values, at_least(rotary.steps), query_weight, key_weight, place,
+        inputs=[qkv, keys, values, rotary.steps, query_weight, key_weight, place,
                 sizes(rotary.queries, rotary.stored, keys.shape[2], *rotary.starts, *epsilons)],
         template=[("T", qkv.dtype), ("SIZE", rotary.size), ("DIMS", rotary.dims),
                   ("TRADITIONAL", rotary.traditional), ("NORM", bool(rotary.norms))],

@@ -56,10 +56,11 @@ class PackedCodes(nn.Module):
         # Where siblings' rows begin and end; no list: that would be a child.
         self.bounds = (0, *itertools.accumulate(part.shape[-3] for part in parts))
         self.replica_out = mx.concatenate([linear.replica_out for linear in linears], axis=-2)
-        scales = Scales.of(self.inputs, spec, shared.replica_in, shared.get("column_scale"),
-                           shared.get("rotation_signs"))
-        self.replica_in, self.column_scale, self.rotation_signs = (
-            scales.replica_in, scales.column_scale, scales.signs)
+        self.replica_in = shared.replica_in.astype(mx.float32)
+        if "column_scale" in shared:
+            self.column_scale = shared.column_scale.astype(mx.float32)
+        if "rotation_signs" in shared:
+            self.rotation_signs = shared.rotation_signs
         self._made = MadeOnce()
         self.freeze()
 
@@ -76,8 +77,8 @@ class PackedCodes(nn.Module):
     def matrix(self) -> Matrix:
         """What the kernels read."""
         return Matrix(self.codes, self.replica_out, Scales(
-            self.inputs, self.spec, self.replica_in, self.column_scale, self.rotation_signs,
-            self.experts))
+            self.inputs, self.spec, self.replica_in, self.get("column_scale"),
+            self.get("rotation_signs")))
 
     def operations(self) -> int:
         """Multiply-adds per token that the definition takes: K per weight, grouped 1 + K / G, and
