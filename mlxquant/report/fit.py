@@ -37,13 +37,10 @@ def fit(bytes_per_token: Sequence[float], milliseconds: Sequence[float]) -> Fit 
     gigabytes, times = np.array(bytes_per_token) / 1e9, np.array(milliseconds)
     if len(set(gigabytes)) < _LEAST_POINTS or gigabytes.max() < _LEAST_RANGE * gigabytes.min():
         return None
-    terms = np.stack([np.ones_like(gigabytes), gigabytes], axis=1)
-    (fixed, slope), *_ = np.linalg.lstsq(terms, times, rcond=None)
-    residuals = times - terms @ (fixed, slope)
-    variance = residuals @ residuals / max(len(times) - 2, 1)
-    errors = np.sqrt(np.diag(variance * np.linalg.inv(terms.T @ terms)))
-    if slope <= 2 * errors[1] or fixed < 0:
+    (slope, fixed), covariance = np.polyfit(gigabytes, times, 1, cov=True)
+    slope_error, fixed_error = np.sqrt(np.diag(covariance))
+    if slope <= 2 * slope_error or fixed < 0:
         return None
     rate = 1e3 / slope
-    return Fit(float(fixed), float(errors[0]), float(rate), float(rate * errors[1] / slope),
-               tuple(map(float, residuals)))
+    return Fit(float(fixed), float(fixed_error), float(rate), float(rate * slope_error / slope),
+               tuple(map(float, times - fixed - slope * gigabytes)))
