@@ -11,7 +11,7 @@ replicated layers cost here (``replica_probe.py``).
 import json
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -184,7 +184,7 @@ def readers(matrices: list[mx.array]) -> dict[str, Callable[[], object]]:
 def _passes(read: Callable[[], object], total: int) -> list[float]:
     """GB/s of each pass over ``total`` bytes, after one that warms up."""
     read()
-    return [total / _seconds(read) / 1e9 for _ in range(_PASSES)]
+    return [total / seconds / 1e9 for seconds in timeit.repeat(read, number=1, repeat=_PASSES)]
 
 
 def _product_tflops() -> float:
@@ -193,10 +193,4 @@ def _product_tflops() -> float:
     size, dtype = (1024, mx.float32) if on_cpu else (8192, mx.float16)
     a, b = (mx.random.normal((size, size)).astype(dtype) for _ in range(2))
     mx.eval(a, b, a @ b)
-    return 2e-12 * size**3 / min(_seconds(lambda: mx.eval(a @ b)) for _ in range(5))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return 2e-12 * size**3 / min(timeit.repeat(lambda: mx.eval(a @ b), number=1, repeat=5))
