@@ -93,8 +93,7 @@ def divergence(model: LanguageModel, reference: LanguageModel, text: str | Path,
 
 def position_kl(p_logits: mx.array, q_logits: mx.array) -> mx.array:
     """KL(p ‖ q) in nats over the last axis of two float32 logits; shape (…, V) gives (…)."""
-    log_p, log_q = nn.log_softmax(p_logits), nn.log_softmax(q_logits)
-    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return nn.losses.kl_div_loss(nn.log_softmax(q_logits), nn.log_softmax(p_logits))
 
 
 def paired_windows(model: LanguageModel, reference: LanguageModel, text: str | Path, context: int,
