@@ -140,9 +140,6 @@ class RepeatedBlock:
     In the first pass every block notes how it was called: mlx-lm gives each the mask
     and the cache that fit its kind of attention. The last one, which holds
     ``repeat_gates`` (passes − 1,), then calls all of them again in turn.
-
-    The class of a block is exchanged, because Python looks a call up in the class, and a
-    wrapper in the list of blocks would move the paths of all parameters.
     """
 
     repeat_gates: mx.array
