@@ -55,11 +55,7 @@ class Affine:
         """Some of the rows."""
         return Affine(self.codes[part], self.scales[part], self.biases[part], self.spec)
 
-    def shared_bits(self) -> int:
-        """Bits that stacked matrices share: none."""
-        return 0
-
-    def stored_bits(self) -> int:
+    def own_bits(self) -> int:
         """Bits of packed codes, scales and biases, the latter in 16."""
         rows, columns = self.codes.shape
         return 32 * (rows * -(-columns * self.bits.code_bits // 32) + self.scales.size)

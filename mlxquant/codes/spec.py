@@ -113,12 +113,12 @@ class Spec:
         """Whether a bias follows from its scale, levels being as far below zero as above."""
         return self.symmetric or self.bits is Width.TERNARY
 
-    def group_for(self, columns: int, path: str = "the matrix") -> int:
+    def group_for(self, columns: int) -> int:
         """Inputs of a group in rows of ``columns``; raises ``BadValue`` if it does not divide."""
         group = columns if isinstance(self.group_size, Whole) else self.group_size
         if columns % group:
             fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if columns % g == 0]
-            raise BadValue(f"group_size {group} does not divide the {columns} inputs of {path}; "
+            raise BadValue(f"group_size {group} does not divide the {columns} inputs; "
                            f"sizes that do: {', '.join(map(str, fitting)) or columns}")
         return group
 

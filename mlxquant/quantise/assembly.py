@@ -49,8 +49,9 @@ def turn_of(config: dict[str, Any], job: Job) -> mx.array | None:
 
 @dataclass
 class Outside:
-    """Tensors outside the blocks, as stored or at the embedding's own width, the entries of
-    quantised ones, and the configuration, changed where a rotation unties the head."""
+    """Tensors outside the blocks, as stored or at the embedding's own width, the gates of repeated
+    blocks, (passes − 1,) each, the entries of quantised tensors, and the configuration, changed
+    where a rotation unties the head."""
 
     tensors: dict[str, mx.array]
     entries: Entries
@@ -78,6 +79,9 @@ def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
             if weight is None:
                 weight = expanded_weight(modules[path])
             _round(made, path, weight, spec, dtype)
+    for repeat in job.repeats:  # its gates are zeros until they are tuned
+        path = blocks[repeat.last].path
+        made.tensors[f"{path}.repeat_gates"] = mx.zeros(repeat.passes - 1, dtype)
     return made
 
 
@@ -90,12 +94,6 @@ def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dty
                      f"{path}.scales": affine.scales.astype(dtype),
                      f"{path}.biases": affine.biases.astype(dtype)}
     made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
-
-
-def gates(job: Job, blocks: list[Block], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The gates of repeated blocks by path, (passes − 1,): zeros, until they are tuned."""
-    return {f"{blocks[repeat.last].path}.repeat_gates": mx.zeros(repeat.passes - 1, dtype)
-            for repeat in job.repeats}
 
 
 def result_config(made: Outside, body: Body, job: Job, record: dict[str, Any]) -> dict[str, Any]:

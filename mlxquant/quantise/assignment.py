@@ -27,7 +27,7 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
-from mlxquant.quantise.assembly import blocks_of, gates, outside, stored_dtype
+from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
@@ -175,7 +175,6 @@ class _Measure:
     def _fixed_bytes(self, options: dict[str, list[Option]]) -> int:
         """Bytes of a result's folder beside the layers' weights, at most."""
         tensors = outside(self.network, self.config, self.job).tensors
-        tensors |= gates(self.job, self.blocks, stored_dtype(self.blocks[0]))
         weighed = tuple(f"{path}." for paths in options for path in paths.split(","))
         loose = [array for block in self.blocks for path, array in
                  tree_flatten(block.module.parameters())

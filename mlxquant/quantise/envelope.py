@@ -65,13 +65,12 @@ class Replicas:
         scales = self.scales()
         return self.bits.distance * scales, self.bits.lowest * scales
 
-    def stored_bits(self) -> int:
-        """Bits of packed codes, and of scales in 16."""
-        packed = empty_codes(self.codes.shape, self.bits)
-        return 8 * packed.nbytes + 16 * self.replica_out.size + self.shared_bits()
+    def own_bits(self) -> int:
+        """Bits of packed codes, and of the outputs' scales in 16."""
+        return 8 * empty_codes(self.codes.shape, self.bits).nbytes + 16 * self.replica_out.size
 
     def shared_bits(self) -> int:
-        """Those of the scales on the inputs' side, which siblings share."""
+        """Those of the inputs' scales, which siblings share."""
         factors = 0 if self.column_scale is None else self.column_scale.size
         return 16 * (self.replica_in.size + factors)
 

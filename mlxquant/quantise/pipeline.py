@@ -24,16 +24,8 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
-from mlxquant.quantise import calibration, card, room, rotation
+from mlxquant.quantise import assembly, calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
-from mlxquant.quantise.assembly import (
-    blocks_of,
-    gates,
-    outside,
-    result_config,
-    stored_dtype,
-    turn_of,
-)
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
@@ -67,7 +59,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     with step("opening"):
         folder = resolve(name, revision=revision)
         network, config = open_lazily(folder)
-        blocks = blocks_of(network)
+        blocks = assembly.blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
     needs = room.check(network, blocks, output, job, outline.attention_heads(config))
@@ -126,7 +118,7 @@ class Run:
         partial, profile = working_folder(self.output, self._identity(), record), current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
-        turn = turn_of(config, job)
+        turn = assembly.turn_of(config, job)
         tuner = self._tuner(plans, turn, progress)
         body = Body()
         with (_unchanged(self.folder, source, partial) as check,
@@ -156,9 +148,8 @@ class Run:
         """Write the folder from the blocks' files and what is around them; its config.json."""
         # Opened anew, so that what was calculated with outside the blocks is not held.
         network, config = open_lazily(self.folder)
-        made = outside(network, config, self.job)
-        others = made.tensors | gates(self.job, work.blocks, work.settings.dtype)
-        config = result_config(made, body, self.job, record)
+        made = assembly.outside(network, config, self.job)
+        others, config = made.tensors, assembly.result_config(made, body, self.job, record)
 
         def tensors() -> Iterator[tuple[str, mx.array]]:
             while others:
@@ -194,9 +185,10 @@ class Run:
     def _settings(self, network: nn.Module, blocks: list[Block], tuned: bool) -> Settings:
         job = self.job
         return Settings(
-            stored_dtype(blocks[0]), CORRECTION if job.propagation == "corrected" else 0.0,
-            job.activation, job.alpha, job.seed,
-            {path: group for group in find_siblings(network) for path in group.paths}, tuned)
+            assembly.stored_dtype(blocks[0]),
+            CORRECTION if job.propagation == "corrected" else 0.0, job.activation, job.alpha,
+            job.seed, {path: group for group in find_siblings(network) for path in group.paths},
+            tuned)
 
     def _results(self, work: Passes) -> Iterator[tuple[int, BlockResult]]:
         if not self.job.calibrated:

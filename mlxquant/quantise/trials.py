@@ -11,6 +11,7 @@ from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.quantise import envelope
+from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.matrices import rotated, rotation_of, split
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.settings import Settings
@@ -33,9 +34,9 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
         statistics = rotated(statistics, signs, size)
     moments, statistics = statistics.hessian, statistics.sound()
     for made in _tried(weight.astype(mx.float32), specs, statistics):
-        shared = made.shared_bits()
-        own = [part.stored_bits() - shared for part in split(made, rows)]
-        yield made.dequantise() - weight, moments, own, shared + turned
+        shared = turned + (made.shared_bits() if isinstance(made, Replicas) else 0)
+        own = [part.own_bits() for part in split(made, rows)]
+        yield made.dequantise() - weight, moments, own, shared
 
 
 def _tried(weight: mx.array, specs: list[Spec], statistics: Statistics) -> Iterator[Codes]:

@@ -16,13 +16,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.trainable import Parts, Trainable
-from mlxquant.model.loading import (
-    LanguageModel,
-    load_folder,
-    open_lazily,
-    open_tokenizer,
-    vocabulary_of,
-)
+from mlxquant.model import loading
 from mlxquant.quantise import card
 from mlxquant.quantise.calibration import Calibration, held_apart
 from mlxquant.quantise.conversations import converse
@@ -69,15 +63,16 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     start, schedule = time.perf_counter(), tuning.schedule
     mx.reset_peak_memory()
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
-    network, config = open_lazily(folder)
+    network, config = loading.open_lazily(folder)
     teacher = Teacher(tuning.teacher)
-    vocabulary, theirs = vocabulary_of(network), vocabulary_of(teacher.network)
+    vocabulary, theirs = loading.vocabulary_of(network), loading.vocabulary_of(teacher.network)
     if vocabulary != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {vocabulary}; "
                        "a teacher needs the same vocabulary")
     texts, held_out = held_apart(
-        open_tokenizer(folder, config), list(tuning.data), schedule.steps * schedule.batch_size,
-        HELD_OUT, tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
+        loading.open_tokenizer(folder, config), list(tuning.data),
+        schedule.steps * schedule.batch_size, HELD_OUT, tuning.sequence_length, tuning.seed,
+        vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
@@ -112,16 +107,16 @@ class Teacher:
 
     def __init__(self, name: str):
         self.name, self.folder = name, resolve(name)
-        self.network, self._config = open_lazily(self.folder)
+        self.network, self._config = loading.open_lazily(self.folder)
 
     @cached_property
-    def model(self) -> LanguageModel:
+    def model(self) -> loading.LanguageModel:
         """On a GPU dense where that fits: it is to read thousands of tokens at once."""
         if mx.default_device() == mx.cpu or not fits_dense(self.network, mx.bfloat16):
-            return load_folder(self.folder, self.name)
+            return loading.load_folder(self.folder, self.name)
         network = to_dense(self.network, mx.bfloat16)
-        return LanguageModel(self.name, self.folder, network,
-                             open_tokenizer(self.folder, self._config), self._config)
+        tokenizer = loading.open_tokenizer(self.folder, self._config)
+        return loading.LanguageModel(self.name, self.folder, network, tokenizer, self._config)
 
 
 def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,
