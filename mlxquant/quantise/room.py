@@ -15,16 +15,9 @@ import mlx.nn as nn
 from mlxquant.base.storage import require_space
 from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
+from mlxquant.layers import traffic
 from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.head import Head, foreseen
-from mlxquant.layers.traffic import (
-    dense_bytes,
-    float32_bytes,
-    leaf_modules,
-    own_bytes,
-    parts,
-    weight_count,
-)
 from mlxquant.machine.memory import memory_limit, require_memory, told
 from mlxquant.quantise.aims import PREDICTED
 from mlxquant.quantise.job import Job
@@ -82,7 +75,7 @@ def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
     """Jobs that take less, by the options that make them so; of each kind the nearest first."""
     if job.calibrated:
         yield [(f"--sequence-length {short.length}", job.changed(length=short.length))
-               for short in _shorter(_Batch(1, job.text.length, 0))]
+               for short in _shorter(Batch(1, job.text.length, 0))]
     if job.tuning.tune_blocks:
         yield [("--no-tune-blocks", job.changed(tune_blocks=False))]
     if job.propagation == "corrected":
@@ -123,7 +116,7 @@ class _Siblings:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """What runs through a block at once: ``windows`` of ``length`` tokens, in a network with so
     many ``heads`` of attention."""
 
@@ -135,6 +128,11 @@ class _Batch:
     def tokens(self) -> int:
         return self.windows * self.length
 
+    @property
+    def scores(self) -> int:
+        """Numbers that attention computes in a block: of each head, token and earlier token."""
+        return self.heads * self.tokens * self.length
+
 
 def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Needs:
     """What the job takes. Hidden states wait on the disk where they would take more than an eighth
@@ -142,9 +140,9 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     trained are not, unless that was asked for."""
     plans, limit = plan_blocks(network, blocks, job), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
-    batch = (_Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
-             else _Batch(1, 2, heads))
-    embeddings = sum(own_bytes(m) for _, m in network.named_modules()
+    batch = (Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
+             else Batch(1, 2, heads))
+    embeddings = sum(traffic.own_bytes(m) for _, m in network.named_modules()
                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
     tuned = [(block, list(_groups(block, plan, given, job)))
              for block, plan in zip(blocks, plans) if given and job.tunes(plan.specs.values())]
@@ -152,7 +150,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     width = next(iter(given.values())).shape[-1] if given else 0
     state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
 
-    def trained(block: Block, groups: list[_Siblings], batch: _Batch) -> float:
+    def trained(block: Block, groups: list[_Siblings], batch: Batch) -> float:
         return state * batch.tokens + _training_bytes(block, groups, batch)
 
     steps, untrained = [_block_bytes(*both, given, job, batch) for both in zip(blocks, plans)], {}
@@ -181,7 +179,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
                  spills * waiting, untrained, predicting)
 
 
-def _shorter(batch: _Batch) -> list[_Batch]:
+def _shorter(batch: Batch) -> list[Batch]:
     """Batches of shorter windows, the nearest first."""
     return [replace(batch, length=batch.length >> half) for half in (1, 2, 3)
             if batch.length >> half >= _SHORTEST]
@@ -190,19 +188,18 @@ def _shorter(batch: _Batch) -> list[_Batch]:
 def _weighing_bytes(network: nn.Module, job: Job) -> float:
     """What the gradients of a budget take: all in float32, and one sequence's outputs with their
     gradients, logits among them."""
-    outputs = sum(weight_count(m) // inputs_of(m) for _, m in leaf_modules(network)
+    outputs = sum(traffic.weight_count(m) // inputs_of(m) for _, m in traffic.leaf_modules(network)
                   if type(m) in (*LAYERS, nn.Embedding, nn.QuantizedEmbedding))
-    return dense_bytes(network) + 4 * 3 * job.text.length * outputs
+    return traffic.dense_bytes(network) + 4 * 3 * job.text.length * outputs
 
 
-def _training_bytes(block: Block, groups: list[_Siblings], batch: _Batch,
+def _training_bytes(block: Block, groups: list[_Siblings], batch: Batch,
                     head: Head | None = None) -> float:
     """What training a block takes, with its codes as they are stored; for the predictions of
     ``head``, if any."""
     experts = sum(g.rows * g.inputs * g.experts for g in groups)
     sizes = (sum(g.rows * g.inputs for g in groups if not g.experts),
-             4 * batch.tokens * _numbers(block, groups),
-             4 * batch.tokens * batch.heads * batch.length)
+             4 * batch.tokens * _numbers(block, groups), 4 * batch.scores)
     begin, end = (sum(each * size for each, size in zip(step, sizes)) for step in (_BEGIN, _END))
     if head:
         begin += 4 * head.vocabulary * (_LOGITS * min(PREDICTED, batch.tokens)
@@ -211,13 +208,13 @@ def _training_bytes(block: Block, groups: list[_Siblings], batch: _Batch,
 
 
 def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
-                 batch: _Batch) -> float:
+                 batch: Batch) -> float:
     """What one block takes, at the step that takes the most; training apart."""
-    modules = leaf_modules(block.module)
-    weights = sum(float32_bytes(module) for _, module in modules)
+    modules = traffic.leaf_modules(block.module)
+    weights = sum(traffic.float32_bytes(module) for _, module in modules)
     groups = list(_groups(block, plan, given, job))
     passing = 4 * batch.tokens * _numbers(block, groups)
-    steps = [sum(own_bytes(module) for _, module in modules),
+    steps = [sum(traffic.own_bytes(module) for _, module in modules),
              sum(group.moments for group in groups) + _PASSING * passing
              + max((g.moments for g in groups), default=0)]
     for index, group in enumerate(groups):  # the last is taken first, and its moments are freed
@@ -228,9 +225,9 @@ def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
 def _numbers(block: Block, groups: list[_Siblings]) -> int:
     """Numbers of a token that go into and out of a block's layers."""
     # Of a mixture's experts a token runs through those that it chooses.
-    run = {part.path: part for part in parts(block.module) if type(part.module) in LAYERS}
-    outputs = sum(part.chosen * weight_count(part.module) // part.pool // inputs_of(part.module)
-                  for part in run.values())
+    run = {part.path: part for part in traffic.parts(block.module) if type(part.module) in LAYERS}
+    outputs = sum(part.chosen * traffic.weight_count(part.module)
+                  // (part.pool * inputs_of(part.module)) for part in run.values())
     return outputs + sum(run[group.first].chosen * group.inputs for group in groups)
 
 
@@ -238,7 +235,7 @@ def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> I
     """The block's siblings in the order of their calls; layers by themselves where nothing is
     calibrated."""
     found: dict[int | str, list[str]] = {}
-    modules = {path: m for path, m in leaf_modules(block.module) if type(m) in LAYERS}
+    modules = {path: m for path, m in traffic.leaf_modules(block.module) if type(m) in LAYERS}
     for path in modules:
         x = given.get(block.full(path))
         found.setdefault(path if x is None else id(x), []).append(path)
@@ -249,7 +246,7 @@ def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> I
         pairs = 1 + (job.propagation == "corrected" and not experts)
         if experts and keeps_experts_apart(experts, inputs):
             pairs += experts
-        rows = sum(weight_count(modules[path]) // inputs for path in paths) // max(1, experts)
+        rows = sum(traffic.weight_count(modules[p]) // inputs for p in paths) // max(1, experts)
         yield _Siblings(paths[0], rows, inputs, experts, plan.specs.get(paths[0]),
                         0.0 if isinstance(key, str) else pairs * square)
 
@@ -261,11 +258,11 @@ def _ends(network: nn.Module, blocks: list[Block]) -> int:
 
 def _stored_bytes(block: Block, plan: Plan) -> float:
     total = 0.0
-    for path, module in leaf_modules(block.module):
+    for path, module in traffic.leaf_modules(block.module):
         spec = plan.specs.get(path)
         if spec is None:
-            total += own_bytes(module)
+            total += traffic.own_bytes(module)
         else:
             group = 128 if isinstance(spec.group_size, Whole) else spec.group_size
-            total += weight_count(module) * (spec.bits.code_bits + 32 / group) / 8
+            total += traffic.weight_count(module) * (spec.bits.code_bits + 32 / group) / 8
     return total

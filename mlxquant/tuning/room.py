@@ -20,6 +20,7 @@ from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.trainable import Trainable
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, require_memory
+from mlxquant.quantise.room import Batch
 from mlxquant.tuning.predictions import bytes_for
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 
@@ -36,27 +37,15 @@ _WRITING = 1 / 8  # of the memory, which what the original writes may take (``se
 
 
 @dataclass(frozen=True)
-class Step:
-    """Sequences of a step, tokens of each, heads of attention, and whether codes move."""
+class Step(Batch):
+    """The batch of a step, and whether codes move."""
 
-    size: int
-    length: int
-    heads: int
     moving: bool
 
     @classmethod
     def of(cls, tuning: Tuning, config: dict[str, Any]) -> "Step":
         return cls(tuning.schedule.batch_size, tuning.sequence_length,
                    outline.attention_heads(config), tuning.codes > 0)
-
-    @property
-    def tokens(self) -> int:
-        return self.size * self.length
-
-    @property
-    def scores(self) -> int:
-        """Numbers that attention computes in a block: of each head, token and earlier token."""
-        return self.heads * self.tokens * self.length
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class Room:
         """Raises ``TooLarge`` where predictions and state do not fit on the disk, or either model
         in memory; the latter names what would fit."""
         step = Step.of(tuning, config)
-        tokens = (tuning.schedule.steps * step.size + HELD_OUT) * step.length
+        tokens = (tuning.schedule.steps * step.windows + HELD_OUT) * step.length
         state = _STATE * sum(array.size for array in self.student.base.values())
         made = sum(file.stat().st_size for file in
                    output.with_name(f"{output.name}.partial").glob("*"))
@@ -122,8 +111,8 @@ class Room:
 
 def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:
     """Steps that take less, by the option that makes them so; of each kind the nearest first."""
-    yield [(f"--batch-size {size}", replace(step, size=size)) for half in range(
-        1, step.size.bit_length()) for size in [step.size >> half]]
+    yield [(f"--batch-size {size}", replace(step, windows=size)) for half in range(
+        1, step.windows.bit_length()) for size in [step.windows >> half]]
     yield [(f"--sequence-length {length}", replace(step, length=length)) for half in range(1, 5)
            for length in [step.length >> half] if length >= 32]
     yield [("--codes 0", replace(step, moving=False))]
