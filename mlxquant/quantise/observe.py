@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.traffic import leaf_modules
 
+_Key = TypeVar("_Key", str, int)
 LEAN = 256  # tokens of all that an expert's own are mixed with
 _EXPERT_BYTES = 8e9  # most that the experts of one input keep in moments of their own
 
@@ -98,25 +99,35 @@ class Observation:
 Inputs = dict[str, list[tuple[Any, ...]]]  # by layer, what each of its calls was given
 
 
+def listened(modules: dict[_Key, nn.Module], call: Callable[[], Any],
+             ) -> tuple[Any, list[tuple[_Key, tuple[Any, ...]]]]:
+    """What ``call`` returns, and in their order the calls of ``modules`` that it makes: which, and
+    what that was given."""
+    keys, calls = {id(module): key for key, module in modules.items()}, []
+
+    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> Any:
+        calls.append((keys[id(module)], args))
+        return own(*args, **kwargs)
+
+    with intercepted(modules.values(), through):
+        return call(), calls
+
+
 class Watch:
     """Gathers an ``Observation`` of ``block`` from its runs."""
 
     def __init__(self, block: nn.Module):
         self._modules = linears(block)
-        self._paths = {id(module): path for path, module in self._modules.items()}
         self.seen = Observation(unseen=list(self._modules))
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, Inputs]:
         """What ``call`` returns, and the inputs that the block's layers had meanwhile."""
         inputs: Inputs = {}
-
-        def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
-                    kwargs: dict[str, Any]) -> Any:
-            inputs.setdefault(self._paths[id(module)], []).append(args)
-            return own(*args, **kwargs)
-
-        with intercepted(self._modules.values(), through):
-            return call(), inputs
+        output, calls = listened(self._modules, call)
+        for path, args in calls:
+            inputs.setdefault(path, []).append(args)
+        return output, inputs
 
     def take(self, inputs: Inputs, target: Inputs | None = None) -> None:
         """Take in one run's inputs, and those of the float model in the same run, where given."""

@@ -5,7 +5,6 @@ rest is known from the plans. So a path that is described wrongly, or an archite
 such layers, ends in one line at the start and not after an hour.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +15,10 @@ from mlxquant.codes.hadamard import default_block
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
-from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.assembly import ENDS, Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
+from mlxquant.quantise.observe import listened
 from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks
 from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.storing import Around, describe, describe_replicas
@@ -71,22 +70,16 @@ def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
 
 def given_inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
     """What each layer of the blocks was first given, by its path: not computed, but itself."""
-    paths = {id(module): block.full(path) for block in blocks
-             for path, module in leaf_modules(block.module)}
-    found: dict[str, mx.array] = {}
-
-    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
-                kwargs: dict[str, Any]) -> Any:
-        found.setdefault(paths[id(module)], args[0])
-        return own(*args, **kwargs)
-
-    linears = [module for block in blocks for _, module in leaf_modules(block.module)
-               if type(module) in (nn.Linear, nn.QuantizedLinear, *EXPERTS)]
+    linears = {block.full(path): module for block in blocks
+               for path, module in leaf_modules(block.module)
+               if type(module) in (nn.Linear, nn.QuantizedLinear, *EXPERTS)}
     try:
-        with intercepted(linears, through):
-            network(mx.zeros((1, 4), mx.int32))
+        _, calls = listened(linears, lambda: network(mx.zeros((1, 4), mx.int32)))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise BadCheckpoint(f"the network does not run: {str(error).splitlines()[0]}") from error
+    found: dict[str, mx.array] = {}
+    for path, args in calls:
+        found.setdefault(path, args[0])
     return found
 
 

@@ -35,7 +35,7 @@ from mlxquant.layers.hooks import intercepted
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.observe import Observation, Routed, Watch
+from mlxquant.quantise.observe import Observation, Routed, Watch, listened
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.sources import checkpoint
@@ -176,17 +176,9 @@ def batch_size() -> int:
 
 def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
     """The blocks' indices in the order in which a forward pass calls them. Nothing is computed."""
-    places = {id(block.module): index for index, block in enumerate(blocks)}
-    order: list[int] = []
-
-    def note(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
-             kwargs: dict[str, Any]) -> Any:
-        order.append(places[id(module)])
-        return own(*args, **kwargs)
-
-    with intercepted((block.module for block in blocks), note):
-        network(mx.zeros((1, 4), mx.int32))
-    return order
+    _, calls = listened(dict(enumerate(block.module for block in blocks)),
+                        lambda: network(mx.zeros((1, 4), mx.int32)))
+    return [index for index, _ in calls]
 
 
 @step("loading")
