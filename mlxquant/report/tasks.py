@@ -106,7 +106,8 @@ class Task:
     def answered(self, model: LanguageModel, progress: Progress = lambda *_: None) -> Answers:
         """Ask ``model`` everything. Raises ``TooLarge`` for questions beyond its context."""
         asked = self._task.instances
-        replies = getattr(_Model(model, progress), asked[0].request_type)(asked)
+        replies = getattr(_Model(model, progress), asked[0].request_type)(
+            asked, disable_tqdm=True)
         for instance, reply in zip(asked, replies):
             instance.resps = [reply] * instance.repeats
         self._task.apply_filters()
@@ -145,10 +146,6 @@ class _Model(TemplateLM):
                    **_: Any) -> list[int]:
         special = add_special_tokens is not False
         return self._model.tokenizer.encode(string, add_special_tokens=special)
-
-    def loglikelihood(self, requests: list[Instance],
-                      disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]],
                               **_: Any) -> list[tuple[float, bool]]:
