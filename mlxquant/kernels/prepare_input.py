@@ -123,7 +123,7 @@ _BODY = """
     }
 """
 _KERNEL = backend.Kernel(
-    "prepare_input", ["x", "norm_weight", "signs", "replica_in", "column_scale", "sizes"],
+    "prepare_input", ["x", "norm_weight", "replica_in", "column_scale", "signs", "sizes"],
     ["prepared"], _BODY, code_order.DECODE)
 _THREADS = 128
 
@@ -162,7 +162,6 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     before. With ``experts`` (pairs,) each row of x goes to as many experts in turn as there are
     pairs to a row, and X is that of the pairs."""
     inputs, spec = scales.inputs, scales.spec
-    replica_in, column_scale, signs = scales.for_kernel()
     pairs = len(x) if experts is None else len(experts)
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
@@ -171,7 +170,7 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     vectors = pairs * (spec.replicas if layout.expand else 1) + spec.replicas * layout.behind
     spans = -(-padded // span)
     return _KERNEL(
-        inputs=[x, norm.weight, signs, replica_in, column_scale,
+        inputs=[x, norm.weight, *scales.for_kernel(),
                 sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x))],
         template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
                   ("GATE", isinstance(first, Gate)), ("SPAN", span),
