@@ -9,7 +9,9 @@ import mlx.nn as nn
 import pytest
 
 import mlxquant  # first: it loads the BLAS before MLX
-from mlxquant.chat import Conversation, Session, run
+from mlxquant.chat.conversation import Conversation
+from mlxquant.chat.repl import run
+from mlxquant.chat.session import Session
 
 REPLIES = [
     "<think>The user greets me. I should be friendly, and show what I can do.</think>\n\n"

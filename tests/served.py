@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from commands import Command
 
-from mlxquant.server import Options
+from mlxquant.server.forms import Options
 from mlxquant.server.serving import address_of, listen, make_server
 
 CHAT = [{"role": "user", "content": "tell me"}]

@@ -4,8 +4,10 @@ import pytest
 import scripted as scripts
 from scripted import contents, scripted
 
-from mlxquant.chat import Conversation, Session, repl
+from mlxquant.chat import repl
+from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle
+from mlxquant.chat.session import Session
 from mlxquant.chat.terminal import is_open, unquoted
 
 talk = scripts.talk  # a fixture

@@ -7,8 +7,10 @@ import pytest
 import scripted as scripts
 from scripted import contents, scripted
 
-from mlxquant.chat import Conversation, Session, run, terminal
-from mlxquant.chat.repl import handle
+from mlxquant.chat import terminal
+from mlxquant.chat.conversation import Conversation
+from mlxquant.chat.repl import handle, run
+from mlxquant.chat.session import Session
 
 talk = scripts.talk  # a fixture
 

@@ -10,8 +10,10 @@ from scripted import scripted
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
-from mlxquant.chat import Conversation, Session, saved
+from mlxquant.chat import saved
+from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle
+from mlxquant.chat.session import Session
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from test_distributed import free_ports
 import mlxquant
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.runtime.loop import Loop
-from mlxquant.server import Options, serve
 from mlxquant.server.engine import Engine
+from mlxquant.server.forms import Options
+from mlxquant.server.serving import serve
 
 heard = served.heard  # a fixture
 pytestmark = pytest.mark.usefixtures("heard")

@@ -9,7 +9,7 @@ import served
 from served import CHAT, post, raw, refusal, running
 from test_reply import TOOLS
 
-from mlxquant.server import BODY_LIMIT
+from mlxquant.server.forms import BODY_LIMIT
 
 address, heard = served.address, served.heard  # fixtures
 

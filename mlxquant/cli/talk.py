@@ -24,7 +24,9 @@ def chat(
     trust_remote_code: option.Trust = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
-    from mlxquant.chat import Conversation, Session, run
+    from mlxquant.chat.conversation import Conversation
+    from mlxquant.chat.repl import run
+    from mlxquant.chat.session import Session
     from mlxquant.runtime.loop import Loop
     from mlxquant.runtime.sampling import Sampling
     from mlxquant.sources.names import DEFAULT_MODEL
@@ -106,8 +108,8 @@ def serve(
 
     from mlxquant.runtime.loop import Loop
     from mlxquant.runtime.sampling import Sampling
-    from mlxquant.server import Options
-    from mlxquant.server import serve as run
+    from mlxquant.server.forms import Options
+    from mlxquant.server.serving import serve as run
     from mlxquant.sources.names import DEFAULT_MODEL
 
     def stop(*_: object) -> None:
