@@ -14,6 +14,7 @@ from measured import literature, method_rows, original_perplexity, replica_resul
 from record import read
 
 from mlxquant.base.storage import write_json
+from mlxquant.quantise.job import SAMPLES
 from mlxquant.report.comparison import METHODS
 
 AS_GOOD = 1.002
@@ -46,7 +47,8 @@ def untuned_replicas() -> list[dict]:
     ``METHODS``' names."""
     found = []
     trained = [row | {"trained": ", blocks trained on a GPU"}
-               for row in read("blocks-trained-h100")["rows"] if row["model"] == MODEL]
+               for row in read("blocks-trained-h100")["rows"]
+               if row["model"] == MODEL and row["windows"] == SAMPLES]
     for row in [*replica_results(), *trained]:
         group = f"-g{row['replica_group']}" if row["replica_group"] else ""
         name = f"replica-{row['replicas']}{group}-corrected"

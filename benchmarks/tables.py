@@ -74,10 +74,9 @@ def quality() -> str:
 
 def speed() -> str:
     """One token through one layer, and what ran it: six rows."""
-    run, body = kernel_run(), metal_body_run()
-    found = {(r["kernel"], r["bits"], r["replicas"], r["group"]): r for r in (
-        *(r for r in run["rows"] if (r["rows"], r["inputs"], r["tokens"]) == (14336, 4096, 1)),
-        *(r for r in body["rows"] if r["tokens"] == 1 and r["replicas"]))}
+    run = read("one-token-h100")  # both bodies; cut off before the rows of several tokens
+    found = {(r["kernel"], r["bits"], r["replicas"], r["group"]): r for r in run["rows"]
+             if (r["rows"], r["inputs"], r["tokens"]) == (14336, 4096, 1)}
     stock = [found["mx.quantized_matmul", bits, None, 64] for bits in (4, 2)]
     metal = [found["replicated_matvec", 2, k, g] for k, g in ((1, 0), (4, 0), (4, 16))]
     rows = [*stock, *metal, found["replicated_tensor_cores", 2, 4, 0]]
@@ -86,9 +85,9 @@ def speed() -> str:
     return table(("kernel that ran", "weights", "µs:", "GB/s:"), [
         [KERNELS[row["kernel"]], form(row), f"{row['free_us']:.1f}", f"{row['gb_per_s']:,.0f}"]
         for row in rows],
-        f"{place(run)}; rows of `replicated_matvec` {body['date']}, on another such GPU. "
-        f"With the kernel that Macs run, K = 4 takes {plain / one:.2f} times as long as K = 1, in "
-        f"groups of 16 inputs {grouped / one:.2f} times. A whole model of 8B shape decodes "
+        f"{place(run)}, all in one run. With the kernel that Macs run, K = 4 takes "
+        f"{plain / one:.2f} times as long as K = 1, in groups of 16 inputs "
+        f"{grouped / one:.2f} times. A whole model of 8B shape decodes "
         f"{model['llama-3.1-8b:2-k4-g16']:.0f} tokens/s with `replicated_tensor_cores`, "
         f"{model['llama-3.1-8b:4']:.0f} with MLX's 4 bits, and these through mlx-lm "
         f"{model['mlx-lm:llama-3.1-8b:4']:.0f}.")
@@ -186,12 +185,14 @@ def blocks_trained() -> str:
     """Models whose blocks were trained as they were made."""
     run = read("blocks-trained-h100")
     rows = [[row["model"].removesuffix("-Instruct"), row["method"],
-             f"{row['windows']} × 512, {row['block_steps']}", f"{row['bits_per_weight']:.2f}",
+             f"{row['windows']} × 512 of {row['text']}", f"{row['bits_per_weight']:.2f}",
              f"{row['before']:.1f}" if row["before"] else "", f"{row['perplexity']:.1f}",
-             f"{row['kl_mean']:.3f}", f"{row['seconds']}, {row['training_seconds']}",
-             f"{row['peak_gb']:.1f}"] for row in run["rows"]]
-    return table(("model", "body", "tokens, steps a block:", "bits/weight:", "`wt2-40` before:",
-                  "trained:", "KL:", "seconds in all, training:", "peak GB:"), rows,
+             f"{row['kl_mean']:.3f}",
+             f"{row['other_perplexity']:.1f}" if "other_perplexity" in row else "",
+             f"{row['seconds']}, {row['training_seconds']}",
+             f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""] for row in run["rows"]]
+    return table(("model", "body", "tokens", "bits/weight:", "`wt2-40` before:", "trained:", "KL:",
+                  "other text:", "seconds in all, training:", "peak GB:"), rows,
                  f"{place(run)}: `{run['command']}`. {run['note']}")
 
 
@@ -350,12 +351,15 @@ def _growth(rows: Rows) -> list[str]:
 def answers() -> str:
     """The six answers of the 1.5B model and of what was made of it, unedited."""
     shown = [row for row in real_rows() if "1.5b" in row["model"]]
+    shown += [row | {"method": "replicas under a budget, blocks trained", "bits": "1 to 4"}
+              for row in read("answers-1.5b-h100")["rows"] if row["method"] != "original"]
     parts = []
     for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
         parts.append(f"## {prompt}")
         for row in shown:
-            name = "The file itself" if row["method"] == "original" else (
-                f"{row['method']}, {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)")
+            name = {"original": "The file itself"}.get(row["method"], row["method"])
+            if row["method"] != "original":
+                name += f", {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)"
             answer = row["answers"][index]["answer"].rstrip()
             parts.append(f"{name}:\n\n````\n{answer}\n````")
     return "\n\n".join(parts)
