@@ -60,6 +60,11 @@ class Affine:
         rows, columns = self.codes.shape
         return 32 * (rows * -(-columns * self.bits.code_bits // 32) + self.scales.size)
 
+    def tensors(self, dtype: mx.Dtype) -> dict[str, mx.array]:
+        """The parameters of MLX's own layer."""
+        return {"weight": self.packed(), "scales": self.scales.astype(dtype),
+                "biases": self.biases.astype(dtype)}
+
     def packed(self) -> mx.array:
         """Codes in MLX's order: a little-endian bit stream in uint32 per row."""
         return pack(self.codes, self.bits.code_bits)

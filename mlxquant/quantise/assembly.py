@@ -90,9 +90,7 @@ def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dty
     if weight.shape[1] % spec.group_for(weight.shape[1] * 64):
         return
     affine = rtn.quantise(weight, spec, dtype)
-    made.tensors |= {f"{path}.weight": affine.packed(),
-                     f"{path}.scales": affine.scales.astype(dtype),
-                     f"{path}.biases": affine.biases.astype(dtype)}
+    made.tensors |= {f"{path}.{name}": part for name, part in affine.tensors(dtype).items()}
     made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
 
 

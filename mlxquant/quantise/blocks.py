@@ -10,7 +10,6 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.base.trees import is_float
 from mlxquant.codes import hadamard
-from mlxquant.codes.affine import Affine
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
@@ -18,8 +17,7 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise.envelope import Replicas
-from mlxquant.quantise.experts import quantise_experts, round_stack
+from mlxquant.quantise.experts import quantise_experts, quantise_stacks
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
@@ -27,7 +25,7 @@ from mlxquant.quantise.plans import STACKS, Plan, for_stack
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.settings import Settings
-from mlxquant.quantise.storing import Around, store, store_replicas
+from mlxquant.quantise.storing import Around, store
 from mlxquant.quantise.walk import release
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
@@ -51,7 +49,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
             _quantise_siblings(work, {path: plan.specs[path]}, None)
     for path, spec in plan.specs.items():
         if isinstance(modules[path], STACKS) and path not in work.result.errors:
-            round_stack(work, path, for_stack(spec, rounded=True))
+            quantise_stacks(work, for_stack(spec, rounded=True), {path: modules[path]})
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
         path: array.astype(settings.dtype) if is_float(array) else array
@@ -97,11 +95,7 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
         work.result.errors |= {p: relative_error(weights[p], made[p], statistics) for p in paths}
         if work.settings.remainders:
             work.result.remainders |= {p: _remainder(weights[p], made[p]) for p in paths}
-        replicas = {p: codes for p, codes in made.items() if isinstance(codes, Replicas)}
-        affines = {p: codes for p, codes in made.items() if isinstance(codes, Affine)}
-        if replicas:
-            store_replicas(replicas, work.block.module, kind, around, settings.dtype, work.result)
-        store(affines, modules, around, settings.dtype, work.result)
+        store(made, work.block.module, kind, around, settings.dtype, work.result)
 
 
 def _fold(work: Work, paths: list[str], factors: mx.array,

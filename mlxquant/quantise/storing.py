@@ -1,5 +1,6 @@
 """Quantised layers as a checkpoint holds them: tensors by path, and entries for config.json."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,55 +73,34 @@ def describe_replicas(paths: list[str], block: nn.Module, spec: Spec, rotation_b
 
 
 @step("storing")
-def store(made: dict[str, Affine], modules: dict[str, nn.Module], around: Around, dtype: mx.Dtype,
-          result: BlockResult) -> None:
-    """Put affine layers, with what surrounds them, into ``result``."""
-    for path, affine in made.items():
-        linear, columns = modules[path], affine.codes.shape[1]
-        inner = describe(path, affine.spec, columns, around, linear, result)
-        if inner in result.plain:
-            tensors = {"weight": affine.packed(), "scales": affine.scales.astype(dtype),
-                       "biases": affine.biases.astype(dtype)}
+def store(made: Mapping[str, Affine | Replicas], block: nn.Module, spec: Spec, around: Around,
+          dtype: mx.Dtype, result: BlockResult) -> None:
+    """Put siblings of ``block``, with what surrounds or what they share, into ``result``."""
+    modules, shared = dict(block.named_modules()), next(iter(made.values()))
+    if isinstance(shared, Replicas):
+        group = describe_replicas(list(made), block, spec, around.rotation_block, result)
+        result.tensors[f"{group}.replica_in"] = shared.replica_in.astype(dtype)
+        if shared.column_scale is not None:
+            result.tensors[f"{group}.column_scale"] = shared.column_scale.astype(dtype)
+        if around.rotation_signs is not None:
+            result.tensors[f"{group}.rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
+    for path, codes in made.items():
+        inner, linear = path, modules[path]
+        if isinstance(codes, Replicas):
+            tensors = {"codes": pack_codes(codes.codes, spec.bits),
+                       "replica_out": codes.replica_out.astype(dtype)}
         else:
-            tensors = grouped.tensors_of(affine, dtype)
+            inner = describe(path, spec, codes.codes.shape[1], around, linear, result)
+            tensors = codes.tensors(dtype) if inner in result.plain else grouped.tensors_of(
+                codes, dtype)
         if "bias" in linear:
             tensors["bias"] = linear.bias.astype(dtype)
         result.tensors |= {f"{inner}.{name}": array for name, array in tensors.items()}
-        if around:
+        if inner != path:
             result.tensors |= {
                 f"{path}.{name}": array.astype(dtype) if name == "input_scale" else array
                 for name, array in tree_flatten(around.wrap(linear).parameters())
                 if not name.startswith("linear.")}
-
-
-@step("storing")
-def store_replicas(made: dict[str, Replicas], block: nn.Module, spec: Spec, around: Around,
-                   dtype: mx.Dtype, result: BlockResult) -> None:
-    """Put replicated siblings of ``block``, and what they share, into ``result``."""
-    group = describe_replicas(list(made), block, spec, around.rotation_block, result)
-    shared, modules = next(iter(made.values())), dict(block.named_modules())
-    result.tensors[f"{group}.replica_in"] = shared.replica_in.astype(dtype)
-    if shared.column_scale is not None:
-        result.tensors[f"{group}.column_scale"] = shared.column_scale.astype(dtype)
-    if around.rotation_signs is not None:
-        result.tensors[f"{group}.rotation_signs"] = hadamard.pack_signs(around.rotation_signs)
-    for path, replicas in made.items():
-        result.tensors |= {f"{path}.codes": pack_codes(replicas.codes, spec.bits),
-                           f"{path}.replica_out": replicas.replica_out.astype(dtype)}
-        if "bias" in modules[path]:
-            result.tensors[f"{path}.bias"] = modules[path].bias.astype(dtype)
-
-
-@step("storing")
-def store_stack(path: str, module: nn.Module, parts: list[Affine], dtype: mx.Dtype,
-                result: BlockResult) -> None:
-    """Put a stack of matrices, such as a mixture's experts, into ``result`` as MLX stores one."""
-    describe(path, parts[0].spec, parts[0].codes.shape[1], Around(), module, result)
-    result.tensors |= {f"{path}.weight": mx.stack([part.packed() for part in parts]),
-                       f"{path}.scales": mx.stack([part.scales for part in parts]).astype(dtype),
-                       f"{path}.biases": mx.stack([part.biases for part in parts]).astype(dtype)}
-    if "bias" in module:
-        result.tensors[f"{path}.bias"] = module.bias.astype(dtype)
 
 
 def group_path(paths: list[str], modules: dict[str, nn.Module]) -> tuple[str, str]:
