@@ -1,8 +1,7 @@
 """The graph that one token makes of a network or a part of it, in which its layers are calls.
 
-Each call hands on arrays of its own, and what it was handed is a result of the graph: so the
-names in MLX's export tell what is connected, whatever an architecture calls its parts. Nothing is
-computed.
+Each call hands on arrays of its own, which depend on what it was handed: so the names in MLX's
+export tell what is connected, whatever an architecture calls its parts. Nothing is computed.
 """
 
 from collections import defaultdict
@@ -73,6 +72,7 @@ class Graph:
         """Read the graph of ``run``, which makes the calls. ``same`` are operations that hand an
         array's numbers on, as they are or in another shape."""
         parts: list[dict[str, Any]] = []
+        # All calls are results: what a layer makes may matter only in a long prompt.
         mx.export_function(parts.append, lambda *given: [
             run(*given), *(call.made for call in self.calls)], *inputs)
         ends = {part["type"]: part for part in parts if part["type"] != "primitive"}
