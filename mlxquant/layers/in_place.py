@@ -20,7 +20,6 @@ class InPlaceCache(KVCache):
     """mlx-lm's cache of one sequence, and all that it can do; ``room`` makes it write in place."""
 
     _own: tuple[mx.array, mx.array] | None = None  # made here, and in no other's hands
-    _capacity = 0  # tokens that there is room for in it
 
     @classmethod
     def of(cls, cache: Any) -> "InPlaceCache | None":
@@ -33,7 +32,7 @@ class InPlaceCache(KVCache):
     def ready(self) -> bool:
         """Whether what is held was made here and has room for a token."""
         return (self._own is not None and self.keys is self._own[0]
-                and self.values is self._own[1] and self.offset < self._capacity)
+                and self.values is self._own[1] and self.offset < self.keys.shape[2])
 
     def room(self, heads: int, size: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array] | None:
         """Keys and values (1, heads, capacity, size) with room for one token at ``offset``; None
@@ -46,8 +45,7 @@ class InPlaceCache(KVCache):
             return None
         # In steps that grow, as whatever depends on the capacity is traced anew.
         steps = self.offset // self.step
-        self._capacity = (steps + 1 + steps // 8) * self.step
-        shape = (1, heads, self._capacity, size)
+        shape = (1, heads, (steps + 1 + steps // 8) * self.step, size)
         return self.hold(*(self._copy(array, shape, dtype) for array in old))
 
     def hold(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -19,7 +19,6 @@ from mlxquant.layers.packed import (
     PackedGroup,
     PackedLinear,
     PackedMLP,
-    PackedSibling,
     TracedForFew,
     are_gated,
 )
@@ -66,9 +65,8 @@ def _pack_group(network: nn.Module, path: str, shared: ReplicaInput,
     """Pack what reads ``shared``, the module at ``path``, and let go of it in ``modules``."""
     linears = {p: m for p, m in sorted(modules.items())  # gate before up
                if isinstance(m, Replicated) and m.input is shared}
-    kind: type[PackedCodes] = PackedGroup if shared.experts is None else PackedExperts
-    sibling: type[PackedSibling[Any]] = (
-        PackedLinear if shared.experts is None else PackedSwitchLinear)
+    kind, sibling = ((PackedGroup, PackedLinear) if shared.experts is None else
+                     (PackedExperts, PackedSwitchLinear))
     group = kind(shared, list(linears.values()))
     made = [sibling(group, index, linear.get("bias"))
             for index, linear in enumerate(linears.values())]
