@@ -52,7 +52,7 @@ class _News:
     stop: bool = False
 
 
-class Engine:
+class Engine(threading.Thread):
     """Answers jobs until it is stopped; a failure in one reply is told to its job alone.
 
     Under ``mlx.launch`` every machine runs one, and all follow the first. ``ended`` is called
@@ -61,6 +61,7 @@ class Engine:
 
     def __init__(self, model: LanguageModel, options: Options,
                  ended: Callable[[], None] = lambda: None):
+        super().__init__(name="generation")
         self.error: Exception | None = None
         self._model, self._ended = model, ended
         self._loop = options.loop
@@ -73,27 +74,23 @@ class Engine:
         self._rows: dict[int, Job] = {}  # by their number in the batch
         self._count, self._stopping = 0, False
         self._group = mx.distributed.init()
-        self._thread = threading.Thread(target=self.run, name="generation")
-
-    def start(self) -> None:
-        self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._stopping
+        return self.is_alive() and not self._stopping
 
     def submit(self, job: Job) -> None:
         """Have ``job`` answered; its ``tell`` hears a failure where the thread has ended."""
         self._inbox.put(job)
-        if not self._thread.is_alive():
+        if not self.is_alive():
             self._refuse_all()
 
     def stop(self) -> None:
         """End the thread after its present step, and wait for it."""
         self._stopping = True
         self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
         """Answer what comes; in a thread of its own, but for machines that only follow."""
