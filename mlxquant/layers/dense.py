@@ -20,8 +20,9 @@ def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
         network.set_dtype(mx.float32)
-        network = _expand(dequantize_model(network), (GroupedLinear, Replicated))
-        network = _fold_transforms(network)
+        network = dequantize_model(network)
+        expand(network, GroupedLinear, Replicated)
+        _fold_transforms(network)
         network.set_dtype(dtype)
         for _, array in tree_flatten(network.parameters()):
             mx.eval(array)
@@ -54,12 +55,7 @@ def dense_layer(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module
     return dense
 
 
-def expand_grouped(network: nn.Module) -> nn.Module:
-    """Replace every grouped layer by a dense one in the type of its scales, in place."""
-    return _expand(network, (GroupedLinear,))
-
-
-def _fold_transforms(network: nn.Module) -> nn.Module:
+def _fold_transforms(network: nn.Module) -> None:
     """Put what a dense layer's input goes through into its weight, where that is linear."""
     made = []
     for path, module in network.named_modules():
@@ -68,12 +64,11 @@ def _fold_transforms(network: nn.Module) -> nn.Module:
             module.linear.weight = module.untransform_weight(module.linear.weight)
             made.append((path, module.linear))
     network.update_modules(tree_unflatten(made))
-    return network
 
 
-def _expand(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Dense layers for those of ``kinds``; what siblings share goes, so that the parameters are
-    those of a plain model."""
+def expand(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Dense layers for those of ``kinds``, in place, in the type of their scales; what siblings
+    share goes, so that the parameters are those of a plain model."""
     made, modules = [], dict(network.named_modules())
     for path, module in modules.items():
         if isinstance(module, kinds):
@@ -85,7 +80,6 @@ def _expand(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module
             above, _, name = path.rpartition(".")
             del modules[above][name]
     network.update_modules(tree_unflatten(made))
-    return network
 
 
 def _dense_linear(module: nn.Module) -> nn.Module:

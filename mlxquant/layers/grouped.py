@@ -12,7 +12,7 @@ class GroupedLinear(nn.Module):
 
     ``codes`` is (m, ⌈n·bits / 32⌉) uint32, a little-endian bit stream per row;
     ``scales`` and ``biases`` are (m, n / group), or (1, 1) per tensor. There is no
-    kernel for it: ``dense.expand_grouped`` replaces it when a model is loaded.
+    kernel for it: ``dense.expand`` replaces it when a model is loaded.
     """
 
     def __init__(self, inputs: int, outputs: int, bits: int, group_size: int | Whole,

@@ -22,7 +22,8 @@ from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsuppo
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.layers import traffic
 from mlxquant.layers.blocks import held_bytes
-from mlxquant.layers.dense import expand_grouped, to_dense
+from mlxquant.layers.dense import expand, to_dense
+from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.pack import pack
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
 from mlxquant.model import distributed, stored
@@ -90,7 +91,7 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
         print(f"{name} takes {needed / 1e9:.2f} of the {limit / 1e9:.2f} GB that may be used: "
               "replies may be slow, and long ones may not fit; `mlxquant plan` shows smaller forms",
               file=sys.stderr)
-    network = expand_grouped(network)
+    expand(network, GroupedLinear)
     on_cpu = mx.default_device() == mx.cpu
     if dense or (on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit):
         network = to_dense(network)
