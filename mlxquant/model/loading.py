@@ -82,7 +82,7 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     """Load model ``name`` from the folder that ``resolve`` gave; all else is as for ``load``."""
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
-    network, config = _build(folder, trust_remote_code)
+    network, config = open_lazily(folder, trust_remote_code)
     needed = held_bytes(network) // group.size()
     if needed > limit:
         raise TooLarge(f"{name} needs {needed / 1e9:.2f} GB for its weights, "
@@ -109,12 +109,8 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     return LanguageModel(name, folder, network, tokenizer, config)
 
 
-def open_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def open_lazily(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a folder with its weights still on disk, for looking at shapes and formats."""
-    return _build(folder, trust_remote_code=False)
-
-
-def _build(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     try:
         network, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code,
                                      get_model_classes=stored.model_classes(folder))
