@@ -137,9 +137,8 @@ def _job(method: str, width: Width, common: Job) -> Job:
 def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job | None = None,
          made: Made | None = None) -> Row:
     """A row of what was measured, asked and made; only the original's has no ``job``."""
-    spec: dict[str, Any] = {"bits": 16, "group_size": None, "rotation": None}
-    if job is not None:
-        spec = job.spec.as_dict()
+    spec: dict[str, Any] = job.spec.as_dict() if job else {
+        "bits": 16, "group_size": None, "rotation": None}
     replicated = spec if spec.get("method") == "replica" else {}
     measured = ("bits_per_weight", "file_bytes", "perplexity", "kl_mean", "top1_agreement")
     return Row(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
