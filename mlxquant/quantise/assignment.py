@@ -4,14 +4,11 @@ Each layer is quantised in every candidate way on the float model's statistics, 
 together, and the error weighed by how much the model's predictions feel it (``sensitivity.py``):
 nats of divergence per token, which add up over layers as long as they are small. ``budget.py``
 then spends the bits. Siblings share their input's scales where they are stored alike; where one of
-them is felt more, it may be worth scales of its own. Of a mixture a few experts, the busiest, are
-tried and stand for all.
+them is felt more, it may be worth scales of its own.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,7 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
-from mlxquant.codes.statistics import Statistics
 from mlxquant.codes.width import Width
-from mlxquant.layers.blocks import Block
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
@@ -31,11 +26,11 @@ from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
-from mlxquant.quantise.observe import Routed, linears
+from mlxquant.quantise.observe import linears
 from mlxquant.quantise.plans import Plan, plan_blocks
-from mlxquant.quantise.sensitivity import expected_divergence, output_importance
+from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
-from mlxquant.quantise.trials import quantise_trials
+from mlxquant.quantise.trials import Trial
 from mlxquant.quantise.walk import float_walk, identity, release
 from mlxquant.sources import checkpoint
 
@@ -45,11 +40,8 @@ REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
     for replicas in choices]
 _SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
-_EXPERTS = 4  # of a mixture's, that are tried
-_ROWS = 512  # of a matrix, or up to twice as many, that are tried and stand for all
 
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
-Weighed = tuple[list[float], float, list[float]]  # bits of each sibling, of all, damage of each
 
 
 def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> Job:
@@ -108,8 +100,8 @@ class _Measure:
             block, plan = blocks[index], self.plans[index]
             for paths, statistics in seen.siblings() if seen else ():
                 for group in self._together([p for p in paths if p in plan.specs], plan):
-                    found |= self._ways(_Trial(block, group, plan.specs[group[0]], statistics),
-                                        importance)
+                    found |= self._ways(Trial(block, group, plan.specs[group[0]], statistics,
+                                              self.job.seed), importance)
             if seen:
                 seen.statistics.clear()  # before those of the next block are taken
             release(block.module)
@@ -132,7 +124,7 @@ class _Measure:
             kinds.setdefault(spec if spec.method == "replica" else path, []).append(path)
         return list(kinds.values())
 
-    def _ways(self, trial: "_Trial", importance: dict[str, mx.array]) -> Ways:
+    def _ways(self, trial: Trial, importance: dict[str, mx.array]) -> Ways:
         """The siblings' ways by their joined paths: as their rule says, or else the method's, all
         alike or each in its own at one price per bit. What a sibling costs by itself is taken from
         the fit of all together, whose scales serve it a little worse."""
@@ -142,7 +134,7 @@ class _Measure:
             ways = [{}]
         single: list[list[Option]] = [[] for _ in trial.paths]
         shared = []
-        for way, (stored, common, damages) in enumerate(trial.results(ways, felt, self.job.seed)):
+        for way, (stored, common, damages) in enumerate(trial.results(ways, felt)):
             shared.append(common)
             for layer, bits, damage in zip(single, stored, damages):
                 layer.append(Option(way, bits + common, damage))
@@ -182,55 +174,3 @@ class _Measure:
         stored = sum(array.nbytes for array in [*tensors.values(), *loose])
         side = sum(map(len, checkpoint.side_files(self.folder).values()))
         return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(weighed))
-
-
-@dataclass
-class _Trial:
-    """Siblings of a block to try in every way: linear layers, or stacks of experts."""
-
-    block: Block
-    paths: list[str]
-    spec: Spec
-    statistics: Statistics | Routed
-
-    def full(self) -> list[str]:
-        """The siblings' paths in the network."""
-        return [self.block.full(path) for path in self.paths]
-
-    def results(self, ways: list[dict[str, Any]], felt: list[mx.array],
-                seed: int) -> Iterator[Weighed]:
-        """Of each way: the bits that each sibling stores by itself, those that they share, and the
-        nats that each costs, given how its outputs are ``felt``."""
-        modules = linears(self.block.module)
-        specs = [replace(self.spec, **way) for way in ways]
-        if isinstance(self.statistics, Statistics):
-            weights = [modules[path].weight for path in self.paths]
-            yield from self._weighed(weights, self.statistics, specs, felt, seed)
-            return
-        experts = len(modules[self.paths[0]].weight)
-        each = self.statistics.each
-        busiest = sorted(range(experts), key=lambda e: -each[e].count if each else e)[:_EXPERTS]
-        tried = [list(self._weighed([modules[path].weight[e] for path in self.paths],
-                                    self.statistics.of(e), specs, felt, seed)) for e in busiest]
-        for one in zip(*tried):
-            yield ([experts * bits for bits in one[0][0]], experts * one[0][1],
-                   [sum(column) / len(one) for column in zip(*(damages for *_, damages in one))])
-
-    def _weighed(self, weights: list[mx.array], statistics: Statistics, specs: list[Spec],
-                 felt: list[mx.array], seed: int) -> Iterator[Weighed]:
-        steps = [max(1, len(weight) // _ROWS) for weight in weights]
-        tried = [weight[::step] for weight, step in zip(weights, steps)]
-        felt = [_standing_for(every, step) for every, step in zip(felt, steps)]
-        ends = list(accumulate(map(len, tried)))[:-1]
-        trials = quantise_trials(tried, self.full()[0], specs, statistics, seed)
-        for error, hessian, own, common in trials:
-            bits: list[float] = [own_bits * len(every) // len(some)
-                                 for own_bits, every, some in zip(own, weights, tried)]
-            yield bits, common, [expected_divergence(rows, hessian, importance)
-                                 for rows, importance in zip(mx.split(error, ends), felt)]
-
-
-def _standing_for(every: mx.array, step: int) -> mx.array:
-    """Each ``step``-th of some values (m,), scaled so that together they are as much as all."""
-    some = every[::step]
-    return some * (every.sum() / mx.maximum(some.sum(), 1e-30))

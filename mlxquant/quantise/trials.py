@@ -1,32 +1,78 @@
-"""Quantise siblings in many ways at once, to compare what each costs."""
+"""Quantise siblings in many ways at once, to compare what each costs.
+
+Of a mixture a few experts, the busiest, are tried and stand for all.
+"""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
+from itertools import accumulate, groupby
+from typing import Any
 
 import mlx.core as mx
 
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
+from mlxquant.layers.blocks import Block
 from mlxquant.quantise import envelope
 from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.matrices import rotated, rotation_of, split
 from mlxquant.quantise.methods import METHODS, Codes
+from mlxquant.quantise.observe import Routed, linears
+from mlxquant.quantise.sensitivity import expected_divergence
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
 _ROUNDS = 2  # of the 8 that a result is fitted in: enough to tell ways apart
+_EXPERTS = 4  # of a mixture's, that are tried
+_ROWS = 512  # of a matrix, or up to twice as many, that are tried and stand for all
+
+# Of one way: the bits that each sibling stores by itself, those that they share, and the nats that
+# each costs.
+Weighed = tuple[list[float], float, list[float]]
 
 
-def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], statistics: Statistics,
-                    seed: int) -> Iterator[tuple[mx.array, mx.array, list[int], int]]:
-    """For each of ``specs``, which differ in widths and replicas alone: the error (m, n) of the
-    stacked siblings' ``weights``, the second moments (n, n) of the input they multiply, both
-    rotated where the spec rotates, the bits that each stores by itself, and those that they
-    share. ``path`` is the first sibling's. Balancing and refinement are left out."""
-    weight, rows, spec = mx.concatenate(weights), list(map(len, weights)), specs[0]
+@dataclass
+class Trial:
+    """Siblings of a block to try in every way: linear layers, or stacks of experts."""
+
+    block: Block
+    paths: list[str]
+    spec: Spec
+    statistics: Statistics | Routed
+    seed: int
+
+    def full(self) -> list[str]:
+        """The siblings' paths in the network."""
+        return [self.block.full(path) for path in self.paths]
+
+    def results(self, ways: list[dict[str, Any]], felt: list[mx.array]) -> Iterator[Weighed]:
+        """Each way's, given how the siblings' outputs are ``felt``."""
+        modules, known = linears(self.block.module), self.statistics
+        specs, first = [replace(self.spec, **way) for way in ways], self.full()[0]
+        if isinstance(known, Statistics):
+            weights = [modules[path].weight for path in self.paths]
+            yield from weigh(weights, specs, known, felt, first, self.seed)
+            return
+        experts, each = len(modules[self.paths[0]].weight), known.each
+        busiest = sorted(range(experts), key=lambda e: -each[e].count if each else e)[:_EXPERTS]
+        tried = [list(weigh([modules[path].weight[e] for path in self.paths], specs, known.of(e),
+                            felt, first, self.seed)) for e in busiest]
+        for one in zip(*tried):
+            yield ([experts * bits for bits in one[0][0]], experts * one[0][1],
+                   [sum(column) / len(one) for column in zip(*(damages for *_, damages in one))])
+
+
+def weigh(weights: list[mx.array], specs: list[Spec], statistics: Statistics,
+          felt: list[mx.array], path: str, seed: int) -> Iterator[Weighed]:
+    """What siblings' ``weights`` (m, n), of which some rows are tried, take and cost in each of
+    ``specs``, which differ in widths and replicas alone. ``felt`` (m,) is the importance of their
+    outputs, ``path`` the first sibling's. Balancing and refinement are left out."""
+    steps = [max(1, len(weight) // _ROWS) for weight in weights]
+    tried = [weight[::step] for weight, step in zip(weights, steps)]
+    felt = [_standing_for(every, step) for every, step in zip(felt, steps)]
+    rows, weight, spec = list(map(len, tried)), mx.concatenate(tried), specs[0]
     turned = 0  # bits of the rotation's signs
     if spec.rotation == "online":
         signs, size = rotation_of(seed, path, weight.shape[1])
@@ -34,9 +80,18 @@ def quantise_trials(weights: list[mx.array], path: str, specs: list[Spec], stati
         statistics = rotated(statistics, signs, size)
     moments, statistics = statistics.hessian, statistics.sound()
     for made in _tried(weight.astype(mx.float32), specs, statistics):
+        bits: list[float] = [part.own_bits() * len(every) // len(some)
+                             for part, every, some in zip(split(made, rows), weights, tried)]
         shared = turned + (made.shared_bits() if isinstance(made, Replicas) else 0)
-        own = [part.own_bits() for part in split(made, rows)]
-        yield made.dequantise() - weight, moments, own, shared
+        errors = mx.split(made.dequantise() - weight, list(accumulate(rows))[:-1])
+        yield bits, shared, [expected_divergence(error, moments, importance)
+                             for error, importance in zip(errors, felt)]
+
+
+def _standing_for(every: mx.array, step: int) -> mx.array:
+    """Each ``step``-th of some values (m,), scaled so that together they are as much as all."""
+    some = every[::step]
+    return some * (every.sum() / mx.maximum(some.sum(), 1e-30))
 
 
 def _tried(weight: mx.array, specs: list[Spec], statistics: Statistics) -> Iterator[Codes]:

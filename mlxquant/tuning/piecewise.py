@@ -46,7 +46,8 @@ class Pieces:
     def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
         """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""
         head = self._head(tokens)
-        outside = self._outside()
+        outside = {path: array for path, array in
+                   arrays_outside(self.network, self.blocks).items() if path in self.trained}
 
         def piece(inputs: mx.array, arrays: Arrays, place: slice) -> mx.array:
             with _holding(self.network, arrays):
@@ -74,11 +75,6 @@ class Pieces:
             return tree_map(lambda array: change.astype(array.dtype) * array, (slope, slopes))
 
         return loss_of(head.inputs, outside)[0]
-
-    def _outside(self) -> Arrays:
-        """The trained arrays that no block holds."""
-        return {path: array for path, array in arrays_outside(self.network, self.blocks).items()
-                if path in self.trained}
 
     def _head(self, tokens: mx.array) -> Head:
         """Run the blocks; what makes logits of what the last one gives."""
