@@ -1,9 +1,9 @@
 """Block Hadamard rotations after a random sign per input.
 
-R = blockdiag(H/√block) · diag(signs), with H the Walsh–Hadamard matrix in
-Sylvester's order, is orthogonal: W x = (W Rᵀ)(R x), while an outlier spreads
-over its block. It costs n·log₂(block) additions. See QuIP#
-(https://arxiv.org/abs/2402.04396) and QuaRot (https://arxiv.org/abs/2404.00456).
+R = blockdiag(H/√block) · diag(signs), with H the Walsh–Hadamard matrix in Sylvester's order, is
+orthogonal: W x = (W Rᵀ)(R x), while an outlier spreads over its block. It costs n·log₂(block)
+additions. See QuIP# (https://arxiv.org/abs/2402.04396) and QuaRot
+(https://arxiv.org/abs/2404.00456).
 
 Everything here works in the dtype of its input; rotate weights in float32.
 """
@@ -49,18 +49,14 @@ def unrotate_weight(weight: mx.array, signs: mx.array, block: int) -> mx.array:
 
 
 def rotate_hessian(hessian: mx.array, signs: mx.array, block: int) -> mx.array:
-    """R H Rᵀ (n, n): E[x xᵀ] of the rotated inputs. Also for an H that is not symmetric.
-
-    Raises as ``rotate``.
-    """
+    """R H Rᵀ (n, n): E[x xᵀ] of the rotated inputs, also for an H that is not symmetric. Raises as
+    ``rotate``."""
     return rotate(rotate(hessian, signs, block).T, signs, block).T
 
 
 def pack_signs(signs: mx.array) -> mx.array:
-    """Signs (n,) of ±1 as bits in ceil(n / 8) uint8, lowest bit first; a set bit is −1.
-
-    Raises ``BadValue`` for a value that is neither 1 nor −1.
-    """
+    """Signs (n,) of ±1 as bits in ceil(n / 8) uint8, lowest bit first; a set bit is −1. Raises
+    ``BadValue`` for a value that is neither 1 nor −1."""
     values = np.array(signs.astype(mx.float32))
     if not np.isin(values, (-1, 1)).all():
         raise BadValue("rotation_signs hold a value other than the allowed 1 and -1")

@@ -36,8 +36,17 @@ def group_size_of(value: object) -> int | Whole:
     return value if value > 0 else Whole(value)
 
 
+class _Recorded:
+    """A dataclass that files hold."""
+
+    def as_dict(self: Any) -> dict[str, Any]:
+        """The fields by name, widths and whole groups as files write them."""
+        return {name: value.value if isinstance(value, Enum) else value
+                for name, value in asdict(self).items()}
+
+
 @dataclass(frozen=True)
-class ReplicaShape:
+class ReplicaShape(_Recorded):
     """What siblings have in common: width of a code, replicas K, inputs per group G (0: plain),
     and block of the rotation (0: none). ``bits`` may be given as JSON has it. Raises ``BadValue``
     for what is not allowed."""
@@ -72,13 +81,9 @@ class ReplicaShape:
         """What rotating one token's ``inputs`` costs: n·log₂(block)."""
         return inputs * max(self.rotation_block.bit_length() - 1, 0)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The shape for JSON."""
-        return _json(self)
-
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(_Recorded):
     """How one matrix is quantised.
 
     ``bits`` is the width of a code. ``group_size`` consecutive inputs share a scale and an
@@ -127,10 +132,6 @@ class Spec:
         return ReplicaShape(self.bits, self.replicas, self.replica_group,
                             rotation_block if self.rotation == "online" else 0)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The spec for JSON."""
-        return _json(self)
-
 
 Rule = tuple[str, dict[str, Any]]  # a glob over layer paths, and what it changes in the spec
 
@@ -156,9 +157,3 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
 def _check(name: str, value: object, allowed: Collection[object]) -> None:
     if type(value) is bool or type(value) is float or value not in allowed:
         raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")
-
-
-def _json(spec: Spec | ReplicaShape) -> dict[str, Any]:
-    """The fields by name, widths and whole groups as files write them."""
-    return {name: value.value if isinstance(value, Enum) else value
-            for name, value in asdict(spec).items()}

@@ -2,7 +2,6 @@
 
 import zlib
 from itertools import accumulate
-from typing import cast
 
 import mlx.core as mx
 
@@ -25,9 +24,8 @@ def codes_of(weights: dict[str, mx.array], statistics: Statistics | None, spec: 
         apart = [codes_of({p: w}, statistics, spec, settings) for p, w in weights.items()]
         return {path: made for one in apart for path, made in one.items()}
     rows = [len(weight) for weight in weights.values()]
-    # A method that is not calibrated takes no statistics.
-    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())),
-                                         cast(Statistics, statistics), spec, settings)
+    made = METHODS[spec.method].quantise(mx.concatenate(list(weights.values())), statistics, spec,
+                                         settings)
     return dict(zip(weights, split(made, rows)))
 
 
