@@ -17,14 +17,14 @@ from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
 from mlxquant.quantise import observe, pipeline, walk
-from mlxquant.quantise.job import PROPAGATIONS, silent
+from mlxquant.quantise.job import PROPAGATIONS
 from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.observe import Observation
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
 
 
-def quantise(source, output, text, progress=silent, **options):
+def quantise(source, output, text, progress=lambda *_: None, **options):
     return mlxquant.quantize(str(source), output, job(text, **options), progress=progress)
 
 

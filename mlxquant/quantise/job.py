@@ -16,13 +16,9 @@ from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
 from mlxquant.quantise.settings import BlockTuning
 
 PROPAGATIONS = ("float", "quantised", "corrected")
+# Blocks done, of how many, seconds so far, and in which stage ("weighing" or "quantising"); or
+# steps done on a block, of how many, 100 × its error, and "tuning".
 Progress = Callable[[int, int, float, str], None]
-
-
-def silent(done: int, total: int, seconds: float, stage: str) -> None:
-    """A ``Progress`` that tells nobody: blocks done, of how many, seconds so far, and in which
-    stage ("weighing" or "quantising"); or steps done on a block, of how many, 100 × its error, and
-    "tuning"."""
 
 
 @dataclass(frozen=True)

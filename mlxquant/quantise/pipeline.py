@@ -29,7 +29,7 @@ from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.job import Job, Made, Progress, Text, silent
+from mlxquant.quantise.job import Job, Made, Progress, Text
 from mlxquant.quantise.passes import Passes
 from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
@@ -47,7 +47,7 @@ from mlxquant.sources.names import resolve
 @holds_output
 @recording()
 def quantize(name: str, output: str | Path, job: Job | None = None, *, revision: str | None = None,
-             progress: Progress = silent) -> Made:
+             progress: Progress = lambda *_: None) -> Made:
     """Quantise the model called ``name`` into the new folder ``output``.
 
     Without a ``job`` GPTQ makes 4 bits of it, in groups of 64, calibrated on text that the model
