@@ -1,20 +1,26 @@
 """Targets of bits per weight and of gigabytes: layers differ, and each bit counts."""
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
+from conftest import CONFIG, write_telling
 from mlx_lm.utils import load as stock_load
 from test_quantize import quantise
 
 import mlxquant
 from mlxquant.base.errors import BadValue
 from mlxquant.model.inspection import inspect
+from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import assignment
 from mlxquant.quantise.budget import choose
+from mlxquant.quantise.ends import WIDTHS, divergences
 from mlxquant.quantise.job import Target
 
 
 @pytest.mark.parametrize("target,size", [
     (Target(bits_per_weight=3.5), lambda r: r.bits_per_weight / 3.5),
-    (Target(gigabytes=0.00018), lambda r: r.file_bytes / 1.8e5),
+    (Target(gigabytes=0.0001), lambda r: r.file_bytes / 1e5),
 ])
 def test_a_target_is_met_and_layers_differ(tmp_path, tiny_folder, text, target, size):
     quantise(tiny_folder, tmp_path / "out", text, target=target,
@@ -53,7 +59,44 @@ def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, 
 def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
     with pytest.raises(BadValue, match="at least 2.5 bits per weight"):
         quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=1.5))
-    with pytest.raises(BadValue, match="at least 0.0001"):
-        quantise(tiny_folder, tmp_path / "out", text, target=Target(gigabytes=0.0001))
+    with pytest.raises(BadValue, match="at least 6.*e-05 GB, 3"):
+        quantise(tiny_folder, tmp_path / "out", text, target=Target(gigabytes=0.00005))
     with pytest.raises(BadValue, match="one positive number"):
         Target(bits_per_weight=3, gigabytes=1)
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory):
+    """A model with a head of its own that predicts something."""
+    folder = tmp_path_factory.mktemp("telling")
+    return write_telling(folder, CONFIG | {"tie_word_embeddings": False}) / "source"
+
+
+def test_narrow_embeddings_and_heads_cost_what_the_predictions_lose(telling):
+    tokens = np.random.default_rng(0).integers(0, 100, (4, 16))
+    found = dict(divergences(telling, tokens))
+    assert list(found) == list(WIDTHS) and list(found.values()) == sorted(found.values())[::-1]
+    network, _ = open_lazily(telling)
+    network.set_dtype(mx.float32)
+    right = nn.log_softmax(network(mx.array(tokens)))
+    nn.quantize(network, 64, 4, class_predicate=lambda path, module: "layers" not in path
+                and hasattr(module, "to_quantized"))
+    wrong = nn.log_softmax(network(mx.array(tokens)))
+    lost = (mx.exp(right) * (right - wrong)).sum(-1).mean().item()
+    assert found[4] == pytest.approx(lost, rel=0.1)  # the ranges of groups are found otherwise
+
+
+def test_a_folders_size_is_spent_on_embedding_and_head_too(tmp_path, telling, text):
+    def ends(gigabytes, **options):
+        folder = tmp_path / f"{gigabytes}{options}"
+        quantise(telling, folder, text, target=Target(gigabytes=gigabytes), **options)
+        made = inspect(str(folder))
+        assert made.file_bytes <= 1e9 * gigabytes
+        return {layer.bits for layer in made.layers if "layers" not in layer.path}
+
+    (chosen,) = ends(0.0001)
+    assert chosen < 8
+    with pytest.raises(BadValue, match="7.8.*e-05 of them outside the body"):
+        ends(0.0001, embedding_bits=8)
+    assert ends(0.00012, embedding_bits=5) == {5}
+    assert ends(1) == {32}  # as they are, where there is room

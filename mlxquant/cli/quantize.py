@@ -45,7 +45,8 @@ def quantize(
     target_bpw: Annotated[float | None, Option(
         help="Give each layer its own width: bits per weight of the body.")] = None,
     embedding_bits: Annotated[int | None, Option(
-        help="Width of embedding and head; default: as stored.")] = None,
+        help="Width of embedding and head; default: as stored, or with --target-gb the one with "
+             "which the model predicts best.")] = None,
     tune_blocks: Annotated[bool | None, Option(
         "--tune-blocks/--no-tune-blocks", show_default=False,
         help="Train each block's scales and codes until it gives what the original's does; "

@@ -25,6 +25,8 @@ from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
+from mlxquant.quantise.ends import WIDTHS as ENDS
+from mlxquant.quantise.ends import divergences
 from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import linears
 from mlxquant.quantise.plans import Plan, plan_blocks
@@ -45,7 +47,8 @@ Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bit
 
 
 def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> Job:
-    """``job`` with a rule for every layer, such that the result meets its target.
+    """``job`` with a rule for every layer, such that the result meets its target; where that is a
+    folder's size, with a width for embedding and head, too, unless it has one.
 
     Layers that the job's own rules name keep what those say. The damages are kept in the cache,
     so another target costs nothing more. The first pass needs the whole model in memory as
@@ -58,11 +61,11 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     if job.target.alike:
         options = {paths: [way for way in ways if len(set(way.choice)) == 1]
                    for paths, ways in options.items()}
-    chosen = choose(options, measure.budget(options, job.target))
+    ends, chosen = measure.spend(options, job.target)
     rules = tuple((path, dict(way)) for paths, option in chosen.items()
                   for path, way in zip(paths.split(","), option.choice)
                   if job.ruled(path) is None)
-    return replace(job, rules=job.rules + rules)
+    return replace(job, rules=job.rules + rules, embedding_bits=ends)
 
 
 @dataclass
@@ -146,8 +149,38 @@ class _Measure:
                              sum(o.damage for o in options))
         return {",".join(trial.full()): list(found.values())}
 
-    def budget(self, options: dict[str, list[Option]], target: Target) -> float:
-        """Bits that the layers may store together; raises ``BadValue`` where that is too few."""
+    def spend(self, options: dict[str, list[Option]],
+              target: Target) -> tuple[int | None, dict[str, Option]]:
+        """The width of embedding and head, and of every layer the option, that together cost least
+        within the target; raises ``BadValue`` where none are so small."""
+        found: list[tuple[float, int | None, dict[str, Option]]] = []
+        refusals: list[BadValue] = []
+        for ends, nats in self._ends(target):
+            try:
+                chosen = choose(options, self.budget(options, target, ends))
+            except BadValue as error:
+                refusals.append(error)
+                continue
+            found.append((nats + sum(option.damage for option in chosen.values()), ends, chosen))
+        if not found:
+            raise refusals[0]  # of the narrowest
+        return min(found, key=lambda way: way[0])[1:]
+
+    def _ends(self, target: Target) -> list[tuple[int | None, float]]:
+        """The widths in which embedding and head may be stored, None for as they are, and the nats
+        that each costs. Where a fused rotation changes both, they keep theirs."""
+        if (target.gigabytes is None or self.job.embedding_bits is not None
+                or self.job.spec.rotation == "fused"):
+            return [(self.job.embedding_bits, 0.0)]
+        setting = identity(self.folder, self.tokens.digest, ENDS)
+        file = cache_dir("sensitivity", f"{setting[:16]}.json")
+        measured = cached(file, lambda: divergences(self.folder, self.tokens.tokens))
+        return [*map(tuple, measured), (None, 0.0)]
+
+    def budget(self, options: dict[str, list[Option]], target: Target,
+               ends: int | None) -> float:
+        """Bits that the layers may store together where embedding and head have ``ends`` bits;
+        raises ``BadValue`` where that is too few."""
         least = sum(min(option.bits for option in ways) for ways in options.values())
         if target.bits_per_weight is not None:
             modules = dict(self.network.named_modules())
@@ -157,16 +190,17 @@ class _Measure:
                                f"these groups the smallest widths take at least "
                                f"{least / weights:.4g} bits per weight")
             return target.bits_per_weight * weights
-        fixed, wanted = self._fixed_bytes(options), target.gigabytes or 0.0
+        fixed, wanted = self._fixed_bytes(options, ends), target.gigabytes or 0.0
         if 8 * (wanted * 1e9 - fixed) < least:
             raise BadValue(f"the target is {wanted:g} GB; the smallest widths take at least "
                            f"{(fixed + least / 8) / 1e9:.4g} GB, {fixed / 1e9:.4g} of them outside "
                            "the body")
         return 8 * (wanted * 1e9 - fixed)
 
-    def _fixed_bytes(self, options: dict[str, list[Option]]) -> int:
+    def _fixed_bytes(self, options: dict[str, list[Option]], ends: int | None) -> int:
         """Bytes of a result's folder beside the layers' weights, at most."""
-        tensors = outside(self.network, self.config, self.job).tensors
+        job = replace(self.job, embedding_bits=ends)
+        tensors = outside(self.network, self.config, job).tensors
         weighed = tuple(f"{path}." for paths in options for path in paths.split(","))
         loose = [array for block in self.blocks for path, array in
                  tree_flatten(block.module.parameters())

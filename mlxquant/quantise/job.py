@@ -63,11 +63,11 @@ class Job:
     width that keeps the model's predictions best within a size. ``propagation`` says whose inputs
     a block is calibrated on: the ``float`` model's, the ``quantised`` prefix's, or those with the
     target ``corrected`` for the error already made. ``embedding_bits`` None keeps embedding and
-    head as stored. ``activation`` rounds the inputs of all layers as well, ``alpha`` is
-    SmoothQuant's strength (None: searched). Blocks in ``repeats`` run more than once in the
-    result, which changes nothing before their gates are tuned. ``tuning`` trains each block towards
-    the float block's output once its codes are found. The same ``seed`` gives the same
-    bytes. Raises ``BadValue`` for an impossible combination.
+    head as stored, but where a target of gigabytes chooses. ``activation`` rounds the inputs of
+    all layers as well, ``alpha`` is SmoothQuant's strength (None: searched). Blocks in ``repeats``
+    run more than once in the result, which changes nothing before their gates are tuned. ``tuning``
+    trains each block towards the float block's output once its codes are found. The same ``seed``
+    gives the same bytes. Raises ``BadValue`` for an impossible combination.
     """
 
     spec: Spec = field(default_factory=Spec)
