@@ -89,14 +89,16 @@ def test_narrow_embeddings_and_heads_cost_what_the_predictions_lose(telling):
 def test_a_folders_size_is_spent_on_embedding_and_head_too(tmp_path, telling, text):
     def ends(gigabytes, **options):
         folder = tmp_path / f"{gigabytes}{options}"
-        quantise(telling, folder, text, target=Target(gigabytes=gigabytes), **options)
+        notes = quantise(telling, folder, text, target=Target(gigabytes=gigabytes), **options).notes
         made = inspect(str(folder))
         assert made.file_bytes <= 1e9 * gigabytes
-        return {layer.bits for layer in made.layers if "layers" not in layer.path}
+        (width,) = {layer.bits for layer in made.layers if "layers" not in layer.path}
+        assert (f"embedding and head have {width} bits" in str(notes)) == (
+            width < 32 and not options)
+        return width
 
-    (chosen,) = ends(0.0001)
-    assert chosen < 8
+    assert ends(0.0001) < 8
     with pytest.raises(BadValue, match="7.8.*e-05 of them outside the body"):
         ends(0.0001, embedding_bits=8)
-    assert ends(0.00012, embedding_bits=5) == {5}
-    assert ends(1) == {32}  # as they are, where there is room
+    assert ends(0.00012, embedding_bits=5) == 5
+    assert ends(1) == 32  # as they are, where there is room

@@ -73,10 +73,13 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         else:
             tokens = self_written(load(name, revision=revision), job.text.samples,
                                   job.text.length, job.seed)
+    asked = job.embedding_bits
     if job.target is not None:
         with step(WEIGHING):
             job = assign(folder, job, tokens, progress)
-    run = Run(folder, output, job, tokens, asdict(card.base_of(name, folder)), needs)
+    chosen = [f"embedding and head have {job.embedding_bits} bits, with which the model predicts "
+              "best in this size"] if job.embedding_bits != asked else []
+    run = Run(folder, output, job, tokens, asdict(card.base_of(name, folder)), needs, chosen)
     return run.make(network, blocks, config, progress)
 
 
@@ -98,7 +101,7 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 @dataclass
 class Run:
     """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
-    for the card, and what it ``needs``."""
+    for the card, what it ``needs``, and what was ``chosen`` for it."""
 
     folder: Path
     output: Path
@@ -106,6 +109,7 @@ class Run:
     tokens: Calibration
     base: dict[str, Any]
     needs: room.Needs = field(default_factory=room.Needs)
+    chosen: list[str] = field(default_factory=list)
 
     @recording()
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
@@ -134,7 +138,7 @@ class Run:
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
             tuned, left = summary(body.tuned)
             record |= {"tuned_blocks": tuned} if tuned else {}
-            notes = [note for plan in plans for note in plan.notes] + left
+            notes = [*self.chosen, *(note for plan in plans for note in plan.notes), *left]
             with step("writing"):
                 config = self._write(work, body, record | ({"notes": notes} if notes else {}),
                                      check)
