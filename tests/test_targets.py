@@ -102,3 +102,11 @@ def test_a_folders_size_is_spent_on_embedding_and_head_too(tmp_path, telling, te
         ends(0.0001, embedding_bits=8)
     assert ends(0.00012, embedding_bits=5) == 5
     assert ends(1) == 32  # as they are, where there is room
+
+
+def test_what_nothing_is_gained_by_stays_as_it_is(tmp_path, telling, text, monkeypatch):
+    """Some networks are one block, with embedding and head in it."""
+    monkeypatch.setattr(assignment, "divergences", lambda *_: [(bits, 0.0) for bits in WIDTHS])
+    made = quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))
+    assert not made.notes
+    assert inspect(str(tmp_path / "out")).layers[0].bits == 32

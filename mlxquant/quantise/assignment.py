@@ -164,7 +164,7 @@ class _Measure:
             found.append((nats + sum(option.damage for option in chosen.values()), ends, chosen))
         if not found:
             raise refusals[0]  # of the narrowest
-        return min(found, key=lambda way: way[0])[1:]
+        return min(found, key=lambda way: (way[0], way[1] is not None))[1:]
 
     def _ends(self, target: Target) -> list[tuple[int | None, float]]:
         """The widths in which embedding and head may be stored, None for as they are, and the nats

@@ -5,6 +5,7 @@ whole head. What their errors cost is not foretold but measured: the model predi
 each width would store them.
 """
 
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,7 +36,8 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
             rounded = outside(*open_lazily(folder), Job(embedding_bits=bits))
             network.update(tree_unflatten(_weights(rounded)))
             lost = nn.losses.kl_div_loss(_predictions(network, row), wanted, reduction="mean")
-            sums[bits] += max(0.0, lost.item()) / len(rows)  # below 0 by rounding alone
+            # Below 0 by rounding alone; what predicts no numbers is left as it is.
+            sums[bits] += max(0.0, lost.item()) / len(rows) if mx.isfinite(lost) else math.inf
             network.update(tree_unflatten(own))
     return list(sums.items())
 
