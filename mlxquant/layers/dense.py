@@ -34,11 +34,16 @@ def expanded_weight(module: nn.Module) -> mx.array:
     float32."""
     if not hasattr(module, "bits"):
         return module.weight.astype(mx.float32)
-    scales, biases = module.scales, module.biases
+    return expanded(module.weight, module.scales, module.biases, module.group_size, module.bits,
+                    module.mode)
+
+
+def expanded(weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int,
+             bits: int, mode: str = "affine") -> mx.array:
+    """What such arrays stand for, dense float32."""
     if biases is not None:  # affine: expanded as float32, not as what the scales are stored in
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(module.weight, scales, biases, module.group_size, module.bits,
-                         module.mode, dtype=mx.float32)
+    return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=mx.float32)
 
 
 def dense_layer(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:

@@ -9,6 +9,7 @@ them is felt more, it may be worth scales of its own.
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ class _Measure:
         self.network, self.config = open_lazily(self.folder)
         self.blocks = blocks_of(self.network)
         self.plans = plan_blocks(self.network, self.blocks, self.job)
+
+    @cached_property
+    def _side(self) -> int:
+        """Bytes of the files beside weights and configuration."""
+        return sum(map(len, checkpoint.side_files(self.folder).values()))
 
     def options(self, progress: Progress) -> dict[str, list[Option]]:
         """The ways to store every layer, or siblings (their paths joined by commas, the choice
@@ -206,5 +212,4 @@ class _Measure:
                  tree_flatten(block.module.parameters())
                  if not block.full(path).startswith(weighed)]
         stored = sum(array.nbytes for array in [*tensors.values(), *loose])
-        side = sum(map(len, checkpoint.side_files(self.folder).values()))
-        return stored + side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(weighed))
+        return stored + self._side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(weighed))

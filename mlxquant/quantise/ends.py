@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxquant.layers.dense import to_dense
+from mlxquant.layers.dense import expanded, to_dense
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
@@ -28,18 +28,19 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
     """KL(model ‖ model with embedding and head in so many bits) in nats per token, for each of
     ``WIDTHS``, over parts of ``tokens`` (sequences, length). The model is held in float32."""
     network = to_dense(open_lazily(folder)[0])
-    own, sums = tree_flatten(network.parameters()), dict.fromkeys(WIDTHS, 0.0)
     rows = [mx.array(row[None, :_LENGTH]) for row in tokens[:_ROWS]]
-    for row in rows:
-        wanted = _predictions(network, row)
-        for bits in WIDTHS:
-            rounded = outside(*open_lazily(folder), Job(embedding_bits=bits))
-            network.update(tree_unflatten(_weights(rounded)))
-            lost = nn.losses.kl_div_loss(_predictions(network, row), wanted, reduction="mean")
-            # Below 0 by rounding alone; what predicts no numbers is left as it is.
-            sums[bits] += max(0.0, lost.item()) / len(rows) if mx.isfinite(lost) else math.inf
-            network.update(tree_unflatten(own))
-    return list(sums.items())
+    own, wanted = tree_flatten(network.parameters()), [_predictions(network, row) for row in rows]
+    found = []
+    for bits in WIDTHS:
+        rounded = outside(*open_lazily(folder), Job(embedding_bits=bits))
+        network.update(tree_unflatten(_weights(rounded)))
+        lost = [nn.losses.kl_div_loss(_predictions(network, row), right, reduction="mean").item()
+                for row, right in zip(rows, wanted)]
+        # Below 0 by rounding alone; what predicts no numbers is left as it is.
+        found.append((bits, sum(max(0.0, nats) if math.isfinite(nats) else math.inf
+                                for nats in lost) / len(lost)))
+        network.update(tree_unflatten(own))
+    return found
 
 
 def _predictions(network: nn.Module, row: mx.array) -> mx.array:
@@ -52,7 +53,6 @@ def _predictions(network: nn.Module, row: mx.array) -> mx.array:
 def _weights(rounded: Outside) -> list[tuple[str, mx.array]]:
     """Dense weights of what is quantised outside the blocks, by name."""
     parts = rounded.tensors
-    return [(f"{path}.weight", mx.dequantize(
-        parts[f"{path}.weight"], parts[f"{path}.scales"].astype(mx.float32),
-        parts[f"{path}.biases"].astype(mx.float32), entry["group_size"], entry["bits"]))
-        for path, entry in rounded.entries.items() if "mode" not in entry]
+    return [(f"{path}.weight", expanded(parts[f"{path}.weight"], parts[f"{path}.scales"],
+                                        parts.get(f"{path}.biases"), **entry))
+            for path, entry in rounded.entries.items()]
