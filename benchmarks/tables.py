@@ -357,9 +357,8 @@ def answers() -> str:
     for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
         parts.append(f"## {prompt}")
         for row in shown:
-            name = {"original": "The file itself"}.get(row["method"], row["method"])
-            if row["method"] != "original":
-                name += f", {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)"
+            name = "The file itself" if row["method"] == "original" else (
+                f"{row['method']}, {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)")
             answer = row["answers"][index]["answer"].rstrip()
             parts.append(f"{name}:\n\n````\n{answer}\n````")
     return "\n\n".join(parts)

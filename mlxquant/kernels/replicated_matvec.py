@@ -186,7 +186,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
                 sizes(rows, matrix.chunks, tokens, matrix.scales.replica_in.shape[-2],
-                      ((1 << bits) - 1) * 0x10001), *added.inputs(matrix.replica_out)],
+                      ((1 << bits) - 1) * 0x10001),  # a code's bits in both halves of a word
+                *added.inputs(matrix.replica_out)],
         template=[("T", dtype), ("EXACT", dtype == mx.float32 or fold), ("BITS", bits),
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group), ("FOLD", fold),
