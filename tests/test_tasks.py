@@ -92,6 +92,19 @@ def test_the_likeliest_ending_per_letter_is_chosen(models, files):
     assert found.marks == [c == line["answer"] for c, line in zip(chosen, ENDINGS)]
 
 
+def test_where_every_length_is_planned_there_are_few_and_the_choices_are_the_same(
+        models, files, monkeypatch):
+    (task,) = tasks.prepare([str(files / "endings.jsonl")])
+    lengths, network = [], type(models[1].network)
+    call = network.__call__
+    expected = task.answered(models[1])
+    monkeypatch.setattr(tasks, "is_cuda", lambda: True)
+    monkeypatch.setattr(network, "__call__", lambda self, tokens, cache: (
+        lengths.append(tokens.shape[1]), call(self, tokens, cache=cache))[1])
+    assert task.answered(models[1]).chosen == expected.chosen
+    assert lengths and all(length % 64 == 0 for length in lengths)
+
+
 def test_a_file_of_a_models_own_choices_is_all_right_and_of_others_all_wrong(models, files,
                                                                              tmp_path):
     own = tasks.prepare([str(files / "choices.jsonl")])[0].answered(models[0]).chosen

@@ -29,6 +29,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.kernels.backend import is_cuda
 from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import check_context
 from mlxquant.report import task_files
@@ -137,6 +138,9 @@ class _Model(TemplateLM):
     def __init__(self, model: LanguageModel, progress: Progress):
         super().__init__()
         self._model, self._progress = model, progress
+        # On CUDA, MLX plans attention anew for every pair of lengths, which takes longer than to
+        # read a few tokens more: lengths there are multiples of so many tokens.
+        self._step = 64 if is_cuda() else 1
 
     @property
     def eot_token_id(self) -> int:
@@ -149,24 +153,30 @@ class _Model(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]],
                               **_: Any) -> list[tuple[float, bool]]:
-        """What is common to the choices of a question is read once."""
+        """What is common to the choices of a question is read once, as far as whole steps go; what
+        follows is filled up to one, which causal attention does not see."""
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         check_context(self._model, longest, 0)
         network, results = self._model.network, list[tuple[float, bool]]()
         for context, of_one in groupby(requests, key=lambda request: request[1]):
-            cache = make_prompt_cache(network)
-            if len(context) > 1:
-                network(mx.array([context[:-1]]), cache=cache)
+            cache, read = make_prompt_cache(network), (len(context) - 1) // self._step * self._step
+            if read:
+                network(mx.array([context[:read]]), cache=cache)
                 mx.eval([layer.state for layer in cache])
             for continuation in (request[2] for request in of_one):
-                tokens = mx.array([context[-1:] + continuation])
-                logits = network(tokens[:, :-1], cache=deepcopy(cache)).astype(mx.float32)
-                targets = tokens[:, 1:]
-                greedy = mx.all(mx.argmax(logits, axis=-1) == targets)
-                loss = nn.losses.cross_entropy(logits, targets, reduction="sum")
-                results.append((-loss.item(), bool(greedy.item())))
+                tokens = context[read:] + continuation
+                filling = [tokens[-1]] * self._filling(read, len(tokens) - 1)
+                logits = network(mx.array([tokens[:-1] + filling]), cache=deepcopy(cache))
+                first = len(context) - read - 1
+                results.append(_likelihood(logits[0, first:len(tokens) - 1], continuation))
             self._progress(len(results), len(requests), None)
         return results
+
+    def _filling(self, read: int, tokens: int) -> int:
+        """Tokens to add to ``tokens`` behind ``read`` of them, within the model's context."""
+        free = -tokens % self._step
+        limit = self._model.context_length
+        return free if limit is None else min(free, limit - read - tokens)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         replies = list[str]()
@@ -186,6 +196,15 @@ class _Model(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance],
                               disable_tqdm: bool = True) -> list[float]:
         raise NotImplementedError  # ``Task`` refuses what would ask for it
+
+
+def _likelihood(logits: mx.array, continuation: list[int]) -> tuple[float, bool]:
+    """The logarithm of the probability of a continuation of n tokens by the logits (n, vocabulary)
+    before each, and whether each was the likeliest."""
+    logits, targets = logits.astype(mx.float32), mx.array(continuation)
+    greedy = mx.all(mx.argmax(logits, axis=-1) == targets)
+    loss = nn.losses.cross_entropy(logits, targets, reduction="sum")
+    return -loss.item(), bool(greedy.item())
 
 
 def prepare(names: Sequence[str], questions: int | None = None) -> list[Task]:
