@@ -34,7 +34,6 @@ AFFINE = ((8, 64), (6, 64), (5, 64), (4, 64), (4, 128), (3, 64), (3, 128), (2, 6
 REPLICATED = tuple((bits, k, g) for bits in (4, 3, 2, "ternary", 1)
                    for k, g in ((2, 0), (4, 0), (8, 16)))
 KV_BITS = (16, 8, 4)
-EMBEDDING_BITS = 8
 _TOKENS = 256  # a context that is proposed is a multiple of it
 _AS_GOOD = 1.02  # times the best perplexity: then the faster is recommended
 
@@ -209,13 +208,19 @@ def _candidates(model: _Model, config: dict[str, Any], machine: Host,
         made.append((Form("replicas", *shape, free), lanes.replicated(*shape), spec))
     for form, cost, spec in made:
         try:
-            job = Job(spec, embedding_bits=EMBEDDING_BITS)
+            job = Job(spec, embedding_bits=_ends(form))
             yield _judged(model.name, form), planned(model.original, model.config, job), cost
         except BadValue:  # most layers cannot take it
             continue
         except MlxquantError as error:
             if str(error) not in remarks:
                 remarks.append(str(error))
+
+
+def _ends(form: Form) -> int:
+    """Bits of embedding and head beside a body of this form. 6 cost 0.001 to 0.005 nats per token
+    (``benchmarks/LOG.md``), which is little beside what a body of 4 bits or fewer costs."""
+    return 8 if Width.of(form.bits).code_bits > 4 else 6
 
 
 def _stored(config: dict[str, Any]) -> tuple[Form, lanes.Cost]:
@@ -240,7 +245,7 @@ def _judged(name: str, form: Form) -> Form:
     folder += f"-k{form.replicas}" if form.replicas else ""
     source = "MODEL" if name.endswith(".json") else shlex.quote(name)
     form = replace(form, command=f"mlxquant quantize {source} -o {shlex.quote(folder)} "
-                                 f"--bits {form.bits} {flags} --embedding-bits {EMBEDDING_BITS}")
+                                 f"--bits {form.bits} {flags} --embedding-bits {_ends(form)}")
     return form if known is None else replace(
         form, quality=known.ratio, quality_source=known.source, quality_rank=known.rank)
 
