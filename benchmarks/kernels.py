@@ -1,11 +1,13 @@
 """Kernels of replicated layers on this machine's GPU, beside MLX's own and a read ceiling.
 
-    python benchmarks/kernels.py [--out NAME] [--quick] [--kernels NAME …] [--list]
+    python benchmarks/kernels.py [--out NAME] [--quick] [--kernels NAME …] [--tokens N …]
+        [--list]
 
 Every row names the kernel that ran. ``replicated_matvec`` is the body that Metal compiles; on an
 NVIDIA GPU the same text runs through CUDA on ordinary cores. ``replicated_tensor_cores`` exists on
 NVIDIA only. Without ``--kernels`` every row is timed with each of the two that this machine has.
-``--list`` prints the rows and times nothing, which needs no GPU.
+``--tokens`` takes the rows of so many tokens alone. ``--list`` prints the rows and times nothing,
+which needs no GPU.
 
 Weights are cold: matrices that together are several times the cache take turns. Times are the GPU's
 own (``mlxquant/kernels/gpu_clock.py``): launching from Python does not count. "chain": every step
@@ -253,9 +255,13 @@ def main() -> None:
     options.add_argument("--out", default="kernels")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    options.add_argument("--tokens", nargs="+", type=int)
     options.add_argument("--list", action="store_true")
     a = options.parse_args()
     ours, theirs = (OURS, STOCK) if a.quick else (OURS + OURS_TOO, STOCK + STOCK_TOO)
+    if a.tokens:
+        ours = [case for case in ours if case.tokens in a.tokens]
+        theirs = [row for row in theirs if row[-1] in a.tokens]
     names = [name for name in a.kernels if backend.is_cuda() or name != "replicated_tensor_cores"]
     if a.list:
         print(*(f"mx.quantized_matmul: {bits} bit G64 {rows}×{inputs}, {tokens} tokens"
@@ -264,7 +270,7 @@ def main() -> None:
     elif not backend.has_gpu() or not names:
         options.exit(1, "kernels need a GPU; --list shows what would be timed\n")
     else:
-        measure(Results(a.out), names, ours, theirs, CHECKED)
+        measure(Results(a.out), names, ours, theirs, [] if a.tokens else CHECKED)
 
 
 if __name__ == "__main__":

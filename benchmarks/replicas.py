@@ -40,9 +40,13 @@ PLAN = {
     "budget-2.10": REPLICA | dict(bits=2, target=Target(2.10)),
     "budget-2.20": REPLICA | dict(bits=2, target=Target(2.20)),
     "budget-2.40": REPLICA | dict(bits=2, target=Target(2.40)),
+    "budget-2.50": REPLICA | dict(bits=2, target=Target(2.50)),
     "budget-3.00": REPLICA | dict(bits=2, target=Target(3.00)),
+    "budget-3.05": REPLICA | dict(bits=2, target=Target(3.05)),
     "budget-1.75": REPLICA | dict(bits="ternary", target=Target(1.75)),
     "budget-1.20": REPLICA | dict(bits=1, target=Target(1.20)),
+    **{f"{gigabytes}-gb": REPLICA | dict(bits=2, target=Target(gigabytes=gigabytes))
+       for gigabytes in (0.0675, 0.28, 0.6, 0.76)},
     "ternary-4": REPLICA | dict(bits="ternary", replicas=4),
     "1-bit-5": REPLICA | dict(bits=1, replicas=5),
     "groups-192": GROUPS | dict(group_size=192),
