@@ -54,12 +54,12 @@ def job(text=None, samples=8, length=64, **changes):
     return Job(text=Text(files, samples, length)).changed(**{"tune_blocks": False} | changes)
 
 
-def replicated(config: dict, shape: ReplicaShape) -> nn.Module:
+def replicated(config: dict, shape: ReplicaShape, rules: tuple = ()) -> nn.Module:
     """The network that ``quantize`` makes of a configuration: all layers replicated and rotated,
-    also where the architecture would keep some wider, an embedding and head of 8 bits. Its
-    weights are yet to be filled."""
+    also where the architecture would keep some wider, those of ``rules`` differently, an embedding
+    and head of 8 bits. Its weights are yet to be filled."""
     asked = job(bits=shape.bits, method="replica", rotation="online", replicas=shape.replicas,
-                replica_group=shape.replica_group, embedding_bits=8, rules=(("*", {}),))
+                replica_group=shape.replica_group, embedding_bits=8, rules=(*rules, ("*", {})))
     return planned(outline.network_of(config), config, asked)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from test_fused_block import stock_network
+from test_fused_block import APART, stock_network
 from test_packed import network_of
 
 from mlxquant.kernels import backend, prepare_input, replicated_matvec, rotary
@@ -68,6 +68,15 @@ def a_block(make):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_block_of_packed_layers_takes_ten_kernels_a_token(laid_out, form):
     assert a_block(functools.partial(network_of, form)) <= 10
+
+
+def test_each_further_way_of_storing_siblings_adds_two_and_gate_and_up_apart_three(laid_out):
+    def took(*rules):
+        return a_block(functools.partial(network_of, "llama", rules=rules))
+
+    kinds = [(f"*.{name}_proj", {"replicas": i + 1}) for i, name in enumerate("qk")]
+    assert [took(*kinds[:more]) for more in range(3)] == [10, 12, 14]
+    assert took(*APART) == 10 + 2 + 3  # the copies of gate and up are one node
 
 
 @pytest.mark.parametrize("bits", [None, 4])

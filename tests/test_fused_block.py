@@ -25,6 +25,7 @@ from test_packed import FORMS as packed_forms
 from test_packed import emulated, network_of, on_kernels  # noqa: F401 (a fixture)
 
 import mlxquant
+from mlxquant.codes.width import Width
 from mlxquant.kernels import backend, rotary
 from mlxquant.layers import outline
 from mlxquant.layers.blocks import held_bytes
@@ -44,15 +45,21 @@ OTHER_TURNS = {"dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0},
                                          "original_max_position_embeddings": 16}}}
 
 
-def stock_network(form="llama", bits=None, dtype=mx.float32, **changes):
+# Values and up are stored in another way than their siblings, as budgets and GGUF files have it.
+APART = (("*.v_proj", {"bits": Width.THREE}), ("*.up_proj", {"replicas": 2}))
+
+
+def stock_network(form="llama", bits=None, dtype=mx.float32, apart=False, **changes):
     """A random network of MLX's own layers, of 16 bits or affine in groups of 32, the same at each
-    call."""
+    call; ``apart`` has values and up in 8 bits."""
     network = outline.network_of(CONFIG | packed_forms[form] | changes)
     mx.random.seed(0)
     network.update(tree_map(lambda array: 0.1 * mx.random.normal(array.shape),
                             network.parameters()))
     if bits:
-        nn.quantize(network, 32, bits)
+        wider = ("v_proj", "up_proj") if apart else ()
+        nn.quantize(network, class_predicate=lambda path, layer: hasattr(layer, "to_quantized")
+                    and {"group_size": 32, "bits": 8 if path.endswith(wider) else bits})
     network.set_dtype(dtype)
     mx.eval(network.parameters())
     return network
@@ -118,6 +125,26 @@ def test_layers_of_mlx_are_stacked_and_held_once(form, bits, dtype):
     q, k, v = (memoryview(fused.layers[0].self_attn[f"{name}_proj"].weight) for name in "qkv")
     ends = [np.asarray(part).ctypes.data + part.nbytes for part in (q, k)]
     assert ends == [np.asarray(part).ctypes.data for part in (k, v)]  # of one array
+
+
+@emulated
+@pytest.mark.parametrize("form", FORMS)
+def test_siblings_that_are_stored_in_several_ways_are_fused_too(turned, form):
+    networks = both(form, rules=APART)
+    token = alike(networks, [5, 80, 200])
+    for _ in range(3):
+        token = alike(networks, [token])
+    assert all(type(layer) is InPlaceCache for layer in networks[1][1])
+
+
+@pytest.mark.parametrize("form", [*FORMS, "bias"])
+def test_so_are_layers_of_mlx_in_several_widths(form):
+    own, fused = (stock_network(form, 4, apart=True) for _ in range(2))
+    networks = [(network, make_prompt_cache(network)) for network in (own, pack(fused))]
+    for tokens in ([5, 80, 200], [7], [99], [31, 150], [6]):
+        alike(networks, tokens)
+    assert all(type(layer) is InPlaceCache for layer in networks[1][1])
+    assert held_bytes(fused) == held_bytes(own)
 
 
 @pytest.mark.parametrize("make", [network_of, stock_network])

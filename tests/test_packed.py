@@ -65,10 +65,10 @@ def on_kernels(request, monkeypatch, emulated):
     return emulated
 
 
-def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32, **changes):
+def network_of(form="llama", shape=SHAPE, repeats=(), dtype=mx.float32, rules=(), **changes):
     """A random network of replicated layers, the same at each call, norms and gates too."""
     mx.random.seed(0)
-    network = replicated(CONFIG | FORMS[form] | changes, shape)
+    network = replicated(CONFIG | FORMS[form] | changes, shape, rules)
     for seed, (_, layer) in enumerate(linears(network)):
         fill(layer, seed)
     repeated.install(network, repeats)
@@ -106,6 +106,17 @@ def one_by_one(network, tokens=TOKENS, prefill=10):
     return mx.concatenate(
         [network(tokens[:, a:b], cache=cache) for a, b in pairwise(ends)], axis=1
     )
+
+
+def felt(network, change, logits):
+    """How far ``logits`` move where the embedding moves by a share of ``change``: some random
+    networks enlarge a rounding a thousandfold."""
+    kinds = nn.Embedding, nn.QuantizedEmbedding
+    embedding = next(module for module in network.modules() if isinstance(module, kinds))
+    name = "scales" if "scales" in embedding else "weight"
+    noise = mx.random.normal(embedding[name].shape, key=mx.random.key(0))
+    embedding[name] = embedding[name] * (1 + change * noise)
+    return backend.relative_error(one_by_one(network), logits)
 
 
 def packed_and_stored(**shape):
@@ -211,9 +222,9 @@ def test_a_whole_packed_model_is_the_stored_one(on_kernels, form):
     for name in CONFIGURATIONS if name not in NOT_COMPARED])
 def test_any_architecture_says_the_same_fused_and_as_stored(name):
     """A prompt and four tokens: the logits, and with them what is most probable."""
-    packed = pack(any_network(name))
-    logits, stored = one_by_one(packed), one_by_one(any_network(name))
-    assert backend.relative_error(logits, stored) < 2e-5
+    packed, own = pack(any_network(name)), any_network(name)
+    logits, stored = one_by_one(packed), one_by_one(own)
+    assert backend.relative_error(logits, stored) < max(2e-5, felt(own, 1e-6, stored))
     assert mx.array_equal(logits.argmax(-1), stored.argmax(-1))
     kinds = [type(module) for module in packed.modules()]
     plain = sum(hasattr(module, "one_token") for module in packed.modules())

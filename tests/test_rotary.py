@@ -42,8 +42,8 @@ def test_heads_are_normed_turned_and_stored(emulation, case):
     qkv, *cache, place, how = case.draw()
     before = [np.array(array.astype(F32)) for array in cache]
     counts = (case.queries, case.stored, case.stored)
-    parts = [qkv[0, start:start + heads * case.size].reshape(heads, case.size)
-             for start, heads in zip(how.starts, counts)]
+    parts = [whole[0, start:start + heads * case.size].reshape(heads, case.size)
+             for whole, start, heads in zip(qkv, how.starts, counts)]
     norms = how.norms or (None, None)
     expected = [*(defined(x, 5, how, norm) for x, norm in zip(parts, norms)),
                 np.array(parts[2].astype(F32))]

@@ -1,6 +1,6 @@
 """Random cases on which kernels are held against their references."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -75,8 +75,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Heads:
-    """Random heads of a token, ``queries`` of queries and ``stored`` of keys and of values, and a
-    cache for seven tokens."""
+    """Random heads of a token, ``queries`` of queries and ``stored`` of keys and of values, in one
+    array or with values ``apart``, and a cache for seven tokens."""
 
     queries: int
     stored: int
@@ -85,14 +85,16 @@ class Heads:
     dtype: mx.Dtype
     traditional: bool = False
     normed: bool = False
+    apart: bool = False
     quick = True
 
     def __str__(self) -> str:
-        kind = "traditional " * self.traditional + "normed " * self.normed
+        kind = ("traditional " * self.traditional + "normed " * self.normed
+                + "values apart " * self.apart)
         return (f"{self.queries}+2×{self.stored} heads of {self.size}, {self.dims} turned, {kind}"
                 f"{str(self.dtype).split('.')[-1]}")
 
-    def draw(self) -> tuple[mx.array, mx.array, mx.array, mx.array, Rotary]:
+    def draw(self) -> tuple[Sequence[mx.array], mx.array, mx.array, mx.array, Rotary]:
         """What ``rotary.turn`` takes."""
         random = np.random.default_rng(0)
 
@@ -104,8 +106,11 @@ class Heads:
         steps = mx.array((0.9 * random.random(self.dims // 2) + 0.01).astype(np.float32))
         keys, values = (normal(1, self.stored, 7, self.size) for _ in range(2))
         # In the order in which siblings are stacked: k, q, v.
-        return normal(1, more + 2 * n), keys, values, mx.array([5] + 7 * [0], mx.int32), Rotary(
-            self.queries, self.stored, self.size, (n, 0, n + more), steps, self.traditional,
+        whole, values_at = normal(1, more + 2 * n), n + more
+        qkv = [whole, whole, whole[:, values_at:] if self.apart else whole]
+        starts = (n, 0, 0 if self.apart else values_at)
+        return qkv, keys, values, mx.array([5] + 7 * [0], mx.int32), Rotary(
+            self.queries, self.stored, self.size, starts, steps, self.traditional,
             norms if self.normed else None)
 
 
@@ -113,7 +118,7 @@ def heads(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Heads]:
     for dtype in dtypes:
         yield Heads(6, 2, 128, 128, dtype)
         yield Heads(3, 3, 80, 32, dtype, traditional=True, normed=True)
-        yield Heads(4, 1, 96, 96, dtype, normed=True)
+        yield Heads(4, 1, 96, 96, dtype, normed=True, apart=True)
 
 
 def cases(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Case]:

@@ -13,6 +13,7 @@ arrays (``layers/in_place.py`` sees to it), and whatever reads them after comes 
 Based on RoFormer (https://arxiv.org/abs/2104.09864).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ _BODY = """
     if (head >= queries + 2 * stored) return;  // a whole simdgroup
     const bool query = head < queries, value = head >= queries + stored;
     const int own = query ? head : (head - queries) % stored;
-    const auto from = qkv + sizes[query ? 3 : value ? 5 : 4] + own * SIZE;
+    const auto from = (query ? q : value ? v : k) + sizes[query ? 3 : value ? 5 : 4] + own * SIZE;
     float a[EACH], b[EACH], sum = 0.0f;
     UNROLL for (int i = 0; i < EACH; ++i) {
         const int pair = 32 * i + lane;
@@ -66,16 +67,17 @@ _BODY = """
     }
 """
 _KERNEL = backend.Kernel(
-    "rotary", ["qkv", "keys", "values", "steps", "query_weight", "key_weight", "place", "sizes"],
-    ["out"], _BODY)
+    "rotary", ["q", "k", "v", "keys", "values", "steps", "query_weight", "key_weight", "place",
+               "sizes"], ["out"], _BODY)
 _THREADS = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """How heads of ``size`` numbers go to attention: so many of ``queries``, and ``stored`` of keys
-    and of values, found in one array at ``starts`` (of queries, keys, values); ``steps`` (dims/2,)
-    are radians a position, in float32. ``norms`` are those of queries and keys, or none."""
+    and of values, found in their arrays at ``starts`` (of queries, keys, values); ``steps``
+    (dims/2,) are radians a position, in float32. ``norms`` are those of queries and keys, or
+    none."""
 
     queries: int
     stored: int
@@ -90,31 +92,34 @@ class Rotary:
         return 2 * len(self.steps)
 
 
-def turn(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
+def turn(qkv: Sequence[mx.array], keys: mx.array, values: mx.array, place: mx.array,
          rotary: Rotary) -> list[mx.array]:
     """Queries (1, heads, 1, size), and ``keys`` and ``values`` (1, heads, capacity, size) as they
-    are once those of ``qkv`` (1, m), a token, have been written at position ``place`` [0] of both.
-    The arrays that are given change; of them only what is returned may be read."""
+    are once those of a token have been written at position ``place`` [0] of both. ``qkv`` are the
+    arrays (1, m) that hold its queries, keys and values, mostly one three times. ``keys`` and
+    ``values`` change as they are given; of them only what is returned may be read."""
+    dtype = qkv[0].dtype
     query_weight, key_weight = ([norm.weight for norm in rotary.norms] if rotary.norms
-                                else (qkv, qkv))  # which is not read
+                                else qkv[:2])  # which are not read
     epsilons = [float_bits(norm.eps) for norm in rotary.norms or ()]
     heads = rotary.queries + 2 * rotary.stored
     queries: mx.array = _KERNEL(
-        inputs=[qkv, keys, values, rotary.steps, query_weight, key_weight, place,
+        inputs=[*qkv, keys, values, rotary.steps, query_weight, key_weight, place,
                 sizes(rotary.queries, rotary.stored, keys.shape[2], *rotary.starts, *epsilons)],
-        template=[("T", qkv.dtype), ("SIZE", rotary.size), ("DIMS", rotary.dims),
+        template=[("T", dtype), ("SIZE", rotary.size), ("DIMS", rotary.dims),
                   ("TRADITIONAL", rotary.traditional), ("NORM", bool(rotary.norms))],
         grid=(-(-heads * 32 // _THREADS) * _THREADS, 1, 1), threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(1, rotary.queries, 1, rotary.size)], output_dtypes=[qkv.dtype])[0]
+        output_shapes=[(1, rotary.queries, 1, rotary.size)], output_dtypes=[dtype])[0]
     return [queries, *mx.depends([keys, values], [queries])]
 
 
-def reference(qkv: mx.array, keys: mx.array, values: mx.array, place: mx.array,
+def reference(qkv: Sequence[mx.array], keys: mx.array, values: mx.array, place: mx.array,
               rotary: Rotary) -> list[mx.array]:
     """The same in ``mx`` operations, which leave the given arrays as they are."""
     made = []
-    for i, (start, heads) in enumerate(zip(rotary.starts, (rotary.queries, *2 * [rotary.stored]))):
-        part = qkv[:, start:start + heads * rotary.size].reshape(1, heads, 1, rotary.size)
+    counts = rotary.queries, rotary.stored, rotary.stored
+    for i, (whole, start, heads) in enumerate(zip(qkv, rotary.starts, counts)):
+        part = whole[:, start:start + heads * rotary.size].reshape(1, heads, 1, rotary.size)
         if i < 2:
             part = rotary.norms[i](part) if rotary.norms else part
             part = mx.fast.rope(part, rotary.dims, traditional=rotary.traditional, base=None,

@@ -5,6 +5,8 @@ where layers are packed.
     attention · preparation · O and the residual · norm and preparation · gate, up · SwiGLU and
     preparation · down and the residual
 
+Where siblings are stored in several ways, each further one is a norm and preparation and a product
+more, and of gate and up two copies, too.
 Of MLX's own layers it is eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
 SwiGLU · down · residual, and one more where there are biases. Attention alone takes four where its
 block's norm went into its first product.
@@ -63,17 +65,18 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module,
 
 
 def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
-    """Have a module of such parts, packed or not, take single tokens in few dispatches, where each
-    of its products is one; ``watch`` is to be called when nothing of it changes any more."""
+    """Have a module of such parts, packed or not, take single tokens in few dispatches, where its
+    layers' products have no others; ``watch`` is to be called when nothing of it changes any
+    more."""
     if backend.has_gpu() and not trusted("rotary"):  # its reference copies the cache
         return None
     modules, mlp = dict(module.named_modules()), parts.mlp
     wanted = [parts.qkv, (parts.out,), *((mlp.gate_up, (mlp.down,)) if mlp else ())]
     joined = [made for paths in wanted if (made := join([modules[path] for path in paths]))]
-    if len(joined) < len(wanted) or (mlp and joined[2].starts[0]):  # the gate is the first half
+    if len(joined) < len(wanted):
         return None
     how = replace(parts.rotary, starts=joined[0].starts)
-    mx.eval(how.steps, [part.bias for part in joined])
+    mx.eval(how.steps, [product.bias for part in joined for product in part.products])
     own = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -112,18 +115,19 @@ class _Halves:
     def behind(self, y: mx.array, x: mx.array) -> mx.array:
         # In two dimensions: a reshape is no kernel, but costs its time.
         if self.parts.mlp is None:
-            return self.out(y.reshape(1, -1)).reshape(1, 1, -1)
+            return self.out.whole(y.reshape(1, -1)).reshape(1, 1, -1)
         gate_up, down = self.mlp
-        h = self.out(y.reshape(1, -1), residual=x.reshape(1, -1))
-        return down(gate_up(h, self.parts.mlp.norm), Gate(), h).reshape(x.shape)
+        h = self.out.whole(y.reshape(1, -1), residual=x.reshape(1, -1))
+        gated = gate_up.whole(h, self.parts.mlp.norm)
+        return down.whole(gated, Gate(), h).reshape(x.shape)
 
     def keep(self, dtype: mx.Dtype) -> bool:
         """Whether a hidden state of ``dtype`` keeps it all the way: found without computing."""
         x, how = mx.zeros((1, 1, self.parts.inputs), dtype), self.how
-        z = self.qkv(x.reshape(1, -1), self.parts.norm)
-        y = self.behind(mx.zeros((1, how.queries * how.size), dtype), x)
-        return z.dtype == y.dtype == dtype and all(norm.dtype(z) == dtype
-                                                   for norm in how.norms or ())
+        made = [*self.qkv(x.reshape(1, -1), self.parts.norm),
+                self.behind(mx.zeros((1, how.queries * how.size), dtype), x)]
+        return all(array.dtype == dtype for array in made) and all(
+            norm.dtype(x) == dtype for norm in how.norms or ())
 
 
 class OneToken:

@@ -1,7 +1,9 @@
-"""Linear layers that read one input, as one product: a packed group, or MLX's own, stacked."""
+"""Linear layers that read one input, in few products: packed groups, or MLX's own, stacked."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,38 +46,82 @@ class Stacked:
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
-    """The product, the row at which each layer's part of it starts, and the biases or none."""
+class Product:
+    """One product, and the biases of its rows or none."""
 
     product: PackedGroup | Stacked
-    starts: tuple[int, ...]
     bias: mx.array | None
 
-    def __call__(self, x: mx.array, first: AsIs | None = None,
-                 residual: mx.array | None = None) -> mx.array:
-        """All layers' outputs (tokens, m) of ``x`` (tokens, n), to which ``first`` is done before,
-        or what a packed group does by itself; ``residual`` is added."""
+    def __call__(self, x: mx.array, first: AsIs | None, residual: mx.array | None) -> mx.array:
         return self.product.stacked(x, first, Added(self.bias, residual))
 
 
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Layers that read one input, in as few products as there are ways in which they are stored;
+    of each layer the number of its product, the row at which it starts there, and where it ends."""
+
+    products: tuple[Product, ...]
+    places: tuple[tuple[int, int, int], ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(start for _, start, _ in self.places)
+
+    def __call__(self, x: mx.array, first: AsIs | None = None,
+                 residual: mx.array | None = None) -> list[mx.array]:
+        """For each layer the array that holds its outputs for ``x`` (tokens, n), to which ``first``
+        is done before, or what a packed group does by itself; ``residual`` is added."""
+        made = [product(x, first, residual) for product in self.products]
+        return [made[product] for product, _, _ in self.places]
+
+    def whole(self, x: mx.array, first: AsIs | None = None,
+              residual: mx.array | None = None) -> mx.array:
+        """All layers' outputs (tokens, m), one layer's behind the other's."""
+        made = self(x, first, residual)
+        ordered = all(a[2] == b[1] for a, b in itertools.pairwise(self.places))
+        if len(self.products) == 1 and ordered:
+            return made[0]
+        return mx.concatenate([array[:, start:end] for array, (_, start, end)
+                               in zip(made, self.places)], axis=-1)
+
+
 def join(layers: list[nn.Module]) -> Joined | None:
-    """Layers that read one input; None where no one product has all of them, and only them."""
-    kinds = {(type(layer), *(getattr(layer, key, None) for key in _FORM),
-              *(layer[name].dtype for name in ("weight", "scales") if name in layer))
-             for layer in layers}
-    product: PackedGroup | Stacked
-    if len(kinds) == 1 and type(layers[0]) in (nn.Linear, nn.QuantizedLinear):
-        product, places = Stacked(layers), list(range(len(layers)))
-    elif all(isinstance(layer, PackedLinear) for layer in layers):
-        product, places = layers[0].group, [layer.index for layer in layers]
-        if (len(layers) + 1 != len(product.bounds)
-                or any(layer.group is not product for layer in layers)):
+    """Layers that read one input; None where no products have all of them, and only them."""
+    kinds: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault(_kind(layer), []).append(index)
+    products, places = list[Product](), dict[int, tuple[int, int, int]]()
+    for number, indices in enumerate(kinds.values()):
+        alike = [layers[index] for index in indices]
+        product: PackedGroup | Stacked
+        if isinstance(alike[0], PackedLinear):
+            product, rows = alike[0].group, [layer.index for layer in alike]
+            if len(alike) != product.siblings:
+                return None
+        elif type(alike[0]) in (nn.Linear, nn.QuantizedLinear):
+            product, rows = Stacked(alike), list(range(len(alike)))
+        else:
             return None
-    else:
+        products.append(Product(product, _bias(product.bounds, dict(zip(rows, alike)))))
+        places |= {index: (number, *product.bounds[row:row + 2])
+                   for index, row in zip(indices, rows)}
+    return Joined(tuple(products), tuple(places[index] for index in range(len(layers))))
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What layers share that one product can have."""
+    if isinstance(layer, PackedLinear):
+        return id(layer.group)
+    return (type(layer), *(getattr(layer, key, None) for key in _FORM),
+            *(layer[name].dtype for name in ("weight", "scales") if name in layer))
+
+
+def _bias(bounds: Sequence[int], layers: dict[int, nn.Module]) -> mx.array | None:
+    """The biases of all rows of a product, by the places of its layers."""
+    given = {place: layer.bias for place, layer in layers.items() if "bias" in layer}
+    if not given:
         return None
-    bias, bounds = None, product.bounds
-    if given := {place: layer.bias for place, layer in zip(places, layers) if "bias" in layer}:
-        dtype = next(iter(given.values())).dtype
-        bias = mx.concatenate([given.get(i, mx.zeros(bounds[i + 1] - bounds[i], dtype))
-                               for i in range(len(layers))])
-    return Joined(product, tuple(bounds[place] for place in places), bias)
+    dtype = next(iter(given.values())).dtype
+    return mx.concatenate([given.get(i, mx.zeros(end - start, dtype))
+                           for i, (start, end) in enumerate(itertools.pairwise(bounds))])
