@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import figures
+import real_tables
 import tables
 import tree
 
@@ -21,11 +22,12 @@ PAGES = {
                   "tree": tree.tree},
     "docs/results.md": {
         "default-model": tables.default_model, "widths": tables.widths,
-        "replicas": tables.replicas, "blocks-trained": tables.blocks_trained,
+        "replicas": tables.replicas, "blocks-trained": real_tables.blocks_trained,
+        "tasks": real_tables.tasks,
         "kernels": tables.kernels, "metal-body": tables.metal_body,
         "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods,
-        "real-models": tables.real_models, "making": tables.making},
-    "docs/answers.md": {"answers": tables.answers},
+        "real-models": real_tables.real_models, "making": real_tables.making},
+    "docs/answers.md": {"answers": real_tables.answers},
     "docs/architecture.md": {"files": tree.files},
 }
 

@@ -1,12 +1,11 @@
-"""The tables of README.md and docs/: one function each, from ``results/`` and from the program."""
+"""The tables of README.md and of small models and kernels in docs/: one function each, from
+``results/`` and from the program."""
 
 import json
-import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 from measured import (
@@ -22,13 +21,12 @@ from measured import (
     replica_rows,
     replica_runs,
 )
-from record import RESULTS, place, read
+from record import place, read
 
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 
 Row = dict[str, Any]
-Rows = list[Row]
 KERNELS = {
     "mx.quantized_matmul": "MLX's `quantized_matmul`",
     "replicated_matvec": "`replicated_matvec`, Metal's body, through CUDA on ordinary cores",
@@ -181,21 +179,6 @@ def replicas() -> str:
                  "no other number is given; seconds are those of each stage.")
 
 
-def blocks_trained() -> str:
-    """Models whose blocks were trained as they were made."""
-    run = read("blocks-trained-h100")
-    rows = [[row["model"].removesuffix("-Instruct"), row["method"],
-             f"{row['windows']} × 512 of {row['text']}", f"{row['bits_per_weight']:.2f}",
-             f"{row['before']:.1f}" if row["before"] else "", f"{row['perplexity']:.1f}",
-             f"{row['kl_mean']:.3f}",
-             f"{row['other_perplexity']:.1f}" if "other_perplexity" in row else "",
-             f"{row['seconds']}, {row['training_seconds']}",
-             f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""] for row in run["rows"]]
-    return table(("model", "body", "tokens", "bits/weight:", "`wt2-40` before:", "trained:", "KL:",
-                  "other text:", "seconds in all, training:", "peak GB:"), rows,
-                 f"{place(run)}: `{run['command']}`. {run['note']}")
-
-
 def kernels() -> str:
     """One token, or a few, through one layer: what ran it, alone and in a chain."""
     run = kernel_run()
@@ -267,101 +250,6 @@ def methods() -> str:
                  f"The model itself: {original_perplexity():.2f}. {place(read('methods-h200-6'))}. "
                  "Rows without seconds ran beside other work, on that GPU or an H100, or on a CPU: "
                  "their perplexities compare, their times do not.")
-
-
-REAL = ("real-models-1.5b", "real-models-1.5b-2", "real-models-0.5b", "real-models-135m")
-
-
-def real_rows() -> list[Row]:
-    """What ``real_models.py`` measured, each model and way once."""
-    rows = {}
-    for name in REAL:
-        for row in read(name)["rows"]:
-            rows[row["model"].removesuffix(".gguf"), row["method"], row["bits"]] = row
-    return [row | {"model": model} for (model, *_), row in rows.items()]
-
-
-def real_models() -> str:
-    """Real models of two families, calibrated only."""
-    rows = [[r["model"], "the file itself" if r["method"] == "original" else
-             f"{r['method']}, {r['bits']} bits", f"{r['bits_per_weight']:.2f}",
-             f"{r['file_bytes'] / 1e6:,.0f}", f"{r['perplexity']:.2f}", f"{r['kl_mean']:.4f}",
-             f"{100 * r['top1_agreement']:.0f} %",
-             f"{r['seconds']:.0f}" if r.get("seconds") else "",
-             f"{r['peak_memory_gb']:.1f}" if r.get("seconds") else ""] for r in real_rows()]
-    return table(("model", "body", "bits/weight:", "MB:", "perplexity:", "KL:", "same top token:",
-                  "seconds:", "peak GB:"), rows,
-                 f"{place(read(REAL[0]))}: `{read(REAL[0])['command']}` and its kin "
-                 "(`results/real-models-*.json`). Calibrated on 128 samples of 512 tokens, no "
-                 "tuning, groups of 64; perplexity `wt2-40`, by the layers that a GPU runs.")
-
-
-WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the same, blocks tuned",
-        "gptq": "GPTQ, 4 bits", "rtn": "RTN, 4 bits", "budget": "replicas, 2.4 bits a weight",
-        "mlx-gptq": "mlx-lm's GPTQ, 4 bits", "mlx-rtn": "mlx-lm's RTN, 4 bits"}
-
-
-def making_rows() -> dict[str, Rows]:
-    """What ``making.py`` measured, by place: the latest row of each model and way, by size."""
-    found: dict[str, dict[tuple[str, str], Row]] = {}
-    for path in sorted(RESULTS.glob("making-*.json")):
-        run = read(path.stem)
-        for row in run["rows"]:
-            found.setdefault(place(run), {})[row["model"], row["way"]] = row | {
-                "tokens": f"{run['samples']} × {run['length']}"}
-    return {where: sorted(rows.values(), key=lambda row: (row["body_weights"], row["way"]))
-            for where, rows in found.items()}
-
-
-def making() -> str:
-    """Seconds and peaks of making models, a table for each machine, ours beside mlx-lm's; and with
-    what power of the weights they grow."""
-    return "\n\n".join(table(
-        ("model", "billion weights:", "what is made", "tokens", "seconds:", "peak GB of MLX:",
-         "of the process:", "slowest steps, seconds"), map(_making_line, rows),
-        f"{where}: `python benchmarks/making.py --only MODEL --ways WAY [--blocks N]`, random "
-        "weights and tokens.", *_growth(rows)) for where, rows in making_rows().items())
-
-
-def _making_line(row: Row) -> list[str]:
-    steps = list(row.get("profile", {}).get("seconds", {}).items())[1:4]
-    seconds = f"{row['seconds_in_all']:,.0f}"
-    if row["made_blocks"] != row["blocks"]:
-        seconds += f" ({row['made_blocks']} of {row['blocks']} blocks took {row['seconds']:.0f})"
-    return [row["model"], f"{row['body_weights'] / 1e9:.2f}", WAYS[row["way"]], row["tokens"],
-            seconds, f"{row['mlx_peak_gb']:.1f}", f"{row['host_peak_gb']:.1f}",
-            ", ".join(f"{name} {took:.0f}" for name, took in steps)]
-
-
-def _growth(rows: Rows) -> list[str]:
-    """From each size to the next of a way: by what power of the weights seconds and peak grow."""
-    said = []
-    for way in WAYS:
-        sizes = [row for row in rows if row["way"] == way and row["model"] != "mixture"]
-        for small, large in pairwise(sizes):
-            ratio = math.log(large["body_weights"] / small["body_weights"])
-            powers = [math.log(large[key] / small[key]) / ratio
-                      for key in ("seconds_in_all", "mlx_peak_gb")]
-            part = any(row["made_blocks"] != row["blocks"] for row in (small, large))
-            said.append(f"{WAYS[way]} from {small['model']} to {large['model']} seconds "
-                        f"{powers[0]:.1f}{' (extrapolated)' * part}, peak {powers[1]:.1f}")
-    return [f"With the weights to the power of: {'; '.join(said)}."] if said else []
-
-
-def answers() -> str:
-    """The six answers of the 1.5B model and of what was made of it, unedited."""
-    shown = [row for row in real_rows() if "1.5b" in row["model"]]
-    shown += [row | {"method": "replicas under a budget, blocks trained", "bits": "1 to 4"}
-              for row in read("answers-1.5b-h100")["rows"] if row["method"] != "original"]
-    parts = []
-    for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
-        parts.append(f"## {prompt}")
-        for row in shown:
-            name = "The file itself" if row["method"] == "original" else (
-                f"{row['method']}, {row['bits']} bits ({row['bits_per_weight']:.2f} a weight)")
-            answer = row["answers"][index]["answer"].rstrip()
-            parts.append(f"{name}:\n\n````\n{answer}\n````")
-    return "\n\n".join(parts)
 
 
 def form(row: Row) -> str:
