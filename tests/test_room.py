@@ -24,9 +24,11 @@ from mlxquant.machine.memory import peak_resident
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import room
 from mlxquant.quantise.assembly import blocks_of
-from mlxquant.quantise.job import Job, Text
+from mlxquant.quantise.job import Job, Target, Text
 folder, output, text, changes = *sys.argv[1:4], json.loads(sys.argv[4])
 room._SPILL_SHARE = changes.pop("spill_share", room._SPILL_SHARE)
+if "target" in changes:
+    changes["target"] = Target(**changes["target"])
 job = Job(text=Text((text,))).changed(**{"tune_blocks": False} | changes)
 network, config = open_lazily(__import__("pathlib").Path(folder))
 heads = outline.attention_heads(config)
@@ -75,6 +77,18 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
 ])
 def test_the_peak_of_training_a_block_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
     asked = dict(bits=2, refine=0, samples=4, tune_blocks=True, tune_steps=3) | changes
+    predicted, peak, _ = measured(tmp_path, hidden, inner, **asked)
+    assert predicted == pytest.approx(peak, rel=0.2)
+
+
+@pytest.mark.parametrize("hidden,inner,changes", [
+    (128, 352, dict(vocab_size=30_000, target=dict(bits_per_weight=5))),  # logits
+    (256, 704, dict(length=512, target=dict(bits_per_weight=5))),  # tokens and attention
+    (128, 352, dict(vocab_size=20_000, target=dict(gigabytes=1))),  # predictions of narrow heads
+])
+def test_the_peak_of_weighing_for_a_budget_is_predicted_within_a_fifth(tmp_path, hidden, inner,
+                                                                       changes):
+    asked = dict(method="rtn", samples=4, length=256) | changes
     predicted, peak, _ = measured(tmp_path, hidden, inner, **asked)
     assert predicted == pytest.approx(peak, rel=0.2)
 

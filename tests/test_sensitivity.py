@@ -1,12 +1,13 @@
 """The importance of outputs against finite differences; predicted and measured divergence."""
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import CONFIG, random_network
 
-from mlxquant.layers.blocks import find_blocks
 from mlxquant.quantise.observe import Watch, linears
 from mlxquant.quantise.sensitivity import expected_divergence, output_importance
 
@@ -15,10 +16,9 @@ NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in (
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
 
 
-def layers_of(network):
-    """The linear layers of the blocks by path."""
-    return {block.full(path): layer for block in find_blocks(network)
-            for path, layer in linears(block.module).items()}
+def opened(network):
+    """What gives the network again and again."""
+    return lambda: copy.deepcopy(network)
 
 
 
@@ -74,14 +74,14 @@ def exact_importance(network, linear, sequence, step=0.01):
 def test_importance_is_the_fisher_information_of_the_outputs(network, path):
     sequence = random_tokens(1, (1, 3))[0]
     exact = exact_importance(network, linears(network)[path], sequence)
-    sampled = np.array(output_importance(network, layers_of(network),
+    sampled = np.array(output_importance(opened(network),
                                          [mx.repeat(sequence, 1000, axis=0)] * 4)[path])
     assert sampled == pytest.approx(exact, rel=0.15)  # 4000 draws of heavy-tailed squares
     assert sampled.sum() == pytest.approx(exact.sum(), rel=0.03)
 
 
 def test_importance_is_the_square_of_an_explicit_gradient(network, monkeypatch):
-    labels = mx.array([[17]])
+    labels = mx.array([17])
     monkeypatch.setattr(mx.random, "categorical", lambda logits, key: labels)
     token, gate = mx.array([[5]]), network.layers[1].mlp.gate_proj
 
@@ -92,7 +92,7 @@ def test_importance_is_the_square_of_an_explicit_gradient(network, monkeypatch):
 
     gradient = mx.grad(log_likelihood)(mx.zeros(128))
     gate.pop("bias")
-    importance = output_importance(network, layers_of(network),
+    importance = output_importance(opened(network),
                                    [token])["model.layers.1.mlp.gate_proj"]
     assert importance.dtype == mx.float32 and mx.abs(gradient).max() > 1e-3
     assert np.allclose(importance, mx.square(gradient), rtol=1e-4, atol=1e-9)
@@ -102,7 +102,7 @@ def test_the_prediction_agrees_with_the_measured_divergence(network):
     """Single layers within a factor of 2, as positions do not err independently; all within
     10 %."""
     tokens = random_tokens(4, (8, 32))
-    importance = output_importance(network, layers_of(network), tokens)
+    importance = output_importance(opened(network), tokens)
     watch = Watch(network)
     for batch in tokens:
         watch.take(watch.run(lambda batch=batch: network(batch))[1])
@@ -135,7 +135,7 @@ def test_the_divergence_is_the_sum_over_rows():
 
 def test_every_layer_of_the_blocks_is_covered_and_the_seed_decides(network):
     tokens = random_tokens(2, (2, 8))
-    first, again, other = (output_importance(network, layers_of(network), tokens, seed)
+    first, again, other = (output_importance(opened(network), tokens, seed)
                            for seed in (3, 3, 4))
     assert sorted(first) == sorted(NAMES)  # no lm_head
     modules = dict(network.named_modules())
@@ -153,7 +153,7 @@ def test_layers_are_restored_also_when_the_model_raises(network):
         after = linears(network)
         return after.keys() == before.keys() and all(after[p] is before[p] for p in before)
 
-    output_importance(network, layers_of(network), tokens)
+    output_importance(opened(network), tokens)
     assert same()
 
     class Broken(nn.Module):
@@ -162,5 +162,5 @@ def test_layers_are_restored_also_when_the_model_raises(network):
 
     network.model.norm = Broken()
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        output_importance(network, layers_of(network), tokens)
+        output_importance(opened(network), tokens)
     assert same()

@@ -1,9 +1,10 @@
 """The arrays in arguments, results and states: lists, tuples and dicts in any nesting."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 
 def arrays(tree: Any) -> list[mx.array]:
@@ -19,3 +20,9 @@ def is_float(leaf: Any) -> bool:
 def floats(tree: Any) -> list[mx.array]:
     """Those of floating point."""
     return list(filter(is_float, arrays(tree)))
+
+
+def with_floats(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """``tree`` with other ``arrays`` in place of its own of floating point."""
+    left = iter(arrays)
+    return tree_map(lambda leaf: next(left) if is_float(leaf) else leaf, tree)

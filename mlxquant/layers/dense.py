@@ -16,6 +16,14 @@ from mlxquant.layers.transformed import TransformedLinear
 def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     """Every quantised matrix expanded, in place: as float32, which leaves what it stands for
     unchanged, then rounded to ``dtype``, one array after the other."""
+    network = lazily_dense(network, dtype)
+    for _, array in tree_flatten(network.parameters()):
+        mx.eval(array)
+    return network
+
+
+def lazily_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """The same, but for replicated experts yet to be computed: what reads an array expands it."""
     # MLX's CUDA back end has no 1-bit kernels.
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
@@ -24,8 +32,6 @@ def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
         expand(network, GroupedLinear, Replicated)
         _fold_transforms(network)
         network.set_dtype(dtype)
-        for _, array in tree_flatten(network.parameters()):
-            mx.eval(array)
     return network
 
 

@@ -20,7 +20,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
-from mlxquant.layers.dense import to_dense
+from mlxquant.layers.dense import lazily_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import blocks_of, outside
@@ -29,19 +29,18 @@ from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.ends import WIDTHS as ENDS
 from mlxquant.quantise.ends import divergences
 from mlxquant.quantise.job import Job, Progress, Target
-from mlxquant.quantise.observe import linears
 from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import Trial
-from mlxquant.quantise.walk import float_walk, identity, release
+from mlxquant.quantise.walk import batch_size, float_walk, identity, release
 from mlxquant.sources import checkpoint
 
 WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
 REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
     (1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
     for replicas in choices]
-_SEQUENCES = 16  # for the gradients: the whole model is in memory with their activations
+_SEQUENCES = 16  # for the gradients
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
 
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
@@ -51,9 +50,8 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     """``job`` with a rule for every layer, such that the result meets its target; where that is a
     folder's size, with a width for embedding and head, too, unless it has one.
 
-    Layers that the job's own rules name keep what those say. The damages are kept in the cache,
-    so another target costs nothing more. The first pass needs the whole model in memory as
-    float32. Raises ``BadValue`` for a target below the smallest widths.
+    Layers that the job's own rules name keep what those say. The damages are kept in the cache, so
+    another target costs nothing more. Raises ``BadValue`` for a target below the smallest widths.
     """
     if job.target is None:
         return job
@@ -93,7 +91,7 @@ class _Measure:
         job = self.job
         plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
         setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
-                           WIDTHS, REPLICATED, "apart")
+                           WIDTHS, REPLICATED, "apart, by block")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
         return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
                         for choice, stored, damage in ways]
@@ -118,11 +116,11 @@ class _Measure:
         return found
 
     def _importance(self) -> dict[str, mx.array]:
-        network = to_dense(open_lazily(self.folder)[0])
-        layers = {block.full(path): layer for block in blocks_of(network)
-                  for path, layer in linears(block.module).items()}
-        rows = [mx.array(row[None]) for row in self.tokens.tokens[:_SEQUENCES]]
-        return output_importance(network, layers, rows, self.job.seed)
+        rows = self.tokens.tokens[:_SEQUENCES]
+        return output_importance(
+            lambda: lazily_dense(open_lazily(self.folder)[0]),
+            [mx.array(rows[i:i + batch_size()]) for i in range(0, len(rows), batch_size())],
+            self.job.seed)
 
     def _together(self, paths: list[str], plan: Plan) -> list[list[str]]:
         """Siblings that share scales where they are stored alike: replicated ones of one spec;

@@ -6,48 +6,71 @@ each width would store them.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from mlxquant.layers.dense import expanded, to_dense
+from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.dense import expanded, lazily_dense
+from mlxquant.layers.head import AT_ONCE, Head
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.profile import step
+from mlxquant.quantise.walk import release
 
 WIDTHS = (3, 4, 5, 6, 8)
 _ROWS, _LENGTH = 4, 256  # of the text: the divergence is known to some 3 % then
+_LOGITS = 4.5  # arrays of some tokens' predictions
 
 
 @step("ends")
 def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
     """KL(model ‖ model with embedding and head in so many bits) in nats per token, for each of
-    ``WIDTHS``, over parts of ``tokens`` (sequences, length). The model is held in float32."""
-    network = to_dense(open_lazily(folder)[0])
-    rows = [mx.array(row[None, :_LENGTH]) for row in tokens[:_ROWS]]
-    own, wanted = tree_flatten(network.parameters()), [_predictions(network, row) for row in rows]
+    ``WIDTHS``, over parts of ``tokens`` (sequences, length). The model is read once for each, in
+    float32, and held block by block."""
+    rows = mx.array(tokens[:_ROWS, :_LENGTH])
+    wanted = list(_predictions(lazily_dense(open_lazily(folder)[0]), rows))
     found = []
     for bits in WIDTHS:
+        network = lazily_dense(open_lazily(folder)[0])
         rounded = outside(*open_lazily(folder), Job(embedding_bits=bits))
         network.update(tree_unflatten(_weights(rounded)))
-        lost = [nn.losses.kl_div_loss(_predictions(network, row), right, reduction="mean").item()
-                for row, right in zip(rows, wanted)]
+        lost = [nn.losses.kl_div_loss(made, right, reduction="sum").item() / rows.size
+                for made, right in zip(_predictions(network, rows), wanted)]
         # Below 0 by rounding alone; what predicts no numbers is left as it is.
-        found.append((bits, sum(max(0.0, nats) if math.isfinite(nats) else math.inf
-                                for nats in lost) / len(lost)))
-        network.update(tree_unflatten(own))
+        nats = sum(lost)
+        found.append((bits, max(0.0, nats) if math.isfinite(nats) else math.inf))
     return found
 
 
-def _predictions(network: nn.Module, row: mx.array) -> mx.array:
-    """The logarithms of the probabilities behind each token, float32."""
-    made = nn.log_softmax(network(row).astype(mx.float32), axis=-1)
-    mx.eval(made)
-    return made
+def bytes_held(outside: float, vocabulary: int) -> float:
+    """The most bytes that this holds, of a model with so many outside its blocks in float32."""
+    tokens = _ROWS * _LENGTH
+    return 2 * outside + 4 * vocabulary * tokens + _LOGITS * 4 * min(
+        tokens * vocabulary, max(vocabulary, AT_ONCE))
+
+
+def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:
+    """The logarithms of the probabilities (tokens, vocabulary) behind some tokens after the other,
+    float32, of a network whose arrays are yet to be read."""
+    blocks = find_blocks(network)
+
+    def through(module: nn.Module, own: Callable[..., mx.array], args: tuple[mx.array, ...],
+                kwargs: dict[str, mx.array]) -> mx.array:
+        return own(*args, **kwargs)
+
+    head = Head(network, blocks, rows, through)
+    for block in blocks:
+        release(block.module)  # what is laid out holds it for as long as it is needed
+    for place in head.places:
+        made = nn.log_softmax(head.logits(head.inputs[place]), axis=-1)
+        mx.eval(made)
+        yield made
 
 
 def _weights(rounded: Outside) -> list[tuple[str, mx.array]]:

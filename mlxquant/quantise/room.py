@@ -16,11 +16,13 @@ from mlxquant.base.storage import require_space
 from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
 from mlxquant.layers import traffic
-from mlxquant.layers.blocks import Block, arrays_outside
+from mlxquant.layers.blocks import Block, arrays_outside, shape_of
+from mlxquant.layers.head import AT_ONCE as LOGITS_AT_ONCE
 from mlxquant.layers.head import Head, foreseen
 from mlxquant.machine.memory import memory_limit, require_memory, told
 from mlxquant.quantise.aims import PREDICTED
-from mlxquant.quantise.job import Job
+from mlxquant.quantise.ends import bytes_held
+from mlxquant.quantise.job import Job, Target
 from mlxquant.quantise.observe import keeps_experts_apart
 from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
 from mlxquant.quantise.rehearsal import given_inputs
@@ -36,6 +38,8 @@ _PASSING = 2  # arrays of a batch's inputs and outputs
 # moves (its latent, the best and two moments, 16; what it is now and the matrix, 8; start and code,
 # 3; then gradients) and of an expert's; arrays of inputs and outputs, and of attention's scores.
 _EXPERT, _BEGIN, _END = 12, (30, 3.9, 3.5), (41, 1.2, 0)
+# The gradients of a budget: arrays of a block's inputs and outputs, of scores, and of logits.
+_WEIGHED, _WEIGHED_LOGITS = (3.1, 3.0), 6.0
 _LOGITS, _HEAD = 5.7, 1.2  # arrays of a step's logits, and of the head, where the last begins
 # Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
 _KEPT, _FACTORING = 2.2, 1.7
@@ -174,7 +178,9 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
-    weighing = _weighing_bytes(network, job) if job.target else 0
+    weighing = _weighing_bytes(
+        network, [(block, list(_groups(block, plan, given, job))) for block, plan
+                  in zip(blocks, plans)], width, batch, job.target) if job.target else 0
     return Needs(max(writing, weighing, held + (state * batch.tokens if spills else waiting)),
                  spills * waiting, untrained, predicting)
 
@@ -185,12 +191,22 @@ def _shorter(batch: Batch) -> list[Batch]:
             if batch.length >> half >= _SHORTEST]
 
 
-def _weighing_bytes(network: nn.Module, job: Job) -> float:
-    """What the gradients of a budget take: all in float32, and one sequence's outputs with their
-    gradients, logits among them."""
-    outputs = sum(traffic.weight_count(m) // inputs_of(m) for _, m in traffic.leaf_modules(network)
-                  if type(m) in (*LAYERS, nn.Embedding, nn.QuantizedEmbedding))
-    return traffic.dense_bytes(network) + 4 * 3 * job.text.length * outputs
+def _weighing_bytes(network: nn.Module, groups: list[tuple[Block, list[_Siblings]]], width: int,
+                    batch: Batch, target: Target) -> float:
+    """What weighing layers for a budget takes. Its gradients: embedding and head in float32, what
+    goes into all blocks of ``width`` numbers a token, and one block, as stored and in float32, or
+    some of the logits."""
+    outside = traffic.dense_bytes(network) - sum(traffic.dense_bytes(b.module) for b, _ in groups)
+    vocabulary = max((shape_of(m)[0] for _, m in network.named_modules()
+                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
+    logits = 4 * min(batch.tokens * vocabulary, max(vocabulary, LOGITS_AT_ONCE))
+    passing, scores = _WEIGHED
+    blocks = [traffic.dense_bytes(block.module) + passing * 4 * batch.tokens * _numbers(block, own)
+              + sum(traffic.own_bytes(m) for _, m in traffic.leaf_modules(block.module))
+              + scores * 4 * batch.scores for block, own in groups]
+    ends = 0.0 if target.gigabytes is None else bytes_held(outside, vocabulary)
+    return max(ends, outside + 4 * width * batch.tokens * (len(groups) + 1)
+               + max(_WEIGHED_LOGITS * logits, *blocks))
 
 
 def _training_bytes(block: Block, groups: list[_Siblings], batch: Batch,

@@ -12,61 +12,77 @@ that divergence; the text's own next tokens would give the empirical one, which 
 anything.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxquant.base.trees import floats, with_floats
+from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.hooks import intercepted
+from mlxquant.quantise.backward import Backward, Call, Judge
+from mlxquant.quantise.observe import linears
 from mlxquant.quantise.profile import step
-
-Shifts = dict[str, list[mx.array]]  # by layer, what is added to the outputs of each of its calls
 
 
 @step("gradients")
-def output_importance(network: nn.Module, layers: dict[str, nn.Module], tokens: list[mx.array],
+def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array],
                       seed: int = 0) -> dict[str, mx.array]:
-    """F by layer: the mean over tokens of each output's squared gradient of the log-likelihood.
+    """F by the path of each linear layer and stack of experts in a block: the mean over tokens of
+    each output's squared gradient of the log-likelihood.
 
-    ``network`` is a dense float32 mlx-lm model, ``layers`` are those of its linear layers and
-    stacks of experts that are asked about, by path, and ``tokens`` batches (batch, length) of
-    ids. Every position is given one label drawn from the model's distribution there, the same
-    for the same ``seed``; a batch that is listed again draws anew. Values are (m,) float32 in
-    nats² per unit of output², of experts summed over those that a token chose; a layer that is
-    not called gets zeros. The gradient takes in what an output does to later positions. Memory
-    is that of one batch's activations.
+    ``opened`` gives a dense float32 mlx-lm model whose arrays are yet to be read, another one at
+    each call (``backward.py``); ``tokens`` are batches (batch, length) of ids. Every position is
+    given one label drawn from the model's distribution there, the same for the same ``seed``; a
+    batch that is listed again draws anew. Values are (m,) float32 in nats² per unit of output², of
+    experts summed over those that a token chose; a layer that is not called gets zeros. The
+    gradient takes in what an output does to later positions.
     """
     count = sum(batch.size for batch in tokens)
-    sums = {path: mx.zeros(layer.weight.shape[-2]) for path, layer in layers.items()}
+    sums = {block.full(path): mx.zeros(layer.weight.shape[-2]) for block in find_blocks(opened())
+            for path, layer in linears(block.module).items()}
     for batch, key in zip(tokens, mx.random.split(mx.random.key(seed), len(tokens))):
-        zeros: Shifts = {}
-        _run(network, layers, batch, partial(_note_shape, zeros))
-        gradients = mx.grad(_log_likelihood)(zeros, network, layers, batch, key)
-        for path, calls in gradients.items():
-            sums[path] += sum(mx.square(g).reshape(-1, g.shape[-1]).sum(0) for g in calls)
-        mx.eval(sums)
+        for call, go_on in Backward(opened, batch).calls(_log_likelihood(key)):
+            squares, by_inputs = _squares(call)
+            for path, found in squares:
+                sums[call.block.full(path)] += found
+            mx.eval(sums, by_inputs)
+            go_on(by_inputs)
     return {path: total / count for path, total in sums.items()}
 
 
-def _note_shape(zeros: Shifts, path: str, output: mx.array) -> None:
-    zeros.setdefault(path, []).append(mx.zeros(output.shape))
+def _log_likelihood(key: mx.array) -> Judge:
+    """That of labels which are drawn by ``key``."""
+    def judge(logits: mx.array, place: slice) -> mx.array:
+        labels = mx.random.categorical(mx.stop_gradient(logits),
+                                       key=mx.random.split(key, place.start + 2)[-1])
+        return -nn.losses.cross_entropy(logits, labels, reduction="sum")
+
+    return judge
 
 
-def _log_likelihood(shifts: Shifts, network: nn.Module, layers: dict[str, nn.Module],
-                    batch: mx.array, key: mx.array) -> mx.array:
-    """Of labels drawn by ``key``, with ``shifts`` added to the layers' outputs."""
-    left = {path: iter(calls) for path, calls in shifts.items()}
-    logits = _run(network, layers, batch, lambda path, y: y + next(left[path])).astype(mx.float32)
-    labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
-    return -nn.losses.cross_entropy(logits, labels, reduction="sum")
+def _squares(call: Call) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
+    """Of each call of a layer in the block its path and the sums (m,) of its outputs' squared
+    gradients; and the gradient by the floats that the block was given."""
+    inputs, shapes = floats(call.given), list[tuple[str, mx.array]]()
+    _run(call, inputs, lambda path, y: shapes.append((path, mx.zeros(y.shape))))
+    zeros = [zero for _, zero in shapes]
+
+    def moved(arrays: list[mx.array]) -> Any:
+        left = iter(arrays)
+        return _run(call, arrays[len(zeros):], lambda _, y: y + next(left))
+
+    slopes = call.vjp(moved, [*zeros, *inputs])
+    return [(path, mx.square(slope).reshape(-1, slope.shape[-1]).sum(0))
+            for (path, _), slope in zip(shapes, slopes)], slopes[len(zeros):]
 
 
-def _run(network: nn.Module, layers: dict[str, nn.Module], batch: mx.array,
-         change: Callable[[str, mx.array], mx.array | None]) -> mx.array:
-    """The network's logits where ``change(path, y)`` takes the place of a layer's output y, unless
-    it is None."""
+def _run(call: Call, inputs: list[mx.array],
+         change: Callable[[str, mx.array], mx.array | None]) -> Any:
+    """What the block gives for other ``inputs`` in place of its floats, where ``change(path, y)``
+    takes the place of a layer's output y, unless it is None."""
+    layers = linears(call.block.module)
     paths = {id(layer): path for path, layer in layers.items()}
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -75,8 +91,9 @@ def _run(network: nn.Module, layers: dict[str, nn.Module], batch: mx.array,
         changed = change(paths[id(module)], output)
         return output if changed is None else changed
 
+    args, kwargs = with_floats(call.given, inputs)
     with intercepted(layers.values(), through):
-        return network(batch)
+        return call.block.module(*args, **kwargs)
 
 
 def expected_divergence(error: mx.array, hessian: mx.array, importance: mx.array) -> float:

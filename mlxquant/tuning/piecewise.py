@@ -6,7 +6,7 @@ differentiated some tokens at a time, so that a large vocabulary costs no more t
 Nothing is assumed of a block but that it is called, with and returning arrays in any nesting.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlxquant.base.trees import floats, is_float
+from mlxquant.base.trees import floats, with_floats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.head import Head
 from mlxquant.layers.repeated import RepeatedBlock
@@ -103,7 +103,7 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
 
     def run(arrays: Arrays, inputs: list[mx.array]) -> Any:
         with _holding(module, arrays):
-            args, kwargs = _with_floats(given, inputs)
+            args, kwargs = with_floats(given, inputs)
             return own(*args, **kwargs)
 
     # It runs again only once the gradient has come to it. Without that nothing keeps a compiler
@@ -129,13 +129,7 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
 
     made = forward(trained, floats(given))
     # Popped: what a graph reaches by way of its own functions is never freed.
-    return _with_floats(outputs.pop(), made)
-
-
-def _with_floats(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """``tree`` with other ``arrays`` in place of its own of floating point."""
-    left = iter(arrays)
-    return tree_map(lambda leaf: next(left) if is_float(leaf) else leaf, tree)
+    return with_floats(outputs.pop(), made)
 
 
 def _behind(tree: Any, arrays: list[mx.array]) -> Any:
