@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import mlxquant
 from mlxquant import cli
 from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
+from mlxquant.cli.fit import chosen
 from mlxquant.report import made, plan
 from mlxquant.report.divergence import Divergence, divergence
 from mlxquant.report.made import HeldOut
@@ -110,6 +111,26 @@ def test_where_nothing_fits_it_says_what_would(chip):
     assert choose(*planned("2GB", tokens), chip).fits
     with pytest.raises(TooLarge):
         choose(*planned("2GB", tokens + 256), chip)
+
+
+@pytest.mark.parametrize("size,asked", [("5GB", ()), ("5GB", ("--bits", "2")), ("32GB", ())])
+def test_below_four_bits_layers_of_several_widths_fill_the_room(tmp_path, capsys, size, asked):
+    config = tmp_path / "llama.json"
+    config.write_text(json.dumps(LLAMA))
+    result = plan.plan(str(config), memory=size, chip="M1 Pro")
+    words = [str(config), "-o", "small", "--fit", size, "--for-chip", "M1 Pro", *asked]
+    verb = get_command(cli.app).commands["quantize"]
+    wanted, _ = chosen(verb.make_context("quantize", words))
+    by_hand = capsys.readouterr().out.partition("by hand: mlxquant quantize ")[2]
+    assert verb.make_context("quantize", shlex.split(by_hand)).params["target_gb"] == (
+        wanted["target_gb"])
+    if asked or size == "32GB":
+        assert wanted["target_gb"] is None and wanted["embedding_bits"] in (6, 8)
+        return
+    best = result.recommended
+    beside = best.total_bytes - best.file_bytes
+    assert best.bits == 2 and wanted["embedding_bits"] is None
+    assert best.file_bytes < 1e9 * wanted["target_gb"] <= result.memory_bytes - beside
 
 
 @pytest.mark.parametrize("options,code,message", [

@@ -1,12 +1,20 @@
-"""``quantize --fit``: the options that make what the plan recommends, and all of them said."""
+"""``quantize --fit``: the options that make what the plan recommends, and all of them said.
+
+Where that is a form of fewer than 4 bits, every layer gets a width of its own, and embedding and
+head theirs, so that together they fill what room there is: at the same size that is worth more than
+any one form (``benchmarks/LOG.md``).
+"""
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer import Context
 
 from mlxquant.base.errors import BadValue
 from mlxquant.cli.common import print_json, remark
+
+if TYPE_CHECKING:
+    from mlxquant.report.plan import Row
 
 _FORM = {"method", "bits", "group_size", "rotate", "replicas", "replica_group"}
 # Options that are said although they are as by default, beside those of the form.
@@ -32,7 +40,8 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
             for row in result.rows if row.command}
     row = choose(result, [row for row, form in made.items() if all(
         form[name] == params[name] for name in given & _FORM)], params["for_chip"])
-    wanted = _settled(params | {name: value for name, value in made[row].items()
+    form = made[row] | ({} if given & _FORM else _filling(row, result.memory_bytes))
+    wanted = _settled(params | {name: value for name, value in form.items()
                                 if name not in given | {"model", "output"}})
     command = _command(ctx, wanted, shlex.split(row.command or ""))
     kv = f" --kv-bits {row.kv_bits}" if row.kv_bits != 16 else ""
@@ -44,11 +53,25 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
         return wanted, chat
     for line in result.remarks:
         remark(f"assumed: {line}")
+    filled = wanted["target_gb"]
+    instead = (f"; in its place layers of several widths, which fill a folder of {filled:g} GB"
+               if filled else "")
     print(f"for {result.machine}, {result.memory_bytes / 1e9:.1f} GB for a model and "
           f"{result.context:,} tokens: {row.label()} with {row.kv_bits}-bit keys and values, "
           f"{row.total_bytes / 1e9:.2f} GB in all, perplexity × {row.quality:.2f} "
-          f"({row.quality_source})\n{_texts(wanted)}\nthe same by hand: {command}", flush=True)
+          f"({row.quality_source}){instead}\n{_texts(wanted)}\n"
+          f"the same by hand: {command}", flush=True)
     return wanted, chat
+
+
+def _filling(row: "Row", memory: int) -> dict[str, Any]:
+    """The arguments that fill the memory where the form is below 4 bits; none elsewhere."""
+    from mlxquant.codes.width import Width
+
+    if Width.of(row.bits).code_bits > 3:
+        return {}
+    room = row.file_bytes + memory - row.total_bytes
+    return {"target_gb": int(room / 1e6) / 1e3, "embedding_bits": None}
 
 
 def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
