@@ -83,6 +83,9 @@ def test_what_a_server_must_not_say_is_noticed(answer, noticed):
             with connection:
                 connection.recv(1 << 20)
                 connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 20):  # closed before all is read, it would be reset
+                    pass
 
         thread = threading.Thread(target=once)
         thread.start()
