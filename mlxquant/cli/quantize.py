@@ -32,7 +32,8 @@ def quantize(
     fit: Annotated[str | None, Option(
         metavar="SIZE",
         help="What `plan` recommends for a machine of this memory, e.g. 16GB, among the forms that "
-             "agree with the other options; says all that it chose.")] = None,
+             "agree with the other options, and below 4 bits all that fits, layer by layer; says "
+             "what it chose.")] = None,
     for_chip: Annotated[str | None, Option(
         help="The chip that is to run it, e.g. 'M1 Pro', for --fit; for replicas, inputs share a "
              "scaling in the smallest group that is predicted to cost no time there.")] = None,
