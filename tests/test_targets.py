@@ -9,7 +9,7 @@ from mlx_lm.utils import load as stock_load
 from test_quantize import quantise
 
 import mlxquant
-from mlxquant.base.errors import BadValue
+from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.inspection import inspect
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import assignment
@@ -110,3 +110,13 @@ def test_what_nothing_is_gained_by_stays_as_it_is(tmp_path, telling, text, monke
     made = quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))
     assert not made.notes
     assert inspect(str(tmp_path / "out")).layers[0].bits == 32
+
+
+def test_another_jobs_unfinished_work_is_refused_before_layers_are_weighed(tmp_path, telling, text,
+                                                                          monkeypatch):
+    unfinished = tmp_path / "out.partial" / "job.json"
+    unfinished.parent.mkdir()
+    unfinished.write_text('{"job": "another", "asked": "another"}')
+    monkeypatch.setattr("mlxquant.quantise.pipeline.assign", lambda *_: pytest.fail("weighed"))
+    with pytest.raises(MlxquantError, match="unfinished work of another job"):
+        quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 from mlxquant.base import tensor_file
 from mlxquant.base.errors import CannotWrite, MlxquantError, TooLarge
 
+_MARKER = "job.json"
 _Result = TypeVar("_Result")
 _held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
 _warned: set[str] = set()  # so that a cache that cannot be written is told once a process
@@ -81,18 +82,30 @@ def refuse_existing(target: Path) -> None:
         raise MlxquantError(f"{target} already exists; choose another output path or remove it")
 
 
-def working_folder(output: Path, job: str, record: dict[str, Any]) -> Path:
+def working_folder(output: Path, job: dict[str, str], record: dict[str, Any]) -> Path:
     """``OUT.partial``, where a long job that makes ``output`` keeps its state: ``job`` identifies
     it, ``record`` is for people. Raises ``MlxquantError`` where it belongs to another job."""
+    refuse_unfinished(output, job)
     partial = output.with_name(f"{output.name}.partial")
-    marker = partial / "job.json"
-    # A run that was killed while it wrote the marker leaves only scratch files.
-    if not partial.exists() or all(p.name.endswith(".part") for p in partial.iterdir()):
-        write_json(marker, {"job": job, **record})
-    elif not marker.exists() or json.loads(marker.read_text())["job"] != job:
+    if not _begun(partial):
+        write_json(partial / _MARKER, job | record)
+    return partial
+
+
+def refuse_unfinished(output: Path, known: dict[str, str]) -> None:
+    """Raise ``MlxquantError`` where ``OUT.partial`` belongs to a job that is not what is ``known``
+    of it."""
+    partial = output.with_name(f"{output.name}.partial")
+    marker = partial / _MARKER
+    if _begun(partial) and not (
+            marker.exists() and known.items() <= json.loads(marker.read_text()).items()):
         raise MlxquantError(f"{partial} holds the unfinished work of another job; "
                             "remove it or choose another output path")
-    return partial
+
+
+def _begun(partial: Path) -> bool:
+    # A run that was killed while it wrote the marker leaves only scratch files.
+    return partial.exists() and not all(p.name.endswith(".part") for p in partial.iterdir())
 
 
 @contextmanager

@@ -17,7 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
-from mlxquant.base.storage import holds_output, refuse_existing, working_folder
+from mlxquant.base.storage import (
+    holds_output,
+    refuse_existing,
+    refuse_unfinished,
+    working_folder,
+)
 from mlxquant.base.version import __version__
 from mlxquant.layers import outline, repeated
 from mlxquant.layers.blocks import Block
@@ -73,14 +78,21 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         else:
             tokens = self_written(load(name, revision=revision), job.text.samples,
                                   job.text.length, job.seed)
-    asked = job.embedding_bits
+    asked, ends = _identity(folder, job, tokens), job.embedding_bits
+    refuse_unfinished(output, {"asked": asked})
     if job.target is not None:
         with step(WEIGHING):
             job = assign(folder, job, tokens, progress)
     chosen = [f"embedding and head have {job.embedding_bits} bits, with which the model predicts "
-              "best in this size"] if job.embedding_bits != asked else []
-    run = Run(folder, output, job, tokens, asdict(card.base_of(name, folder)), needs, chosen)
+              "best in this size"] if job.embedding_bits != ends else []
+    base = asdict(card.base_of(name, folder))
+    run = Run(folder, output, job, tokens, base, asked, needs, chosen)
     return run.make(network, blocks, config, progress)
+
+
+def _identity(folder: Path, job: Job, tokens: Calibration) -> str:
+    """The same for jobs that end in the same bytes: what the text says, not where it lies."""
+    return identity(folder, repr(replace(job, text=Text())), tokens.digest, __version__)
 
 
 def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job: Job) -> None:
@@ -101,13 +113,15 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 @dataclass
 class Run:
     """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
-    for the card, what it ``needs``, and what was ``chosen`` for it."""
+    for the card, the identity of what was ``asked`` for, what it ``needs``, and what was ``chosen``
+    for it."""
 
     folder: Path
     output: Path
     job: Job
     tokens: Calibration
     base: dict[str, Any]
+    asked: str
     needs: room.Needs = field(default_factory=room.Needs)
     chosen: list[str] = field(default_factory=list)
 
@@ -119,7 +133,9 @@ class Run:
         plans = plan_blocks(network, blocks, job)
         rehearse(network, config, blocks, plans, job)
         record = job.record(self.tokens, self.base)
-        partial, profile = working_folder(self.output, self._identity(), record), current()
+        made = _identity(self.folder, replace(job, target=None), self.tokens)
+        partial = working_folder(self.output, {"job": made, "asked": self.asked}, record)
+        profile = current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         turn = assembly.turn_of(config, job)
@@ -171,11 +187,6 @@ class Run:
         checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.folder),
                          finish=finish)
         return config
-
-    def _identity(self) -> str:
-        """The same for runs that end in the same bytes: what the text says, not where it lies."""
-        job = replace(self.job, text=Text(), target=None)
-        return identity(self.folder, repr(job), self.tokens.digest, __version__)
 
     def _tuner(self, plans: list[Plan], turn: mx.array | None,
                progress: Progress) -> BlockTuner | None:

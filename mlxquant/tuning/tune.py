@@ -78,7 +78,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, Parts(tuning.norms, tuning.codes / schedule.drift))
     Room(student, teacher.network, vocabulary).check(tuning, config, output)
-    unfinished = working_folder(output, job, record)
+    unfinished = working_folder(output, {"job": job}, record)
     texts = _with_written(texts, teacher, tuning, unfinished, writing)
     predictions = Predictions(unfinished, [batch for part in (texts, held_out) for batch
                                            in part.rows(schedule.batch_size)], vocabulary)
