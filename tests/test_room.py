@@ -82,9 +82,9 @@ def test_the_peak_of_training_a_block_is_predicted_within_a_fifth(tmp_path, hidd
 
 
 @pytest.mark.parametrize("hidden,inner,changes", [
-    (128, 352, dict(vocab_size=30_000, target=dict(bits_per_weight=5))),  # logits
+    (128, 352, dict(vocab_size=20_000, target=dict(bits_per_weight=5))),  # logits
     (256, 704, dict(length=512, target=dict(bits_per_weight=5))),  # tokens and attention
-    (128, 352, dict(vocab_size=20_000, target=dict(gigabytes=1))),  # predictions of narrow heads
+    (128, 352, dict(vocab_size=8_000, target=dict(gigabytes=1))),  # predictions of narrow heads
 ])
 def test_the_peak_of_weighing_for_a_budget_is_predicted_within_a_fifth(tmp_path, hidden, inner,
                                                                        changes):
