@@ -21,7 +21,6 @@ def opened(network):
     return lambda: copy.deepcopy(network)
 
 
-
 @pytest.fixture
 def network():
     """A Llama whose blocks and attention matter, unsure of the next token (about 3.6 nats).

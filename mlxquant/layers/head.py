@@ -1,5 +1,6 @@
 """What a network does behind its blocks: from what the last one gives to logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.hooks import Through, intercepted
 
+# Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: their share.
+Judge = Callable[[mx.array, slice], Any]
 AT_ONCE = 1 << 25  # logits: more tokens at once take more memory and hardly less time
 
 
@@ -69,6 +72,11 @@ class Head:
         given = iter([*self._outputs[:-1], inputs[None]])
         with intercepted((block.module for block in self._blocks), lambda *_: next(given)):
             return self._network(self._tokens)
+
+
+def logits_bytes(tokens: int, vocabulary: int) -> int:
+    """Of so many tokens' logits those that are made at once, in float32."""
+    return 4 * min(tokens * vocabulary, max(vocabulary, AT_ONCE))
 
 
 def foreseen(network: nn.Module, blocks: list[Block]) -> dict[str, Head]:

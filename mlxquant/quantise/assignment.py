@@ -116,11 +116,9 @@ class _Measure:
         return found
 
     def _importance(self) -> dict[str, mx.array]:
-        rows = self.tokens.tokens[:_SEQUENCES]
-        return output_importance(
-            lambda: lazily_dense(open_lazily(self.folder)[0]),
-            [mx.array(rows[i:i + batch_size()]) for i in range(0, len(rows), batch_size())],
-            self.job.seed)
+        batches = self.tokens.rows(batch_size())[:_SEQUENCES // batch_size()]
+        return output_importance(lambda: lazily_dense(open_lazily(self.folder)[0]),
+                                 list(map(mx.array, batches)), self.job.seed)
 
     def _together(self, paths: list[str], plan: Plan) -> list[list[str]]:
         """Siblings that share scales where they are stored alike: replicated ones of one spec;

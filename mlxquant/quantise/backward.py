@@ -9,7 +9,7 @@ a block hands on otherwise than by its result, such as keys that later blocks sh
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,9 @@ import mlx.nn as nn
 
 from mlxquant.base.trees import floats, with_floats
 from mlxquant.layers.blocks import Block, find_blocks
-from mlxquant.layers.head import Head
+from mlxquant.layers.head import Head, Judge
 from mlxquant.layers.hooks import intercepted
 from mlxquant.quantise.walk import call_order, release
-
-# Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: a number.
-Judge = Callable[[mx.array, slice], mx.array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +68,15 @@ class Backward:
         self.blocks = find_blocks(self.network)
         self._order = call_order(self.network, self.blocks)
         self._calls: list[Call] = []
-        weights, places = find_blocks(opened()), {id(b.module): b for b in self.blocks}
+        weights = find_blocks(opened())
+        places = {id(block.module): index for index, block in enumerate(self.blocks)}
 
         def through(module: nn.Module, own: Callable[..., Any], *given: Any) -> Any:
-            block, index = places[id(module)], self._order[len(self._calls)]
-            args, kwargs = given
+            index, (args, kwargs) = places[id(module)], given
             with _read(module, weights[index], index in self._order[len(self._calls) + 1:]):
                 output = own(*args, **kwargs)
                 mx.eval(floats((output, given)))
-            self._calls.append(Call(block, given, output, []))
+            self._calls.append(Call(self.blocks[index], given, output, []))
             return output
 
         self.head = Head(self.network, self.blocks, tokens, through)
@@ -109,7 +106,7 @@ class Backward:
                    for array, made in zip(floats(call.output), found)]
             with _read(call.block.module, weights[index],
                        index in self._order[:len(self._calls)]):
-                yield (Call(call.block, call.given, call.output, own),
+                yield (replace(call, cotangents=own),
                        partial(self._between, left, floats(call.given)))
 
     def _between(self, left: list[list[mx.array | None]], arrays: list[mx.array],

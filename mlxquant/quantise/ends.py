@@ -6,7 +6,7 @@ each width would store them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.dense import expanded, lazily_dense
-from mlxquant.layers.head import AT_ONCE, Head
+from mlxquant.layers.head import Head, logits_bytes
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
@@ -51,20 +51,14 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
 def bytes_held(outside: float, vocabulary: int) -> float:
     """The most bytes that this holds, of a model with so many outside its blocks in float32."""
     tokens = _ROWS * _LENGTH
-    return 2 * outside + 4 * vocabulary * tokens + _LOGITS * 4 * min(
-        tokens * vocabulary, max(vocabulary, AT_ONCE))
+    return 2 * outside + 4 * vocabulary * tokens + _LOGITS * logits_bytes(tokens, vocabulary)
 
 
 def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:
     """The logarithms of the probabilities (tokens, vocabulary) behind some tokens after the other,
     float32, of a network whose arrays are yet to be read."""
     blocks = find_blocks(network)
-
-    def through(module: nn.Module, own: Callable[..., mx.array], args: tuple[mx.array, ...],
-                kwargs: dict[str, mx.array]) -> mx.array:
-        return own(*args, **kwargs)
-
-    head = Head(network, blocks, rows, through)
+    head = Head(network, blocks, rows, lambda _, own, args, kwargs: own(*args, **kwargs))
     for block in blocks:
         release(block.module)  # what is laid out holds it for as long as it is needed
     for place in head.places:

@@ -17,8 +17,7 @@ from mlxquant.codes.affine import SEARCHED
 from mlxquant.codes.spec import Spec, Whole
 from mlxquant.layers import traffic
 from mlxquant.layers.blocks import Block, arrays_outside, shape_of
-from mlxquant.layers.head import AT_ONCE as LOGITS_AT_ONCE
-from mlxquant.layers.head import Head, foreseen
+from mlxquant.layers.head import Head, foreseen, logits_bytes
 from mlxquant.machine.memory import memory_limit, require_memory, told
 from mlxquant.quantise.aims import PREDICTED
 from mlxquant.quantise.ends import bytes_held
@@ -148,8 +147,10 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
              else Batch(1, 2, heads))
     embeddings = sum(traffic.own_bytes(m) for _, m in network.named_modules()
                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
-    tuned = [(block, list(_groups(block, plan, given, job)))
-             for block, plan in zip(blocks, plans) if given and job.tunes(plan.specs.values())]
+    grouped = [(block, list(_groups(block, plan, given, job)))
+               for block, plan in zip(blocks, plans)]
+    tuned = [each for each, plan in zip(grouped, plans)
+             if given and job.tunes(plan.specs.values())]
     # In float32: behind quantised blocks, and where those are to meet what float ones give, there.
     width = next(iter(given.values())).shape[-1] if given else 0
     state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
@@ -157,7 +158,8 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     def trained(block: Block, groups: list[_Siblings], batch: Batch) -> float:
         return state * batch.tokens + _training_bytes(block, groups, batch)
 
-    steps, untrained = [_block_bytes(*both, given, job, batch) for both in zip(blocks, plans)], {}
+    steps, untrained = [_block_bytes(block, plan, groups, job, batch)
+                        for (block, groups), plan in zip(grouped, plans)], {}
     for block, groups in tuned:
         needed = trained(block, groups, batch)
         if job.tuning.tune_blocks or needed <= limit:
@@ -178,9 +180,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     spills = waiting > min(_SPILL_SHARE * limit, limit - held)
     stored = sum(map(_stored_bytes, blocks, plans))
     writing = _ends(network, blocks) + min(stored, SHARD_BYTES)
-    weighing = _weighing_bytes(
-        network, [(block, list(_groups(block, plan, given, job))) for block, plan
-                  in zip(blocks, plans)], width, batch, job.target) if job.target else 0
+    weighing = _weighing_bytes(network, grouped, width, batch, job.target) if job.target else 0
     return Needs(max(writing, weighing, held + (state * batch.tokens if spills else waiting)),
                  spills * waiting, untrained, predicting)
 
@@ -199,7 +199,7 @@ def _weighing_bytes(network: nn.Module, groups: list[tuple[Block, list[_Siblings
     outside = traffic.dense_bytes(network) - sum(traffic.dense_bytes(b.module) for b, _ in groups)
     vocabulary = max((shape_of(m)[0] for _, m in network.named_modules()
                       if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
-    logits = 4 * min(batch.tokens * vocabulary, max(vocabulary, LOGITS_AT_ONCE))
+    logits = logits_bytes(batch.tokens, vocabulary)
     passing, scores = _WEIGHED
     blocks = [traffic.dense_bytes(block.module) + passing * 4 * batch.tokens * _numbers(block, own)
               + sum(traffic.own_bytes(m) for _, m in traffic.leaf_modules(block.module))
@@ -223,12 +223,11 @@ def _training_bytes(block: Block, groups: list[_Siblings], batch: Batch,
     return _EXPERT * experts + max(begin, end)
 
 
-def _block_bytes(block: Block, plan: Plan, given: dict[str, mx.array], job: Job,
+def _block_bytes(block: Block, plan: Plan, groups: list[_Siblings], job: Job,
                  batch: Batch) -> float:
     """What one block takes, at the step that takes the most; training apart."""
     modules = traffic.leaf_modules(block.module)
     weights = sum(traffic.float32_bytes(module) for _, module in modules)
-    groups = list(_groups(block, plan, given, job))
     passing = 4 * batch.tokens * _numbers(block, groups)
     steps = [sum(traffic.own_bytes(module) for _, module in modules),
              sum(group.moments for group in groups) + _PASSING * passing

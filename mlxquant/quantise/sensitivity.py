@@ -20,8 +20,9 @@ import mlx.nn as nn
 
 from mlxquant.base.trees import floats, with_floats
 from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.head import Judge
 from mlxquant.layers.hooks import intercepted
-from mlxquant.quantise.backward import Backward, Call, Judge
+from mlxquant.quantise.backward import Backward, Call
 from mlxquant.quantise.observe import linears
 from mlxquant.quantise.profile import step
 
@@ -35,8 +36,8 @@ def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array
     ``opened`` gives a dense float32 mlx-lm model whose arrays are yet to be read, another one at
     each call (``backward.py``); ``tokens`` are batches (batch, length) of ids. Every position is
     given one label drawn from the model's distribution there, the same for the same ``seed``; a
-    batch that is listed again draws anew. Values are (m,) float32 in nats² per unit of output², of
-    experts summed over those that a token chose; a layer that is not called gets zeros. The
+    batch that is listed again draws anew. Values are (m,) float32 in nats² per unit of output²,
+    of experts summed over those that a token chose; a layer that is not called gets zeros. The
     gradient takes in what an output does to later positions.
     """
     count = sum(batch.size for batch in tokens)

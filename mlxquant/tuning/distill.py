@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import save_arrays
+from mlxquant.layers.head import Judge
 from mlxquant.layers.trainable import Trainable
 from mlxquant.quantise.training import State, Training
-from mlxquant.tuning.piecewise import Judge, Pieces
+from mlxquant.tuning.piecewise import Pieces
 from mlxquant.tuning.predictions import Predictions, Wanted, divergence
 from mlxquant.tuning.settings import Schedule
 

@@ -17,11 +17,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxquant.base.trees import floats, with_floats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
-from mlxquant.layers.head import Head
+from mlxquant.layers.head import Head, Judge
 from mlxquant.layers.repeated import RepeatedBlock
 
-# Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: their share.
-Judge = Callable[[mx.array, slice], Any]
 Arrays = dict[str, mx.array]
 
 

@@ -105,8 +105,7 @@ class Room:
         return len(find_blocks(network)) * step.tokens * size * width
 
     def _chunk(self, step: Step, arrays: float) -> float:
-        return arrays * 4 * min(step.tokens * self.vocabulary,
-                                max(self.vocabulary, head.AT_ONCE))
+        return arrays * head.logits_bytes(step.tokens, self.vocabulary)
 
 
 def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:
