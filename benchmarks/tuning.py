@@ -39,9 +39,10 @@ from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import resolve
 from mlxquant.tuning import predictions
 from mlxquant.tuning.distill import Distillation
+from mlxquant.tuning.piecewise import Pieces
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
-from mlxquant.tuning.tune import Teacher
+from mlxquant.tuning.teacher import Teacher
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")}
 SHAPES["qwen2.5-32b"] = shapes.llama(5120, 64, 27648, (40, 8), 152064, False)
@@ -120,7 +121,8 @@ def measure(a: argparse.Namespace, folder: Path) -> dict:
     stages = Stages()
     teacher = filled(outline.network_of(config), DTYPE)
     mx.reset_peak_memory()
-    kept.write(teacher, lambda done, total: stages.note("predictions", done, total))
+    kept.write(Pieces(teacher).judged, 1,
+               lambda done, total: stages.note("predictions", done, total))
     del teacher
     gc.collect()
     mx.clear_cache()
@@ -151,7 +153,7 @@ def filled(network: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 def talk(a: argparse.Namespace) -> None:
     """Conversations alone, and the first of them."""
-    teacher, stages = Teacher(a.teacher).model, Stages()
+    teacher, stages = Teacher(a.teacher, DTYPE).model, Stages()
     rows = converse(teacher, a.conversations, a.length,
                     progress=lambda done, total: stages.note("conversations", done, total))
     print(teacher.tokenizer.decode(rows[0].tolist()))
@@ -161,8 +163,9 @@ def talk(a: argparse.Namespace) -> None:
 
 def known_shapes() -> None:
     """GB by the formula, in bfloat16, for 2 bits and 4 replicas; the original in 16 bits."""
-    print("| shape | sequences of 512 | original, predicting | codes stay | codes move |")
-    print("| --- | --: | --: | --: | --: |")
+    print("| shape | sequences of 512 | original, predicting | block by block | codes stay "
+          "| codes move |")
+    print("| --- | --: | --: | --: | --: | --: |")
     for name, config in SHAPES.items():
         teacher = outline.network_of(config)
         rooms = [Room(Trainable(planned(outline.network_of(config), config, QUANTISED),
@@ -171,7 +174,8 @@ def known_shapes() -> None:
         for size in (1, 8):
             still, moving = (Step(size, 512, config["num_attention_heads"], moves)
                              for moves in (False, True))
-            print(f"| {name} | {size} | {rooms[0].teacher_bytes(still) / 1e9:.1f} | "
+            print(f"| {name} | {size} | {rooms[0].teacher_bytes(still, True) / 1e9:.1f} | "
+                  f"{rooms[0].teacher_bytes(still, False) / 1e9:.1f} | "
                   f"{rooms[0].student_bytes(still) / 1e9:.1f} | "
                   f"{rooms[1].student_bytes(moving) / 1e9:.1f} |")
 

@@ -166,9 +166,9 @@ def test_killed_predictions_go_on_and_take_what_was_said(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        wanted.write(network, stop)
+        wanted.write(Pieces(network).judged, 1, stop)
     assert wanted.missing == [3]
-    wanted.write(network, stop)
+    wanted.write(Pieces(network).judged, 1, stop)
     assert told == [(2 * done, 8) for done in (1, 2, 3, 4)] and not wanted.missing
     tokens, kept = wanted[3]
     assert mx.array_equal(tokens, TOKENS[:, 18:])

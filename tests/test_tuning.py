@@ -19,6 +19,7 @@ from mlxquant.layers.trainable import Trainable
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration
+from mlxquant.tuning import room
 from mlxquant.tuning.distill import Distillation
 from mlxquant.tuning.predictions import Predictions, divergence, likeliest
 from mlxquant.tuning.settings import Schedule, Tuning
@@ -140,6 +141,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()
     for file in ("model.safetensors", "config.json"):
         assert (whole / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_an_original_larger_than_memory_predicts_the_same(places, tmp_path, monkeypatch):
+    def predictions(name, fits):
+        monkeypatch.setattr(room, "fits_dense", lambda *_: fits)
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(Distillation, "run", lambda *_: throw())
+            run(places, "replica", tmp_path / name)
+        files = (tmp_path / f"{name}.partial").glob("predictions-*")
+        return {file.name: mx.load(str(file)) for file in files}
+
+    def throw():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "STREAMED", 300)  # two batches of 4 × 32 at once
+    whole, streamed = predictions("whole", True), predictions("streamed", False)
+    assert len(whole) == SCHEDULE.steps + 8 and whole.keys() == streamed.keys()
+    for name, arrays in whole.items():
+        for key, array in arrays.items():
+            assert mx.allclose(array, streamed[name][key], 1e-3, 1e-5), (name, key)
 
 
 @pytest.mark.parametrize("option, name, asked_for", [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxquant.base.errors import Unsupported
 
@@ -32,6 +32,11 @@ class Block:
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all parameters of a module, as held."""
     return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
+def release(module: nn.Module) -> None:
+    """Let go of all arrays of a module that nobody will call again."""
+    module.update(tree_map(lambda _: mx.zeros(0), module.parameters()))
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a network does behind its blocks: from what the last one gives to logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -61,6 +61,12 @@ class Head:
             (path, array.astype(mx.float32))
             for path, array in arrays_outside(self._network, self._blocks).items()
             if is_float(array)]))
+
+    def judged(self, judge: Judge) -> Iterator[Any]:
+        """What ``judge`` says of the logits, chunk after chunk. None is laid out before the one
+        before it was taken."""
+        for place in self.places:
+            yield judge(self.logits(self.inputs[place]), place)
 
     def logits(self, inputs: mx.array) -> mx.array:
         """Of some of the inputs, in float32."""

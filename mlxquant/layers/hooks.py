@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.errors import Unsupported
-from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.blocks import Block, find_blocks
 
+_Key = TypeVar("_Key", str, int)
 Through = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -35,6 +36,28 @@ def intercepted(modules: Iterable[nn.Module], through: Through) -> Iterator[None
         # A class refers to itself and so stays until Python looks for such circles: what the
         # function holds, all inputs of a block perhaps, must not stay with it.
         lead.clear()
+
+
+def listened(modules: dict[_Key, nn.Module], call: Callable[[], Any],
+             ) -> tuple[Any, list[tuple[_Key, tuple[Any, ...]]]]:
+    """What ``call`` returns, and in their order the calls of ``modules`` that it makes: which, and
+    what that was given."""
+    keys, calls = {id(module): key for key, module in modules.items()}, []
+
+    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> Any:
+        calls.append((keys[id(module)], args))
+        return own(*args, **kwargs)
+
+    with intercepted(modules.values(), through):
+        return call(), calls
+
+
+def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
+    """The blocks' indices in the order in which a forward pass calls them. Nothing is computed."""
+    _, calls = listened(dict(enumerate(block.module for block in blocks)),
+                        lambda: network(mx.zeros((1, 4), mx.int32)))
+    return [index for index, _ in calls]
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.formats import Entries
+from mlxquant.layers.hooks import call_order
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.plans import stored_entry
 from mlxquant.quantise.results import Body
-from mlxquant.quantise.walk import call_order
 
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
 

@@ -20,6 +20,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
+from mlxquant.layers.blocks import release
 from mlxquant.layers.dense import lazily_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.loading import open_lazily
@@ -33,7 +34,7 @@ from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import Trial
-from mlxquant.quantise.walk import batch_size, float_walk, identity, release
+from mlxquant.quantise.walk import batch_size, float_walk, identity
 from mlxquant.sources import checkpoint
 
 WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]

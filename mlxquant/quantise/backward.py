@@ -17,10 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.base.trees import floats, with_floats
-from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.blocks import Block, find_blocks, release
 from mlxquant.layers.head import Head, Judge
-from mlxquant.layers.hooks import intercepted
-from mlxquant.quantise.walk import call_order, release
+from mlxquant.layers.hooks import call_order, intercepted
 
 
 @dataclass(frozen=True, eq=False)

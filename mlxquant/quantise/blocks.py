@@ -13,7 +13,7 @@ from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers import formats
-from mlxquant.layers.blocks import Block
+from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
@@ -26,7 +26,6 @@ from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.storing import Around, store
-from mlxquant.quantise.walk import release
 
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
 

@@ -14,14 +14,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.dense import expanded, lazily_dense
-from mlxquant.layers.head import Head, logits_bytes
+from mlxquant.layers.head import logits_bytes
+from mlxquant.layers.streamed import streamed
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.profile import step
-from mlxquant.quantise.walk import release
 
 WIDTHS = (3, 4, 5, 6, 8)
 _ROWS, _LENGTH = 4, 256  # of the text: the divergence is known to some 3 % then
@@ -57,12 +56,7 @@ def bytes_held(outside: float, vocabulary: int) -> float:
 def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:
     """The logarithms of the probabilities (tokens, vocabulary) behind some tokens after the other,
     float32, of a network whose arrays are yet to be read."""
-    blocks = find_blocks(network)
-    head = Head(network, blocks, rows, lambda _, own, args, kwargs: own(*args, **kwargs))
-    for block in blocks:
-        release(block.module)  # what is laid out holds it for as long as it is needed
-    for place in head.places:
-        made = nn.log_softmax(head.logits(head.inputs[place]), axis=-1)
+    for made in streamed(network, rows, lambda logits, _: nn.log_softmax(logits, axis=-1)):
         mx.eval(made)
         yield made
 

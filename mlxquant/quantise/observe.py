@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,10 +10,9 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxquant.codes.statistics import Statistics
-from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.hooks import listened
 from mlxquant.layers.traffic import leaf_modules
 
-_Key = TypeVar("_Key", str, int)
 LEAN = 256  # tokens of all that an expert's own are mixed with
 _EXPERT_BYTES = 8e9  # most that the experts of one input keep in moments of their own
 
@@ -97,21 +96,6 @@ class Observation:
 
 
 Inputs = dict[str, list[tuple[Any, ...]]]  # by layer, what each of its calls was given
-
-
-def listened(modules: dict[_Key, nn.Module], call: Callable[[], Any],
-             ) -> tuple[Any, list[tuple[_Key, tuple[Any, ...]]]]:
-    """What ``call`` returns, and in their order the calls of ``modules`` that it makes: which, and
-    what that was given."""
-    keys, calls = {id(module): key for key, module in modules.items()}, []
-
-    def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
-                kwargs: dict[str, Any]) -> Any:
-        calls.append((keys[id(module)], args))
-        return own(*args, **kwargs)
-
-    with intercepted(modules.values(), through):
-        return call(), calls
 
 
 class Watch:

@@ -25,7 +25,7 @@ from mlxquant.base.storage import (
 )
 from mlxquant.base.version import __version__
 from mlxquant.layers import outline, repeated
-from mlxquant.layers.blocks import Block
+from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
@@ -44,7 +44,7 @@ from mlxquant.quantise.self_written import self_written
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.shelf import shelf
 from mlxquant.quantise.sweep import CORRECTION
-from mlxquant.quantise.walk import identity, release
+from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 

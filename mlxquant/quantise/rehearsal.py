@@ -15,10 +15,10 @@ from mlxquant.codes.hadamard import default_block
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
+from mlxquant.layers.hooks import listened
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.assembly import ENDS, Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.observe import listened
 from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks
 from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.storing import Around, describe, describe_replicas

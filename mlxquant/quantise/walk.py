@@ -31,11 +31,11 @@ from mlxquant.base.trees import arrays, is_float
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.dense import to_dense
-from mlxquant.layers.hooks import intercepted
+from mlxquant.layers.hooks import call_order, intercepted
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.observe import Observation, Routed, Watch, listened
+from mlxquant.quantise.observe import Observation, Routed, Watch
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.sources import checkpoint
@@ -174,22 +174,10 @@ def batch_size() -> int:
     return 8 if mx.default_device() == mx.gpu else 2
 
 
-def call_order(network: nn.Module, blocks: list[Block]) -> list[int]:
-    """The blocks' indices in the order in which a forward pass calls them. Nothing is computed."""
-    _, calls = listened(dict(enumerate(block.module for block in blocks)),
-                        lambda: network(mx.zeros((1, 4), mx.int32)))
-    return [index for index, _ in calls]
-
-
 @step("loading")
 def dense_block(block: Block, turn: mx.array | None = None) -> nn.Module:
     """The block's module, dense in float32, in place."""
     return to_dense(block.module) if turn is None else rotation.rotate_block(block.module, turn)
-
-
-def release(module: nn.Module) -> None:
-    """Let go of all arrays of a module that nobody will call again."""
-    module.update(tree_map(lambda _: mx.zeros(0), module.parameters()))
 
 
 def float_walk(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibration,

@@ -35,11 +35,8 @@ class Pieces:
         object.__setattr__(self, "blocks", find_blocks(self.network))
 
     def judged(self, tokens: mx.array, judge: Judge) -> Iterator[Any]:
-        """What ``judge`` says of the logits of ``tokens`` (batch, length), chunk after chunk. None
-        is laid out before the one before it was taken."""
-        head = self._head(tokens)
-        for place in head.places:
-            yield judge(head.logits(head.inputs[place]), place)
+        """What ``judge`` says of the logits of ``tokens`` (batch, length), chunk after chunk."""
+        return self._head(tokens).judged(judge)
 
     def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
         """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""

@@ -5,19 +5,19 @@ one. Divergence over these is a lower bound of that over the vocabulary: the mor
 they hold, the nearer. ``benchmarks/LOG.md`` has what that costs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.storage import save_arrays
-from mlxquant.tuning.piecewise import Pieces
+from mlxquant.layers.head import Judge
 
 TOP = 128
+Judged = Callable[[mx.array, Judge], Iterator[Any]]  # of tokens (batch, length), by their logits
 _GROUP = 32  # logits, of which the largest is looked at first
 _LEAST = 1e-7  # probability: below that float32 knows no difference from 1
 
@@ -80,20 +80,34 @@ class Predictions:
         """What all files take."""
         return bytes_for(sum(batch.size for batch in self.batches), self.vocabulary)
 
-    def write(self, teacher: nn.Module, progress: Callable[[int, int], None]) -> None:
-        """Predict the batches that are missing; a killed run goes on where it was. ``progress``
-        gets the sequences that are done, and all."""
-        pieces, sizes = Pieces(teacher), [len(batch) for batch in self.batches]
-        for index in self.missing:
+    def write(self, judged: Judged, at_once: int, progress: Callable[[int, int], None]) -> None:
+        """Predict the batches that are missing, as many together as ``at_once`` tokens hold, or
+        one; a killed run goes on where it was. ``progress`` gets the sequences that are done, and
+        all."""
+        sizes = [len(batch) for batch in self.batches]
+        for group in self._groups(at_once):
             found = []
-            for wanted in pieces.judged(mx.array(self.batches[index]),
-                                        lambda logits, _: likeliest(logits)):
+            tokens = np.concatenate([self.batches[index] for index in group])
+            for wanted in judged(mx.array(tokens), lambda logits, _: likeliest(logits)):
                 mx.eval(wanted)
                 found.append(wanted)
-            arrays = {name: mx.concatenate(parts)
-                      for name, parts in zip(Wanted._fields, zip(*found))}
-            save_arrays(self.file(index), arrays, {})
-            progress(sum(sizes[:index + 1]), sum(sizes))
+            whole, start = Wanted(*map(mx.concatenate, zip(*found))), 0
+            for index in group:
+                part = whole.part(slice(start, start := start + self.batches[index].size))
+                save_arrays(self.file(index), part._asdict(), {})
+                progress(sum(sizes[:index + 1]), sum(sizes))
+
+    def _groups(self, at_once: int) -> Iterator[list[int]]:
+        """The batches that are missing, those together that are predicted together."""
+        group, size = list[int](), 0
+        for index in self.missing:
+            if group and size + self.batches[index].size > at_once:
+                yield group
+                group, size = [], 0
+            group.append(index)
+            size += self.batches[index].size
+        if group:
+            yield group
 
     def __getitem__(self, index: int) -> tuple[mx.array, Wanted]:
         """The tokens of a batch, and what is wanted of them."""

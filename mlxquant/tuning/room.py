@@ -31,8 +31,9 @@ _STATE = 16  # of them on the disk
 # Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed
 # in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
-_FORWARD = 1.75
+_FORWARD, _BY_BLOCK = 1.75, 1.1  # with the whole network laid out, and a block computed at a time
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
+STREAMED = 8192  # tokens that go through a model which is read anew for them
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
 
 
@@ -67,11 +68,13 @@ class Room:
                    output.with_name(f"{output.name}.partial").glob("*"))
         require_space(output, bytes_for(tokens, self.vocabulary) + state - made,
                       f"tuning into {output.name}")
-        limit = memory_limit()
-        writing = _WRITING * limit if tuning.written or tuning.conversations else 0
-
+        limit, writing = memory_limit(), 0.0
+        if tuning.written or tuning.conversations:
+            dense = dense_bytes(self.teacher, self.student.dtype)
+            writing = _WRITING * limit + (dense if fits_dense(self.teacher, self.student.dtype)
+                                          else held_bytes(self.teacher))
         require_memory("tuning", step, lambda step: max(
-            self.student_bytes(step), self.teacher_bytes(step) + writing), limit, _smaller(step))
+            self.student_bytes(step), self.teacher_bytes(step), writing), limit, _smaller(step))
 
     def student_bytes(self, step: Step) -> float:
         """The most bytes that training holds."""
@@ -89,14 +92,19 @@ class Room:
         return (kept + trained + stays + self._hidden(student.network, step, width)
                 + max(*costs, self._chunk(step, _LOGITS)))
 
-    def teacher_bytes(self, step: Step) -> float:
-        """The most bytes that predicting a batch holds."""
+    def teacher_bytes(self, step: Step, whole: bool | None = None) -> float:
+        """The most bytes that predicting holds: the ``whole`` model, or what is outside its blocks
+        and one of them; None stands for whichever this machine's memory lets it be."""
         network, dtype = self.teacher, self.student.dtype
-        blocks, width = find_blocks(network), dtype.size
-        held = (dense_bytes(network, dtype) if fits_dense(network, dtype) else held_bytes(network))
-        passing = max(step.tokens * _numbers(block.module) for block in blocks)
+        blocks, width = [block.module for block in find_blocks(network)], dtype.size
+        held, one, forward = dense_bytes(network, dtype), 0.0, _FORWARD
+        if not (fits_dense(network, dtype) if whole is None else whole):
+            held -= sum(dense_bytes(block, dtype) for block in blocks)
+            one, forward = max(dense_bytes(block, dtype) for block in blocks), _BY_BLOCK
+            step = replace(step, windows=max(step.windows, STREAMED // step.length))
+        passing = max(step.tokens * _numbers(block) for block in blocks)
         return held + self._hidden(network, step, width) + max(
-            width * _FORWARD * (passing + step.scores), self._chunk(step, _LIKELIEST))
+            one + width * forward * (passing + step.scores), self._chunk(step, _LIKELIEST))
 
     def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
         """What goes into all blocks: as many numbers as an embedding gives."""

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +13,6 @@ import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
-from mlxquant.layers.dense import to_dense
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model import loading
 from mlxquant.quantise import card
@@ -26,8 +24,9 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.predictions import Predictions
-from mlxquant.tuning.room import Room, fits_dense
+from mlxquant.tuning.room import Room
 from mlxquant.tuning.settings import HELD_OUT, Tuning
+from mlxquant.tuning.teacher import Teacher
 
 Told = Callable[[int, int], None]
 Writing = Callable[[int, int, str], None]
@@ -51,12 +50,12 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     """Tune the quantised model called ``name`` into the new folder ``output``.
 
     The computation is in bfloat16 on a GPU and in float32 on a CPU; what is trained is float32
-    either way. The original is in memory first, until its predictions are on disk, and the model
-    that is tuned after it. A killed run, repeated, goes on at its last check. ``progress`` gets
-    (steps done, steps, loss), ``writing`` (what the teacher has written, of how many, of which
-    kind). Raises ``BadValue`` for texts too short or another vocabulary, ``TooLarge`` where memory
-    or disk do not suffice, ``Unsupported`` for a model without scales to train or, where ``tuning``
-    asks for conversations, without a chat template.
+    either way. The original predicts first, whole in memory or, where it does not fit, block by
+    block; it is gone before the model is tuned. A killed run, repeated, goes on at its last check.
+    ``progress`` gets (steps done, steps, loss), ``writing`` (what the teacher has written, of how
+    many, of which kind). Raises ``BadValue`` for texts too short or another vocabulary,
+    ``TooLarge`` where memory or disk do not suffice, ``Unsupported`` for a model without scales to
+    train or, where ``tuning`` asks for conversations, without a chat template.
     """
     output, folder = Path(output), resolve(name)
     refuse_existing(output)
@@ -64,7 +63,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     mx.reset_peak_memory()
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     network, config = loading.open_lazily(folder)
-    teacher = Teacher(tuning.teacher)
+    teacher = Teacher(tuning.teacher, dtype)
     vocabulary, theirs = loading.vocabulary_of(network), loading.vocabulary_of(teacher.network)
     if vocabulary != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {vocabulary}; "
@@ -85,7 +84,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     if predictions.missing:
         print(f"the teacher's predictions take {predictions.bytes / 1e9:.2f} GB in {unfinished} "
               "until the model is tuned", file=sys.stderr)
-        predictions.write(teacher.model.network,
+        predictions.write(teacher.judged, teacher.at_once,
                           lambda done, total: writing(done, total, "predictions"))
     del teacher
     gc.collect()  # its layers refer to each other
@@ -100,23 +99,6 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
                      finish=lambda made: card.write(made, output.name))
     shutil.rmtree(unfinished)
     return TuningResult(output, before, after, time.perf_counter() - start, mx.get_peak_memory())
-
-
-class Teacher:
-    """The original: its network with weights on disk, and the model once it is asked for."""
-
-    def __init__(self, name: str):
-        self.name, self.folder = name, resolve(name)
-        self.network, self._config = loading.open_lazily(self.folder)
-
-    @cached_property
-    def model(self) -> loading.LanguageModel:
-        """On a GPU dense where that fits: it is to read thousands of tokens at once."""
-        if mx.default_device() == mx.cpu or not fits_dense(self.network, mx.bfloat16):
-            return loading.load_folder(self.folder, self.name)
-        network = to_dense(self.network, mx.bfloat16)
-        tokenizer = loading.open_tokenizer(self.folder, self._config)
-        return loading.LanguageModel(self.name, self.folder, network, tokenizer, self._config)
 
 
 def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,

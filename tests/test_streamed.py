@@ -1,0 +1,47 @@
+"""A network run block by block from the disk: its own predictions, with one block in memory."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import network_of
+from conftest import CONFIG, random_network, write_folder
+
+from mlxquant.layers import head, traffic
+from mlxquant.layers.blocks import find_blocks, held_bytes
+from mlxquant.layers.dense import lazily_dense
+from mlxquant.layers.streamed import streamed
+from mlxquant.model.loading import open_lazily
+
+TOKENS = mx.array(np.random.default_rng(0).integers(0, 60, (2, 12)))
+
+
+# Llama's kind; experts; tuples, a recurrent state, blocks beside each other, several streams; keys
+# of earlier blocks; a block that is called several times; parts of blocks in place of blocks.
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss", "cohere", "phixtral", "mamba",
+                                  "falcon_h1", "deepseek_v3", "gemma3n", "iquestloopcoder"])
+def test_predictions_are_those_of_the_whole_network(name, monkeypatch):
+    monkeypatch.setattr(head, "AT_ONCE", 8 * 60)
+    network = network_of(name)
+    network.set_dtype(mx.float32)
+    expected = network(TOKENS).reshape(TOKENS.size, -1)
+    found = list(streamed(copy.deepcopy(network), TOKENS, lambda logits, _: logits))
+    scale = mx.abs(expected).max().item()
+    assert len(found) > 1
+    assert mx.abs(mx.concatenate(found) - expected).max().item() <= 1e-4 * scale
+
+
+def test_blocks_are_let_go_of(tmp_path):
+    config = CONFIG | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+                       "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    folder = write_folder(tmp_path / "model", random_network(config), config)
+    mx.clear_cache()
+    network = lazily_dense(open_lazily(folder)[0])
+    body = sum(traffic.dense_bytes(block.module) for block in find_blocks(network))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for logits in streamed(network, TOKENS, lambda logits, _: logits):
+        mx.eval(logits)
+    assert body > 1.5e8 and mx.get_peak_memory() - before < body / 4
+    assert not any(held_bytes(block.module) for block in find_blocks(network))
