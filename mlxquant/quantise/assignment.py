@@ -23,7 +23,7 @@ from mlxquant.codes.width import Width
 from mlxquant.layers.blocks import release
 from mlxquant.layers.dense import lazily_dense
 from mlxquant.layers.traffic import weight_count
-from mlxquant.model.loading import open_lazily
+from mlxquant.model.original import open_original
 from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
@@ -77,7 +77,7 @@ class _Measure:
     tokens: Calibration
 
     def __post_init__(self) -> None:
-        self.network, self.config = open_lazily(self.folder)
+        self.network, self.config = open_original(self.folder)
         self.blocks = blocks_of(self.network)
         self.plans = plan_blocks(self.network, self.blocks, self.job)
 
@@ -101,7 +101,7 @@ class _Measure:
     def _measure(self, progress: Progress) -> Ways:
         start, found = time.perf_counter(), Ways()
         importance = self._importance()
-        network, _ = open_lazily(self.folder)
+        network, _ = open_original(self.folder)
         blocks = blocks_of(network)
         walk = float_walk(network, blocks, self.folder, self.tokens, Shelf())
         for done, (index, seen) in enumerate(walk, 1):
@@ -118,7 +118,7 @@ class _Measure:
 
     def _importance(self) -> dict[str, mx.array]:
         batches = self.tokens.rows(batch_size())[:_SEQUENCES // batch_size()]
-        return output_importance(lambda: lazily_dense(open_lazily(self.folder)[0]),
+        return output_importance(lambda: lazily_dense(open_original(self.folder)[0]),
                                  list(map(mx.array, batches)), self.job.seed)
 
     def _together(self, paths: list[str], plan: Plan) -> list[list[str]]:

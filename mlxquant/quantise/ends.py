@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 from mlxquant.layers.dense import expanded, lazily_dense
 from mlxquant.layers.head import logits_bytes
 from mlxquant.layers.streamed import streamed
-from mlxquant.model.loading import open_lazily
+from mlxquant.model.original import open_original
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.profile import step
@@ -33,12 +33,13 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
     ``WIDTHS``, over parts of ``tokens`` (sequences, length). The model is read once for each, in
     float32, and held block by block."""
     rows = mx.array(tokens[:_ROWS, :_LENGTH])
-    wanted = list(_predictions(lazily_dense(open_lazily(folder)[0]), rows))
+    wanted = list(_predictions(lazily_dense(open_original(folder)[0]), rows))
     found = []
     for bits in WIDTHS:
-        network = lazily_dense(open_lazily(folder)[0])
-        rounded = outside(*open_lazily(folder), Job(embedding_bits=bits))
-        network.update(tree_unflatten(_weights(rounded)))
+        network, config = open_original(folder)
+        rounded = _weights(outside(network, config, Job(embedding_bits=bits)))
+        network = lazily_dense(network)
+        network.update(tree_unflatten(rounded))
         lost = [nn.losses.kl_div_loss(made, right, reduction="sum").item() / rows.size
                 for made, right in zip(_predictions(network, rows), wanted)]
         # Below 0 by rounding alone; what predicts no numbers is left as it is.

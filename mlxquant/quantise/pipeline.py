@@ -28,7 +28,8 @@ from mlxquant.layers import outline, repeated
 from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.model.loading import load, open_lazily, open_tokenizer, vocabulary_of
+from mlxquant.model.loading import load, open_tokenizer, vocabulary_of
+from mlxquant.model.original import open_original
 from mlxquant.quantise import assembly, calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assignment import assign
@@ -48,6 +49,8 @@ from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 
+ONCE = "embedding and head are one matrix in two types; it is stored once, in the finer"
+
 
 @holds_output
 @recording()
@@ -63,7 +66,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     job = job.changed(tune_steps=job.tuning.steps)
     with step("opening"):
         folder = resolve(name, revision=revision)
-        network, config = open_lazily(folder)
+        network, config = open_original(folder)
         blocks = assembly.blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
@@ -85,6 +88,8 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
             job = assign(folder, job, tokens, progress)
     chosen = [f"embedding and head have {job.embedding_bits} bits, with which the model predicts "
               "best in this size"] if job.embedding_bits != ends else []
+    if "one_matrix" in config.get("mlxquant_import", {}) and job.spec.rotation != "fused":
+        chosen.insert(0, ONCE)
     base = asdict(card.base_of(name, folder))
     run = Run(folder, output, job, tokens, base, asked, needs, chosen)
     return run.make(network, blocks, config, progress)
@@ -167,7 +172,7 @@ class Run:
                check: Callable[[], None]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""
         # Opened anew, so that what was calculated with outside the blocks is not held.
-        network, config = open_lazily(self.folder)
+        network, config = open_original(self.folder)
         made = assembly.outside(network, config, self.job)
         others, config = made.tensors, assembly.result_config(made, body, self.job, record)
 

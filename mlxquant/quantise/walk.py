@@ -32,7 +32,7 @@ from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.hooks import call_order, intercepted
-from mlxquant.model.loading import open_lazily
+from mlxquant.model.original import open_original
 from mlxquant.quantise import rotation
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Routed, Watch
@@ -165,7 +165,7 @@ def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibr
 def _read_anew(network: nn.Module, blocks: list[Block], folder: Path) -> None:
     """Let go of what has been read outside the blocks, such as the embedding: what the network
     asks for again is read again."""
-    fresh, _ = open_lazily(folder)
+    fresh, _ = open_original(folder)
     network.update(tree_unflatten(list(arrays_outside(fresh, blocks).items())))
 
 

@@ -21,6 +21,7 @@ from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine import lanes
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.memory import DENSE_SHARE
+from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
@@ -177,7 +178,7 @@ def choose(result: Plan, rows: list[Row], chip: str | None = None) -> Row:
 
 
 def _model(name: str, config: dict[str, Any], context: int) -> _Model:
-    plain = outline.unquantised(config)
+    plain = outline.unquantised(without_second(config))
     original = outline.network_of(plain)
     kv = {bits: outline.kv_bytes(original, context, bits) for bits in KV_BITS}
     blocks = blocks_of(original)

@@ -17,7 +17,7 @@ from mlxquant.sources.gguf import model, tokenizer
 from mlxquant.sources.gguf.reader import open_model, part_files, state_of
 
 Progress = Callable[[int, int, float], None]  # bytes of tensors read, of how many, gigabytes
-_FORMAT = 3  # part of the cache key: raise it when the written folder changes
+_FORMAT = 4  # part of the cache key: raise it when the written folder changes
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,23 @@ class Imported:
                 "type": source.tensor.type.name, "bits": source.plan.bits,
                 "repacked": source.plan.repacked, "error": lost / whole if whole else 0.0}
         lost, whole = (sum(part) for part in zip((0, 0), *self.rounded.values()))
-        return {"types": dict(types.most_common()), "tensors": len(self.sources),
-                "error": lost / whole if whole else 0.0, "rounded": rounded}
+        found = {"types": dict(types.most_common()), "tensors": len(self.sources),
+                 "error": lost / whole if whole else 0.0, "rounded": rounded}
+        return found if (pair := self.one_matrix()) is None else found | {"one_matrix": pair}
+
+    def one_matrix(self) -> dict[str, Any] | None:
+        """The paths of ``embedding`` and ``head`` where both are one matrix but for rounding, that
+        of the ``finer`` and its ``bits``; None where they are not."""
+        places = {source.tensor.name: name for name, source in self.sources.items()}
+        if "output.weight" not in places:
+            return None
+        pair = {kind: places[name] for kind, name in (("head", "output.weight"),
+                                                      ("embedding", "token_embd.weight"))}
+        if not weights.alike(*(self.sources[name].tensor for name in pair.values())):
+            return None
+        finer = max(pair.values(), key=lambda name: self.sources[name].plan.bits)
+        return {kind: name.removesuffix(".weight") for kind, name in pair.items()} | {
+            "finer": finer.removesuffix(".weight"), "bits": self.sources[finer].plan.bits}
 
 
 def read(file: GGUFModel, bits: int | None = None) -> Imported:
