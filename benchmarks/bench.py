@@ -29,13 +29,13 @@ from mlxquant.layers.dense import to_dense
 from mlxquant.layers.pack import pack
 from mlxquant.machine import chips
 from mlxquant.machine.system import device
-from mlxquant.model.loading import LanguageModel, load
+from mlxquant.model.loading import LanguageModel, load, open_lazily
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 from mlxquant.runtime import probe
-from mlxquant.sources.names import DEFAULT_MODEL
+from mlxquant.sources.names import DEFAULT_MODEL, resolve
 
 
 class Vocabulary:
@@ -49,11 +49,11 @@ class Vocabulary:
 
 
 def open_model(name: str, as_mlx_lm: bool = False) -> LanguageModel:
-    """A model by name, or SHAPE:FORM with random weights; ``as_mlx_lm`` leaves the network of
-    SHAPE:FORM as mlx-lm runs it."""
+    """A model by name, or SHAPE:FORM with random weights; ``as_mlx_lm`` leaves the network as
+    mlx-lm runs it."""
     known, _, form = name.partition(":")
     if not form or known not in SHAPES:
-        return load(name)
+        return as_stored(name) if as_mlx_lm else load(name)
     config = SHAPES[known]
     found = re.fullmatch(r"(\d+|ternary)(?:-k(\d+)(?:-g(\d+))?)?", form)
     if found is None:
@@ -73,6 +73,14 @@ def open_model(name: str, as_mlx_lm: bool = False) -> LanguageModel:
     mx.eval(network.parameters())
     mx.clear_cache()
     return LanguageModel(name, Path(), network, Vocabulary(config["vocab_size"]), config)
+
+
+def as_stored(name: str) -> LanguageModel:
+    """A model by name, its network as mlx-lm runs it."""
+    folder = resolve(name)
+    network, config = open_lazily(folder)
+    mx.eval(network.parameters())
+    return LanguageModel(name, folder, network, Vocabulary(config["vocab_size"]), config)
 
 
 def table() -> str:

@@ -1,15 +1,15 @@
 """Where a token's time goes: Python, MLX's launching, and the GPU itself.
 
-    python benchmarks/decode.py SHAPE:FORM … [--out NAME]
+    python benchmarks/decode.py MODEL … [--out NAME]
 
-A SHAPE:FORM is what ``bench.py`` takes; mlx-lm:SHAPE:FORM is the same as mlx-lm runs it. For
-each, one token after the other: how many kernels it launches (``dispatches.py``), in all and a
-block, what Python takes to build its graph, what MLX takes to launch it, and both together with
-the wait, which is what a user sees. Then the GPU's own time for a token, by its clock
-(``kernels/gpu_clock.py``): some tokens are queued behind a wait, so that launching does not
-count. For that, MLX must be allowed to put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER
-and MLX_MAX_MB_PER_BUFFER are raised for the GPU's time; ``--limits default`` leaves them, for
-what a user sees.
+A MODEL is a name, or SHAPE:FORM as ``bench.py`` takes it; mlx-lm:MODEL is the same as mlx-lm runs
+it, and unfused:MODEL with its layers packed but its blocks as mlx-lm calls them. For each, one
+token after the other: how many kernels it launches (``dispatches.py``), in all and a block, what
+Python takes to build its graph, what MLX takes to launch it, and both together with the wait, which
+is what a user sees. Then the GPU's own time for a token, by its clock (``kernels/gpu_clock.py``):
+some tokens are queued behind a wait, so that launching does not count. For that, MLX must be
+allowed to put whole tokens into one graph: MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER are
+raised for the GPU's time; ``--limits default`` leaves them, for what a user sees.
 
 Every row names the kernel of its matrices. ``--metal-body`` runs replicas with the body that Metal
 compiles (``replicated_matvec``) where an NVIDIA GPU would take its tensor cores.
@@ -19,9 +19,11 @@ import os
 import statistics
 import sys
 import time
+from contextlib import nullcontext
+from unittest import mock
 
 _TOKENS, _LOOPS, _QUEUED, _WAIT = 48, 5, 3, 0.25
-_STOCK = "mlx-lm:"
+_STOCK, _UNFUSED = "mlx-lm:", "unfused:"
 if "--limits" not in sys.argv:  # read once, when MLX is imported
     os.environ |= {"MLX_MAX_OPS_PER_BUFFER": "1000000", "MLX_MAX_MB_PER_BUFFER": "1000000"}
 
@@ -30,12 +32,14 @@ from record import parser, save  # first: it loads the BLAS before MLX
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 from bench import open_model
 from dispatches import launches
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
-from mlxquant.layers import traffic
+from mlxquant.layers import pack, traffic
+from mlxquant.layers.packed import PackedCodes
 from mlxquant.runtime.probe import measured, percent_of_ceiling
 
 
@@ -43,7 +47,10 @@ class Decoding:
     """One sequence of a model with random weights, a token at a time, after a prompt of 16."""
 
     def __init__(self, name: str):
-        model = open_model(name.removeprefix(_STOCK), name.startswith(_STOCK))
+        with mock.patch.object(pack, "read_plain", lambda *_: []) if name.startswith(
+                _UNFUSED) else nullcontext():
+            model = open_model(name.removeprefix(_STOCK).removeprefix(_UNFUSED),
+                               name.startswith(_STOCK))
         self.network, self.cache = model.network, make_prompt_cache(model.network)
         self.bytes = traffic.weight_bytes(model.network)
         self.token = mx.array([1])
@@ -90,14 +97,15 @@ class Decoding:
                     gpu_gb_per_s=self.bytes / seconds / 1e9)
 
 
-def kernel_of(name: str, metal_body: bool) -> str:
-    """What multiplies the matrices of SHAPE:FORM here, a token at a time."""
-    form = name.removeprefix(_STOCK).partition(":")[2]
-    if not backend.has_gpu() or form == "16":
-        return "MLX's dense product"
-    if "-k" not in form:
-        return "mx.quantized_matmul"
-    return "replicated_matvec" if metal_body or not backend.is_cuda() else "replicated_tensor_cores"
+def kernel_of(network: nn.Module, metal_body: bool) -> str:
+    """What multiplies the matrices of a network here, a token at a time."""
+    modules, names = list(network.modules()), []
+    if any(isinstance(module, PackedCodes) for module in modules):
+        names.append("replicated_matvec" if metal_body or not backend.is_cuda()
+                     else "replicated_tensor_cores")
+    if any(hasattr(module, "bits") for module in modules):
+        names.append("mx.quantized_matmul")
+    return " and ".join(names) or "MLX's dense product"
 
 
 def main() -> None:
@@ -112,7 +120,7 @@ def main() -> None:
     ceiling, rows = measured().ceiling, []
     for name in arguments.models:
         decoding = Decoding(name)
-        row = dict(model=name, kernel=kernel_of(name, arguments.metal_body),
+        row = dict(model=name, kernel=kernel_of(decoding.network, arguments.metal_body),
                    bytes_per_token=decoding.bytes, **decoding.dispatches(), **decoding.seen())
         if not arguments.limits:
             try:
