@@ -35,6 +35,7 @@ GROUPS = dict(method="gptq", bits=2, **COMMON)
 PLAN = {
     "replica-2": REPLICA | dict(bits=2, replicas=2),
     "replica-4": REPLICA | dict(bits=2, replicas=4),
+    "replica-4-g16": REPLICA | dict(bits=2, replicas=4, replica_group=16),
     "replica-8": REPLICA | dict(bits=2, replicas=8),
     "replica-8-g16": REPLICA | dict(bits=2, replicas=8, replica_group=16),
     "budget-2.10": REPLICA | dict(bits=2, target=Target(2.10)),
@@ -46,7 +47,7 @@ PLAN = {
     "budget-1.75": REPLICA | dict(bits="ternary", target=Target(1.75)),
     "budget-1.20": REPLICA | dict(bits=1, target=Target(1.20)),
     **{f"{gigabytes}-gb": REPLICA | dict(bits=2, target=Target(gigabytes=gigabytes))
-       for gigabytes in (0.0675, 0.28, 0.6, 0.76)},
+       for gigabytes in (0.0675, 0.2, 0.6, 0.76)},
     "ternary-4": REPLICA | dict(bits="ternary", replicas=4),
     "1-bit-5": REPLICA | dict(bits=1, replicas=5),
     "groups-192": GROUPS | dict(group_size=192),

@@ -16,6 +16,7 @@ import argparse
 import gc
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
@@ -30,6 +31,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import mlxquant
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import outline
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model.loading import load, open_lazily
 from mlxquant.quantise.conversations import converse
@@ -39,7 +41,6 @@ from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import resolve
 from mlxquant.tuning import predictions
 from mlxquant.tuning.distill import Distillation
-from mlxquant.tuning.piecewise import Pieces
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
 from mlxquant.tuning.teacher import Teacher
@@ -121,7 +122,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict:
     stages = Stages()
     teacher = filled(outline.network_of(config), DTYPE)
     mx.reset_peak_memory()
-    kept.write(Pieces(teacher).judged, 1,
+    kept.write(partial(judged, teacher), 1,
                lambda done, total: stages.note("predictions", done, total))
     del teacher
     gc.collect()

@@ -1,5 +1,7 @@
 """A network in pieces: the same loss and gradients, in less memory; predictions that are kept."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,6 +13,7 @@ from mlx.utils import tree_map
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import head
 from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.head import foreseen
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.report.divergence import position_kl
@@ -166,9 +169,9 @@ def test_killed_predictions_go_on_and_take_what_was_said(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        wanted.write(Pieces(network).judged, 1, stop)
+        wanted.write(partial(judged, network), 1, stop)
     assert wanted.missing == [3]
-    wanted.write(Pieces(network).judged, 1, stop)
+    wanted.write(partial(judged, network), 1, stop)
     assert told == [(2 * done, 8) for done in (1, 2, 3, 4)] and not wanted.missing
     tokens, kept = wanted[3]
     assert mx.array_equal(tokens, TOKENS[:, 18:])

@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.dense import expanded, lazily_dense
 from mlxquant.layers.head import logits_bytes
-from mlxquant.layers.streamed import streamed
 from mlxquant.model.original import open_original
 from mlxquant.quantise.assembly import Outside, outside
 from mlxquant.quantise.job import Job
@@ -57,7 +57,10 @@ def bytes_held(outside: float, vocabulary: int) -> float:
 def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:
     """The logarithms of the probabilities (tokens, vocabulary) behind some tokens after the other,
     float32, of a network whose arrays are yet to be read."""
-    for made in streamed(network, rows, lambda logits, _: nn.log_softmax(logits, axis=-1)):
+    def judge(logits: mx.array, _: slice) -> mx.array:
+        return nn.log_softmax(logits, axis=-1)
+
+    for made in judged(network, rows, judge, once=True):
         mx.eval(made)
         yield made
 

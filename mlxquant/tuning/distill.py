@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import save_arrays
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.head import Judge
 from mlxquant.layers.trainable import Trainable
 from mlxquant.quantise.training import State, Training
@@ -43,7 +44,8 @@ class Distillation(Training):
         def on_held_out(_: nn.Module) -> float:
             total, positions = 0.0, 0
             for tokens, wanted in map(predictions.__getitem__, held_out):
-                total += sum(value.item() for value in pieces.judged(tokens, _judge(wanted)))
+                total += sum(value.item() for value in
+                             judged(student.network, tokens, _judge(wanted)))
                 positions += tokens.size
             return total / positions
 

@@ -34,10 +34,6 @@ class Pieces:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", find_blocks(self.network))
 
-    def judged(self, tokens: mx.array, judge: Judge) -> Iterator[Any]:
-        """What ``judge`` says of the logits of ``tokens`` (batch, length), chunk after chunk."""
-        return self._head(tokens).judged(judge)
-
     def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
         """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""
         head = self._head(tokens)

@@ -31,7 +31,7 @@ _STATE = 16  # of them on the disk
 # Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed
 # in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
-_FORWARD, _BY_BLOCK = 1.75, 1.1  # with the whole network laid out, and a block computed at a time
+_FORWARD = 1.1
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
 STREAMED = 8192  # tokens that go through a model which is read anew for them
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
@@ -97,14 +97,14 @@ class Room:
         and one of them; None stands for whichever this machine's memory lets it be."""
         network, dtype = self.teacher, self.student.dtype
         blocks, width = [block.module for block in find_blocks(network)], dtype.size
-        held, one, forward = dense_bytes(network, dtype), 0.0, _FORWARD
+        held, one = dense_bytes(network, dtype), 0.0
         if not (fits_dense(network, dtype) if whole is None else whole):
             held -= sum(dense_bytes(block, dtype) for block in blocks)
-            one, forward = max(dense_bytes(block, dtype) for block in blocks), _BY_BLOCK
+            one = max(dense_bytes(block, dtype) for block in blocks)
             step = replace(step, windows=max(step.windows, STREAMED // step.length))
         passing = max(step.tokens * _numbers(block) for block in blocks)
         return held + self._hidden(network, step, width) + max(
-            one + width * forward * (passing + step.scores), self._chunk(step, _LIKELIEST))
+            one + width * _FORWARD * (passing + step.scores), self._chunk(step, _LIKELIEST))
 
     def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
         """What goes into all blocks: as many numbers as an embedding gives."""

@@ -6,13 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.dense import lazily_dense, to_dense
 from mlxquant.layers.head import Judge
-from mlxquant.layers.streamed import streamed
 from mlxquant.model import loading
 from mlxquant.sources.names import resolve
 from mlxquant.tuning import room
-from mlxquant.tuning.piecewise import Pieces
 
 
 class Teacher:
@@ -43,7 +42,7 @@ class Teacher:
         """What ``judge`` says of the logits of ``tokens`` (batch, length), some tokens after the
         other. A model that does not fit in memory dense is read block by block."""
         if self._whole:
-            return Pieces(self.model.network).judged(tokens, judge)
+            return judged(self.model.network, tokens, judge)
         vars(self).pop("model", None)  # what wrote is no longer needed
         network, _ = loading.open_lazily(self.folder)
-        return streamed(lazily_dense(network, self._dtype), tokens, judge)
+        return judged(lazily_dense(network, self._dtype), tokens, judge, once=True)

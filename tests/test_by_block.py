@@ -10,8 +10,8 @@ from conftest import CONFIG, random_network, write_folder
 
 from mlxquant.layers import head, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes
+from mlxquant.layers.by_block import judged
 from mlxquant.layers.dense import lazily_dense
-from mlxquant.layers.streamed import streamed
 from mlxquant.model.loading import open_lazily
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 60, (2, 12)))
@@ -21,12 +21,13 @@ TOKENS = mx.array(np.random.default_rng(0).integers(0, 60, (2, 12)))
 # of earlier blocks; a block that is called several times; parts of blocks in place of blocks.
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss", "cohere", "phixtral", "mamba",
                                   "falcon_h1", "deepseek_v3", "gemma3n", "iquestloopcoder"])
-def test_predictions_are_those_of_the_whole_network(name, monkeypatch):
+@pytest.mark.parametrize("once", [False, True])
+def test_predictions_are_those_of_the_whole_network(name, once, monkeypatch):
     monkeypatch.setattr(head, "AT_ONCE", 8 * 60)
     network = network_of(name)
     network.set_dtype(mx.float32)
     expected = network(TOKENS).reshape(TOKENS.size, -1)
-    found = list(streamed(copy.deepcopy(network), TOKENS, lambda logits, _: logits))
+    found = list(judged(copy.deepcopy(network), TOKENS, lambda logits, _: logits, once=once))
     scale = mx.abs(expected).max().item()
     assert len(found) > 1
     assert mx.abs(mx.concatenate(found) - expected).max().item() <= 1e-4 * scale
@@ -41,7 +42,7 @@ def test_blocks_are_let_go_of(tmp_path):
     body = sum(traffic.dense_bytes(block.module) for block in find_blocks(network))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for logits in streamed(network, TOKENS, lambda logits, _: logits):
+    for logits in judged(network, TOKENS, lambda logits, _: logits, once=True):
         mx.eval(logits)
     assert body > 1.5e8 and mx.get_peak_memory() - before < body / 4
     assert not any(held_bytes(block.module) for block in find_blocks(network))

@@ -1,4 +1,5 @@
-"""A network that is larger than the memory, run with one of its blocks there at a time."""
+"""A network's predictions block by block: memory holds what one block computes, and of a network
+that does not fit one block."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,15 +14,17 @@ from mlxquant.layers.head import Head, Judge
 from mlxquant.layers.hooks import call_order
 
 
-def streamed(network: nn.Module, tokens: mx.array, judge: Judge) -> Iterator[Any]:
+def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
+           once: bool = False) -> Iterator[Any]:
     """What ``judge`` says of the logits of ``tokens`` (batch, length), some tokens after the other.
 
-    The arrays of ``network`` are yet to be read. A block is read when it is called and let go of
-    after its last call, so the network is of no use afterwards. What went into a block stays until
-    the end, for networks whose head asks for it.
+    Each block is computed before the next is laid out. With ``once`` the arrays of ``network`` are
+    yet to be read: a block is read when it is called and let go of after its last call, so the
+    network is of no use afterwards. What went into blocks stays until the end, for networks whose
+    head asks for it.
     """
     blocks = find_blocks(network)
-    calls = Counter(call_order(network, blocks))
+    calls = Counter(call_order(network, blocks) if once else [])  # without it none is the last
     left = {id(block.module): calls[index] for index, block in enumerate(blocks)}
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
