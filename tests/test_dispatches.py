@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from test_fused_block import APART, stock_network
-from test_packed import network_of
+from test_packed import SHAPE, network_of
 
 from mlxquant.kernels import backend, prepare_input, replicated_matvec, rotary
 from mlxquant.layers.pack import pack
@@ -77,6 +77,30 @@ def test_each_further_way_of_storing_siblings_adds_two_and_gate_and_up_apart_thr
     kinds = [(f"*.{name}_proj", {"replicas": i + 1}) for i, name in enumerate("qk")]
     assert [took(*kinds[:more]) for more in range(3)] == [10, 12, 14]
     assert took(*APART) == 10 + 2 + 3  # the copies of gate and up are one node
+
+
+def test_a_way_of_storing_compiles_one_product_and_replicas_one_preparation(laid_out, monkeypatch):
+    """Each compiles for a while when a model is first used: biases, residuals, norms, gates and
+    widths, of which a budget takes many, are read at run time."""
+    compiled = set()
+
+    def build(self, mixture):
+        def launch(*, template, **given):
+            compiled.add((self.name, mixture, *template))
+            return kernel(**given)
+
+        return launch
+
+    monkeypatch.setattr(backend.Kernel, "_build", build)
+    ways = {f"*.{name}_proj": {"bits": bits, "replicas": replicas} for name, bits, replicas in (
+        ("q", 3, 2), ("o", 4, 2), ("down", 3, 4))}
+    token(network_of("qwen2", rules=tuple(ways.items())))
+    used = {*((way["bits"], way["replicas"]) for way in ways.values()), (2, SHAPE.replicas)}
+    for name, kinds in (("replicated_matvec", used), ("prepare_input", {k for _, k in used})):
+        fit = [dict(options) for known, _, *options in compiled if known == name]
+        one = [options for options in fit if not options.get("FOLD") and not options.get("BEHIND")
+               and options.get("TOKENS", 1) == 1]
+        assert len(one) == len(kinds), name
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -30,29 +30,26 @@ FUNCTION uint pair_word(const THREAD uint* words, int pair) {
             | ((words[2] >> 13) & 0x00040004u);
     return words[BITS == 3 ? pair / 5 : pair / (16 / BITS)];
 }
-template <int BITS>
-FUNCTION int pair_shift(int pair) {
-    return BITS == 3 ? (pair == 15 ? 0 : 3 * (pair % 5)) : BITS * (pair % (16 / BITS));
+FUNCTION int pair_shift(int bits, int pair) {
+    return bits == 3 ? (pair == 15 ? 0 : 3 * (pair % 5)) : bits * (pair % (16 / bits));
 }
 // Codes are masked where they lie into the mantissas of two float16; one shift serves all of a word
 // that lie above.
-template <int BITS>
-FUNCTION int pair_at(int pair) {
-    const int shift = pair_shift<BITS>(pair);
-    return shift + BITS > 10 ? shift - 6 : shift;
+FUNCTION int pair_at(int bits, int pair) {
+    const int shift = pair_shift(bits, pair);
+    return shift + bits > 10 ? shift - 6 : shift;
 }
 // What the floats of pair p are larger by than the levels, from 0.5 · (1 − count) up.
-template <int BITS, int LEVELS>
-FUNCTION float pair_offset(int pair) {
-    return float(1 << (10 - pair_at<BITS>(pair))) + 0.5f * float(LEVELS - 1);
+FUNCTION float pair_offset(int bits, int levels, int pair) {
+    return float(1 << (10 - pair_at(bits, pair))) + 0.5f * float(levels - 1);
 }
 // Pair p of a chunk as floats, ``mask`` the lowest BITS of both halves: an AND, an OR, and what it
 // takes to read a float16 as a float, on Apple's GPUs nothing.
 template <int BITS>
 FUNCTION float2 pair_floats(const THREAD uint* words, int pair, uint mask) {
-    const uint at = uint(pair_at<BITS>(pair)), power = (25u - at) << 10;
+    const uint at = uint(pair_at(BITS, pair)), power = (25u - at) << 10;
     const uint word = pair_word<BITS>(words, pair);
-    const uint moved = pair_shift<BITS>(pair) + BITS > 10 ? word >> 6 : word;
+    const uint moved = pair_shift(BITS, pair) + BITS > 10 ? word >> 6 : word;
     return floats_of_halves((moved & (mask << at)) | (power | power << 16));
 }
 """

@@ -19,7 +19,7 @@ _BODY = """
     if (column >= n || row0 >= rows) return;
     const bool whole = column + 1 < n;
     const uint mask = ((1u << BITS) - 1u) * 0x10001u;
-    const float offset = pair_offset<BITS, LEVELS>(p);
+    const float offset = pair_offset(BITS, LEVELS, p);
     const auto own = codes + static_cast<size_t>(expert) * rows * chunks * BITS;
     float a[2][K];
     UNROLL for (int k = 0; k < K; ++k) {

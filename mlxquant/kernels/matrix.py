@@ -112,12 +112,20 @@ class Added:
             y = y if term is None else y + term.astype(y.dtype)
         return y
 
-    def inputs(self, unread: mx.array) -> list[mx.array]:
-        """Both for a kernel, with an ``unread`` array in the place of what is not there."""
-        return [unread if term is None else term for term in (self.bias, self.residual)]
+    def inputs(self, dtype: mx.Dtype) -> list[mx.array]:
+        """Both for a kernel whose outputs are ``dtype``, with an array that is not read in the
+        place of what is not there."""
+        return [unread(dtype) if term is None else term for term in (self.bias, self.residual)]
 
-    def template(self) -> list[tuple[str, bool]]:
-        return [("BIAS", self.bias is not None), ("RESIDUAL", self.residual is not None)]
+    @property
+    def flags(self) -> int:
+        """What is there, for a kernel to read at run time: 1 a bias, 2 a residual."""
+        return (self.bias is not None) + 2 * (self.residual is not None)
+
+    def kind(self, dtype: mx.Dtype) -> tuple[str, mx.Dtype]:
+        """What of it a kernel is compiled for, the bias's type: MLX tells kernels apart by their
+        templates, not by what they are given."""
+        return "BIAS", dtype if self.bias is None else self.bias.dtype
 
 
 NOTHING = Added()
@@ -129,6 +137,14 @@ def sizes(*values: int) -> mx.array:
     with mx.stream(mx.cpu):
         made = mx.array([*values, *[0] * (backend.SMALLEST - len(values))], mx.int32)
         mx.eval(made)
+    return made
+
+
+@functools.cache
+def unread(dtype: mx.Dtype) -> mx.array:
+    """An array that a kernel is given and does not read."""
+    made = mx.zeros(backend.SMALLEST, dtype)
+    mx.eval(made)
     return made
 
 

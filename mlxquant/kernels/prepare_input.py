@@ -38,8 +38,10 @@ _BODY = """
     const int lane = thread_index_in_simdgroup;
     const int span = thread_position_in_grid.x / 32, token = thread_position_in_grid.y;
     const int row = token / sizes[4], expert = EXPERT(token);
+    const bool norm = sizes[7] == 1, gate = sizes[7] == 2;
+    const float offset = pair_offset(sizes[5], sizes[6], lane / 2);  // of decoded codes
     float inverse = 1.0f;  // of the row's root mean square
-    if (NORM) {
+    if (norm) {
         float sum = 0.0f;
         for (int start = lane; start < n; start += 32 * 16) {
             UNROLL for (int i = 0; i < 16; ++i) {  // loads that do not wait for each other
@@ -55,13 +57,13 @@ _BODY = """
         const int column = span * SPAN + 32 * i + lane;
         z[i] = 0.0f;
         if (column < n) {
-            z[i] = static_cast<float>(x[(GATE ? 2 : 1) * row * n + column]);
-            if (NORM) {
+            z[i] = static_cast<float>(x[(gate ? 2 : 1) * row * n + column]);
+            if (norm) {
                 z[i] = static_cast<float>(static_cast<T>(z[i] * inverse));
                 const float weight = static_cast<float>(norm_weight[column]);
                 z[i] = static_cast<float>(static_cast<T>(z[i] * weight));
             }
-            if (GATE) {
+            if (gate) {
                 const float up = static_cast<float>(x[(2 * row + 1) * n + column]);
                 // Fast math assumes that there is no infinity.
                 const float silu = z[i] / (1.0f + exp(min(-z[i], 80.0f)));
@@ -112,7 +114,7 @@ _BODY = """
             prepared[(piece * vectors + first + k) * LANES * PIECE + element]
                 = static_cast<O>(scaled);
             if (SUMS) {
-                float sum = pair_offset<BITS, LEVELS>(lane / 2) * scaled;
+                float sum = offset * scaled;
                 UNROLL for (int stride = 1; stride < SHARED; stride *= 2)
                     sum += simd_shuffle_xor(sum, stride);
                 const int chunk = column / 32;
@@ -166,19 +168,20 @@ def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read
     padded = layout.padded(inputs)
     span = max(64, spec.rotation_block)
-    decoded = spec.bits if layout.sums else Width.TWO  # one kernel where it does not matter
     vectors = pairs * (spec.replicas if layout.expand else 1) + spec.replicas * layout.behind
     spans = -(-padded // span)
     return _KERNEL(
         inputs=[x, norm.weight, *scales.for_kernel(),
-                sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x))],
-        template=[("O", layout.dtype), ("T", first.dtype(x)), ("NORM", first is norm),
-                  ("GATE", isinstance(first, Gate)), ("SPAN", span),
-                  ("ROTATION", spec.rotation_block), ("K", spec.replicas),
+                sizes(inputs, padded, pairs, float_bits(norm.eps), pairs // len(x),
+                      spec.bits.code_bits, spec.bits.levels,
+                      1 if first is norm else 2 * isinstance(first, Gate))],
+        template=[("O", layout.dtype), ("T", first.dtype(x)), ("W", norm.weight.dtype),
+                  ("SPAN", span), ("ROTATION", spec.rotation_block),
+                  ("K", spec.replicas if layout.expand or layout.behind else 1),
                   ("GROUP", spec.replica_group), ("EXPAND", layout.expand),
                   ("BEHIND", layout.behind), ("LANES", layout.lanes), ("RUN", layout.run),
-                  ("PIECE", layout.piece), ("SUMS", layout.sums > 0), ("SHARED", layout.sums or 32),
-                  ("BITS", decoded.code_bits), ("LEVELS", decoded.levels)],
+                  ("PIECE", layout.piece), ("SUMS", layout.sums > 0),
+                  ("SHARED", layout.sums or 32)],
         grid=(-(-spans * 32 // _THREADS) * _THREADS, pairs, 1), threadgroup=(_THREADS, 1, 1),
         output_shapes=[(vectors * layout.stored(inputs),)],
         output_dtypes=[layout.dtype], experts=experts)[0]

@@ -59,6 +59,7 @@ _BODY = """
     const int rows = sizes[0], chunks = sizes[1], groups = sizes[3];
     const int pairs = PAIRS ? sizes[2] : 1;  // else strides of X are constants: no adding
     const uint mask = uint(sizes[4]);  // were it constant, NVIDIA's would take two operations
+    const int added = sizes[5];
     const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const int row0 = (int(threadgroup_position_in_grid.x) * SIMDGROUPS + simdgroup) * ROWS;
     const int pair = PAIRS ? int(threadgroup_position_in_grid.y) : 0, expert = EXPERT(pair);
@@ -96,10 +97,10 @@ _BODY = """
                 low[r] = pair_floats<BITS>(words[r], 2 * piece, mask);
                 high[r] = pair_floats<BITS>(words[r], 2 * piece + 1, mask);
                 if (EXACT) {
-                    low[r].x -= pair_offset<BITS, LEVELS>(2 * piece);
-                    low[r].y -= pair_offset<BITS, LEVELS>(2 * piece);
-                    high[r].x -= pair_offset<BITS, LEVELS>(2 * piece + 1);
-                    high[r].y -= pair_offset<BITS, LEVELS>(2 * piece + 1);
+                    low[r].x -= pair_offset(BITS, LEVELS, 2 * piece);
+                    low[r].y -= pair_offset(BITS, LEVELS, 2 * piece);
+                    high[r].x -= pair_offset(BITS, LEVELS, 2 * piece + 1);
+                    high[r].y -= pair_offset(BITS, LEVELS, 2 * piece + 1);
                 }
             }
             if (FOLD) {
@@ -150,8 +151,8 @@ _BODY = """
             if (lane == 0 && row0 + r < rows) {
                 const int at = (pair + t) * rows + row0 + r;
                 if (LEVELS == 2) whole *= 2.0f;
-                if (BIAS) whole += static_cast<float>(bias[row]);
-                if (RESIDUAL) whole += static_cast<float>(residual[at]);
+                if (added & 1) whole += static_cast<float>(bias[row]);
+                if (added & 2) whole += static_cast<float>(residual[at]);
                 out[at] = static_cast<T>(whole);
             }
         }
@@ -186,14 +187,14 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, matrix.scales.replica_in,
                 sizes(rows, matrix.chunks, tokens, matrix.scales.replica_in.shape[-2],
-                      ((1 << bits) - 1) * 0x10001),  # a code's bits in both halves of a word
-                *added.inputs(matrix.replica_out)],
+                      ((1 << bits) - 1) * 0x10001,  # a code's bits in both halves of a word
+                      added.flags), *added.inputs(dtype)],
         template=[("T", dtype), ("EXACT", dtype == mx.float32 or fold), ("BITS", bits),
                   ("LEVELS", spec.bits.levels), ("K", spec.replicas),
                   ("GROUP", spec.replica_group), ("FOLD", fold),
                   ("SHARED", min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)),
                   ("TOKENS", together), ("PAIRS", experts is not None), ("ROWS", height),
-                  ("SIMDGROUPS", _SIMDGROUPS), *added.template()],
+                  ("SIMDGROUPS", _SIMDGROUPS), added.kind(dtype)],
         grid=(blocks * _SIMDGROUPS * 32, tokens // together, 1),
         threadgroup=(_SIMDGROUPS * 32, 1, 1), output_shapes=[(tokens, rows)],
         output_dtypes=[dtype], experts=experts)[0]

@@ -53,7 +53,7 @@ template <class T, int BITS, int LEVELS>
 inline __device__ uint decode_pair(const uint* words, int p) {
     using P = Pair<T>;
     const uint word = pair_word<BITS>(words, p);
-    const int shift = pair_shift<BITS>(p), room = P::mantissa / BITS * BITS;
+    const int shift = pair_shift(BITS, p), room = P::mantissa / BITS * BITS;
     const int at = shift % room ? shift % room : 1, mask = ((1 << BITS) - 1) << at;
     const uint moved = at > shift ? word << (at - shift) : word >> (shift - at);
     uint coded = (moved & (mask | mask << 16)) | P::power;
@@ -81,7 +81,7 @@ _BODY = """
     constexpr int BATCH = TILES <= 2 ? 4 : TILES <= 4 ? 2 : 1, CHAINS = TILES <= 2 ? 2 : 1;
     __shared__ float shared[WARPS][16][STRIDE];
     __shared__ alignas(16) uint ring[WARPS][AHEAD][2][32][4];
-    const int rows = sizes[0], runs = sizes[1], blocks = (runs + 3) / 4;
+    const int rows = sizes[0], runs = sizes[1], added = sizes[2], blocks = (runs + 3) / 4;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, quad = lane & 3;
     const int row0 = blockIdx.x * 16, vectors = TOKENS * K;
     const int low = min(row0 + g, rows - 1), high = min(row0 + g + 8, rows - 1);
@@ -155,8 +155,8 @@ _BODY = """
         if (row0 + row < rows) {
             const long long at = (long long)token * rows + row0 + row;
             if (LEVELS != 2) y *= 0.5f;
-            if (BIAS) y += static_cast<float>(bias[row0 + row]);
-            if (RESIDUAL) y += static_cast<float>(residual[at]);
+            if (added & 1) y += static_cast<float>(bias[row0 + row]);
+            if (added & 2) y += static_cast<float>(residual[at]);
             out[at] = static_cast<T>(y);
         }
     }
@@ -193,10 +193,10 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     # H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more.
     warps, ahead = min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
     return _KERNEL(
-        inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs),
-                *added.inputs(matrix.replica_out)],
+        inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs, added.flags),
+                *added.inputs(dtype)],
         template=[("T", dtype), ("BITS", bits), ("LEVELS", spec.bits.levels),
                   ("K", spec.replicas), ("RUN", run), ("TOKENS", tokens), ("WARPS", warps),
-                  ("AHEAD", ahead), *added.template()],
+                  ("AHEAD", ahead), added.kind(dtype)],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]
