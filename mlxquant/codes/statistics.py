@@ -7,7 +7,7 @@ import mlx.core as mx
 
 @dataclass
 class Statistics:
-    """Sums over the calibration tokens seen so far of one input x of width n.
+    """Means and maxima over the calibration tokens of one input x of width n.
 
     ``hessian`` is E[x xᵀ] (n, n), ``mean_magnitude`` E[|x|] and ``largest``
     max |x| (n,), all float32. ``cross`` is E[x̃ xᵀ] between the float model's

@@ -56,7 +56,7 @@ FUNCTION float2 pair_floats(const THREAD uint* words, int pair, uint mask) {
 
 
 def offsets(bits: Width) -> mx.array:
-    """What a kernel's decoded floats of a chunk's 32 codes are larger by than their levels."""
+    """By how much a kernel's decoded floats exceed their levels: (32,), one for each input."""
     made = []
     for pair in range(CHUNK // 2):
         inside = 5 if bits.code_bits == 3 else 16 // bits.code_bits

@@ -17,9 +17,9 @@ for each pair of a token and an expert, in the place of a token.
 
 ``Layout``: a matrix kernel's lane decodes ``run`` neighbouring inputs, ``lanes`` of them make a
 block of inputs, and X is [block][piece of the run][u][lane][element], so that the lanes' loads of a
-piece are neighbours. Where a kernel decodes codes to floats that are too large by an offset
-(``code_order.py``), it wants Σ offset · X of a chunk, or of each group in it, behind X: [block]
-[group in the chunk][u][lane].
+piece are neighbours. A kernel that decodes a code to its level plus an offset (``code_order.py``)
+subtracts Σ offset · X of a chunk, or of each group in it; these sums lie behind X: [block]
+[group in chunk][u][lane].
 """
 
 from dataclasses import dataclass
@@ -132,9 +132,9 @@ _THREADS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix kernel reads X; ``expand``: it wants all of a_k ∘ z, not z and A apart;
-    ``behind``: A's K vectors behind those of z; ``sums``: with the sums of its decoded offsets, one
-    for so many inputs, 0 for none."""
+    """How a matrix kernel reads X. ``expand``: X holds a_k ∘ z for all k, not z (or c ∘ z);
+    ``behind``: A's K columns follow as further vectors; ``sums``: inputs in each Σ offset · X
+    stored behind X, 0 for no sums."""
 
     lanes: int
     run: int

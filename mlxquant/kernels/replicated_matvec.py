@@ -5,13 +5,13 @@
     y[t, i] = Σ_g (Σ_k b_ik α_gk) Σ_(j in g) C_ij X_t,j   grouped: X_t = c ∘ R x_t
 
 A simdgroup has a few rows; its lanes take the chunks of a row in turn (``code_order.py``), so that
-the lanes' loads are neighbours, and no two simdgroups share a row: nothing but one ``simd_sum`` per
-row and token, to which a bias and the residual stream are added. A weight costs, beside its b bits,
-half an AND, half an OR and for T tokens T · K multiply-adds, grouped T + (K + T) / G. Plain
-replicas of several tokens are folded into the weights: K + 2 + T. Decoded codes are too large by an
-offset: each chunk's sum, or group's, begins with minus that of the offsets times X, which comes
-with X. Where codes are folded, and in float32, which asks for more than is left below the offsets,
-they are subtracted one by one.
+the lanes' loads are neighbours, and no two simdgroups share a row: the only reduction is one
+``simd_sum`` per row and token; then a bias and the residual stream are added. A weight costs,
+beside its b bits, half an AND, half an OR and for T tokens T · K multiply-adds, grouped
+T + (K + T) / G. Plain replicas of several tokens are folded into the weights: K + 2 + T. Codes
+decode to their level plus an offset: for each chunk, or group, Σ offset · X is subtracted, which is
+stored behind X. Where replicas are folded, and in float32, where that would cost precision, the
+offset is subtracted from each code.
 
 X is float32: in half precision the error grows from 2.1e-4 to 3.1e-4 and the time stays, and a
 bfloat16 model's may not fit. It is read from the caches once for all rows of a simdgroup, whose

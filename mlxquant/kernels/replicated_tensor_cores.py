@@ -8,9 +8,9 @@ The same product as ``replicated_matvec.py``. An ``mma.m16n8k16`` takes 16 rows 
 free: a lane decodes runs of neighbouring inputs of the rows g and g + 8 straight into its part of
 the operand, two codes by one mask: (word >> s) & 0x00030003 | 0x64006400 is 1024 + code in both
 halves of a float16 pair; one multiply-add takes 1024 away and makes it 2·code − top, exactly. As
-the mantissa has room (10 bits, bfloat16 7), codes are masked where they lie, from bit 1 up (at bit
-0 the constant would not fit), and the multiply-add also divides by their power of two: one shift
-serves several pairs. Sums are float32.
+the mantissa has room (10 bits, bfloat16 7), codes are masked in place, at any bit from 1 up (at bit
+0 the constant to subtract is inexact), and the multiply-add also divides by 2^bit: one shift serves
+several pairs. Sums are float32.
 
 Warps of a block share its 16 rows and take blocks of inputs in turn, with a ring of asynchronous
 copies under way in each; their sums, times B, meet in shared memory. Based on the operand layouts

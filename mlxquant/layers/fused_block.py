@@ -5,8 +5,8 @@ where layers are packed.
     attention · preparation · O and the residual · norm and preparation · gate, up · SwiGLU and
     preparation · down and the residual
 
-Where siblings are stored in several ways, each further one is a norm and preparation and a product
-more, and of gate and up two copies, too.
+Siblings stored in several formats take one more preparation (with its norm) and product for each
+further format, gate and up two copies too.
 Of MLX's own layers it is eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
 SwiGLU · down · residual, and one more where there are biases. Attention alone takes four where its
 block's norm went into its first product.
@@ -65,9 +65,9 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module,
 
 
 def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
-    """Have a module of such parts, packed or not, take single tokens in few dispatches, where its
-    layers' products have no others; ``watch`` is to be called when nothing of it changes any
-    more."""
+    """Let ``module`` run single tokens in few dispatches, packed or not; None where its layers
+    cannot be joined or a GPU's rotary kernel is not trusted. Call ``watch`` once the module is
+    final."""
     if backend.has_gpu() and not trusted("rotary"):  # its reference copies the cache
         return None
     modules, mlp = dict(module.named_modules()), parts.mlp

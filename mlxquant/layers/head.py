@@ -86,9 +86,9 @@ def logits_bytes(tokens: int, vocabulary: int) -> int:
 
 
 def foreseen(network: nn.Module, blocks: list[Block]) -> dict[str, Head]:
-    """The head of a network whose blocks are yet to run, for any inputs, by the last one's path;
-    none where it needs more than these. Nothing is computed and nothing of a block is held: what
-    blocks give is no number here, and so are logits that need it of others than the last."""
+    """The head of a network whose blocks have not run, by the last block's path; empty where, by
+    shapes, logits need more than that block's output. Nothing is computed, no block's arrays are
+    held: block outputs are NaN here, so logits that also need an earlier block's are NaN."""
     head = Head(network, blocks, mx.zeros((1, 2), mx.int32), lambda _, own, args, kwargs: tree_map(
         lambda leaf: mx.full(leaf.shape, mx.nan, leaf.dtype) if is_float(leaf) else leaf,
         own(*args, **kwargs)))

@@ -3,9 +3,9 @@ read.
 
 As in ``packed.py`` siblings (gate, up) are one stack of matrices, and a token costs a group two
 dispatches whatever the number of its experts; SwiGLU between them goes into the second group's
-first. A token and one of its experts are a pair, and each pair is multiplied by itself. Where there
-are so many pairs that all experts are read again and again, all matrices are expanded once, some
-experts at a time, and multiplied by their pairs.
+first. A token and one of its experts are a pair, and few pairs are each computed separately. Where
+so many pairs would read all experts again and again, all matrices are expanded once, some experts
+at a time, and multiplied by their tokens.
 """
 
 from itertools import pairwise

@@ -34,11 +34,11 @@ _HEADS = [0, 2, 1, 3]  # the axes of (sequences, tokens, heads, size) as attenti
 class Siblings:
     """Linear layers that read one input, by their paths in the order in which they are called.
 
-    ``norm`` is the RMSNorm whose output it is and that nothing else reads. ``gate`` and ``up`` are
-    linear layers such that it is silu(gate) ∘ up, and nothing else reads either. ``before`` is a
-    linear layer whose rows are each multiplied into one input or, where they are the values of so
-    many key-value ``heads``, into those of the heads of queries that read it; nothing else reads
-    them. Each is None where there is none.
+    ``norm`` is the RMSNorm whose output this input is; ``gate`` and ``up`` are linear layers such
+    that it is silu(gate) ∘ up; nothing else reads their outputs. ``before`` is a linear layer that
+    nothing else reads, each of whose outputs is a factor of one input (``up``), or v with so many
+    key-value ``heads``: each of its outputs enters one input of every query head that reads it.
+    Each is None where there is none.
     """
 
     paths: tuple[str, ...]

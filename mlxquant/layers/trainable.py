@@ -29,10 +29,10 @@ from mlxquant.layers.unpacked import (
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained beside scales: the weights of normalisation layers where ``norms``; codes
-    where ``codes`` is above 0, of which u = 1 moves one by that many levels from its place in
-    ``starts``, by its layer's path (levels from the middle of the cell; by default there); the
-    scales of affine ``experts``, whose matrices are then expanded in every step."""
+    """What is trained beside scales. ``norms``: the weights of normalisation layers. ``codes``: how
+    many levels u = 1 moves a code (0: codes stay); ``starts``: by layer path, where codes start, in
+    levels from the middle of their cell (default 0). ``experts``: the scales of affine experts,
+    whose matrices are then expanded in every step."""
 
     norms: bool = True
     codes: float = 0.0

@@ -72,9 +72,9 @@ def stock(bits: int, vectors: int = 1) -> Cost:
 
 
 def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
-    """A replicated product by ``replicated_matvec.py``: a weight's K multiply-adds, and an addition
-    in 32 inputs each; or in groups one, and K + 1 in G. It fetches K inputs in float32 and, in 32,
-    a sum; or in groups one, and a sum and K scales in G."""
+    """The product of ``replicated_matvec.py``, per weight: K + K / 32 float operations, grouped
+    1 + (K + 2) / G. It fetches K + K / 32 float32 numbers, grouped 1 + (K + 1) / G, once for all
+    rows of a simdgroup. G counts as at most 32."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
     rows = rows_together(vectors, replicas if group else 0)

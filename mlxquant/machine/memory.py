@@ -31,7 +31,7 @@ def parse_size(size: str | float) -> int:
 
 def peak_resident() -> int:
     """The most bytes that this process has held in memory so far."""
-    try:  # what Linux calls the most of a process begins with what its parent held
+    try:  # on Linux ru_maxrss begins with the parent's peak, VmHWM does not
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
     except (OSError, StopIteration):
@@ -47,8 +47,8 @@ def told(needed: float, limit: float, fitting: Iterable[str]) -> str:
 
 def require_memory(what: str, asked: T, need: Callable[[T], float], limit: float,
                    smaller: Iterable[Iterable[tuple[str, T]]]) -> None:
-    """Raise ``TooLarge`` where ``what`` was asked needs more than ``limit`` bytes; it names of each
-    kind of what is ``smaller``, by the options that make it so, the first that would fit."""
+    """Raise ``TooLarge`` where ``asked`` needs more than ``limit`` bytes; the message calls it
+    ``what`` and names, of each kind of ``smaller`` request, the option of the first that fits."""
     if (needed := need(asked)) > limit:
         fitting = [next((name for name, other in others if need(other) <= limit), None)
                    for others in smaller]

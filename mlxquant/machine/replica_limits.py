@@ -11,10 +11,10 @@ _GROUPS = (64, 32, 16, 8)  # inputs that share a scaling
 
 @dataclass(frozen=True)
 class ReplicaLimits:
-    """By width the most replicas that take at most 5 % longer than one, and by width and replicas
-    the smallest group with which they do: 0 where they need none, None where none is enough. A
-    width is None where reading does not decide the time of its layers (no kernel of their own, or
-    too short to fill a GPU). ``reason`` says that, or why nothing was measured."""
+    """By width the largest K that takes at most 5 % longer than one replica, and by width and K the
+    smallest group within that limit: 0 where none is needed, None where none tried suffices. A
+    width is None where memory reads do not bound its layers' time (no kernel of their own, or too
+    short to fill a GPU). ``reason`` says so, or why nothing was measured."""
 
     reason: str | None
     largest_replicas: dict[str, int | None] | None = None

@@ -54,12 +54,12 @@ class Outputs:
         return [*arrays(call.halt.given()), *floats(call.halt.shelf.read(call.wanted))]
 
     def error(self, call: Call, *data: mx.array) -> mx.array:
-        """How far off a call like ``call`` is with this ``data``: half the mean over tokens of
-        ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². To the norm that the next block begins with each
-        token counts alike, so it does in the first half. A few tokens are hundreds of times as
-        large as all others, and heads look there when they look for nothing (Sun et al. 2024,
-        https://arxiv.org/abs/2402.17762): without the second half training can give them up, at
-        the cost of a thousandth of the first and of all that the later blocks do."""
+        """The error of the block's outputs ŷ against the float block's y: half the mean over tokens
+        of ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². The first half weights all tokens alike, as the
+        next block's norm does. A few tokens are hundreds of times as large as all others and serve
+        as attention sinks (Sun et al. 2024, https://arxiv.org/abs/2402.17762): without the second
+        half training can give them up, which adds a thousandth to the first half and breaks the
+        later blocks."""
         left, errors = iter(data), []
         for y, wanted in zip(call.outputs(left), left, strict=True):
             missed, energy = mx.square(y - wanted).sum(-1), mx.square(wanted).sum(-1)

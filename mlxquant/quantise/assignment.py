@@ -131,8 +131,8 @@ class _Measure:
         return list(kinds.values())
 
     def _ways(self, trial: Trial, importance: dict[str, mx.array]) -> Ways:
-        """The siblings' ways by their joined paths: as their rule says, or else the method's, all
-        alike or each in its own at one price per bit. What a sibling costs by itself is taken from
+        """The siblings' ways by their joined paths: their rule's, or else the method's, one way for
+        all or one for each, chosen at a common price per bit. A sibling's own cost is taken from
         the fit of all together, whose scales serve it a little worse."""
         felt = [importance[path] for path in trial.full()]
         ways: list[dict[str, Any]] = REPLICATED if trial.spec.method == "replica" else WIDTHS

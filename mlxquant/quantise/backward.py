@@ -81,9 +81,9 @@ class Backward:
         self.head = Head(self.network, self.blocks, tokens, through)
 
     def calls(self, judge: Judge) -> Iterator[tuple[Call, Callable[[list[mx.array]], None]]]:
-        """The blocks' calls, the last first, with the gradient of the sum of what ``judge`` says of
-        the logits; each block holds its weights. What is yielded beside is to be told the gradient
-        by the floats of the call's arguments."""
+        """The blocks' calls, the last first, each with the gradient of the summed ``judge`` by its
+        outputs; its block holds its weights meanwhile. The function yielded beside it takes the
+        gradient by the call's float arguments."""
         slopes = []
         for place in self.head.places:
             slope = mx.grad(lambda part, place=place: judge(self.head.logits(part), place))(
@@ -110,8 +110,8 @@ class Backward:
 
     def _between(self, left: list[list[mx.array | None]], arrays: list[mx.array],
                  slopes: list[mx.array]) -> None:
-        """Add to the gradients that are ``left``, by what earlier blocks gave, what comes by the
-        ``slopes`` of ``arrays`` that the network made of that."""
+        """Backpropagate ``slopes``, the gradients by ``arrays``, to earlier blocks' outputs and
+        add the results to ``left``, one for each float output."""
         given = [array for call in self._calls for array in floats(call.output)]
         places = [(i, j) for i, gradients in enumerate(left) for j in range(len(gradients))]
         where = {id(array): place for array, place in zip(given, places)}
@@ -136,8 +136,8 @@ class Backward:
         mx.eval([array for gradients in left for array in gradients if array is not None])
 
     def _inputs(self, outputs: list[mx.array], known: list[mx.array]) -> list[mx.array]:
-        """The floats that the network makes of its earlier blocks' ``outputs`` for the next call,
-        or at its end; as they are ``known`` where it makes others of outputs alone."""
+        """The next block call's float arguments, or the logits, that the network makes of earlier
+        blocks' ``outputs``; or else ``known``, where their shapes are other ones."""
         calls, left = iter(self._calls), iter(outputs)
 
         def through(_: nn.Module, own: Any, *given: Any) -> Any:

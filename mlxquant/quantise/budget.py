@@ -59,8 +59,8 @@ def choose(options: dict[str, list[Option]], budget: float) -> dict[str, Option]
 
 
 def at_every_price(layers: list[list[Option]]) -> list[tuple[Option, ...]]:
-    """What ``choose`` gives several layers together, each by its options, at one price per bit
-    after the other: from the smallest options to those of the least damage."""
+    """One option per layer at each common price per bit, from high to low: the walk along the
+    hulls, from the smallest options to those of the least damage."""
     frontiers = dict(enumerate(map(_frontier, layers)))
     chosen = [ways[0] for ways in frontiers.values()]
     found = [tuple(chosen)]

@@ -57,7 +57,7 @@ def by_spec(specs: dict[str, Spec]) -> dict[Spec, list[str]]:
 
 
 def rotated(statistics: Statistics, signs: mx.array, size: int) -> Statistics:
-    """The second moments of R x. Magnitudes do not carry over; their bounds are kept."""
+    """Statistics of R x. E|x| and max |x|, not known for R x, are set to 1 and 4 RMS."""
     hessian, cross = hadamard.rotate_hessian(statistics.hessian, signs, size), statistics.cross
     cross = None if cross is None else hadamard.rotate_hessian(cross, signs, size)
     deviation = mx.sqrt(mx.maximum(hessian.diagonal(), 0))

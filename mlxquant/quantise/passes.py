@@ -24,9 +24,9 @@ from mlxquant.quantise.walk import dense_block, float_walk, visits
 
 @dataclass
 class Passes:
-    """The blocks under way: what is asked of each, where its result is kept, how the residual
-    stream is turned, what is the same for all, what trains them, whether they are calibrated on
-    what the float model gives them, and where hidden states wait."""
+    """The blocks under way, with a plan and a result file for each. ``turn`` (n, n) rotates the
+    residual stream, ``tuner`` trains blocks, hidden states wait on ``shelf``. With ``floats``
+    blocks are calibrated on their inputs in the float model."""
 
     network: nn.Module
     blocks: list[Block]
@@ -51,8 +51,8 @@ class Passes:
             yield index, self._result(index, seen)
 
     def on_quantised(self, folder: Path, tokens: Calibration) -> Iterator[tuple[int, BlockResult]]:
-        """The result of every block, each calibrated on what the quantised blocks before give it,
-        and with a correction beside what the float ones would."""
+        """The result of every block, calibrated on its inputs behind quantised blocks, or behind
+        float ones with ``floats``; with a correction, on both."""
         corrected, seen = bool(self.settings.correction), dict[int, Observation]()
         for visit in visits(self.network, self.blocks, folder, tokens, self.shelf, quantised=True,
                             floats=corrected or self.tuner is not None, turn=self.turn):

@@ -121,9 +121,9 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
 
 
 def for_stack(spec: Spec, rounded: bool) -> Spec:
-    """What a stack of matrices takes of a spec: experts may be replicated; else MLX runs affine
-    groups of its own sizes, on inputs as they are. Matrices by head, and those that no text
-    reaches, are ``rounded``."""
+    """``spec`` as a stack of matrices can take it: replicated experts stay so; all else gets a
+    group size of MLX's, no rotation, and rtn if ``rounded`` (matrices by head, and those that no
+    text reaches)."""
     if spec.method == "replica" and not rounded:
         return spec
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64

@@ -25,10 +25,10 @@ _Codes = TypeVar("_Codes", Affine, Replicas)
 
 @dataclass(frozen=True)
 class Maps:
-    """Between scales and Ŵ (m, n): ``change`` gives what a step in the scales does to Ŵ,
-    ``pull_back`` the derivative by the scales of one by Ŵ, ``scaled`` divides that by a curvature.
-    ``total`` and ``total_change`` sum what is as large as the scales, and as Ŵ, over all that
-    shares one step length."""
+    """The linear map from scales to Ŵ (m, n): ``change`` applies it, ``pull_back`` its transpose (a
+    gradient by Ŵ to one by the scales), ``scaled`` the preconditioner. ``total`` and
+    ``total_change`` sum an array of the scales' shape, and of Ŵ's, over all entries that share one
+    step length."""
 
     change: Callable[[mx.array], mx.array]
     pull_back: Callable[[mx.array], mx.array]

@@ -69,7 +69,7 @@ def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
 
 
 def given_inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
-    """What each layer of the blocks was first given, by its path: not computed, but itself."""
+    """The first input array of each layer of the blocks, by path: that object, uncomputed."""
     linears = {block.full(path): module for block in blocks
                for path, module in leaf_modules(block.module)
                if type(module) in (nn.Linear, nn.QuantizedLinear, *EXPERTS)}

@@ -33,9 +33,9 @@ from mlxquant.sources.checkpoint import SHARD_BYTES
 _SPILL_SHARE = 1 / 8
 _SHORTEST = 32  # tokens of a window that may be advised
 _PASSING = 2  # arrays of a batch's inputs and outputs
-# A block that is trained, where its gradient begins and where it ends: bytes of a weight whose code
-# moves (its latent, the best and two moments, 16; what it is now and the matrix, 8; start and code,
-# 3; then gradients) and of an expert's; arrays of inputs and outputs, and of attention's scores.
+# Training a block, where its gradient begins and where it ends: bytes per weight whose code moves
+# (latent, best and two moments, 16; current value and matrix, 8; start and code, 3; gradients),
+# float32 arrays of layers' inputs and outputs, and of scores; ``_EXPERT``: bytes per expert weight.
 _EXPERT, _BEGIN, _END = 12, (30, 3.9, 3.5), (41, 1.2, 0)
 # The gradients of a budget: arrays of a block's inputs and outputs, of scores, and of logits.
 _WEIGHED, _WEIGHED_LOGITS = (3.1, 3.0), 6.0
@@ -43,16 +43,16 @@ _LOGITS, _HEAD = 5.7, 1.2  # arrays of a step's logits, and of the head, where t
 # Arrays of an input's (n, n) that stay while its siblings are quantised, and come in between.
 _KEPT, _FACTORING = 2.2, 1.7
 _CORRECTED = 1.0  # more of them, where the target is corrected
-# Arrays of the siblings' (m, n): the search for scales, rounds of refinement, and the equations of
-# replicas, of which K copies go into one array.
+# Arrays (m, n) of stacked siblings: to fit scales; to refine affine codes; to refine replicas;
+# (K, m, n) for replicas' equations; to round (rtn).
 _FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The most bytes that a job holds at once, the interpreter's own apart; those of hidden states
-    that wait on the disk; the blocks that cannot be trained in this memory, and why; and the head
-    for whose predictions the last block can be, by its path."""
+    """The most bytes that a job holds at once, the interpreter's own apart; the bytes of hidden
+    states on the disk; by path, why blocks cannot be trained in this memory; and, by the last
+    block's path, the head for whose predictions it can be trained."""
 
     memory: float = 0.0
     waiting: float = 0.0
@@ -139,8 +139,8 @@ class Batch:
 
 def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Needs:
     """What the job takes. Hidden states wait on the disk where they would take more than an eighth
-    of the memory, or what the job has not beside them. Blocks that do not fit while they are
-    trained are not, unless that was asked for."""
+    of the memory, or than the job's peak leaves free. Blocks whose training does not fit are not
+    trained, unless ``tune_blocks`` is set."""
     plans, limit = plan_blocks(network, blocks, job), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
     batch = (Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given

@@ -13,11 +13,11 @@ from mlxquant.quantise import envelope
 
 @dataclass(frozen=True)
 class Settings:
-    """The type that scales are stored in, how far the target moves to make up for earlier layers
-    (0 to 1, see ``Sweep.correct``), how activations are rounded, SmoothQuant's strength (None:
-    searched), the seed of rotations, the network's siblings by the path of each, whether what codes
-    leave of the weights is kept, for how many rounds replicas' scalings are fitted, and what gives
-    the directions in which that begins (``envelope.leading``), where several fits share them."""
+    """``dtype`` of stored scales; ``correction``, 0 to 1, of the target for earlier layers' errors
+    (``Sweep.correct``); how activations are rounded; SmoothQuant's ``alpha`` (None: searched);
+    ``seed`` of rotations; ``siblings`` by each layer's path; ``remainders``: keep each weight's
+    distance from its code; ``rounds`` in which replicas' scalings are fitted; ``leading`` gives the
+    start of those fits (``envelope.leading``) where several share it."""
 
     dtype: mx.Dtype = mx.float16
     correction: float = 0.0

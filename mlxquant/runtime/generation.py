@@ -90,7 +90,7 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
     yield replace(chunk, report=speed.make(
         prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(tokens),
         guessed_tokens=guessed if loop.guesses else None,
-        # The last pass may have ended before its own token, in one that was guessed.
+        # One pass per unguessed token, and one more if the last token was guessed.
         passes=len(tokens) - guessed + step.guessed, ttft_s=first - start, decode_s=last - first,
         bytes_per_token=model.weight_bytes_per_token + kv + loop.guessing_bytes(),
         peak_bytes=mx.get_peak_memory()))

@@ -64,8 +64,8 @@ class Probe:
 def percent_of_ceiling(gb_per_s: float) -> tuple[float, Ceiling]:
     """How much of the ceiling a run reached, and the ceiling.
 
-    A run that beats it has it measured again, and the larger result is kept; no run that is no
-    faster does so again, as a small model may well be read from a cache.
+    A run that beats it has it measured again, and the larger result is kept. After that only a
+    faster run does so, as a small model may well be read from a cache.
     """
     known = measured()
     if gb_per_s > max(known.ceiling.gb_per_s, known.beaten_by) and _spare() > 2 * _bytes(_ROWS[0]):

@@ -97,8 +97,8 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
             args, kwargs = with_floats(given, inputs)
             return own(*args, **kwargs)
 
-    # It runs again only once the gradient has come to it. Without that nothing keeps a compiler
-    # that looks for common expressions, or a scheduler, from holding what all blocks compute.
+    # The rerun waits for the incoming gradient. Otherwise common-subexpression elimination, or the
+    # scheduler, could make it hold what all blocks computed in the first run.
     @mx.custom_function
     def forward(values: Arrays, inputs: list[mx.array]) -> list[mx.array]:
         outputs.append(run(values, inputs))

@@ -24,8 +24,8 @@ from mlxquant.quantise.room import Batch
 from mlxquant.tuning.predictions import bytes_for
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 
-# Of what is trained, in float32: start, size, u, two moments, best, gradient, and u and moments as
-# a step makes them. Moving codes start all alike, and some of the rest comes later than the others.
+# Bytes per trained number: start, size, u, two moments, best, gradient, and a step's new u and
+# moments, float32 each. Moving codes share one start, and not all of the rest is held at once.
 _TRAINED, _MOVING = 40, 26
 _STATE = 16  # of them on the disk
 # Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed

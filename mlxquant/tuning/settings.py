@@ -58,9 +58,9 @@ class Tuning:
     (files, or ``hf://datasets/OWNER/NAME/FILE``), in sequences of ``sequence_length`` tokens.
 
     ``norms`` trains the weights of normalisation layers too. ``codes`` above 0 lets the codes
-    move (``unpacked.py``): it is how many levels chance alone would carry one
-    (``Schedule.drift``), so that mostly those change whose gradients agree over many steps. At 0.2
-    the next level, half a level away, is two and a half standard deviations off
+    move (``unpacked.py``), with this standard deviation in levels if gradients are all noise
+    (``Schedule.drift``), so that mostly codes with consistent gradients change. At 0.2 the
+    rounding boundary, half a level away, is 2.5 deviations off
     (``benchmarks/LOG.md``). ``written`` adds so many sequences in which the teacher goes on from
     what the texts begin, drawn as often as all texts together; ``conversations`` so many in which
     it talks to itself (``quantise/conversations.py``), drawn as often as each text. ``seed``

@@ -2,8 +2,8 @@
 
 MLX dequantises a code q of a group as scale·q + bias. Scales of Q4_0, Q4_1, Q5_0, Q5_1,
 Q8_0, TQ1_0, TQ2_0 and MXFP4 are halves or powers of two, and so are their biases: exact
-in float16. Q4_K and Q5_K multiply a half by 6 bits, IQ4_XS too, and IQ1_S by 4 bits, which takes
-17 bits of a float32; float16 rounds them by at most 2⁻¹², which is measured and reported.
+in float16. Q4_K, Q5_K and IQ4_XS multiply a float16 by a 6-bit integer, IQ1_S by a 4-bit one;
+float16 rounds the product by at most 2⁻¹¹ of its value, which is measured and reported.
 """
 
 from collections.abc import Callable
@@ -113,8 +113,8 @@ def _groups(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> Groups
 
 
 def _nibbled(zero: int | None, fifth: bool = False) -> Callable[[np.ndarray], Groups]:
-    """Blocks of 32: a half d; a half m, or else ``zero`` is the code of 0; the ``fifth`` bits, bit
-    i of four bytes being that of element i; the others."""
+    """Blocks of 32: float16 scale; float16 bias, or else ``zero`` is the code of 0; ``fifth``:
+    4 bytes, bit i is code i's top bit; 16 bytes of nibbles."""
 
     def read(blocks: np.ndarray) -> Groups:
         d, *m, high, low = _split(blocks, 2, *([2] if zero is None else []), 4 * fifth, 16)
