@@ -40,11 +40,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxquant.kernels import backend, gpu_clock, replicated_tensor_cores
 from mlxquant.layers import pack, traffic
 from mlxquant.layers.packed import PackedCodes
+from mlxquant.layers.packed_experts import PackedExperts
 from mlxquant.runtime.probe import measured, percent_of_ceiling
 
 
 class Decoding:
-    """One sequence of a model with random weights, a token at a time, after a prompt of 16."""
+    """One sequence of a model, a token at a time, after a prompt of 16."""
 
     def __init__(self, name: str):
         with mock.patch.object(pack, "read_plain", lambda *_: []) if name.startswith(
@@ -100,12 +101,14 @@ class Decoding:
 def kernel_of(network: nn.Module, metal_body: bool) -> str:
     """What multiplies the matrices of a network here, a token at a time."""
     modules, names = list(network.modules()), []
-    if any(isinstance(module, PackedCodes) for module in modules):
-        names.append("replicated_matvec" if metal_body or not backend.is_cuda()
-                     else "replicated_tensor_cores")
+    ordinary = metal_body or not backend.is_cuda()
+    for module in modules:
+        if isinstance(module, PackedCodes):
+            names.append("replicated_matvec" if ordinary or isinstance(module, PackedExperts)
+                         else "replicated_tensor_cores")
     if any(hasattr(module, "bits") for module in modules):
         names.append("mx.quantized_matmul")
-    return " and ".join(names) or "MLX's dense product"
+    return " and ".join(sorted(set(names))) or "MLX's dense product"
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import argparse
 import gc
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -72,9 +73,9 @@ class Stages:
 def foretold(a: argparse.Namespace, tuning: Tuning) -> dict[str, float]:
     """GB that the formula gives for each stage."""
     network, config = open_lazily(resolve(a.folder))
-    return gigabytes(Room(Trainable(network, DTYPE, Parts(codes=tuning.codes)),
-                          open_lazily(resolve(a.teacher))[0], config["vocab_size"]),
-                     Step.of(tuning, config))
+    teacher = Teacher(a.teacher, DTYPE)
+    return gigabytes(Room(Trainable(network, DTYPE, Parts(codes=tuning.codes)), teacher.network,
+                          config["vocab_size"], teacher.whole), Step.of(tuning, config))
 
 
 def gigabytes(room: Room, step: Step) -> dict[str, float]:
@@ -117,7 +118,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict:
     kept = predictions.Predictions(folder, list(batches), config["vocab_size"])
     small = planned(outline.network_of(config), config, QUANTISED)
     said = gigabytes(Room(Trainable(small, DTYPE, Parts(codes=a.codes)),
-                          outline.network_of(config), config["vocab_size"]), step)
+                          outline.network_of(config), config["vocab_size"], True), step)
     del small
     stages = Stages()
     teacher = filled(outline.network_of(config), DTYPE)
@@ -170,13 +171,13 @@ def known_shapes() -> None:
     for name, config in SHAPES.items():
         teacher = outline.network_of(config)
         rooms = [Room(Trainable(planned(outline.network_of(config), config, QUANTISED),
-                                mx.bfloat16, Parts(codes=codes)), teacher, config["vocab_size"])
-                 for codes in (0.0, 0.2)]
+                                mx.bfloat16, Parts(codes=codes)), teacher, config["vocab_size"],
+                      whole=True) for codes in (0.0, 0.2)]
         for size in (1, 8):
             still, moving = (Step(size, 512, config["num_attention_heads"], moves)
                              for moves in (False, True))
-            print(f"| {name} | {size} | {rooms[0].teacher_bytes(still, True) / 1e9:.1f} | "
-                  f"{rooms[0].teacher_bytes(still, False) / 1e9:.1f} | "
+            print(f"| {name} | {size} | {rooms[0].teacher_bytes(still) / 1e9:.1f} | "
+                  f"{replace(rooms[0], whole=False).teacher_bytes(still) / 1e9:.1f} | "
                   f"{rooms[0].student_bytes(still) / 1e9:.1f} | "
                   f"{rooms[1].student_bytes(moving) / 1e9:.1f} |")
 

@@ -8,29 +8,35 @@ import pytest
 from architectures import network_of
 from conftest import CONFIG, random_network, write_folder
 
+from mlxquant.base.errors import BadCheckpoint
 from mlxquant.layers import head, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes
-from mlxquant.layers.by_block import judged
+from mlxquant.layers.by_block import can_let_go, judged
 from mlxquant.layers.dense import lazily_dense
+from mlxquant.layers.repeated import Repeat, install
 from mlxquant.model.loading import open_lazily
 
+PARTS = "iquestloopcoder"
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 60, (2, 12)))
 
 
 # Llama's kind; experts; tuples, a recurrent state, blocks beside each other, several streams; keys
 # of earlier blocks; a block that is called several times; parts of blocks in place of blocks.
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss", "cohere", "phixtral", "mamba",
-                                  "falcon_h1", "deepseek_v3", "gemma3n", "iquestloopcoder"])
+                                  "falcon_h1", "deepseek_v3", "gemma3n", PARTS])
 @pytest.mark.parametrize("once", [False, True])
 def test_predictions_are_those_of_the_whole_network(name, once, monkeypatch):
     monkeypatch.setattr(head, "AT_ONCE", 8 * 60)
     network = network_of(name)
     network.set_dtype(mx.float32)
     expected = network(TOKENS).reshape(TOKENS.size, -1)
-    found = list(judged(copy.deepcopy(network), TOKENS, lambda logits, _: logits, once=once))
+    given = copy.deepcopy(network)
+    found = list(judged(given, TOKENS, lambda logits, _: logits, once=once))
     scale = mx.abs(expected).max().item()
     assert len(found) > 1
     assert mx.abs(mx.concatenate(found) - expected).max().item() <= 1e-4 * scale
+    left = sum(held_bytes(block.module) for block in find_blocks(given))
+    assert (left == 0) is (once and name != PARTS) and can_let_go(network) is (name != PARTS)
 
 
 def test_blocks_are_let_go_of(tmp_path):
@@ -46,3 +52,19 @@ def test_blocks_are_let_go_of(tmp_path):
         mx.eval(logits)
     assert body > 1.5e8 and mx.get_peak_memory() - before < body / 4
     assert not any(held_bytes(block.module) for block in find_blocks(network))
+
+
+def test_blocks_that_run_twice_stay():
+    network = random_network()
+    expected = network(TOKENS)  # gates are zeros
+    install(network, [Repeat(0, 1, 2)])
+    found = list(judged(network, TOKENS, lambda logits, _: logits, once=True))
+    assert not can_let_go(network)
+    assert mx.allclose(mx.concatenate(found).reshape(expected.shape), expected, 1e-3, 1e-3)
+
+
+def test_what_is_not_a_number_is_named_when_it_is_read():
+    network = random_network()
+    network.layers[1].mlp.down_proj.weight[3, 4] = mx.nan
+    with pytest.raises(BadCheckpoint, match="layers.1.mlp.down_proj.weight: 1 of"):
+        list(judged(network, TOKENS, lambda logits, _: logits, once=True))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from test_fused_block import APART, stock_network
@@ -101,6 +102,31 @@ def test_a_way_of_storing_compiles_one_product_and_replicas_one_preparation(laid
         one = [options for options in fit if not options.get("FOLD") and not options.get("BEHIND")
                and options.get("TOKENS", 1) == 1]
         assert len(one) == len(kinds), name
+
+
+@pytest.mark.parametrize("form", ["qwen2", "qwen3"])
+def test_a_compiled_kernel_is_given_one_type_of_each_input(laid_out, monkeypatch, form):
+    """MLX looks kernels up by name and template: of two types under one name it would run the
+    wrong one, or compile at every call."""
+    given = {}
+
+    def build(self, mixture):
+        def launch(*, template, inputs, **more):
+            key = self.name, mixture, *template
+            given.setdefault(key, set()).add(tuple(x.dtype for x in inputs))
+            return kernel(inputs=inputs, **more)
+
+        return launch
+
+    monkeypatch.setattr(backend.Kernel, "_build", build)
+    for dtype in (mx.float32, mx.float16):
+        for norms in (mx.float32, mx.float16):
+            network = network_of(form, dtype=dtype)
+            for module in network.modules():
+                if isinstance(module, nn.RMSNorm):
+                    module.weight = module.weight.astype(norms)
+            token(network)
+    assert len(given) > 8 and {len(types) for types in given.values()} == {1}
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -1,21 +1,25 @@
 """Tuning that cannot fit is refused before anything is written, and what it needs is foretold."""
 
 import gc
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from conftest import CONFIG, job, write_telling
+from conftest import CONFIG, job, random_network, write_folder, write_telling
 from mlx.utils import tree_flatten
 
 import mlxquant
 from mlxquant.base.errors import TooLarge
 from mlxquant.layers.blocks import held_bytes
-from mlxquant.layers.dense import to_dense
+from mlxquant.layers.by_block import judged
+from mlxquant.layers.dense import lazily_dense, to_dense
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model.loading import open_lazily
 from mlxquant.tuning import room
+from mlxquant.tuning.predictions import likeliest
 from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import Schedule, Tuning
+from mlxquant.tuning.teacher import Teacher
 
 
 def made(tmp_path, hidden, inner, vocabulary, **options):
@@ -38,7 +42,8 @@ def asked(folder, codes=0.0, size=2, length=128):
 def room_of(folder, tuning):
     network, config = open_lazily(folder / "small")
     student = Trainable(network, mx.float32, Parts(codes=tuning.codes))
-    return (Room(student, open_lazily(folder / "source")[0], config["vocab_size"]),
+    teacher = Teacher(tuning.teacher, mx.float32)
+    return (Room(student, teacher.network, config["vocab_size"], teacher.whole),
             Step.of(tuning, config))
 
 
@@ -69,6 +74,44 @@ def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, opti
                   writing=lambda done, total, kind: note(kind))
     for stage, peak in peaks.items():
         assert said[stage] == pytest.approx(peak, rel=0.2), stage
+
+
+@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("hidden, inner, vocabulary", [(768, 3072, 256), (512, 1408, 8192)])
+def test_an_original_read_block_by_block_takes_what_is_foretold(
+        tmp_path, hidden, inner, vocabulary, dtype, stored):
+    config = CONFIG | {
+        "hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary,
+        "num_hidden_layers": 3, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64, "head_dim": 64, "tie_word_embeddings": False}
+    network = random_network(config)
+    network.set_dtype(stored)
+    folder = write_folder(tmp_path / "source", network, config)
+    del network
+    student = SimpleNamespace(dtype=dtype)
+    step = Step(1, 64, hidden // 64, False)
+    said = Room(student, open_lazily(folder)[0], vocabulary, False)._predicting(step)
+    gc.collect()
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    network = lazily_dense(open_lazily(folder)[0], dtype)
+    for found in judged(network, mx.zeros((1, 64), mx.int32), lambda y, _: likeliest(y), once=True):
+        mx.eval(found)
+    assert said == pytest.approx(mx.get_peak_memory() - held, rel=0.2)
+
+
+def test_as_many_tokens_are_predicted_together_as_fit(tmp_path, monkeypatch):
+    folder = made(tmp_path, 64, 128, 384, method="rtn", bits=2)
+    monkeypatch.setattr(room, "fits_dense", lambda *_: False)
+    what, step = room_of(folder, asked(folder, 0.0, 2, 128))
+    assert what.at_once(step) == room.STREAMED
+    least = what._predicting(step)
+    monkeypatch.setattr(room, "memory_limit", lambda: 3 * least)
+    assert 256 < what.at_once(step) < room.STREAMED and what.teacher_bytes(step) <= 3 * least
+    monkeypatch.setattr(room, "memory_limit", lambda: 1)
+    assert what.at_once(step) == 256 and what.teacher_bytes(step) == least
 
 
 @pytest.mark.parametrize("options", [dict(method="rtn", bits=4),

@@ -69,7 +69,8 @@ def is_cuda() -> bool:
 class Kernel:
     """MLX's kernel for ``body``, built at its first call; ``header`` holds functions that the body
     calls. ``EXPERT(i)`` in it is the number of a mixture's expert, read from a further input
-    ``experts`` at i, or 0 in calls for no mixture."""
+    ``experts`` at i, or 0 in calls for no mixture. MLX tells kernels apart by name and template
+    alone, so a call's template holds the types of all inputs whose types may differ."""
 
     def __init__(self, name: str, inputs: list[str], outputs: list[str], body: str,
                  header: str = ""):

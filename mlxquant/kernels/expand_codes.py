@@ -60,8 +60,9 @@ def expand(matrix: Matrix, dtype: mx.Dtype) -> mx.array:
     return _KERNEL(
         inputs=[matrix.codes, matrix.replica_out, *scales.for_kernel()[:2],
                 sizes(rows, matrix.chunks, inputs)],
-        template=[("T", dtype), ("BITS", matrix.code_bits), ("LEVELS", spec.bits.levels),
-                  ("K", spec.replicas), ("GROUP", spec.replica_group), ("ROWS", _ROWS)],
+        template=[("T", dtype), ("B", matrix.replica_out.dtype), ("BITS", matrix.code_bits),
+                  ("LEVELS", spec.bits.levels), ("K", spec.replicas),
+                  ("GROUP", spec.replica_group), ("ROWS", _ROWS)],
         grid=(-(-pairs // _THREADS) * _THREADS, -(-rows // _ROWS), stack),
         threadgroup=(_THREADS, 1, 1), output_shapes=[(*matrix.replica_out.shape[:-1], inputs)],
         output_dtypes=[dtype])[0]

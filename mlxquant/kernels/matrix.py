@@ -30,9 +30,9 @@ class Scales:
 
     def for_kernel(self) -> list[mx.array]:
         """A, c and signs, with arrays that are not read in the place of what is not there."""
-        a, unread = self.replica_in, mx.array([0] * backend.SMALLEST, mx.uint8)
+        a = self.replica_in
         return [a, a if self.column_scale is None else self.column_scale,
-                unread if self.signs is None else self.signs]
+                unread(mx.uint8) if self.signs is None else self.signs]
 
     def envelope(self) -> mx.array:
         """A with c in it, (n, K) or (E, n, K): one row an input, grouped or not."""
@@ -122,10 +122,10 @@ class Added:
         """What is there, for a kernel to read at run time: 1 a bias, 2 a residual."""
         return (self.bias is not None) + 2 * (self.residual is not None)
 
-    def kind(self, dtype: mx.Dtype) -> tuple[str, mx.Dtype]:
-        """What of it a kernel is compiled for, the bias's type: MLX tells kernels apart by their
-        templates, not by what they are given."""
-        return "BIAS", dtype if self.bias is None else self.bias.dtype
+    def types(self, dtype: mx.Dtype) -> list[tuple[str, mx.Dtype]]:
+        """For a kernel's template the types of these inputs (``backend.Kernel``)."""
+        return [(name, given.dtype) for name, given in zip(("BIAS", "RESIDUAL"),
+                                                           self.inputs(dtype))]
 
 
 NOTHING = Added()

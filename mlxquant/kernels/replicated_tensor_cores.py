@@ -195,8 +195,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs, added.flags),
                 *added.inputs(dtype)],
-        template=[("T", dtype), ("BITS", bits), ("LEVELS", spec.bits.levels),
-                  ("K", spec.replicas), ("RUN", run), ("TOKENS", tokens), ("WARPS", warps),
-                  ("AHEAD", ahead), added.kind(dtype)],
+        template=[("T", dtype), ("B", matrix.replica_out.dtype), ("BITS", bits),
+                  ("LEVELS", spec.bits.levels), ("K", spec.replicas), ("RUN", run),
+                  ("TOKENS", tokens), ("WARPS", warps), ("AHEAD", ahead), *added.types(dtype)],
         grid=(-(-rows // _ROWS) * warps * 32, 1, 1), threadgroup=(warps * 32, 1, 1),
         output_shapes=[(tokens, rows)], output_dtypes=[dtype])[0]

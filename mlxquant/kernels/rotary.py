@@ -106,7 +106,8 @@ def turn(qkv: Sequence[mx.array], keys: mx.array, values: mx.array, place: mx.ar
     queries: mx.array = _KERNEL(
         inputs=[*qkv, keys, values, rotary.steps, query_weight, key_weight, place,
                 sizes(rotary.queries, rotary.stored, keys.shape[2], *rotary.starts, *epsilons)],
-        template=[("T", dtype), ("SIZE", rotary.size), ("DIMS", rotary.dims),
+        template=[("T", dtype), ("KEPT", keys.dtype), ("W", query_weight.dtype),
+                  ("SIZE", rotary.size), ("DIMS", rotary.dims),
                   ("TRADITIONAL", rotary.traditional), ("NORM", bool(rotary.norms))],
         grid=(-(-heads * 32 // _THREADS) * _THREADS, 1, 1), threadgroup=(_THREADS, 1, 1),
         output_shapes=[(1, rotary.queries, 1, rotary.size)], output_dtypes=[dtype])[0]

@@ -7,11 +7,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from mlxquant.base.tensor_file import require_finite
 from mlxquant.base.trees import floats
-from mlxquant.layers.blocks import find_blocks, release
+from mlxquant.layers.blocks import arrays_outside, find_blocks, release
 from mlxquant.layers.head import Head, Judge
 from mlxquant.layers.hooks import call_order
+from mlxquant.layers.repeated import RepeatedBlock
+
+
+def can_let_go(network: nn.Module) -> bool:
+    """Whether ``judged`` holds one block at a time with ``once``: not where a network calls the
+    parts of its blocks, or repeats a range of them."""
+    blocks = find_blocks(network)
+    return bool(call_order(network, blocks)) and not any(
+        isinstance(block.module, RepeatedBlock) for block in blocks)
 
 
 def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
@@ -21,19 +32,33 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
     Each block is computed before the next is laid out. With ``once`` the arrays of ``network`` are
     yet to be read: a block is read when it is called and let go of after its last call, so the
     network is of no use afterwards. What went into blocks stays until the end, for networks whose
-    head asks for it.
+    head asks for it. Raises ``BadCheckpoint`` for an array read with a value that is not finite.
     """
     blocks = find_blocks(network)
+    once = once and can_let_go(network)
     calls = Counter(call_order(network, blocks) if once else [])  # without it none is the last
-    left = {id(block.module): calls[index] for index, block in enumerate(blocks)}
+    places = {id(block.module): index for index, block in enumerate(blocks)}
+    if once:
+        _read(arrays_outside(network, blocks))
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> Any:
-        left[id(module)] -= 1
+        index = places[id(module)]
+        if once:
+            block = blocks[index]
+            _read({block.full(path): array for path, array in tree_flatten(module.parameters())})
+        calls[index] -= 1
         output = own(*args, **kwargs)
         mx.eval(floats((output, args, kwargs)))
-        if not left[id(module)]:
+        if once and not calls[index]:
             release(module)
         return output
 
     return Head(network, blocks, tokens, through).judged(judge)
+
+
+def _read(arrays: dict[str, mx.array]) -> None:
+    """Compute arrays, one after the other: what each takes in between would add up."""
+    for path, array in arrays.items():
+        mx.eval(array)
+        require_finite(path, array)

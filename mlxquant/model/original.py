@@ -1,7 +1,7 @@
 """A model as it is quantised: a matrix that its file holds twice is there once.
 
-Of a model whose head is its embedding llama.cpp may write both, in types of their own, and the
-import keeps what a file says. Here the one in more bits serves in the place of both.
+The import of a GGUF file keeps what it says, and notes where embedding and head are one matrix
+(``sources/gguf/one_matrix.py``). Here the finer serves in the place of both.
 """
 
 from pathlib import Path
@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxquant.layers import outline
 from mlxquant.model.loading import open_lazily
 
+NOTE = "one_matrix"  # in what a configuration says of its import
+
 
 def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network and configuration of ``folder``, with its weights still on disk."""
@@ -20,31 +22,43 @@ def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     once = without_second(config)
     if once is config:
         return network, config
-    found = config["mlxquant_import"]["one_matrix"]
-    both, finer = (f"{found['embedding']}.", f"{found['head']}."), f"{found['finer']}."
+    found, modules = config["mlxquant_import"][NOTE], dict(network.named_modules())
+    embedding, head, finer = (found[key] for key in ("embedding", "head", "finer"))
+    entries = {path: _entry(module) for path, module in modules.items()
+               if hasattr(module, "to_quantized") or hasattr(module, "bits")}
+    entries[embedding] = entries[finer]
+    del entries[head]
+    made = outline.network_of(once | {"quantization": {"group_size": 64, "bits": 4} | entries})
+    made.eval()
+    if head in dict(made.named_modules()):  # some drop it when they see the weights
+        made.sanitize({})
     arrays = dict[str, Any]()
     for path, array in tree_flatten(network.parameters()):
-        if path.startswith(finer):
-            arrays[both[0] + path.removeprefix(finer)] = array
-        elif not path.startswith(both):
+        if path.startswith(f"{finer}."):
+            arrays[f"{embedding}.{path.removeprefix(f'{finer}.')}"] = array
+        elif not path.startswith((f"{embedding}.", f"{head}.")):
             arrays[path] = array
-    made = outline.network_of(once).eval()
-    if found["head"] in dict(made.named_modules()):  # some drop it when they see the weights
-        made.sanitize({})
     made.update(tree_unflatten(list(arrays.items())))
+    if quantization := outline.quantization_of(config):
+        kept = {path: entry for path, entry in quantization.items() if path != head}
+        once |= dict.fromkeys(("quantization", "quantization_config"),
+                              kept | {embedding: entries[embedding]})
     return made, once
 
 
 def without_second(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the model with one matrix for embedding and head, where its file holds
-    that twice (``Imported.one_matrix``); ``config`` itself where not."""
-    found = config.get("mlxquant_import", {}).get("one_matrix")
-    if not found or config["tie_word_embeddings"]:
+    that twice; ``config`` itself where not. How both are stored it leaves."""
+    told = config.get("mlxquant_import", {})
+    if NOTE not in told or config["tie_word_embeddings"]:
         return config
-    changed = config | {"tie_word_embeddings": True}
-    if stored := outline.quantization_of(config):
-        entry = found["bits"] < 16 and {"group_size": stored["group_size"], "bits": found["bits"]}
-        rest = {path: value for path, value in stored.items() if path != found["head"]}
-        changed |= dict.fromkeys(("quantization", "quantization_config"),
-                                 rest | {found["embedding"]: entry})
-    return changed
+    # A result may have another head again, as a fused rotation makes it: it must not say so.
+    told = {key: value for key, value in told.items() if key != NOTE}
+    return config | {"tie_word_embeddings": True, "mlxquant_import": told}
+
+
+def _entry(module: nn.Module) -> dict[str, Any] | bool:
+    """How a module is stored, as a configuration says it."""
+    if not hasattr(module, "bits"):
+        return False
+    return {"group_size": module.group_size, "bits": module.bits}

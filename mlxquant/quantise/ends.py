@@ -48,10 +48,12 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
     return found
 
 
-def bytes_held(outside: float, vocabulary: int) -> float:
-    """The most bytes that this holds, of a model with so many outside its blocks in float32."""
+def bytes_held(outside: float, block: float, vocabulary: int) -> float:
+    """The most bytes that this holds, of a model with so many outside its blocks, and at most in
+    one ``block``, in float32."""
     tokens = _ROWS * _LENGTH
-    return 2 * outside + 4 * vocabulary * tokens + _LOGITS * logits_bytes(tokens, vocabulary)
+    return (2 * outside + 4 * vocabulary * tokens
+            + max(block, _LOGITS * logits_bytes(tokens, vocabulary)))
 
 
 def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:

@@ -204,7 +204,8 @@ def _weighing_bytes(network: nn.Module, groups: list[tuple[Block, list[_Siblings
     blocks = [traffic.dense_bytes(block.module) + passing * 4 * batch.tokens * _numbers(block, own)
               + sum(traffic.own_bytes(m) for _, m in traffic.leaf_modules(block.module))
               + scores * 4 * batch.scores for block, own in groups]
-    ends = 0.0 if target.gigabytes is None else bytes_held(outside, vocabulary)
+    largest = max(traffic.dense_bytes(block.module) for block, _ in groups)
+    ends = 0.0 if target.gigabytes is None else bytes_held(outside, largest, vocabulary)
     return max(ends, outside + 4 * width * batch.tokens * (len(groups) + 1)
                + max(_WEIGHED_LOGITS * logits, *blocks))
 

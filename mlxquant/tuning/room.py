@@ -5,7 +5,7 @@ size each piece (``piecewise.py``) holds is measured; ``tests/test_tuning_room.p
 against real runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _STATE = 16  # of them on the disk
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
 _FORWARD = 1.1
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
-STREAMED = 8192  # tokens that go through a model which is read anew for them
+STREAMED = 8192  # tokens that are worth reading a model for
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
 
 
@@ -52,11 +52,12 @@ class Step(Batch):
 @dataclass(frozen=True)
 class Room:
     """What tuning ``student`` takes, and predicting with the ``teacher``, whose weights are still
-    on disk."""
+    on disk, and which is ``whole`` in memory while it predicts or not."""
 
     student: Trainable
     teacher: nn.Module
     vocabulary: int
+    whole: bool
 
     def check(self, tuning: Tuning, config: dict[str, Any], output: Path) -> None:
         """Raises ``TooLarge`` where predictions and state do not fit on the disk, or either model
@@ -70,9 +71,8 @@ class Room:
                       f"tuning into {output.name}")
         limit, writing = memory_limit(), 0.0
         if tuning.written or tuning.conversations:
-            dense = dense_bytes(self.teacher, self.student.dtype)
-            writing = _WRITING * limit + (dense if fits_dense(self.teacher, self.student.dtype)
-                                          else held_bytes(self.teacher))
+            writing = _WRITING * limit + (dense_bytes(self.teacher, self.student.dtype)
+                                          if self.whole else held_bytes(self.teacher))
         require_memory("tuning", step, lambda step: max(
             self.student_bytes(step), self.teacher_bytes(step), writing), limit, _smaller(step))
 
@@ -92,19 +92,34 @@ class Room:
         return (kept + trained + stays + self._hidden(student.network, step, width)
                 + max(*costs, self._chunk(step, _LOGITS)))
 
-    def teacher_bytes(self, step: Step, whole: bool | None = None) -> float:
-        """The most bytes that predicting holds: the ``whole`` model, or what is outside its blocks
-        and one of them; None stands for whichever this machine's memory lets it be."""
+    def teacher_bytes(self, step: Step) -> float:
+        """The most bytes that predicting holds: the model, or where it is not held what is outside
+        its blocks and one of them."""
+        return self._predicting(replace(step, windows=self.at_once(step) // step.length))
+
+    def at_once(self, step: Step) -> int:
+        """Tokens that the original predicts together: those of a step, or where it is read anew for
+        them as many as fit, up to ``STREAMED``."""
+        most, limit = STREAMED // step.length, memory_limit()
+        larger = [replace(step, windows=most >> half) for half in range(most.bit_length())]
+        return next((way.tokens for way in larger if not self.whole and way.windows > step.windows
+                     and self._predicting(way) <= limit), step.tokens)
+
+    def _predicting(self, step: Step) -> float:
+        """The most bytes that predicting so much together holds."""
         network, dtype = self.teacher, self.student.dtype
         blocks, width = [block.module for block in find_blocks(network)], dtype.size
-        held, one = dense_bytes(network, dtype), 0.0
-        if not (fits_dense(network, dtype) if whole is None else whole):
-            held -= sum(dense_bytes(block, dtype) for block in blocks)
-            one = max(dense_bytes(block, dtype) for block in blocks)
-            step = replace(step, windows=max(step.windows, STREAMED // step.length))
         passing = max(step.tokens * _numbers(block) for block in blocks)
-        return held + self._hidden(network, step, width) + max(
-            one + width * _FORWARD * (passing + step.scores), self._chunk(step, _LIKELIEST))
+        one, held = width * _FORWARD * (passing + step.scores), dense_bytes(network, dtype)
+        hidden, ends = self._hidden(network, step, width), 0.0
+        if not self.whole:
+            held -= sum(dense_bytes(block, dtype) for block in blocks)
+            one = max(dense_bytes(block, dtype) + max(one, _reading(block.modules(), dtype))
+                      for block in blocks)
+            inside = {id(module) for block in blocks for module in block.modules()}
+            ends = _reading((module for module in network.modules()
+                             if id(module) not in inside), dtype)
+        return held + max(ends, hidden + max(one, self._chunk(step, _LIKELIEST)))
 
     def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
         """What goes into all blocks: as many numbers as an embedding gives."""
@@ -128,6 +143,18 @@ def _smaller(step: Step) -> Iterator[list[tuple[str, Step]]]:
 def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> int:
     """Bytes of a network with all matrices expanded."""
     return traffic.dense_bytes(network) * dtype.size // 4
+
+
+def _reading(modules: Iterable[nn.Module], dtype: mx.Dtype) -> float:
+    """The most bytes that expanding a matrix of these as ``dtype`` takes beside the result: what is
+    stored and, on the way to 16 bits, the same in float32, when half of the former is gone."""
+    def beside(module: nn.Module) -> float:
+        stored, wide = traffic.own_bytes(module), traffic.float32_bytes(module)
+        if dtype == mx.float32:
+            return 0 if stored == wide else stored
+        return wide if stored == wide else wide + stored / 2
+
+    return max(map(beside, modules))
 
 
 def fits_dense(network: nn.Module, dtype: mx.Dtype) -> bool:

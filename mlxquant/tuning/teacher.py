@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxquant.layers.by_block import judged
+from mlxquant.layers.by_block import can_let_go, judged
 from mlxquant.layers.dense import lazily_dense, to_dense
 from mlxquant.layers.head import Judge
 from mlxquant.model import loading
@@ -16,32 +16,27 @@ from mlxquant.tuning import room
 
 class Teacher:
     """The model called ``name``: its ``network`` with weights on disk, and what of it is read when
-    it is asked for. ``dtype`` is what it predicts in."""
+    it is asked for. It predicts in ``dtype``, ``whole`` in memory where it fits so, else block by
+    block, if its architecture allows that."""
 
     def __init__(self, name: str, dtype: mx.Dtype):
         self.name, self.folder, self._dtype = name, resolve(name), dtype
         self.network, self._config = loading.open_lazily(self.folder)
-        self._whole = room.fits_dense(self.network, dtype)
+        self.whole = room.fits_dense(self.network, dtype) or not can_let_go(self.network)
 
     @cached_property
     def model(self) -> loading.LanguageModel:
         """In memory. On a GPU dense where that fits: it is to read thousands of tokens at once."""
-        if mx.default_device() == mx.cpu or not self._whole:
+        if mx.default_device() == mx.cpu or not self.whole:
             return loading.load_folder(self.folder, self.name)
         network = to_dense(self.network, self._dtype)
         tokenizer = loading.open_tokenizer(self.folder, self._config)
         return loading.LanguageModel(self.name, self.folder, network, tokenizer, self._config)
 
-    @property
-    def at_once(self) -> int:
-        """Tokens that are to be predicted together, at least: as many as are worth reading the
-        whole model for, where it does not stay."""
-        return 1 if self._whole else room.STREAMED
-
     def judged(self, tokens: mx.array, judge: Judge) -> Iterator[Any]:
         """What ``judge`` says of the logits of ``tokens`` (batch, length), some tokens after the
-        other. A model that does not fit in memory dense is read block by block."""
-        if self._whole:
+        other."""
+        if self.whole:
             return judged(self.model.network, tokens, judge)
         vars(self).pop("model", None)  # what wrote is no longer needed
         network, _ = loading.open_lazily(self.folder)

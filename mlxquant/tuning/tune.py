@@ -24,7 +24,7 @@ from mlxquant.sources import checkpoint
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.predictions import Predictions
-from mlxquant.tuning.room import Room
+from mlxquant.tuning.room import Room, Step
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 from mlxquant.tuning.teacher import Teacher
 
@@ -76,7 +76,8 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, Parts(tuning.norms, tuning.codes / schedule.drift))
-    Room(student, teacher.network, vocabulary).check(tuning, config, output)
+    room = Room(student, teacher.network, vocabulary, teacher.whole)
+    room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
     texts = _with_written(texts, teacher, tuning, unfinished, writing)
     predictions = Predictions(unfinished, [batch for part in (texts, held_out) for batch
@@ -84,7 +85,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     if predictions.missing:
         print(f"the teacher's predictions take {predictions.bytes / 1e9:.2f} GB in {unfinished} "
               "until the model is tuned", file=sys.stderr)
-        predictions.write(teacher.judged, teacher.at_once,
+        predictions.write(teacher.judged, room.at_once(Step.of(tuning, config)),
                           lambda done, total: writing(done, total, "predictions"))
     del teacher
     gc.collect()  # its layers refer to each other

@@ -17,6 +17,7 @@ from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import formats
 from mlxquant.sources.gguf import rope, weights
 from mlxquant.sources.gguf.config import architecture_of, config_of
+from mlxquant.sources.gguf.one_matrix import one_matrix
 from mlxquant.sources.gguf.reader import GGUFModel, GGUFTensor
 from mlxquant.sources.gguf.repack import GROUP
 
@@ -52,6 +53,7 @@ class Imported:
     config: dict[str, Any]
     sources: dict[str, Source]
     rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
+    one_matrix: dict[str, str] | None = None  # see ``one_matrix.py``
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -95,21 +97,7 @@ class Imported:
         lost, whole = (sum(part) for part in zip((0, 0), *self.rounded.values()))
         found = {"types": dict(types.most_common()), "tensors": len(self.sources),
                  "error": lost / whole if whole else 0.0, "rounded": rounded}
-        return found if (pair := self.one_matrix()) is None else found | {"one_matrix": pair}
-
-    def one_matrix(self) -> dict[str, Any] | None:
-        """The paths of ``embedding`` and ``head`` where both are one matrix but for rounding, that
-        of the ``finer`` and its ``bits``; None where they are not."""
-        places = {source.tensor.name: name for name, source in self.sources.items()}
-        if "output.weight" not in places:
-            return None
-        pair = {kind: places[name] for kind, name in (("head", "output.weight"),
-                                                      ("embedding", "token_embd.weight"))}
-        if not weights.alike(*(self.sources[name].tensor for name in pair.values())):
-            return None
-        finer = max(pair.values(), key=lambda name: self.sources[name].plan.bits)
-        return {kind: name.removesuffix(".weight") for kind, name in pair.items()} | {
-            "finer": finer.removesuffix(".weight"), "bits": self.sources[finer].plan.bits}
+        return found if self.one_matrix is None else found | {"one_matrix": self.one_matrix}
 
 
 def read(file: GGUFModel, bits: int | None = None) -> Imported:
@@ -143,7 +131,9 @@ def read(file: GGUFModel, bits: int | None = None) -> Imported:
     if strangers := file.tensors.keys() - used:
         raise Unsupported(f"{file.path}: tensor {min(strangers)} has no place in mlx-lm's "
                           f"{config['model_type']}")
-    return Imported(config | {"torch_dtype": _dtype(sources)} | _quantization(sources), sources)
+    twice = one_matrix(config, {name: source.tensor for name, source in sources.items()})
+    return Imported(config | {"torch_dtype": _dtype(sources)} | _quantization(sources), sources,
+                    one_matrix=twice)
 
 
 def _network(file: GGUFModel, config: dict[str, Any]) -> nn.Module:

@@ -16,7 +16,6 @@ from mlxquant.codes import rtn
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.sources.gguf import repack
-from mlxquant.sources.gguf.reader import GGUFTensor
 from mlxquant.sources.gguf.repack import Groups, Packed
 
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}
@@ -24,7 +23,6 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 UNROUNDED = 16  # asks for types without a place in MLX as 16-bit numbers
 _UNEVEN = (Type.IQ4_NL, Type.IQ4_XS)  # exact in 8 bits, twice what they take
 _CHUNK = 1 << 22  # values that are decoded at once
-_ROWS = 256  # of two matrices, about so many are compared
 
 
 @dataclass(frozen=True)
@@ -108,20 +106,6 @@ def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Packed:
                              lost=float(mx.square(made.dequantise() - weight).sum().item()),
                              whole=float(mx.square(weight).sum().item())))
     return repack.joined(parts)
-
-
-def alike(one: GGUFTensor, other: GGUFTensor) -> bool:
-    """Whether two matrices are the same but for rounding, by some of their rows. What 2 bits leave
-    of a matrix has a cosine of 0.9 and more with it; embeddings and heads that were trained apart
-    have one near 0."""
-    def some(tensor: GGUFTensor) -> np.ndarray:
-        blocks = tensor.read()
-        rows = np.ascontiguousarray(blocks[::max(1, len(blocks) // _ROWS)])
-        return np.asarray(gguf.dequantize(rows, tensor.type), np.float32).ravel()
-
-    with np.errstate(all="ignore"):  # what is not finite is refused where it is stored
-        a, b = some(one), some(other)
-        return a.shape == b.shape and bool(a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b))
 
 
 def _decoded(type_: Type, blocks: np.ndarray) -> Iterator[np.ndarray]:
