@@ -4,6 +4,7 @@ import gc
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import CONFIG, job, random_network, write_folder, write_telling
 from mlx.utils import tree_flatten
@@ -76,7 +77,7 @@ def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, opti
         assert said[stage] == pytest.approx(peak, rel=0.2), stage
 
 
-@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16, 4, 5, 6])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("hidden, inner, vocabulary", [(768, 3072, 256), (512, 1408, 8192)])
 def test_an_original_read_block_by_block_takes_what_is_foretold(
@@ -86,7 +87,11 @@ def test_an_original_read_block_by_block_takes_what_is_foretold(
         "num_hidden_layers": 3, "num_attention_heads": hidden // 64,
         "num_key_value_heads": hidden // 64, "head_dim": 64, "tie_word_embeddings": False}
     network = random_network(config)
-    network.set_dtype(stored)
+    if isinstance(stored, int):
+        nn.quantize(network, 64, stored)
+        config |= {"quantization": {"group_size": 64, "bits": stored}}
+    else:
+        network.set_dtype(stored)
     folder = write_folder(tmp_path / "source", network, config)
     del network
     student = SimpleNamespace(dtype=dtype)

@@ -32,6 +32,7 @@ _STATE = 16  # of them on the disk
 # in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
 _FORWARD = 1.1
+_EXPANDING = {3: 3, 5: 5, 6: 6}  # arrays of a matrix more, by its bits, without a GPU's kernel
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
 STREAMED = 8192  # tokens that are worth reading a model for
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
@@ -150,9 +151,11 @@ def _reading(modules: Iterable[nn.Module], dtype: mx.Dtype) -> float:
     stored and, on the way to 16 bits, the same in float32, when half of the former is gone."""
     def beside(module: nn.Module) -> float:
         stored, wide = traffic.own_bytes(module), traffic.float32_bytes(module)
-        if dtype == mx.float32:
-            return 0 if stored == wide else stored
-        return wide if stored == wide else wide + stored / 2
+        source = 0 if stored == wide else stored if dtype == mx.float32 else stored / 2
+        between = 0 if dtype == mx.float32 else wide
+        if hasattr(module, "bits") and mx.default_device() == mx.cpu:
+            between += wide * _EXPANDING.get(module.bits, 1)
+        return source + between
 
     return max(map(beside, modules))
 
