@@ -1,6 +1,7 @@
 """A network run block by block from the disk: its own predictions, with one block in memory."""
 
 import copy
+import gc
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from architectures import network_of
 from conftest import CONFIG, random_network, write_folder
 
 from mlxquant.base.errors import BadCheckpoint
-from mlxquant.layers import head, traffic
+from mlxquant.layers import by_block, head, traffic
 from mlxquant.layers.blocks import find_blocks, held_bytes
 from mlxquant.layers.by_block import can_let_go, judged
 from mlxquant.layers.dense import lazily_dense
@@ -68,3 +69,21 @@ def test_what_is_not_a_number_is_named_when_it_is_read():
     network.layers[1].mlp.down_proj.weight[3, 4] = mx.nan
     with pytest.raises(BadCheckpoint, match="layers.1.mlp.down_proj.weight: 1 of"):
         list(judged(network, TOKENS, lambda logits, _: logits, once=True))
+
+
+def test_only_the_last_block_is_remembered(monkeypatch):
+    network = random_network(CONFIG | {"num_hidden_layers": 24})
+    tokens = mx.zeros((8, 256), mx.int32)
+
+    def peak():
+        gc.collect()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for sums in judged(network, tokens, lambda logits, _: logits.sum()):
+            mx.eval(sums)
+        return mx.get_peak_memory() - before
+
+    one = peak()
+    monkeypatch.setattr(by_block, "foreseen", lambda *_: {})
+    output = 4 * tokens.size * CONFIG["hidden_size"]
+    assert peak() - one > 15 * output

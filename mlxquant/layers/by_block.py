@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.base.trees import floats
-from mlxquant.layers.blocks import arrays_outside, find_blocks, release
-from mlxquant.layers.head import Head, Judge
-from mlxquant.layers.hooks import call_order
+from mlxquant.layers.blocks import Block, arrays_outside, find_blocks, release
+from mlxquant.layers.head import Head, Judge, foreseen
+from mlxquant.layers.hooks import call_order, intercepted
 from mlxquant.layers.repeated import RepeatedBlock
 
 
@@ -31,8 +31,8 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
 
     Each block is computed before the next is laid out. With ``once`` the arrays of ``network`` are
     yet to be read: a block is read when it is called and let go of after its last call, so the
-    network is of no use afterwards. What went into blocks stays until the end, for networks whose
-    head asks for it. Raises ``BadCheckpoint`` for an array read with a value that is not finite.
+    network is of no use afterwards. Raises ``BadCheckpoint`` for an array read with a value that is
+    not finite.
     """
     blocks = find_blocks(network)
     once = once and can_let_go(network)
@@ -54,7 +54,27 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
             release(module)
         return output
 
-    return Head(network, blocks, tokens, through).judged(judge)
+    head = _behind(network, blocks)
+    if head is None:  # it asks for other blocks' outputs, which are kept
+        return Head(network, blocks, tokens, through).judged(judge)
+    last = mx.zeros(0)
+
+    def pass_on(*call: Any) -> Any:
+        nonlocal last
+        last = through(*call)
+        return last
+
+    with intercepted((block.module for block in blocks), pass_on):
+        network(tokens)  # its logits, of all tokens at once, are not computed
+    return head.judged(judge, last.reshape(-1, last.shape[-1]))
+
+
+def _behind(network: nn.Module, blocks: list[Block]) -> Head | None:
+    """What makes logits of the last block's output alone; None where that is not enough."""
+    for head in foreseen(network, blocks).values():
+        if not mx.isnan(head.logits(mx.zeros((1, head.inputs.shape[-1])))).any():
+            return head
+    return None
 
 
 def _read(arrays: dict[str, mx.array]) -> None:

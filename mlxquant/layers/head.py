@@ -45,9 +45,7 @@ class Head:
             except ValueError:  # shapes do not fit
                 self.made = True
             self.inputs = self.inputs if self.made else flat
-        step = max(1, AT_ONCE // self.vocabulary)
-        self.places = [slice(start, min(tokens.size, start + step))
-                       for start in range(0, tokens.size, step)]
+        self.places = self._chunks(tokens.size)
 
     def expand(self) -> None:
         """Have what is outside the blocks dense in float32, as soon as it is needed: products of
@@ -62,11 +60,17 @@ class Head:
             for path, array in arrays_outside(self._network, self._blocks).items()
             if is_float(array)]))
 
-    def judged(self, judge: Judge) -> Iterator[Any]:
-        """What ``judge`` says of the logits, chunk after chunk. None is laid out before the one
-        before it was taken."""
-        for place in self.places:
-            yield judge(self.logits(self.inputs[place]), place)
+    def judged(self, judge: Judge, inputs: mx.array | None = None) -> Iterator[Any]:
+        """What ``judge`` says of the logits, of its own or other ``inputs`` (tokens, n), chunk
+        after chunk. None is laid out before the one before it was taken."""
+        inputs = self.inputs if inputs is None else inputs
+        for place in self._chunks(len(inputs)):
+            yield judge(self.logits(inputs[place]), place)
+
+    def _chunks(self, tokens: int) -> list[slice]:
+        """The places of so many tokens, those together whose logits are made at once."""
+        step = max(1, AT_ONCE // self.vocabulary)
+        return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]
 
     def logits(self, inputs: mx.array) -> mx.array:
         """Of some of the inputs, in float32."""

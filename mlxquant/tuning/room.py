@@ -113,6 +113,8 @@ class Room:
         passing = max(step.tokens * _numbers(block) for block in blocks)
         one, held = width * _FORWARD * (passing + step.scores), dense_bytes(network, dtype)
         hidden, ends = self._hidden(network, step, width), 0.0
+        if head.foreseen(network, find_blocks(network)):  # what a block was given, and what it gave
+            hidden = 2 * hidden // len(blocks)
         if not self.whole:
             held -= sum(dense_bytes(block, dtype) for block in blocks)
             one = max(dense_bytes(block, dtype) + max(one, _reading(block.modules(), dtype))
