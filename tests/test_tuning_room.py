@@ -48,16 +48,11 @@ def room_of(folder, tuning):
             Step.of(tuning, config))
 
 
-@pytest.mark.parametrize("sizes, codes, batch, options, fits", [
-    ((256, 704, 2048), 0.0, (2, 128), dict(method="replica", bits=2, replicas=2, refine=0), True),
-    ((384, 1024, 512), 0.2, (1, 256), dict(method="rtn", bits=2), True),
-    ((384, 1024, 512), 0.2, (1, 256), dict(method="rtn", bits=2), False),
-    ((512, 1408, 256), 0.0, (2, 64), dict(method="rtn", bits=2), False),
+@pytest.mark.parametrize("sizes, codes, batch, options", [
+    ((256, 704, 2048), 0.0, (2, 128), dict(method="replica", bits=2, replicas=2, refine=0)),
+    ((384, 1024, 512), 0.2, (1, 256), dict(method="rtn", bits=2)),
 ])
-def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, options, fits,
-                                             monkeypatch):
-    monkeypatch.setattr(room, "fits_dense", lambda *_: fits)
-    monkeypatch.setattr(room, "STREAMED", 512)
+def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, options):
     folder = made(tmp_path, *sizes, **options)
     tuning = asked(folder, codes, *batch)
     what, step = room_of(folder, tuning)
@@ -77,7 +72,7 @@ def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, opti
         assert said[stage] == pytest.approx(peak, rel=0.2), stage
 
 
-@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16, 4, 5, 6])
+@pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16, 5])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("hidden, inner, vocabulary", [(768, 3072, 256), (512, 1408, 8192)])
 def test_an_original_read_block_by_block_takes_what_is_foretold(
