@@ -120,6 +120,18 @@ def test_a_result_with_another_head_is_no_longer_said_to_have_one_matrix(tmp_pat
     assert mx.abs(before - after).max() < 0.1 * mx.abs(before).max()
 
 
+def test_a_head_that_another_tool_changed_is_not_taken_for_the_embedding(tmp_path):
+    import_file(written(tmp_path, Type.Q4_0, Type.F16, body=Type.F16), tmp_path / "model")
+    assert "lm_head" not in open_original(tmp_path / "model")[0]
+    file, = (tmp_path / "model").glob("*.safetensors")
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    arrays["lm_head.weight"] = arrays["lm_head.weight"] + 0.01
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays, metadata)
+    network, config = open_original(tmp_path / "model")
+    assert "lm_head" in network and not config["tie_word_embeddings"]
+
+
 def test_a_plan_counts_it_once(tmp_path):
     import_file(written(tmp_path, Type.Q4_0, Type.Q8_0), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

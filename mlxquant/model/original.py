@@ -4,6 +4,7 @@ The import of a GGUF file keeps what it says, and notes where embedding and head
 (``sources/gguf/one_matrix.py``). Here the finer serves in the place of both.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxquant.layers import outline
 from mlxquant.model.loading import open_lazily
+from mlxquant.sources import checkpoint
+from mlxquant.sources.gguf.one_matrix import digest
 
 NOTE = "one_matrix"  # in what a configuration says of its import
 
@@ -20,7 +23,7 @@ def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network and configuration of ``folder``, with its weights still on disk."""
     network, config = open_lazily(folder)
     once = without_second(config)
-    if once is config:
+    if once is config or not _as_imported(folder, config):
         return network, config
     found, modules = config["mlxquant_import"][NOTE], dict(network.named_modules())
     embedding, head, finer = (found[key] for key in ("embedding", "head", "finer"))
@@ -55,6 +58,21 @@ def without_second(config: dict[str, Any]) -> dict[str, Any]:
     # A result may have another head again, as a fused rotation makes it: it must not say so.
     told = {key: value for key, value in told.items() if key != NOTE}
     return config | {"tie_word_embeddings": True, "mlxquant_import": told}
+
+
+def _as_imported(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the head still is what the import wrote: other tools keep what a configuration says
+    when they train or convert a model."""
+    found = config["mlxquant_import"][NOTE]
+    changed = tuple(file.stat().st_mtime_ns for file in checkpoint.weight_files(folder))
+    return _head_digest(folder, found["head"], changed) == found.get("digest")
+
+
+@lru_cache(maxsize=8)
+def _head_digest(folder: Path, head: str, _changed: tuple[int, ...]) -> str:
+    """Kept for as long as the files do not change: it reads the whole head."""
+    network, _ = open_lazily(folder)
+    return digest(dict(network.named_modules())[head].weight)
 
 
 def _entry(module: nn.Module) -> dict[str, Any] | bool:

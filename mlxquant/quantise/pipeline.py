@@ -29,7 +29,7 @@ from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model.loading import load, open_tokenizer, vocabulary_of
-from mlxquant.model.original import open_original, without_second
+from mlxquant.model.original import open_original
 from mlxquant.quantise import assembly, calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assignment import assign
@@ -88,8 +88,9 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
             job = assign(folder, job, tokens, progress)
     chosen = [f"embedding and head have {job.embedding_bits} bits, with which the model predicts "
               "best in this size"] if job.embedding_bits != ends else []
-    stored = checkpoint.read_config(folder)
-    if without_second(stored) is not stored and job.spec.rotation != "fused":
+    tied = config.get("tie_word_embeddings") and not checkpoint.read_config(folder).get(
+        "tie_word_embeddings")
+    if tied and job.spec.rotation != "fused":
         chosen.insert(0, ONCE)
     base = asdict(card.base_of(name, folder))
     run = Run(folder, output, job, tokens, base, asked, needs, chosen)

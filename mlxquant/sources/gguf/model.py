@@ -17,7 +17,7 @@ from mlxquant.base.errors import BadCheckpoint, Unsupported
 from mlxquant.layers import formats
 from mlxquant.sources.gguf import rope, weights
 from mlxquant.sources.gguf.config import architecture_of, config_of
-from mlxquant.sources.gguf.one_matrix import one_matrix
+from mlxquant.sources.gguf.one_matrix import digest, one_matrix
 from mlxquant.sources.gguf.reader import GGUFModel, GGUFTensor
 from mlxquant.sources.gguf.repack import GROUP
 
@@ -76,6 +76,8 @@ class Imported:
                     (f"{path}.biases", made.biases))}
             if lost:
                 self.rounded[name] = lost, whole
+            if self.one_matrix is not None and name == f"{self.one_matrix['head']}.weight":
+                self.one_matrix["digest"] = digest(arrays[name])
             yield from arrays.items()
 
     def stored_bytes(self) -> int:

@@ -3,6 +3,7 @@
 Of a model whose head is its embedding llama.cpp may write both.
 """
 
+import hashlib
 from typing import Any
 
 import gguf
@@ -33,6 +34,11 @@ def one_matrix(config: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[s
     finer = max((head, embedding), key=lambda name: _bits(tensors[name]))
     return {kind: name.removesuffix(".weight") for kind, name in (
         ("embedding", embedding), ("head", head), ("finer", finer))}
+
+
+def digest(weight: mx.array) -> str:
+    """That of a matrix's first rows as stored, to know it again by."""
+    return hashlib.sha256(np.array(weight[:_ROWS].view(mx.uint8)).tobytes()).hexdigest()[:16]
 
 
 def _alike(one: GGUFTensor, other: GGUFTensor) -> bool:
