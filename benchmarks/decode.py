@@ -48,8 +48,9 @@ class Decoding:
     """One sequence of a model, a token at a time, after a prompt of 16."""
 
     def __init__(self, name: str):
-        with mock.patch.object(pack, "read_plain", lambda *_: []) if name.startswith(
-                _UNFUSED) else nullcontext():
+        fusing = (mock.patch.object(pack, "read_plain", lambda *_: [])
+                  if name.startswith(_UNFUSED) else nullcontext())
+        with fusing:
             model = open_model(name.removeprefix(_STOCK).removeprefix(_UNFUSED),
                                name.startswith(_STOCK))
         self.network, self.cache = model.network, make_prompt_cache(model.network)

@@ -52,6 +52,23 @@ def laid_out(monkeypatch):
             x.shape, x.dtype, x, *others[:_more]))
 
 
+def compilations(monkeypatch):
+    """What graphs that are laid out from here on ask MLX to compile, as it tells kernels apart: by
+    name and template; and the types of the inputs that each was given."""
+    given = {}
+
+    def build(self, mixture):
+        def launch(*, template, inputs, **more):
+            key = self.name, mixture, *template
+            given.setdefault(key, set()).add(tuple(x.dtype for x in inputs))
+            return kernel(inputs=inputs, **more)
+
+        return launch
+
+    monkeypatch.setattr(backend.Kernel, "_build", build)
+    return given
+
+
 def token(network):
     """What one token takes after others."""
     network = pack(network)
@@ -83,16 +100,7 @@ def test_each_further_way_of_storing_siblings_adds_two_and_gate_and_up_apart_thr
 def test_a_way_of_storing_compiles_one_product_and_replicas_one_preparation(laid_out, monkeypatch):
     """Each compiles for a while when a model is first used: biases, residuals, norms, gates and
     widths, of which a budget takes many, are read at run time."""
-    compiled = set()
-
-    def build(self, mixture):
-        def launch(*, template, **given):
-            compiled.add((self.name, mixture, *template))
-            return kernel(**given)
-
-        return launch
-
-    monkeypatch.setattr(backend.Kernel, "_build", build)
+    compiled = compilations(monkeypatch)
     ways = {f"*.{name}_proj": {"bits": bits, "replicas": replicas} for name, bits, replicas in (
         ("q", 3, 2), ("o", 4, 2), ("down", 3, 4))}
     token(network_of("qwen2", rules=tuple(ways.items())))
@@ -108,17 +116,7 @@ def test_a_way_of_storing_compiles_one_product_and_replicas_one_preparation(laid
 def test_a_compiled_kernel_is_given_one_type_of_each_input(laid_out, monkeypatch, form):
     """MLX looks kernels up by name and template: of two types under one name it would run the
     wrong one, or compile at every call."""
-    given = {}
-
-    def build(self, mixture):
-        def launch(*, template, inputs, **more):
-            key = self.name, mixture, *template
-            given.setdefault(key, set()).add(tuple(x.dtype for x in inputs))
-            return kernel(inputs=inputs, **more)
-
-        return launch
-
-    monkeypatch.setattr(backend.Kernel, "_build", build)
+    given = compilations(monkeypatch)
     for dtype in (mx.float32, mx.float16):
         for norms in (mx.float32, mx.float16):
             network = network_of(form, dtype=dtype)

@@ -20,9 +20,15 @@ from mlxquant.layers.repeated import RepeatedBlock
 def can_let_go(network: nn.Module) -> bool:
     """Whether ``judged`` holds one block at a time with ``once``: not where a network calls the
     parts of its blocks, or repeats a range of them."""
-    blocks = find_blocks(network)
-    return bool(call_order(network, blocks)) and not any(
-        isinstance(block.module, RepeatedBlock) for block in blocks)
+    return bool(_calls(network, find_blocks(network)))
+
+
+def _calls(network: nn.Module, blocks: list[Block]) -> Counter[int]:
+    """How often each block is called, by its index; empty where that cannot tell when it is no
+    longer needed."""
+    if any(isinstance(block.module, RepeatedBlock) for block in blocks):
+        return Counter()
+    return Counter(call_order(network, blocks))
 
 
 def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
@@ -35,23 +41,23 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
     not finite.
     """
     blocks = find_blocks(network)
-    once = once and can_let_go(network)
-    calls = Counter(call_order(network, blocks) if once else [])  # without it none is the last
+    left = _calls(network, blocks) if once else Counter[int]()
     places = {id(block.module): index for index, block in enumerate(blocks)}
-    if once:
+    if left:
         _read(arrays_outside(network, blocks))
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> Any:
         index = places[id(module)]
-        if once:
+        if left:
             block = blocks[index]
             _read({block.full(path): array for path, array in tree_flatten(module.parameters())})
-        calls[index] -= 1
         output = own(*args, **kwargs)
         mx.eval(floats((output, args, kwargs)))
-        if once and not calls[index]:
-            release(module)
+        if left:
+            left[index] -= 1
+            if not left[index]:
+                release(module)
         return output
 
     head = _behind(network, blocks)

@@ -29,6 +29,13 @@ FORMAT = 1
 Entries = dict[str, dict[str, Any]]
 
 
+def stored_entry(module: nn.Module) -> dict[str, Any]:
+    """The config entry of a quantised layer of MLX as it is."""
+    mode = getattr(module, "mode", "affine")
+    entry = {"group_size": module.group_size, "bits": module.bits}
+    return entry if mode == "affine" else entry | {"mode": mode}
+
+
 def config_with(config: dict[str, Any], layers: Entries, replicas: Entries | None = None,
                 repeats: Sequence[Repeat] = ()) -> dict[str, Any]:
     """``config`` marked as ours, or unchanged where nothing of ours is in it.

@@ -39,6 +39,14 @@ def network_of(config: dict[str, Any]) -> nn.Module:
     return network
 
 
+def drop_tied_head(network: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The network of a ``config`` whose head is its embedding: some models drop a head of their own
+    only when they see the weights. Raises ``AttributeError`` where one keeps it."""
+    if config["tie_word_embeddings"] and "lm_head" in network:
+        network.sanitize({})
+    return network
+
+
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """How a configuration says that its weights are stored, as MLX writes it; None: in 16 bits.
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxquant.layers import outline
+from mlxquant.layers.formats import stored_entry
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf.one_matrix import digest
@@ -27,14 +28,13 @@ def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         return network, config
     found, modules = config["mlxquant_import"][NOTE], dict(network.named_modules())
     embedding, head, finer = (found[key] for key in ("embedding", "head", "finer"))
-    entries = {path: _entry(module) for path, module in modules.items()
-               if hasattr(module, "to_quantized") or hasattr(module, "bits")}
+    entries = {path: stored_entry(module) if hasattr(module, "bits") else False
+               for path, module in modules.items() if hasattr(module, "to_quantized")
+               or hasattr(module, "bits")}
     entries[embedding] = entries[finer]
     del entries[head]
-    made = outline.network_of(once | {"quantization": {"group_size": 64, "bits": 4} | entries})
-    made.eval()
-    if head in dict(made.named_modules()):  # some drop it when they see the weights
-        made.sanitize({})
+    once |= {"quantization": {"group_size": 64, "bits": 4} | entries}
+    made = outline.drop_tied_head(outline.network_of(once), once).eval()
     arrays = dict[str, Any]()
     for path, array in tree_flatten(network.parameters()):
         if path.startswith(f"{finer}."):
@@ -42,10 +42,6 @@ def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         elif not path.startswith((f"{embedding}.", f"{head}.")):
             arrays[path] = array
     made.update(tree_unflatten(list(arrays.items())))
-    if quantization := outline.quantization_of(config):
-        kept = {path: entry for path, entry in quantization.items() if path != head}
-        once |= dict.fromkeys(("quantization", "quantization_config"),
-                              kept | {embedding: entries[embedding]})
     return made, once
 
 
@@ -73,10 +69,3 @@ def _head_digest(folder: Path, head: str, _changed: tuple[int, ...]) -> str:
     """Kept for as long as the files do not change: it reads the whole head."""
     network, _ = open_lazily(folder)
     return digest(dict(network.named_modules())[head].weight)
-
-
-def _entry(module: nn.Module) -> dict[str, Any] | bool:
-    """How a module is stored, as a configuration says it."""
-    if not hasattr(module, "bits"):
-        return False
-    return {"group_size": module.group_size, "bits": module.bits}

@@ -14,11 +14,10 @@ from mlxquant.codes.width import Width
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.dense import expanded_weight
-from mlxquant.layers.formats import Entries
+from mlxquant.layers.formats import Entries, stored_entry
 from mlxquant.layers.hooks import call_order
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import stored_entry
 from mlxquant.quantise.results import Body
 
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)

@@ -19,6 +19,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Spec, Whole
 from mlxquant.codes.width import Width
 from mlxquant.layers.blocks import Block
+from mlxquant.layers.formats import stored_entry
 from mlxquant.layers.traffic import leaf_modules, weight_count
 from mlxquant.quantise.job import Job
 
@@ -70,13 +71,6 @@ def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
         if hasattr(module, "bits"):
             plan.entries[path] = stored_entry(module)
     return plan
-
-
-def stored_entry(module: nn.Module) -> dict[str, Any]:
-    """The config entry of a quantised layer of MLX as it is."""
-    mode = getattr(module, "mode", "affine")
-    entry = {"group_size": module.group_size, "bits": module.bits}
-    return entry if mode == "affine" else entry | {"mode": mode}
 
 
 def inputs_of(module: nn.Module) -> int:

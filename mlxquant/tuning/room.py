@@ -109,11 +109,12 @@ class Room:
     def _predicting(self, step: Step) -> float:
         """The most bytes that predicting so much together holds."""
         network, dtype = self.teacher, self.student.dtype
-        blocks, width = [block.module for block in find_blocks(network)], dtype.size
+        found, width = find_blocks(network), dtype.size
+        blocks = [block.module for block in found]
         passing = max(step.tokens * _numbers(block) for block in blocks)
         one, held = width * _FORWARD * (passing + step.scores), dense_bytes(network, dtype)
         hidden, ends = self._hidden(network, step, width), 0.0
-        if head.foreseen(network, find_blocks(network)):  # what a block was given, and what it gave
+        if head.foreseen(network, found):  # what a block was given, and what it gave
             hidden = 2 * hidden // len(blocks)
         if not self.whole:
             held -= sum(dense_bytes(block, dtype) for block in blocks)

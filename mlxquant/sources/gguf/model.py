@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported
-from mlxquant.layers import formats
+from mlxquant.layers import formats, outline
 from mlxquant.sources.gguf import rope, weights
 from mlxquant.sources.gguf.config import architecture_of, config_of
 from mlxquant.sources.gguf.one_matrix import digest, one_matrix
@@ -142,10 +142,7 @@ def _network(file: GGUFModel, config: dict[str, Any]) -> nn.Module:
     """mlx-lm's model with parameters that are never computed, for their names and shapes."""
     try:
         build, arguments = formats.model_classes(config)
-        network = build(arguments.from_dict(config))
-        if config["tie_word_embeddings"] and "lm_head" in network:
-            network.sanitize({})  # some models drop the head only when they see the weights
-        return network
+        return outline.drop_tied_head(build(arguments.from_dict(config)), config)
     except Exception as error:  # impossible sizes fail in many ways
         reason = str(error).strip().split("\n")[0]
         raise BadCheckpoint(f"{file.path}: its metadata make no {config['model_type']}: "

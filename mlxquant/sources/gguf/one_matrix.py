@@ -70,10 +70,9 @@ def _some(tensor: GGUFTensor) -> np.ndarray:
 def _runs_with_one(config: dict[str, Any], names: set[str]) -> bool:
     """Whether mlx-lm's model without a head of its own has these parameters, and makes logits of
     quantised ones. Nothing is computed."""
+    tied = config | {"tie_word_embeddings": True}
     try:
-        network = outline.network_of(config | {"tie_word_embeddings": True})
-        if {name for name, _ in tree_flatten(network.parameters())} != names:
-            network.sanitize({})  # some drop the head only when they see the weights
+        network = outline.drop_tied_head(outline.network_of(tied), tied)
         if {name for name, _ in tree_flatten(network.parameters())} != names:
             return False
         nn.quantize(network, 32, 8, class_predicate=lambda _, module: (
