@@ -23,6 +23,7 @@ PAGES = {
     "docs/results.md": {
         "default-model": tables.default_model, "widths": tables.widths,
         "replicas": tables.replicas, "blocks-trained": real_tables.blocks_trained,
+        "tuned-after": real_tables.tuned_after, "talking": real_tables.talking,
         "tasks": real_tables.tasks,
         "kernels": tables.kernels, "metal-body": tables.metal_body,
         "decoding": tables.decoding, "speeds": tables.speeds, "methods": tables.methods,

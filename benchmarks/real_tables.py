@@ -31,6 +31,34 @@ def blocks_trained() -> str:
                  f"{place(run)}: `{run['command']}`. {run['note']}")
 
 
+def tuned_after() -> str:
+    """What tuning the whole model adds to trained blocks."""
+    run = read("tuned-after-blocks-h100")
+    rows = [[row["model"].removesuffix("-Instruct"), row["body"],
+             f"{row['made_windows']:,} × 512, {row['block_steps']}",
+             f"{row['steps']} × {row['batch_size']}"
+             + (f", {row['conversations']:,} conversations" if row["conversations"] else ""),
+             f"{row['perplexity_before']:.2f}", f"{row['perplexity_after']:.2f}",
+             f"{row['kl_before']:.3f}", f"{row['kl_after']:.3f}",
+             f"{row['total_seconds']:.0f}", f"{row['peak_gb']['training']:.1f}",
+             f"{row['foretold_gb']['training']:.1f}"] for row in run["rows"]]
+    return table(("model", "body", "blocks: tokens, steps", "steps × 512 tokens",
+                  "`wt2-40` before:", "after:", "KL before:", "after:", "seconds:",
+                  "peak GB:", "foretold:"), rows,
+                 f"{place(run)}: `{run['command']}`. {run['note']}")
+
+
+def talking() -> str:
+    """How near a tuned model stays to the original where it talks."""
+    run = read("talking-h100")
+    rows = [[row["folder"], f"{row['kl_mean']:.3f} ± {row['kl_stderr']:.3f}",
+             f"{100 * row['top1_agreement']:.1f} %"] for row in run["rows"]]
+    return table(("SmolLM2-135M, 2.40 bits", "KL on conversations, nats a token:",
+                  "same likeliest token:"), rows,
+                 f"{run['windows']} conversations of {run['length']} tokens that the original "
+                 f"wrote and no run saw. {place(run)}: `{run['command']}`.")
+
+
 def tasks() -> str:
     """What made models answer to questions, beside the original."""
     run = read("tasks-1.5b-h100")
@@ -118,9 +146,11 @@ def _growth(rows: Rows) -> list[str]:
 def answers() -> str:
     """The six answers of the 1.5B model and of what was made of it, unedited."""
     shown = [row for row in real_rows() if "1.5b" in row["model"]]
-    for name, windows in (("answers-1.5b-h100", 128), ("answers-1.5b-h100-2", 512)):
-        shown += [row | {"method": "replicas under a budget, blocks trained on "
-                                   f"{windows} × 512 tokens", "bits": "1 to 4"}
+    for name, windows in (("answers-1.5b-h100", 128), ("answers-1.5b-h100-2", 512),
+                          ("answers-1.5b-h100-3", 512)):
+        shown += [row | {"method": f"replicas under a budget, {row['file_bytes'] / 1e6:.0f} MB in "
+                                   f"all, blocks trained on {windows} × 512 tokens",
+                         "bits": "1 to 4"}
                   for row in read(name)["rows"] if row["method"] != "original"]
     parts = []
     for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
