@@ -7,7 +7,9 @@ import pytest
 from mlxquant import MlxquantError
 from mlxquant.cli.quantize import _free_group
 from mlxquant.machine import chips, lanes
+from mlxquant.machine.replica_limits import ReplicaLimits
 from mlxquant.report import predict
+from mlxquant.runtime import probe
 
 M1_PRO = chips.find("M1 Pro")
 
@@ -121,3 +123,13 @@ def test_a_named_chip_gets_the_smallest_free_group():
         _free_group("M1 Pro", "1", 8)
     with pytest.raises(MlxquantError, match="not in the table"):
         _free_group("H100", "2", 4)
+
+
+def test_without_one_this_machine_decides_by_its_probe_or_by_prediction(monkeypatch):
+    monkeypatch.setattr(probe, "replica_limits", lambda: None)
+    monkeypatch.setattr(chips, "detect", lambda: chips.find("M1 Pro"))
+    assert [_free_group(None, "2", 4), _free_group(None, "1", 8)] == [16, 0]
+    measured = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": None, "16": None}})
+    monkeypatch.setattr(probe, "replica_limits", lambda: measured)
+    assert [_free_group(None, "2", k) for k in (2, 4, 8)] == [0, 8, 0]
+    assert _free_group("M1 Pro", "2", 4) == 16
