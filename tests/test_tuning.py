@@ -166,7 +166,7 @@ def test_an_original_larger_than_memory_predicts_the_same(places, tmp_path, monk
 @pytest.mark.parametrize("option, name, asked_for", [
     ("conversations", "converse", [(5, 32)]), ("written", "self_written", [(5, 32, (20, 4))])])
 def test_what_the_teacher_writes_is_made_once_and_trained_on(
-        places, tmp_path, monkeypatch, option, name, asked_for):
+        places, tmp_path, monkeypatch, capsys, option, name, asked_for):
     asked, told = [], []
 
     def converse(model, samples, length, seed, progress):
@@ -190,6 +190,8 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(
         run(places, "replica", tmp_path / "out", progress=stop,
             writing=lambda *done: told.append(done), **options)
     run(places, "replica", tmp_path / "out", **options)
+    hinted = "--conversations 2048 keeps it" in capsys.readouterr().err
+    assert hinted == (option != "conversations")
     run(places, "replica", tmp_path / "without", schedule=few)
     assert asked == asked_for
     assert told[0] == (5, 5, {"written": "continuations"}.get(option, option))

@@ -68,10 +68,13 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     if vocabulary != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {vocabulary}; "
                        "a teacher needs the same vocabulary")
+    tokenizer = loading.open_tokenizer(folder, config)
+    if tokenizer.has_chat_template and not tuning.conversations:
+        print("tuned on texts alone, a chat model forgets how to talk: --conversations 2048 keeps "
+              "it, at no cost elsewhere", file=sys.stderr)
     texts, held_out = held_apart(
-        loading.open_tokenizer(folder, config), list(tuning.data),
-        schedule.steps * schedule.batch_size, HELD_OUT, tuning.sequence_length, tuning.seed,
-        vocabulary=vocabulary)
+        tokenizer, list(tuning.data), schedule.steps * schedule.batch_size, HELD_OUT,
+        tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
