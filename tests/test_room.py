@@ -76,7 +76,7 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
                     samples=32, spill_share=0)),  # and attention
 ])
 def test_the_peak_of_training_a_block_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
-    asked = dict(bits=2, refine=0, samples=4, tune_blocks=True, tune_steps=3) | changes
+    asked = dict(bits=2, refine=0, samples=4, tune_blocks=True, tune_steps=2) | changes
     predicted, peak, _ = measured(tmp_path, hidden, inner, **asked)
     assert predicted == pytest.approx(peak, rel=0.2)
 

@@ -36,7 +36,7 @@ def made(tmp_path, hidden, inner, vocabulary, **options):
 
 
 def asked(folder, codes=0.0, size=2, length=128):
-    return Tuning(str(folder / "source"), [str(folder / "text.txt")], Schedule(4, size, 0.05, 2),
+    return Tuning(str(folder / "source"), [str(folder / "text.txt")], Schedule(2, size, 0.05, 2),
                   length, codes=codes)
 
 
