@@ -56,7 +56,7 @@ def talking() -> str:
     return table(("SmolLM2-135M, 2.40 bits", "KL on conversations, nats a token:",
                   "same likeliest token:"), rows,
                  f"{run['windows']} conversations of {run['length']} tokens that the original "
-                 f"wrote and no run saw. {place(run)}: `{run['command']}`.")
+                 f"wrote and no run saw. {place(run)}: `{run['command']}`. {run['note']}")
 
 
 def tasks() -> str:

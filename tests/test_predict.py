@@ -5,7 +5,9 @@ import statistics
 import pytest
 
 from mlxquant import MlxquantError
-from mlxquant.cli.quantize import _free_group
+from mlxquant.cli.quantize import _free_group, _warn_of_slow_replicas
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.machine import chips, lanes
 from mlxquant.machine.replica_limits import ReplicaLimits
 from mlxquant.report import predict
@@ -125,11 +127,16 @@ def test_a_named_chip_gets_the_smallest_free_group():
         _free_group("H100", "2", 4)
 
 
-def test_without_one_this_machine_decides_by_its_probe_or_by_prediction(monkeypatch):
-    monkeypatch.setattr(probe, "replica_limits", lambda: None)
-    monkeypatch.setattr(chips, "detect", lambda: chips.find("M1 Pro"))
-    assert [_free_group(None, "2", 4), _free_group(None, "1", 8)] == [16, 0]
-    measured = ReplicaLimits(None, {"2": 2}, {"2": {"2": 0, "4": 8, "8": None, "16": None}})
-    monkeypatch.setattr(probe, "replica_limits", lambda: measured)
-    assert [_free_group(None, "2", k) for k in (2, 4, 8)] == [0, 8, 0]
-    assert _free_group("M1 Pro", "2", 4) == 16
+@pytest.mark.parametrize("chip, measured, said", [
+    ("M1 Pro", None, "4 replicas are slower than one on this machine, by prediction; --for-chip "
+     "'M1 Pro 16c' looks for groups that are not"),
+    ("M3 Max", {"2": 1}, "as measured here"),  # predicted to be free
+    ("M1 Pro", {"2": 4}, None), ("M1 Pro", {"2": None}, "by prediction"), ("H100", None, None)])
+def test_replicas_that_cost_time_here_are_remarked_on(monkeypatch, capsys, chip, measured, said):
+    limits = measured and ReplicaLimits(None, measured, {
+        "2": {"4": 0 if measured["2"] == 4 else None}})
+    monkeypatch.setattr(probe, "replica_limits", lambda: limits)
+    monkeypatch.setattr(chips, "detect", lambda: chips.find(chip))
+    _warn_of_slow_replicas(Spec(Width.of(2), method="replica", replicas=4))
+    err = capsys.readouterr().err
+    assert said in " ".join(err.split()) if said else not err

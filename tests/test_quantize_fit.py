@@ -16,7 +16,6 @@ import mlxquant
 from mlxquant import cli
 from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.cli.fit import chosen
-from mlxquant.machine import chips
 from mlxquant.report import made, plan
 from mlxquant.report.divergence import Divergence, divergence
 from mlxquant.report.made import HeldOut
@@ -132,15 +131,6 @@ def test_below_four_bits_layers_of_several_widths_fill_the_room(tmp_path, capsys
     beside = best.total_bytes - best.file_bytes
     assert best.bits == 2 and wanted["embedding_bits"] is None
     assert best.file_bytes < 1e9 * wanted["target_gb"] <= result.memory_bytes - beside
-
-
-def test_a_form_of_replicas_is_made_in_its_own_groups_wherever_that_is(tmp_path, monkeypatch):
-    config = tmp_path / "llama.json"
-    config.write_text(json.dumps(LLAMA | {"num_hidden_layers": 4, "vocab_size": 32000}))
-    monkeypatch.setattr(chips, "detect", lambda: chips.find("M1 Pro"))  # would have groups of 16
-    words = [str(config), "-o", "small", "--fit", "2GB", "--for-chip", "M5", "--method", "replica"]
-    wanted, _ = chosen(get_command(cli.app).commands["quantize"].make_context("quantize", words))
-    assert wanted["method"] == "replica" and wanted["replica_group"] == 0
 
 
 @pytest.mark.parametrize("options,code,message", [

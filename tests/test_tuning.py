@@ -190,7 +190,7 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(
         run(places, "replica", tmp_path / "out", progress=stop,
             writing=lambda *done: told.append(done), **options)
     run(places, "replica", tmp_path / "out", **options)
-    hinted = "--conversations 2048 keeps it" in capsys.readouterr().err
+    hinted = "--conversations 2048 keeps it nearer" in capsys.readouterr().err
     assert hinted == (option != "conversations")
     run(places, "replica", tmp_path / "without", schedule=few)
     assert asked == asked_for

@@ -40,8 +40,6 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
             for row in result.rows if row.command}
     row = choose(result, [row for row, form in made.items() if all(
         form[name] == params[name] for name in given & _FORM)], params["for_chip"])
-    if row.replicas and made[row]["replica_group"] is None:
-        made[row]["replica_group"] = 0  # what the row is, whatever this machine would choose
     form = made[row] | ({} if given & _FORM else _filling(row, result.memory_bytes))
     wanted = _settled(params | {name: value for name, value in form.items()
                                 if name not in given | {"model", "output"}})

@@ -35,9 +35,8 @@ def quantize(
              "agree with the other options, and below 4 bits all that fits, layer by layer; says "
              "what it chose.")] = None,
     for_chip: Annotated[str | None, Option(
-        help="The chip that is to run it, e.g. 'M1 Pro', for --fit, or else this machine's; for "
-             "replicas, inputs share a scaling in the smallest group that costs no time "
-             "there.")] = None,
+        help="The chip that is to run it, e.g. 'M1 Pro', for --fit; for replicas, inputs share a "
+             "scaling in the smallest group that is predicted to cost no time there.")] = None,
     method: Annotated[str, Option(help="rtn, gptq, awq, smoothquant or replica.")] = "gptq",
     bits: Annotated[str, Option(help="1, ternary, 2, 3, 4, 5, 6 or 8.")] = "4",
     group_size: option.GroupSize = 64,
@@ -61,9 +60,9 @@ def quantize(
     rotate_fused: Annotated[bool, advanced(
         "--rotate-fused",
         help="Rotate the residual stream once, merged into the weights.")] = False,
-    replica_group: Annotated[int | None, advanced(
+    replica_group: Annotated[int, advanced(
         help="replica: inputs that share a scaling but for one factor each: 8, 16, 32 or 64; "
-             "0: none; by default as few as are known to cost no time on the chip.")] = None,
+             "0: none.")] = 0,
     symmetric: Annotated[bool, advanced("--symmetric", help="Levels mirror around zero.")] = False,
     act_order: Annotated[bool, advanced(help="GPTQ: most active inputs first.")] = True,
     refine: Annotated[int, advanced(
@@ -125,10 +124,9 @@ def quantize(
         raise BadValue("--siblings-alike is for budgets; give --target-bpw or --target-gb with it")
     repeats = [block for each in repeat_blocks or () for block in parse_repeat(each).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
-    if replica_group is None:
-        replica_group = _free_group(for_chip, bits, replicas) if method == "replica" else 0
     spec = Spec(Width.of(bits), group_size, symmetric, method, act_order, refine,
-                "online" if rotate else "fused" if rotate_fused else None, replicas, replica_group)
+                "online" if rotate else "fused" if rotate_fused else None, replicas,
+                replica_group or _free_group(for_chip, bits, replicas))
     job = Job(
         spec, rules=tuple(parse_override(each) for each in override or ()),
         text=Text(tuple(data or ()), samples, sequence_length),
@@ -211,36 +209,41 @@ def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str],
 
 def _free_group(chip: str | None, bits: str, replicas: int) -> int:
     """Inputs that are to share a scaling so that replicas take no time on ``chip``: 0 where they
-    need not. Where none is named, on this machine, by the probe or else by prediction, and 0 too
-    where nothing is known of it or no group helps.
-
-    Groups keep the quality of plain replicas in as many bits (``benchmarks/LOG.md``).
-    """
+    need not, or no chip was named."""
+    if chip is None:
+        return 0
     from mlxquant.machine import chips, lanes
-    from mlxquant.runtime.probe import replica_limits
 
-    found = chips.detect() if chip is None else chips.find(chip)
-    limits = (replica_limits() if chip is None else None) or lanes.limits(found)
-    if limits is None and chip is not None:
+    found = chips.find(chip)
+    if (limits := lanes.limits(found)) is None:
         raise BadValue(f"{found.label}: its GPU cores, clock or bandwidth are not in the table")
-    group = limits.group_for(bits, replicas) if limits else None
-    if group is None and chip is not None:
+    group = limits.group_for(bits, replicas)
+    if group is None:
         raise BadValue(f"{replicas} replicas of {bits} bits cost time on {found.label} in any "
                        "group; fewer replicas, or --replica-group, are allowed")
     if group:
         remark(f"scalings are shared by {group} inputs: {found.label} runs {replicas} replicas "
-               "without losing time then; --replica-group 0 would not share them")
-    return group or 0
+               "without losing time then, by prediction")
+    return group
 
 
 def _warn_of_slow_replicas(spec: "Spec") -> None:
+    """Say so where these replicas are known to cost time on this machine, measured or predicted."""
+    from mlxquant.machine import chips, lanes
     from mlxquant.runtime.probe import replica_limits
 
-    limits = replica_limits() if spec.method == "replica" else None
-    shape = spec.bits.value, spec.replicas, spec.replica_group
-    if limits is not None and limits.free(*shape) is False:
-        remark(f"{spec.replicas} replicas in groups of {spec.replica_group or 1} are slower than "
-               "one on this machine; `mlxquant probe` shows which are not")
+    if spec.method != "replica":
+        return
+    chip, shape = chips.detect(), (spec.bits.value, spec.replicas, spec.replica_group)
+    for how, limits in (("as measured here", replica_limits()),
+                        ("by prediction", lanes.limits(chip))):
+        free = limits.free(*shape) if limits else None
+        if free is False:
+            group = f" in groups of {spec.replica_group}" if spec.replica_group else ""
+            remark(f"{spec.replicas} replicas{group} are slower than one on this machine, {how}; "
+                   f"--for-chip '{chip.label}' looks for groups that are not")
+        if free is not None:
+            return
 
 
 def _errors(made: "Made") -> str:
