@@ -8,6 +8,7 @@ from dataclasses import replace
 import architectures
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from conftest import CONFIG, job, random_network, write_folder
 from mlx_lm.utils import load as stock_load
@@ -175,6 +176,28 @@ def test_without_text_the_model_writes_its_own(tmp_path, tiny_folder):
     assert record["method"] == "gptq" and record["seed"] == 0
     assert 0 < record["output_error"]["mean"] < record["output_error"]["largest"] < 0.1
     assert record["output_error"]["layer"].startswith("model.layers.")
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_some_of_the_samples_are_conversations(tmp_path, tiny_folder, text, monkeypatch, files):
+    asked, tokens = [], []
+
+    def converse(model, samples, length, seed, batch):
+        asked.append((model.network.args.model_type, samples, length, seed, batch))
+        return np.full((samples, length), 7)
+
+    monkeypatch.setattr(pipeline, "converse", converse)
+    monkeypatch.setattr(pipeline.Run, "make", lambda run, *_: tokens.append(run.tokens))
+    wanted = job(text if files else None, 6, 16, bits=4, seed=3)
+    wanted = replace(wanted, text=replace(wanted.text, conversations=2))
+    mlxquant.quantize(str(tiny_folder), tmp_path / "out", wanted)
+    made, = tokens
+    assert asked == [("llama", 2, 16, 3, 16)] and made.tokens.shape == (6, 16)
+    talk = (made.tokens == 7).all(axis=1)
+    assert talk.sum() == 2 and not talk[-2:].all()  # what is held out to train by is both
+    assert made.source.endswith(", 2 conversations of the model with itself")
+    with pytest.raises(BadValue, match="conversations is 6, allowed are fewer than the 6 samples"):
+        replace(wanted.text, conversations=6)
 
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):

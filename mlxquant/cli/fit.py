@@ -94,6 +94,8 @@ def _texts(wanted: dict[str, Any]) -> str:
     from mlxquant.report.made import SELF
 
     samples = f"{wanted['samples']} samples of {wanted['sequence_length']} tokens"
+    if wanted["conversations"]:
+        samples += f", {wanted['conversations']} of them conversations,"
     source = ("none, it is only rounded" if wanted["method"] == "rtn" and not wanted["tune_blocks"]
               else f"{samples} from {', '.join(wanted['data'])}" if wanted["data"]
               else f"{samples} that the model writes itself (--data FILE for your own)")

@@ -53,6 +53,9 @@ def quantize(
         help="Train each block's scales and codes until it gives what the original's does; "
              "default: blocks with layers below 4 bits.")] = None,
     data: option.Data = None,
+    conversations: Annotated[int, Option(
+        help="So many of --samples are talk that the model has with itself; for a chat model.",
+    )] = 0,
     text: Annotated[str | None, Option(
         metavar="FILE|self",
         help="Afterwards, perplexity and divergence from MODEL on this text, another than --data; "
@@ -129,7 +132,7 @@ def quantize(
                 replica_group or _free_group(for_chip, bits, replicas))
     job = Job(
         spec, rules=tuple(parse_override(each) for each in override or ()),
-        text=Text(tuple(data or ()), samples, sequence_length),
+        text=Text(tuple(data or ()), samples, sequence_length, conversations),
         target=Target(target_bpw, target_gb, siblings_alike) if budget else None,
         propagation=propagation, embedding_bits=embedding_bits,
         activation=None if activation_bits is None else (

@@ -34,6 +34,11 @@ class Calibration:
         """Batches of ``size`` samples, of which the last may be smaller."""
         return [self.tokens[i:i + size] for i in range(0, len(self.tokens), size)]
 
+    def joined(self, rows: np.ndarray, what: str, seed: int = 0) -> "Calibration":
+        """With ``rows`` (some, length) beside the samples, all in random order."""
+        tokens = np.random.default_rng(seed).permutation(np.concatenate([self.tokens, rows]))
+        return Calibration(tokens, f"{self.source}, {len(rows)} {what}")
+
     def mixed_with(self, rows: np.ndarray, share: float, what: str,
                    seed: int = 0) -> "Calibration":
         """With ``rows`` (some, length) in place of a ``share`` of the samples, both at random."""

@@ -24,16 +24,22 @@ Progress = Callable[[int, int, float, str], None]
 @dataclass(frozen=True)
 class Text:
     """Calibration text: ``samples`` windows of ``length`` tokens from ``files`` (paths, or
-    ``hf://datasets/OWNER/NAME/FILE``). Without files the model writes its own. Raises
-    ``BadValue`` where there would be nothing to calibrate on."""
+    ``hf://datasets/OWNER/NAME/FILE``). Without files the model writes its own. ``conversations`` of
+    the samples are talk that the model has with itself. Raises ``BadValue`` where there would be
+    nothing to calibrate on, or nothing but conversations."""
 
     files: tuple[str, ...] = ()
     samples: int = SAMPLES
     length: int = SEQUENCE_LENGTH
+    conversations: int = 0
 
     def __post_init__(self) -> None:
         checks.integer("samples", self.samples, 1)
         checks.integer("sequence length", self.length, 2)
+        checks.integer("conversations", self.conversations, 0)
+        if self.conversations >= self.samples:
+            raise BadValue(f"conversations is {self.conversations}, allowed are fewer than the "
+                           f"{self.samples} samples, among which they are")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from mlxquant.layers import outline, repeated
 from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.model.loading import load, open_tokenizer, vocabulary_of
+from mlxquant.model.loading import LanguageModel, load, open_tokenizer, vocabulary_of
 from mlxquant.model.original import open_original
 from mlxquant.quantise import assembly, calibration, card, room, rotation
 from mlxquant.quantise.aims import Predictions
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
+from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.job import Job, Made, Progress, Text
 from mlxquant.quantise.passes import Passes
 from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks
@@ -74,13 +76,9 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     with step("calibration text"):
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
-        elif job.text.files:
-            tokens = calibration.from_files(
-                open_tokenizer(folder, config), list(job.text.files), job.text.samples,
-                job.text.length, job.seed, vocabulary=vocabulary_of(network))
         else:
-            tokens = self_written(load(name, revision=revision), job.text.samples,
-                                  job.text.length, job.seed)
+            tokens = _text(job, open_tokenizer(folder, config), vocabulary_of(network),
+                           lambda: load(name, revision=revision))
     asked, ends = _identity(folder, job, tokens), job.embedding_bits
     refuse_unfinished(output, {"asked": asked})
     if job.target is not None:
@@ -95,6 +93,23 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     base = asdict(card.base_of(name, folder))
     run = Run(folder, output, job, tokens, base, asked, needs, chosen)
     return run.make(network, blocks, config, progress)
+
+
+def _text(job: Job, tokenizer: Any, vocabulary: int,
+          opened: Callable[[], LanguageModel]) -> Calibration:
+    """What the job calibrates on. The model is ``opened`` where it is to write some of that."""
+    text, opened = job.text, cache(opened)
+    plain = text.samples - text.conversations
+    if text.files:
+        tokens = calibration.from_files(tokenizer, list(text.files), plain, text.length, job.seed,
+                                        vocabulary=vocabulary)
+    else:
+        tokens = self_written(opened(), plain, text.length, job.seed)
+    if not text.conversations:
+        return tokens
+    # In batches of one size, so that what is drawn does not depend on the memory.
+    rows = converse(opened(), text.conversations, text.length, job.seed, batch=16)
+    return tokens.joined(rows, "conversations of the model with itself", job.seed)
 
 
 def _identity(folder: Path, job: Job, tokens: Calibration) -> str:
