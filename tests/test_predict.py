@@ -130,7 +130,8 @@ def test_a_named_chip_gets_the_smallest_free_group():
 @pytest.mark.parametrize("chip, measured, said", [
     ("M1 Pro", None, "4 replicas are slower than one on this machine, by prediction; --for-chip "
      "'M1 Pro 16c' looks for groups that are not"),
-    ("M3 Max", {"2": 1}, "as measured here"),  # predicted to be free
+    ("M3 Max", {"2": 1}, "as measured here; `mlxquant probe` shows"),  # predicted to be free
+    ("H100", {"2": 1}, "as measured here; `mlxquant probe` shows"),  # which --for-chip refuses
     ("M1 Pro", {"2": 4}, None), ("M1 Pro", {"2": None}, "by prediction"), ("H100", None, None)])
 def test_replicas_that_cost_time_here_are_remarked_on(monkeypatch, capsys, chip, measured, said):
     limits = measured and ReplicaLimits(None, measured, {

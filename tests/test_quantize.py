@@ -18,7 +18,7 @@ from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.inspection import inspect
 from mlxquant.quantise import observe, pipeline, walk
-from mlxquant.quantise.job import PROPAGATIONS
+from mlxquant.quantise.job import PROPAGATIONS, Text
 from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.observe import Observation
 
@@ -198,6 +198,17 @@ def test_some_of_the_samples_are_conversations(tmp_path, tiny_folder, text, monk
     assert made.source.endswith(", 2 conversations of the model with itself")
     with pytest.raises(BadValue, match="conversations is 6, allowed are fewer than the 6 samples"):
         replace(wanted.text, conversations=6)
+
+
+def test_a_model_that_cannot_talk_is_refused_before_it_writes(tmp_path, tiny_folder, monkeypatch):
+    def converse(*_, **__):
+        raise Unsupported("no chat template")
+
+    monkeypatch.setattr(pipeline, "converse", converse)
+    monkeypatch.setattr(pipeline, "self_written", None)
+    wanted = replace(job(bits=4), text=Text(samples=6, length=16, conversations=2))
+    with pytest.raises(Unsupported, match="no chat template"):
+        mlxquant.quantize(str(tiny_folder), tmp_path / "out", wanted)
 
 
 def test_rounding_needs_no_text_and_writes_none(tmp_path, tiny_folder, monkeypatch):

@@ -238,13 +238,13 @@ def _warn_of_slow_replicas(spec: "Spec") -> None:
     if spec.method != "replica":
         return
     chip, shape = chips.detect(), (spec.bits.value, spec.replicas, spec.replica_group)
-    for how, limits in (("as measured here", replica_limits()),
-                        ("by prediction", lanes.limits(chip))):
+    for limits, how in ((replica_limits(), "as measured here; `mlxquant probe` shows which are "
+                         "not"), (lanes.limits(chip), f"by prediction; --for-chip '{chip.label}' "
+                                  "looks for groups that are not")):
         free = limits.free(*shape) if limits else None
         if free is False:
             group = f" in groups of {spec.replica_group}" if spec.replica_group else ""
-            remark(f"{spec.replicas} replicas{group} are slower than one on this machine, {how}; "
-                   f"--for-chip '{chip.label}' looks for groups that are not")
+            remark(f"{spec.replicas} replicas{group} are slower than one on this machine, {how}")
         if free is not None:
             return
 

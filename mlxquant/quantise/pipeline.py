@@ -77,7 +77,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
         else:
-            tokens = _text(job, open_tokenizer(folder, config), vocabulary_of(network),
+            tokens = _text(job, vocabulary_of(network), lambda: open_tokenizer(folder, config),
                            lambda: load(name, revision=revision))
     asked, ends = _identity(folder, job, tokens), job.embedding_bits
     refuse_unfinished(output, {"asked": asked})
@@ -95,21 +95,23 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     return run.make(network, blocks, config, progress)
 
 
-def _text(job: Job, tokenizer: Any, vocabulary: int,
+def _text(job: Job, vocabulary: int, tokenizer: Callable[[], Any],
           opened: Callable[[], LanguageModel]) -> Calibration:
-    """What the job calibrates on. The model is ``opened`` where it is to write some of that."""
+    """What the job calibrates on. The ``tokenizer`` is opened where that is in files, the model
+    where it is to write some of it."""
     text, opened = job.text, cache(opened)
+    # First, as not every model can talk. In batches of one size, so that what is drawn does not
+    # depend on the memory.
+    talk = converse(opened(), text.conversations, text.length, job.seed,
+                    batch=16) if text.conversations else None
     plain = text.samples - text.conversations
     if text.files:
-        tokens = calibration.from_files(tokenizer, list(text.files), plain, text.length, job.seed,
-                                        vocabulary=vocabulary)
+        tokens = calibration.from_files(tokenizer(), list(text.files), plain, text.length,
+                                        job.seed, vocabulary=vocabulary)
     else:
         tokens = self_written(opened(), plain, text.length, job.seed)
-    if not text.conversations:
-        return tokens
-    # In batches of one size, so that what is drawn does not depend on the memory.
-    rows = converse(opened(), text.conversations, text.length, job.seed, batch=16)
-    return tokens.joined(rows, "conversations of the model with itself", job.seed)
+    return tokens if talk is None else tokens.joined(
+        talk, "conversations of the model with itself", job.seed)
 
 
 def _identity(folder: Path, job: Job, tokens: Calibration) -> str:
