@@ -111,7 +111,7 @@ def ours(folder: Path, job: Job, tokens: np.ndarray, target: float) -> Row:
         network, config = open_lazily(folder)
         blocks = blocks_of(network)
         needs = room.needs(network, blocks, job, outline.attention_heads(config))
-        made = Run(folder, folder.with_name("made"), job, given, {}, needs).make(
+        made = Run(folder, folder.with_name("made"), job, given, {}, asked="", needs=needs).make(
             network, blocks, config, progress)
     return {"predicted_gb": needs.memory / 1e9, "on_disk_gb": needs.waiting / 1e9,
             "seconds": made.profile["seconds"]["total"], "block_ends": ends,

@@ -20,7 +20,7 @@ from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import calibration
 from mlxquant.tuning import room
-from mlxquant.tuning.distill import Distillation
+from mlxquant.tuning.distill import Distillation, Keeping
 from mlxquant.tuning.predictions import Predictions, divergence, likeliest
 from mlxquant.tuning.settings import Schedule, Tuning
 from mlxquant.tuning.tune import tune
@@ -141,6 +141,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()
     for file in ("model.safetensors", "config.json"):
         assert (whole / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_states_are_kept_where_writing_them_is_a_tenth_of_the_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("mlxquant.tuning.distill.time.perf_counter", lambda: now)
+    small, large = Keeping(10**8), Keeping(20 * 10**9)
+    assert small.due and not large.due
+
+    def save():
+        nonlocal now
+        now += 40.0  # twice as long as foretold
+
+    now = 201.0  # ten times the 20 seconds of 20 GB
+    assert large.due
+    large.write(save)
+    now += 399.0
+    assert small.due and not large.due
+    now += 2.0
+    assert large.due
 
 
 def test_an_original_larger_than_memory_predicts_the_same(places, tmp_path, monkeypatch):

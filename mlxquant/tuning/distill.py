@@ -7,7 +7,10 @@ move. Some sequences are held out, to choose the result by.
 """
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,35 @@ from mlxquant.tuning.predictions import Predictions, Wanted, divergence
 from mlxquant.tuning.settings import Schedule
 
 Report = Callable[[int, int, float], None]
+_DISK = 1e9  # bytes a second, until a first file has shown better
+
+
+@dataclass
+class Keeping:
+    """Says when a state of ``size`` bytes is worth writing: once training since the last one has
+    taken ten times as long as writing does. What takes less than a second always is.
+
+    Where codes move a state has 16 bytes a weight. Written at each of eight checks, that of 1.3
+    billion weights took three quarters of the time (``benchmarks/LOG.md``).
+    """
+
+    size: int
+    seconds: float = field(init=False)  # that writing takes
+    _last: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seconds, self._last = self.size / _DISK, time.perf_counter()
+
+    @property
+    def due(self) -> bool:
+        return self.seconds < 1 or time.perf_counter() - self._last > 10 * self.seconds
+
+    def write(self, save: Callable[[], None]) -> None:
+        """Call ``save`` and learn how long it takes."""
+        start = time.perf_counter()
+        save()
+        self._last = time.perf_counter()
+        self.seconds = self._last - start
 
 
 class Distillation(Training):
@@ -55,18 +87,20 @@ class Distillation(Training):
 
     def run(self, report: Report = lambda *_: None, file: Path | None = None) -> State:
         """Train to the end; ``report`` gets (steps done, steps, loss) after each step. The state
-        is kept in ``file`` after each check, and taken up from there."""
+        is kept in ``file`` after checks, where that costs little (``Keeping``), and taken up from
+        there."""
         if file is not None and file.exists():
             self.restore(file)
         state, schedule = self.state, self.schedule
+        keeping = Keeping(sum(array.nbytes for _, array in tree_flatten(self._arrays())))
         while state.step < schedule.steps:
             tokens, wanted = self.predictions[state.step]
             value = self.step(tokens, *wanted)
             report(state.step, schedule.steps, value)
             if state.step % schedule.check_every == 0 or state.step == schedule.steps:
                 self.check()
-                if file is not None:
-                    self.save(file)
+                if file is not None and keeping.due:
+                    keeping.write(partial(self.save, file))
         return state
 
     def save(self, file: Path) -> None:

@@ -51,11 +51,12 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
 
     The computation is in bfloat16 on a GPU and in float32 on a CPU; what is trained is float32
     either way. The original predicts first, whole in memory or, where it does not fit, block by
-    block; it is gone before the model is tuned. A killed run, repeated, goes on at its last check.
-    ``progress`` gets (steps done, steps, loss), ``writing`` (what the teacher has written, of how
-    many, of which kind). Raises ``BadValue`` for texts too short or another vocabulary,
-    ``TooLarge`` where memory or disk do not suffice, ``Unsupported`` for a model without scales to
-    train or, where ``tuning`` asks for conversations, without a chat template.
+    block; it is gone before the model is tuned. A killed run, repeated, goes on at the last state
+    that was kept (``distill.Keeping``). ``progress`` gets (steps done, steps, loss), ``writing``
+    (what the teacher has written, of how many, of which kind). Raises ``BadValue`` for texts too
+    short or another vocabulary, ``TooLarge`` where memory or disk do not suffice, ``Unsupported``
+    for a model without scales to train or, where ``tuning`` asks for conversations, without a chat
+    template.
     """
     output, folder = Path(output), resolve(name)
     refuse_existing(output)
