@@ -14,8 +14,10 @@ import json
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -27,6 +29,7 @@ import numpy as np
 import sentencepiece
 import xllamacpp
 from conftest import SPECIAL, alphabet
+from gguf import GGUFWriter
 from gguf_files import write_gguf
 from record import parser, save
 from test_gguf_architectures import CASES, frequency_factors, random_model
@@ -36,6 +39,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from mlxquant.sources.gguf import import_file
 from mlxquant.sources.gguf.splitters import SPLITTERS
 
+Row = dict[str, Any]
+Write = Callable[[GGUFWriter], None]  # a tokenizer into a file
 ALPHABET = [*alphabet()[:-1], "ab"]  # llama.cpp wants a merge
 TOKENS = [5, 80, 200, 7, 99, 41, 300, 6]
 SCALINGS = {
@@ -73,8 +78,8 @@ def tokenised(running: xllamacpp.Server, text: str) -> list[int]:
         return json.load(answer)["tokens"]
 
 
-def compare_predictions(folder: Path, name: str, architecture: str, changes: dict, fields: dict,
-                        extra=()) -> dict:
+def compare_predictions(folder: Path, name: str, architecture: str, changes: Row, fields: Row,
+                        extra: Sequence[tuple[str, np.ndarray]] = ()) -> Row:
     network, config = random_model(architecture, changes)
     path = write_gguf(folder / "m.gguf", network, config=config, architecture=architecture,
                       fields=fields, extra=extra,
@@ -90,8 +95,8 @@ def compare_predictions(folder: Path, name: str, architecture: str, changes: dic
     return {"model": name, "largest_difference": gap, "spread": spread}
 
 
-def bytes_tokenizer(pre: str, tokens: list[str], merges: list[str]):
-    def write(writer) -> None:
+def bytes_tokenizer(pre: str, tokens: list[str], merges: list[str]) -> Write:
+    def write(writer: GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
@@ -103,8 +108,8 @@ def bytes_tokenizer(pre: str, tokens: list[str], merges: list[str]):
     return write
 
 
-def pieces_tokenizer(fields: dict):
-    def write(writer) -> None:
+def pieces_tokenizer(fields: Row) -> Write:
+    def write(writer: GGUFWriter) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_token_list(fields["tokens"])
         writer.add_token_scores(fields["scores"].tolist())
@@ -130,7 +135,7 @@ def across_words(text: str) -> tuple[list[str], list[str]]:
     return list(model["vocab"]), [" ".join(pair) for pair in model["merges"]]
 
 
-def compare_tokens(folder: Path, name: str, write, size: int, texts: list[str]) -> dict:
+def compare_tokens(folder: Path, name: str, write: Write, size: int, texts: list[str]) -> Row:
     network, config = random_model("llama", {"vocab_size": size})
     path = write_gguf(folder / "t.gguf", network, config=config, tokens=write)
     import_file(path, folder / f"tokens-{name}")
@@ -148,8 +153,8 @@ def main() -> None:
     text = options.parse_args().text.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]
     texts = [t for t in (*TEXTS, SAMPLE, *lines[:150], Path(__file__).read_text()[:3000]) if t]
-    with tempfile.TemporaryDirectory(prefix="mlxquant-llamacpp-") as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="mlxquant-llamacpp-") as scratch:
+        folder = Path(scratch)
         rows = [compare_predictions(folder, name, name, *case) for name, case in CASES.items()]
         for name, (scaling, fields) in SCALINGS.items():
             extra = []

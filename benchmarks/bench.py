@@ -15,6 +15,7 @@ import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from record import RESULTS, parser, read, save  # first: it loads the BLAS before MLX
 
@@ -24,6 +25,7 @@ from shapes import SHAPES
 
 import mlxquant
 from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers import outline
 from mlxquant.layers.dense import to_dense
 from mlxquant.layers.pack import pack
@@ -58,13 +60,13 @@ def open_model(name: str, as_mlx_lm: bool = False) -> LanguageModel:
     found = re.fullmatch(r"(\d+|ternary)(?:-k(\d+)(?:-g(\d+))?)?", form)
     if found is None:
         raise SystemExit(f"{name}: write for example {known}:4 or {known}:2-k4")
-    bits = found[1] if found[1] == "ternary" else int(found[1])
     mx.random.seed(0)
+    spec: Spec | None = None
     if found[2]:
-        spec = Spec(bits, method="replica", rotation="online", replicas=int(found[2]),
-                    replica_group=int(found[3] or 0))
-    else:
-        spec = Spec(bits, method="rtn") if bits != 16 else None
+        spec = Spec(Width.of(found[1]), method="replica", rotation="online",
+                    replicas=int(found[2]), replica_group=int(found[3] or 0))
+    elif found[1] != "16":
+        spec = Spec(Width.of(found[1]), method="rtn")
     network = outline.network_of(config)
     if spec is not None:
         network = planned(network, config, Job(spec, embedding_bits=8))
@@ -95,7 +97,7 @@ def table() -> str:
     return "\n\n".join(parts)
 
 
-def draw(name: str, records: list[Record], measured: dict) -> None:
+def draw(name: str, records: list[Record], measured: dict[str, Any]) -> None:
     chip = chips.of(records[0].chip, records[0].gpu_cores)
     bench_output.plot(records, chip, measured["product_tflops"], RESULTS / f"{name}.png")
 

@@ -19,7 +19,8 @@ import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 from unittest import mock
 
 _TOKENS, _LOOPS, _QUEUED, _WAIT = 48, 5, 3, 0.25
@@ -48,8 +49,9 @@ class Decoding:
     """One sequence of a model, a token at a time, after a prompt of 16."""
 
     def __init__(self, name: str):
-        fusing = (mock.patch.object(pack, "read_plain", lambda *_: [])
-                  if name.startswith(_UNFUSED) else nullcontext())
+        fusing: AbstractContextManager[Any] = (
+            mock.patch.object(pack, "read_plain", lambda *_: []) if name.startswith(_UNFUSED)
+            else nullcontext())
         with fusing:
             model = open_model(name.removeprefix(_STOCK).removeprefix(_UNFUSED),
                                name.startswith(_STOCK))
@@ -62,12 +64,12 @@ class Decoding:
     def next(self, token: mx.array) -> mx.array:
         return mx.argmax(self.network(token[None], cache=self.cache)[:, -1], -1)
 
-    def dispatches(self) -> dict:
+    def dispatches(self) -> dict[str, int]:
         """Kernels that a token launches, in all and in each block."""
         total = launches(self.next(self.token)).total()
         return dict(dispatches=total, dispatches_a_block=total // len(self.cache))
 
-    def seen(self) -> dict:
+    def seen(self) -> dict[str, float]:
         """Median milliseconds of a token as a user sees it, and of its parts on the host."""
         loops = []
         for _ in range(_LOOPS + 1):
@@ -85,7 +87,7 @@ class Decoding:
                                 for times in zip(*loops[1:]))
         return dict(token_ms=token, build_ms=build, launch_ms=launch, tps=1e3 / token)
 
-    def on_gpu(self) -> dict:
+    def on_gpu(self) -> dict[str, float]:
         """Milliseconds that the GPU itself takes for a token, and the bandwidth that is."""
         def run(count: int, zero: mx.array) -> list[mx.array]:
             token = self.token + zero.astype(mx.int32)

@@ -9,6 +9,7 @@ of TEXT (WikiText-2 raw test) by the protocol wt2-40.
 import statistics
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from record import parser, save
 
@@ -18,7 +19,7 @@ from mlxquant.sources.names import DEFAULT_MODEL
 REPETITIONS = 5
 
 
-def spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values}
 
 
@@ -40,7 +41,8 @@ def main() -> None:
     last = reports[-1][1]
     print(save("default-model-cpu", model=DEFAULT_MODEL,
                prefill_512_tps=spread([prefill.prompt_tps for prefill, _ in reports]),
-               decode_128_tps=spread([decode.generation_tps for _, decode in reports]),
+               decode_128_tps=spread([decode.generation_tps for _, decode in reports
+                                      if decode.generation_tps is not None]),
                bytes_per_token=last.bytes_per_token, ceiling_gb_per_s=last.ceiling_gb_per_s,
                ceiling_source=last.ceiling_source, peak_memory_gb=last.peak_memory_gb,
                quality=asdict(quality)))

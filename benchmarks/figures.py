@@ -3,7 +3,7 @@
 import re
 
 from matplotlib.figure import Figure
-from measured import STAGES, method_rows, original_perplexity, replica_rows
+from measured import STAGES, Rows, method_rows, original_perplexity, replica_rows
 from record import RESULTS
 
 from mlxquant.report.comparison import Row, plot
@@ -18,7 +18,7 @@ KINDS = {"replicas under a budget": r"budget-[\d.]+",
 def draw_methods() -> None:
     """Perplexity over whole-folder bytes of the rows that were saved as folders."""
     fields = Row.__dataclass_fields__
-    rows = [{"tasks": ()} | row for row in method_rows() if row["bits"] in (2, 3, 4)]
+    rows: Rows = [{"tasks": (), **row} for row in method_rows() if row["bits"] in (2, 3, 4)]
     rows = [row for row in rows if set(fields) <= set(row)]
     plot([Row(**{name: row[name] for name in fields}) for row in rows],
          RESULTS / "methods-h200.png")
@@ -41,6 +41,6 @@ def draw_replicas() -> None:
     axes.axhline(original_perplexity(), color="gray", linewidth=1)
     axes.set(xlabel="whole folder, MB", ylabel="perplexity (log)", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
-    axes.set_yticks(ticks := [25, 30, 40, 50, 60, 80], ticks)
+    axes.set_yticks(ticks := [25, 30, 40, 50, 60, 80], list(map(str, ticks)))
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(RESULTS / "replicas.png")

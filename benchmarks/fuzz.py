@@ -24,7 +24,9 @@ import time
 import traceback
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fuzz_bodies
 import gguf
@@ -84,7 +86,8 @@ def seed_gguf(path: Path, *, pieces: bool) -> bytes:
 
 
 def seed_safetensors() -> bytes:
-    header, position = {"__metadata__": {"format": "mlx"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
     for index in range(6):
         dtype = ["F32", "F16", "U32"][index % 3]
         end = position + (16 if dtype == "F16" else 32)
@@ -160,7 +163,7 @@ class Fuzzer:
         which = chance.randrange(2)
         self.gguf.write_bytes(mutated(self.seeds[which], chance, self.headers[which]))
 
-        def read():
+        def read() -> None:
             file = open_model(self.gguf)
             imported = model.read(file)
             tokenizer.files(file)
@@ -180,7 +183,7 @@ class Fuzzer:
         return self._watched("safetensors", lambda: checkpoint.validate(self.folder),
                              sum(map(len, files.values())))
 
-    def _watched(self, kind: str, parse, size: int) -> str:
+    def _watched(self, kind: str, parse: Callable[[], object], size: int) -> str:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -200,7 +203,7 @@ class Fuzzer:
         return f"{kind} {outcome}"
 
 
-def hang(*_):
+def hang(*_: object) -> None:
     raise TimeoutError(f"a case took more than {SECONDS} s")
 
 
@@ -215,7 +218,8 @@ def chunk(first: int, last: int, folder: Path) -> None:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + LIMIT, now + LIMIT))
     tracemalloc.start()
-    outcomes, failures = Counter(), []
+    outcomes: Counter[str] = Counter()
+    failures: list[dict[str, Any]] = []
     for number in range(first, last):
         (folder / "number").write_text(str(number))
         try:
@@ -238,9 +242,12 @@ def main() -> None:
     a = options.parse_args()
     if a.chunk:
         with tempfile.TemporaryDirectory(prefix="mlxquant-fuzz-") as folder:
-            chunk(*a.chunk, Path(folder))
+            first, last = a.chunk
+            chunk(first, last, Path(folder))
         return
-    outcomes, failures, done, most, start = Counter(), [], 0, [0, 0], time.perf_counter()
+    outcomes: Counter[str] = Counter()
+    failures: list[dict[str, Any]] = []
+    done, most, start = 0, [0, 0], time.perf_counter()
     while done < a.count and time.perf_counter() - start < a.seconds:
         first, last = a.first + done, a.first + min(done + CHUNK, a.count)
         result = subprocess.run([sys.executable, __file__, "--chunk", str(first), str(last)],

@@ -13,14 +13,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from conftest import write_folder
 
+Mutate = Callable[[bytes, random.Random, int], bytes]
 SECONDS = 60  # for one answer; a machine may be busy
 AT_ONCE = 6
 CHAT = [{"role": "system", "content": "Be brief."},
@@ -42,15 +45,16 @@ SEEDS = {
         {"prompt": "Once", **COMMON, "logprobs": 2, "echo": False},
         {"prompt": ["a", [5, 6]], "max_tokens": 2, "stream": True},
         {"prompt": [5, 6, 7], "max_tokens": 2, "n": 2}]}
-WRONG = [None, True, False, 0, -1, 1, 2, 383, 384, 1.5, -0.0, 1e308, 2**31, 2**32, -2**63, 2**64,
-         10**40, "", "x", "auto", "\ud800", "\x00", "a" * 2000, [], [None], [[]], ["x"] * 200, {},
-         {"x": 1}, {"type": "text"}, [10**6], [-1], {"384": 1}, {"-1": 1}, {"a": "b"}]
+WRONG: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 383, 384, 1.5, -0.0, 1e308, 2**31, 2**32, -2**63, 2**64,
+    10**40, "", "x", "auto", "\ud800", "\x00", "a" * 2000, [], [None], [[]], ["x"] * 200, {},
+    {"x": 1}, {"type": "text"}, [10**6], [-1], {"384": 1}, {"-1": 1}, {"a": "b"}]
 FIELDS = [*COMMON, "prompt", "messages", "logprobs", "top_logprobs", "tools", "tool_choice", "echo",
           "max_completion_tokens", "response_format", "chat_template_kwargs", "reasoning_effort",
           "best_of", "suffix", "functions", "role", "content", "tool_calls", "type", "text"]
 
 
-def body(chance: random.Random, by_bytes) -> tuple[str, bytes]:
+def body(chance: random.Random, by_bytes: Mutate) -> tuple[str, bytes]:
     """A path and a body: a sound one after some mutations of its values, its bytes, or both."""
     path = chance.choice(list(SEEDS))
     made = deepcopy(chance.choice(SEEDS[path]))
@@ -60,14 +64,14 @@ def body(chance: random.Random, by_bytes) -> tuple[str, bytes]:
     return path, by_bytes(data, chance, len(data)) if chance.random() < 0.2 else data
 
 
-def spoil(value, chance: random.Random) -> None:
+def spoil(value: Any, chance: random.Random) -> None:
     """Change, remove or add something somewhere in a JSON value, in place."""
     places = [value]
     for place in places:
         inner = place.values() if isinstance(place, dict) else place
         places += [v for v in inner if isinstance(v, (dict, list)) and v]
     place = chance.choice(places)
-    keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+    keys: list[Any] = list(place) if isinstance(place, dict) else list(range(len(place)))
     if isinstance(place, dict) and chance.random() < 0.3:
         keys = FIELDS
     if keys:
@@ -81,10 +85,10 @@ def spoil(value, chance: random.Random) -> None:
 class Server:
     """``mlxquant serve`` with a tiny model, and what came of its cases."""
 
-    def __init__(self, address: tuple[str, int], by_bytes):
+    def __init__(self, address: tuple[str, int], by_bytes: Mutate):
         self._address, self._by_bytes = address, by_bytes
-        self.outcomes: Counter = Counter()
-        self.failures: list[dict] = []
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[dict[str, Any]] = []
 
     def run(self, number: int) -> None:
         """Send case ``number``; anything but an answer or a reason in one line is a failure."""
@@ -130,13 +134,14 @@ class Server:
 
 
 @contextmanager
-def server(by_bytes):
+def server(by_bytes: Mutate) -> Iterator[Server]:
     """A server in a process of its own, which must be sound to the end."""
     with tempfile.TemporaryDirectory(prefix="mlxquant-fuzz-") as folder:
         model = write_folder(Path(folder) / "tiny")
         process = subprocess.Popen(
             [sys.executable, "-m", "mlxquant", "serve", str(model), "--port", "0",
              "--max-tokens", "4"], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None  # it is a pipe
         try:
             port = next(int(line.split(":")[2].split("/")[0]) for line in process.stderr
                         if "http://" in line)
@@ -154,7 +159,7 @@ def server(by_bytes):
             process.wait()
 
 
-def run(first: int, count: int, by_bytes) -> dict:
+def run(first: int, count: int, by_bytes: Mutate) -> dict[str, Any]:
     """What came of ``count`` cases, as JSON values."""
     start = time.perf_counter()
     with server(by_bytes) as made, ThreadPoolExecutor(AT_ONCE) as pool:

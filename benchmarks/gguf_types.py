@@ -11,6 +11,7 @@ the import against the ``gguf`` package's decoder, ``total`` that of the import 
 import ctypes
 import time
 from importlib.metadata import version
+from typing import Any
 
 from record import parser, save  # first: it loads the BLAS before MLX
 
@@ -73,7 +74,7 @@ def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
                                   bits=made.bits))
 
 
-def scale_precision(type_: Type, blocks: np.ndarray, decoded: np.ndarray) -> dict:
+def scale_precision(type_: Type, blocks: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
     """The error of repacked codes under scales and biases of each width."""
     groups, result = repack.LAYOUTS[type_].read(blocks), {}
     codes = groups.codes.reshape(*groups.scales.shape, GROUP).astype(np.float32)
@@ -85,7 +86,7 @@ def scale_precision(type_: Type, blocks: np.ndarray, decoded: np.ndarray) -> dic
     return result
 
 
-def row(type_: Type, values: np.ndarray) -> dict:
+def row(type_: Type, values: np.ndarray) -> dict[str, Any]:
     block, block_bytes = GGML_QUANT_SIZES[type_]
     entry = {"type": type_.name, "bits_per_weight": 8 * block_bytes / block}
     try:
@@ -99,8 +100,8 @@ def row(type_: Type, values: np.ndarray) -> dict:
     seconds = time.perf_counter() - start
     exact = np.array_equal(made, decoded)
     kind = "same codes, scales rounded to float16" if plan.repacked else "rounded anew"
-    entry |= {"stored": "exact" if exact else kind, "bits": plan.bits or 16,
-              "stored_bits_per_weight": plan.bits + 1 if plan.bits else 16,
+    entry |= {"stored": "exact" if exact else kind, "bits": plan.bits,
+              "stored_bits_per_weight": plan.bits if plan.plain else plan.bits + 1,
               "own": error(decoded, values), "added": error(made, decoded),
               "total": error(made, values), "gb_per_s": blocks.nbytes / seconds / 1e9}
     if type_ in repack.LAYOUTS:

@@ -66,6 +66,8 @@ def write_file(path: Path, types: list[Type], blocks: int) -> Path:
 
 def forget(path: Path) -> None:
     """Drop a file from the page cache."""
+    if sys.platform != "linux":
+        raise SystemExit("only Linux can be told to drop a file from its page cache")
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -228,8 +228,9 @@ class Results:
         save(self.name, ceiling=self.ceiling.__dict__, rows=self.rows, errors=self.errors)
 
 
-def measure(results: Results, names: list[str], ours: list[Case], theirs: list[tuple],
-            checked: list[Case], cold: float = COLD) -> None:
+def measure(results: Results, names: list[str], ours: list[Case],
+            theirs: list[tuple[int, int, int, int]], checked: list[Case],
+            cold: float = COLD) -> None:
     for bits, rows, inputs, tokens in theirs:
         results.add(dict(bits=bits, replicas=None, group=64, rows=rows, inputs=inputs,
                          tokens=tokens), stock(bits, rows, inputs, tokens, cold))

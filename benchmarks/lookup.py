@@ -10,6 +10,7 @@ products of one row and of several round differently, so that a close choice may
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class Scripted(nn.Module):
     def layers(self) -> list[nn.Module]:
         return self.network.layers
 
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        following = cache[0].offset + 1 + mx.arange(tokens.shape[1])
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        following = (cache[0].offset if cache else 0) + 1 + mx.arange(tokens.shape[1])
         logits = self.network(tokens, cache=cache)
         said = mx.arange(logits.shape[-1]) == self._text[following][:, None]
         return mx.where(said, mx.array(100.0, logits.dtype), mx.clip(logits, -50, 50))
@@ -67,7 +68,8 @@ def script(vocabulary: int, length: int, every: int) -> np.ndarray:
     return text
 
 
-def requests(model: LanguageModel, scripted: bool, tokens: int):
+def requests(model: LanguageModel, scripted: bool,
+             tokens: int) -> Iterator[tuple[str, LanguageModel, Request]]:
     """What is asked by name: the model that answers, and the request."""
     if not scripted:
         for name, prompt in ASKED.items():
@@ -83,7 +85,8 @@ def requests(model: LanguageModel, scripted: bool, tokens: int):
 def decoded(model: LanguageModel, request: Request, ahead: int) -> tuple[list[int], dict[str, Any]]:
     """The tokens of a reply, and how they came; a first short one compiles what is needed."""
     for asked in (replace(request, max_tokens=min(24, request.max_tokens)), request):
-        cache, tokens, passes = PromptCache(layers=make_prompt_cache(model.network)), [], 0
+        tokens: list[int] = []
+        cache, passes = PromptCache(layers=make_prompt_cache(model.network)), 0
         steps = Loop(lookup=ahead).steps(model, asked, cache, 0, lambda done, total: None)
         for step in steps:
             if not tokens:

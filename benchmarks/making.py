@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from record import parser, save  # first: it loads the BLAS before MLX
 
@@ -33,6 +34,7 @@ from mlx_lm.quant.gptq import gptq_quantize
 from mlx_lm.utils import load_model, save_model
 
 from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.dense import to_dense
 from mlxquant.machine.memory import parse_size, peak_resident
@@ -48,11 +50,11 @@ from mlxquant.sources.names import resolve
 
 SHAPES = {"tiny": "tiny", "0.1b": "smollm2-135m", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b",
           "8b": "llama-3.1-8b", "mixture": "qwen3-30b-a3b"}
-TUNED = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"),
+TUNED = Job(Spec(bits=Width.TWO, method="replica", replicas=4, rotation="online"),
             propagation="corrected")
 REPLICA = TUNED.changed(tune_blocks=False)
-OURS = {"replica": REPLICA, "tuned": TUNED, "gptq": Job(Spec(bits=4, method="gptq")),
-        "rtn": Job(Spec(bits=4, method="rtn")),
+OURS = {"replica": REPLICA, "tuned": TUNED, "gptq": Job(Spec(bits=Width.FOUR, method="gptq")),
+        "rtn": Job(Spec(bits=Width.FOUR, method="rtn")),
         "budget": REPLICA.changed(target=Target(bits_per_weight=2.4))}
 THEIRS = ("mlx-gptq", "mlx-rtn")  # 4 bits in groups of 64, like ours
 Row = dict[str, Any]
@@ -141,7 +143,7 @@ def child(a: argparse.Namespace) -> None:
         return
     tokens, before = np.load(folder.with_name("tokens.npy")), peak_resident()
     if a.memory:
-        room.memory_limit = lambda: parse_size(a.memory)
+        mock.patch.object(room, "memory_limit", lambda: parse_size(a.memory)).start()
     row = (theirs(folder, a.child, tokens) if a.child in THEIRS else
            ours(folder, OURS[a.child].changed(samples=a.samples, length=a.length), tokens,
                 a.target))

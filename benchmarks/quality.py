@@ -9,23 +9,25 @@ published rows (``literature.json``). A ratio is the perplexity over that of the
 
 import re
 from pathlib import Path
+from typing import Any
 
 from measured import literature, method_rows, original_perplexity, replica_results
 from record import read
 
 from mlxquant.base.storage import write_json
-from mlxquant.quantise.job import SAMPLES
+from mlxquant.quantise.calibration import SAMPLES
 from mlxquant.report.comparison import METHODS
 
 AS_GOOD = 1.002
 TABLE = Path(__file__).with_name("quality.json")
 MODEL = "SmolLM2-135M-Instruct"
+Row = dict[str, Any]
 FLAGS = {"method": "--method {}", "replicas": "--replicas {}",
          "replica_group": "--replica-group {}", "propagation": "--propagation {}",
          "refine": "--refine {}", "alpha": "--alpha {}"}  # in the order of a command
 
 
-def options_of(method: str) -> dict | None:
+def options_of(method: str) -> Row | None:
     """The options of ``quantize`` that a row's method stands for; None if flags cannot say them."""
     plain = method.replace("gptq-plain", "gptq")
     options = METHODS.get(method) or METHODS.get(plain)
@@ -34,15 +36,16 @@ def options_of(method: str) -> dict | None:
     return options | ({"act_order": False, "refine": 0} if plain != method else {})
 
 
-def flags(options: dict) -> str:
+def flags(options: Row) -> str:
     """The same on the command line."""
     parts = [flag.format(options[name]) for name, flag in FLAGS.items() if name in options]
-    parts += {"online": ["--rotate"], "fused": ["--rotate-fused"]}.get(options.get("rotation"), [])
+    parts += {None: [], "online": ["--rotate"],
+              "fused": ["--rotate-fused"]}[options.get("rotation")]
     parts += ["--no-act-order"] if options.get("act_order") is False else []
     return " ".join(parts)
 
 
-def untuned_replicas() -> list[dict]:
+def untuned_replicas() -> list[Row]:
     """Rows of ``replicas.py`` before ``tune``, which all correct for earlier blocks, under
     ``METHODS``' names."""
     found = []
@@ -57,9 +60,9 @@ def untuned_replicas() -> list[dict]:
     return found
 
 
-def measured() -> list[dict]:
+def measured() -> list[Row]:
     original = original_perplexity()
-    ways: dict[tuple, list[dict]] = {}
+    ways: dict[tuple[Any, ...], list[Row]] = {}
     for row in [*method_rows(), *untuned_replicas()]:
         if row["method"] == "w8a16":  # one scale for a row: groups of 64 can only be better
             row = row | {"method": "rtn", "group_size": 64}
@@ -75,14 +78,14 @@ def measured() -> list[dict]:
     return [simplest(found) for found in ways.values()]
 
 
-def simplest(ways: list[dict]) -> dict:
+def simplest(ways: list[Row]) -> Row:
     """Of those as good as the best, the one with the fewest options: rounding needs no text."""
     best = min(way["ratio"] for way in ways)
     good = [way for way in ways if way["ratio"] <= AS_GOOD * best]
     return min(good, key=lambda way: (len(way["flags"]), way["ratio"]))
 
 
-def published() -> list[dict]:
+def published() -> list[Row]:
     """GPTQ's rows in the literature; other methods are not ours to run."""
     table = literature()
     rows = ((row, re.fullmatch(r"GPTQ g(\d+)", row["method"])) for row in table["rows"])

@@ -38,10 +38,10 @@ def render(page: str) -> tuple[str, str]:
     old = new = (ROOT / page).read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
         between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
-        if not between.search(new):
+        found = between.search(new)
+        if not found:
             raise SystemExit(f"{page} has no place for the table {name}")
-        made = f"{make()}\n"
-        new = between.sub(lambda _, made=made: made, new)
+        new = f"{new[:found.start()]}{make()}\n{new[found.end():]}"
     return old, new
 
 

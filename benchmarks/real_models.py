@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def quality(model: LanguageModel, teacher: LanguageModel, arguments: Any) -> dic
         "top1_agreement")}
 
 
-def rows(name: str, arguments: Any, folder: Path):
+def rows(name: str, arguments: Any, folder: Path) -> Iterator[dict[str, Any]]:
     """The original's row, then one for each step of the plan."""
     teacher = load(name)
     yield ({"model": name, "method": "original", "bits": 16}

@@ -14,8 +14,9 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
 
@@ -29,10 +30,11 @@ from mlxquant.quantise.job import Job, Target, Text
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
 
-COMMON = dict(rotation="online", propagation="corrected")
-REPLICA = dict(method="replica", **COMMON)
-GROUPS = dict(method="gptq", bits=2, **COMMON)
-PLAN = {
+Row = dict[str, Any]
+COMMON: Row = dict(rotation="online", propagation="corrected")
+REPLICA: Row = dict(method="replica", **COMMON)
+GROUPS: Row = dict(method="gptq", bits=2, **COMMON)
+PLAN: dict[str, Row] = {
     "replica-2": REPLICA | dict(bits=2, replicas=2),
     "replica-4": REPLICA | dict(bits=2, replicas=4),
     "replica-4-g16": REPLICA | dict(bits=2, replicas=4, replica_group=16),
@@ -65,7 +67,7 @@ PLAN = {
 }
 
 
-def quality(folder: Path, teacher: LanguageModel, a: argparse.Namespace) -> dict:
+def quality(folder: Path, teacher: LanguageModel, a: argparse.Namespace) -> Row:
     """What a folder scores on both texts."""
     student = load(str(folder), dense=True)
     main = divergence(student, teacher, Path(a.text), windows=a.windows)
@@ -78,7 +80,7 @@ def quality(folder: Path, teacher: LanguageModel, a: argparse.Namespace) -> dict
 
 
 def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
-            folder: Path) -> Iterator[dict]:
+            folder: Path) -> Iterator[Row]:
     """The row calibrated only, then the tuned one."""
     options = PLAN[name]
     about = dict(method=name, bits=options["bits"], group_size=options.get("group_size"),
@@ -103,7 +105,7 @@ def rows_of(name: str, a: argparse.Namespace, teacher: LanguageModel,
     yield about | about_run | quality(tuned, teacher, a)
 
 
-def tell(what: str):
+def tell(what: str) -> Callable[..., None]:
     """A line now and then: how far, and the value that comes with it (seconds, or a loss)."""
     def progress(done: int, total: int, value: float, stage: str = what) -> None:
         if done in (1, 2) or done % max(1, total // 8) == 0:

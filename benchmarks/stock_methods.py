@@ -51,7 +51,7 @@ def apply(method: str, bits: int, network: nn.Module, teacher: nn.Module,
         body_rtn(network, bits)
         rows = [(row, 0) for row in np.array(tokens).tolist()]
 
-        def targets(batch, *_, **__):
+        def targets(batch: mx.array, *_: object, **__: object) -> mx.array:
             return mx.stop_gradient(teacher(batch))
 
         dwq_quantize(network, targets, optim.Adam(learning_rate=1e-6), rows, rows[:8], batch_size=4,

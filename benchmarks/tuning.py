@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
 
@@ -31,6 +32,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import mlxquant
 from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers import outline
 from mlxquant.layers.by_block import judged
 from mlxquant.layers.trainable import Parts, Trainable
@@ -49,14 +51,16 @@ from mlxquant.tuning.teacher import Teacher
 SHAPES = {name: shapes.SHAPES[name] for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")}
 SHAPES["qwen2.5-32b"] = shapes.llama(5120, 64, 27648, (40, 8), 152064, False)
 DTYPE = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32  # that tuning computes in
-QUANTISED = Job(Spec(bits=2, method="replica", replicas=4, rotation="online"))
+QUANTISED = Job(Spec(bits=Width.TWO, method="replica", replicas=4, rotation="online"))
 
 
 class Stages:
     """Seconds and peak bytes of each stage, by its name."""
 
     def __init__(self) -> None:
-        self.seconds, self.peaks, self._last = {}, {}, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._last = time.perf_counter()
 
     def note(self, stage: str, done: int, total: int, value: float | None = None) -> None:
         now = time.perf_counter()
@@ -83,14 +87,14 @@ def gigabytes(room: Room, step: Step) -> dict[str, float]:
             "training": room.student_bytes(step) / 1e9}
 
 
-def tune(a: argparse.Namespace, output: Path) -> dict:
+def tune(a: argparse.Namespace, output: Path) -> dict[str, Any]:
     tuning = tuning_of(a, a.teacher)
     said, stages = foretold(a, tuning), Stages()
     result = mlxquant.tune(
         a.folder, output, tuning,
         progress=lambda done, total, loss: stages.note("training", done, total, loss),
         writing=lambda done, total, kind: stages.note(kind, done, total))
-    scores = {}
+    scores: dict[str, Any] = {}
     teacher = load(a.teacher, dense=True)
     for name, folder in (("before", a.folder), ("after", str(output))):
         found = divergence(load(folder, dense=True), teacher, Path(a.text), windows=a.windows)
@@ -103,13 +107,14 @@ def tune(a: argparse.Namespace, output: Path) -> dict:
         expected = f", foretold {said[stage]:.2f}" if stage in said else ""
         print(f"{stage:13} {seconds:8.1f} s, peak {peaks[stage]:.2f} GB{expected}")
     return scores | dict(
-        steps=a.steps, batch_size=a.batch_size, length=a.length, codes=a.codes, written=a.written,
+        steps=a.steps, batch_size=a.batch_size, learning_rate=a.learning_rate, length=a.length,
+        codes=a.codes, written=a.written,
         conversations=a.conversations, top=a.top, windows=a.windows, seconds=stages.seconds,
         total_seconds=result.seconds, peak_gb=peaks, foretold_gb=said,
         divergence_before=result.divergence_before, divergence_after=result.divergence_after)
 
 
-def measure(a: argparse.Namespace, folder: Path) -> dict:
+def measure(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Peaks of a shape of random weights and codes, beside what the formula gives."""
     config = shapes.SHAPES[a.measure]
     step = Step(a.batch_size, a.length, config["num_attention_heads"], a.codes > 0)
