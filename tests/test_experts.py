@@ -3,12 +3,18 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from architectures import attempt, write
+from architectures import CONFIGURATIONS, attempt, write
 from conftest import job
+from mlx_lm.models.qwen3_moe import Model, ModelArgs
 
 import mlxquant
+from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.replicated import ReplicatedSwitchLinear
-from mlxquant.quantise.observe import LEAN, Routed
+from mlxquant.quantise.blocks import quantise_block, restore
+from mlxquant.quantise.job import Job
+from mlxquant.quantise.observe import LEAN, Routed, Watch
+from mlxquant.quantise.plans import plan_blocks
+from mlxquant.quantise.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +73,25 @@ def test_experts_that_no_text_reaches_are_made_all_the_same(tmp_path, text):
         mlxquant.quantize(str(source), tmp_path / method, asked)
         logits = mlxquant.load(str(tmp_path / method)).network(mx.array([[3, 17, 29]]))
         assert mx.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("options", [
+    dict(method="rtn", group_size=32), dict(method="gptq", group_size=32),
+    dict(method="awq", group_size=32), dict(method="replica", replicas=2, rotation="online")],
+    ids=lambda options: options["method"])
+def test_a_mixture_that_no_text_reaches_is_made_all_the_same(options):
+    """Its 96 inputs divide into no group of 64, which replicas do not ask for."""
+    network = Model(ModelArgs.from_dict(CONFIGURATIONS["qwen3_moe"]
+                                        | {"moe_intermediate_size": 96}))
+    blocks = find_blocks(network)
+    block, plan = blocks[-1], plan_blocks(network, blocks, Job().changed(bits=4, **options))[-1]
+    experts = block.module.mlp.switch_mlp
+    before = {name: experts[name].weight for name in ("gate_proj", "down_proj")}
+    result = quantise_block(block, plan, Watch(block.module).seen, Settings())
+    assert all(0 < error < 0.02 for path, error in result.errors.items() if "switch" in path)
+    restore(block.module, result)
+    for name, weight in before.items():
+        x = mx.random.normal((1, 1, weight.shape[-1]))
+        given = experts[name](x, mx.array([[0, 3]]))
+        wanted = mx.stack([x[0] @ weight[expert].T for expert in (0, 3)])[None]
+        assert mx.square(given - wanted).sum() < 0.03 * mx.square(wanted).sum()

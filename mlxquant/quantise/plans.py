@@ -96,7 +96,7 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
     if inputs < min(PLAIN_GROUPS):
         return None, f"only {inputs} inputs: kept as stored"
     if isinstance(module, STACKS):
-        spec = for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
+        spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
     if spec.method == "replica":
         group = max((g for g in REPLICA_GROUPS if g <= spec.replica_group and (
             not g or inputs % g == 0)), default=0)
@@ -114,11 +114,10 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
         f"groups of {smaller[-1]}, since {spec.group_size} does not divide its {inputs} inputs")
 
 
-def for_stack(spec: Spec, rounded: bool) -> Spec:
+def _for_stack(spec: Spec, by_head: bool) -> Spec:
     """``spec`` as a stack of matrices can take it: replicated experts stay so; all else gets a
-    group size of MLX's, no rotation, and rtn if ``rounded`` (matrices by head, and those that no
-    text reaches)."""
-    if spec.method == "replica" and not rounded:
+    group size of MLX's and no rotation, and rtn where heads have a matrix each."""
+    if spec.method == "replica" and not by_head:
         return spec
     group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
-    return replace(spec, method="rtn" if rounded else spec.method, group_size=group, rotation=None)
+    return replace(spec, method="rtn" if by_head else spec.method, group_size=group, rotation=None)
