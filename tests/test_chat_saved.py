@@ -97,6 +97,15 @@ def test_a_damaged_cache_is_refused(spoken, tiny, tmp_path):
         PromptCache.load(tmp_path / "plain.safetensors")
 
 
+def test_an_error_that_says_nothing_is_named(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr("mlxquant.runtime.prompt_cache.load_prompt_cache", fail)
+    with pytest.raises(BadCheckpoint, match="is no prompt cache: RuntimeError"):
+        PromptCache.load(tmp_path / "talk.safetensors")
+
+
 def test_a_missing_file_and_a_bad_value_are_one_line(tiny, spoken, tmp_path):
     with pytest.raises(MlxquantError, match="cannot read .*talk.json: No such file"):
         saved.load(tmp_path / "talk", Conversation(tiny))

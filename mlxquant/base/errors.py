@@ -46,5 +46,10 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, OSError) or (type(error) is RuntimeError and str(error).startswith("[")):
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, to go on from in a line of our own; or what it is, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

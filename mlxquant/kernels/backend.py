@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxquant.base.errors import first_line
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.machine import chips
 
@@ -117,7 +118,7 @@ def _agrees(name: str, check: Callable[[], float], allowed: float) -> bool:
         error = check()
         complaint = f"its error is {error:.2g}, allowed is {allowed:g}"
     except Exception as failure:  # a compiler's complaints have no common type
-        error, complaint = float("inf"), str(failure).strip().split("\n")[0]
+        error, complaint = float("inf"), first_line(failure)
     if error <= allowed:
         return True
     print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)

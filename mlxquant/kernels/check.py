@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxquant.base.errors import first_line
 from mlxquant.kernels import (
     backend,
     column_sweep,
@@ -169,8 +170,7 @@ def comparisons() -> Iterator[Comparison]:
         try:
             yield Comparison(kernel, case, find_error(), allowed)
         except Exception as failure:  # a compiler's complaints have no common type
-            complaint = str(failure).strip().split("\n")[0]
-            yield Comparison(kernel, case, None, allowed, complaint)
+            yield Comparison(kernel, case, None, allowed, first_line(failure))
 
 
 def trusted(kernel: str) -> bool:

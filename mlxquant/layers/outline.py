@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.base.errors import BadCheckpoint, Unsupported, first_line
 from mlxquant.layers import formats, traffic
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -32,7 +32,7 @@ def network_of(config: dict[str, Any]) -> nn.Module:
                                 fnmatchcase(path, f"{glob}*") for glob in stored.get("kept", ()))
                             and stored.get(path, True)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if "not supported" in reason:
             raise Unsupported(reason) from error
         raise BadCheckpoint(f"the configuration does not make a model: {reason}") from error

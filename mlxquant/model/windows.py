@@ -16,9 +16,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, ModelNotFound, TooLarge
+from mlxquant.base.errors import (
+    BadCheckpoint,
+    BadValue,
+    MlxquantError,
+    ModelNotFound,
+    TooLarge,
+    first_line,
+)
 from mlxquant.model.loading import LanguageModel
-from mlxquant.sources.hub import first_line
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model
 
-from mlxquant.base.errors import MlxquantError
+from mlxquant.base.errors import MlxquantError, first_line
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.layers.trainable import Parts, Trainable
@@ -82,7 +82,7 @@ class BlockTuner:
             self._train(block, result, calls, aim)
         except _UNTRAINABLE as error:
             mx.clear_cache()  # what ran out of memory must not cost the next block its own
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         return None
 
     def _train(self, block: Block, result: BlockResult, calls: list[Call], aim: Outputs) -> None:

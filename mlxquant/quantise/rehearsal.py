@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, Unsupported, first_line
 from mlxquant.codes.hadamard import default_block
 from mlxquant.codes.spec import Spec
 from mlxquant.layers import formats
@@ -40,9 +40,8 @@ def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], pl
                     hasattr(module, "to_quantized") and body.plain.get(path, False))
         return made
     except (ValueError, KeyError, TypeError, AttributeError, MlxquantError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise Unsupported(f"{config.get('base_model_type', config['model_type'])} cannot be "
-                          f"stored so: {reason}") from error
+                          f"stored so: {first_line(error)}") from error
 
 
 def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
@@ -76,7 +75,7 @@ def given_inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]
     try:
         _, calls = listened(linears, lambda: network(mx.zeros((1, 4), mx.int32)))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise BadCheckpoint(f"the network does not run: {str(error).splitlines()[0]}") from error
+        raise BadCheckpoint(f"the network does not run: {first_line(error)}") from error
     found: dict[str, mx.array] = {}
     for path, args in calls:
         found.setdefault(path, args[0])

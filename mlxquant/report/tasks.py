@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadValue, MlxquantError, first_line
 from mlxquant.kernels.backend import is_cuda
 from mlxquant.model.loading import LanguageModel
 from mlxquant.model.windows import check_context
@@ -237,8 +237,7 @@ def _of_harness(name: str) -> dict[str, Any]:
     try:
         return manager.load([name])["tasks"]
     except Exception as error:  # of the hub's client, of YAML, of what a task brings itself
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MlxquantError(f"lm-eval cannot load {name}: {reason}") from error
+        raise MlxquantError(f"lm-eval cannot load {name}: {first_line(error)}") from error
 
 
 def _mean(values: list[float]) -> tuple[float, float | None]:

@@ -23,7 +23,7 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.base.errors import BadValue, Unsupported, first_line
 from mlxquant.layers.outline import KV_GROUP
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt import Request
@@ -127,9 +127,8 @@ def _try_kv_bits(model: LanguageModel, bits: int) -> None:
         if not any(hasattr(layer, "bits") for layer in layers):
             raise NotImplementedError("it keeps no keys and values of this kind")
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
         raise Unsupported(f"{model.name} cannot keep its keys and values at {bits} bits in groups "
-                          f"of {KV_GROUP}: {reason}; leave kv_bits out") from error
+                          f"of {KV_GROUP}: {first_line(error)}; leave kv_bits out") from error
 
 
 def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,

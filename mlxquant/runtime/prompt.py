@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.base.errors import BadValue, TooLarge, Unsupported, first_line
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.sampling import GREEDY, Sampling
 
@@ -164,9 +164,8 @@ def _templated(model: LanguageModel, messages: list[Message], tools: Sequence[To
         raise Unsupported(f"the template of {model.name} took more than "
                           f"{TEMPLATE_SECONDS:g} s for these messages") from error
     except Exception as error:  # a template is a stranger's program: it may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise Unsupported(f"the template of {model.name} refuses these messages: "
-                          f"{reason}") from error
+                          f"{first_line(error)}") from error
 
 
 def within(seconds: float, work: Callable[[], _Result]) -> _Result:

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import common_prefix_len
 
-from mlxquant.base.errors import BadCheckpoint
+from mlxquant.base.errors import BadCheckpoint, first_line
 from mlxquant.base.storage import new_file
 
 _TOKENS = "tokens"
@@ -69,8 +69,7 @@ class PromptCache:
             layers, metadata = load_prompt_cache(str(path), return_metadata=True)
             tokens = [int(token) for token in metadata[_TOKENS].split()]
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadCheckpoint(f"{path} is no prompt cache: {reason}") from error
+            raise BadCheckpoint(f"{path} is no prompt cache: {first_line(error)}") from error
         return cls(tokens, layers)
 
     def sets(self) -> list[list[Any]]:

@@ -5,7 +5,7 @@ It is imported where it is used: a command that needs no hub starts sooner.
 
 from pathlib import Path
 
-from mlxquant.base.errors import ModelNotFound
+from mlxquant.base.errors import ModelNotFound, first_line
 
 # Weights, configuration and tokenizers; never code, never pickles.
 FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -58,8 +58,3 @@ def cached_repositories() -> list[str]:
 
     return [f.name.removeprefix("models--").replace("--", "/")
             for f in Path(HF_HUB_CACHE).glob("models--*--*")]
-
-
-def first_line(error: Exception) -> str:
-    """What an error of the hub's says, or what it is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
-from mlxquant.base.errors import BadCheckpoint, Unsupported
+from mlxquant.base.errors import BadCheckpoint, Unsupported, first_line
 from mlxquant.layers import formats, outline
 from mlxquant.sources.gguf import rope, weights
 from mlxquant.sources.gguf.config import architecture_of, config_of
@@ -144,9 +144,8 @@ def _network(file: GGUFModel, config: dict[str, Any]) -> nn.Module:
         build, arguments = formats.model_classes(config)
         return outline.drop_tied_head(build(arguments.from_dict(config)), config)
     except Exception as error:  # impossible sizes fail in many ways
-        reason = str(error).strip().split("\n")[0]
         raise BadCheckpoint(f"{file.path}: its metadata make no {config['model_type']}: "
-                            f"{reason}") from error
+                            f"{first_line(error)}") from error
 
 
 def _dtype(sources: dict[str, Source]) -> str:

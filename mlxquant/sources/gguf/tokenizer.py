@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from mlxquant.base.errors import BadCheckpoint, MlxquantError, Unsupported
+from mlxquant.base.errors import BadCheckpoint, MlxquantError, Unsupported, first_line
 from mlxquant.sources.gguf.reader import GGUFModel
 from mlxquant.sources.gguf.splitters import SPLITTERS
 
@@ -38,7 +38,7 @@ def files(file: GGUFModel) -> dict[str, str]:
     except MlxquantError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        fields.refuse(str(error).split("\n")[0])
+        fields.refuse(first_line(error))
     context = f"{file.metadata['general.architecture']}.context_length"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
