@@ -9,7 +9,6 @@ move. Some sequences are held out, to choose the result by.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ Report = Callable[[int, int, float], None]
 _DISK = 1e9  # bytes a second, until a first file has shown better
 
 
-@dataclass
 class Keeping:
     """Says when a state of ``size`` bytes is worth writing: once training since the last one has
     taken ten times as long as writing does. What takes less than a second always is.
@@ -41,23 +39,19 @@ class Keeping:
     billion weights took three quarters of the time (``benchmarks/LOG.md``).
     """
 
-    size: int
-    seconds: float = field(init=False)  # that writing takes
-    _last: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.seconds, self._last = self.size / _DISK, time.perf_counter()
+    def __init__(self, size: int):
+        self._seconds, self._last = size / _DISK, time.perf_counter()
 
     @property
     def due(self) -> bool:
-        return self.seconds < 1 or time.perf_counter() - self._last > 10 * self.seconds
+        return self._seconds < 1 or time.perf_counter() - self._last > 10 * self._seconds
 
     def write(self, save: Callable[[], None]) -> None:
         """Call ``save`` and learn how long it takes."""
         start = time.perf_counter()
         save()
         self._last = time.perf_counter()
-        self.seconds = self._last - start
+        self._seconds = self._last - start
 
 
 class Distillation(Training):

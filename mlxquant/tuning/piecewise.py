@@ -8,7 +8,6 @@ Nothing is assumed of a block but that it is called, with and returning arrays i
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -16,23 +15,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxquant.base.trees import floats, with_floats
-from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
+from mlxquant.layers.blocks import arrays_outside, find_blocks
 from mlxquant.layers.head import Head, Judge
 from mlxquant.layers.repeated import RepeatedBlock
 
 Arrays = dict[str, mx.array]
 
 
-@dataclass(frozen=True)
 class Pieces:
     """The pieces of ``network``, and the paths of its arrays that are ``trained``."""
 
-    network: nn.Module
-    trained: frozenset[str] = frozenset()
-    blocks: list[Block] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", find_blocks(self.network))
+    def __init__(self, network: nn.Module, trained: frozenset[str]):
+        self.network, self.trained, self.blocks = network, trained, find_blocks(network)
 
     def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
         """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""
