@@ -36,13 +36,14 @@ def tuned_after() -> str:
     run = read("tuned-after-blocks-h100")
     rows = [[row["model"].removesuffix("-Instruct"), row["body"],
              f"{row['made_windows']:,} × 512, {row['block_steps']}",
-             f"{row['steps']} × {row['batch_size']}"
-             + (f", {row['conversations']:,} conversations" if row["conversations"] else ""),
+             f"{row['steps']} × {row['batch_size']}, {row['learning_rate']:g}"
+             + "".join(f", {row[kind]:,} {kind}" for kind in ("written", "conversations")
+                       if row[kind]),
              f"{row['perplexity_before']:.2f}", f"{row['perplexity_after']:.2f}",
              f"{row['kl_before']:.3f}", f"{row['kl_after']:.3f}",
              f"{row['total_seconds']:.0f}", f"{row['peak_gb']['training']:.1f}",
              f"{row['foretold_gb']['training']:.1f}"] for row in run["rows"]]
-    return table(("model", "body", "blocks: tokens, steps", "steps × 512 tokens",
+    return table(("model", "body", "blocks: tokens, steps", "steps × 512 tokens, rate",
                   "`wt2-40` before:", "after:", "KL before:", "after:", "seconds:",
                   "peak GB:", "foretold:"), rows,
                  f"{place(run)}: `{run['command']}`. {run['note']}")

@@ -73,11 +73,11 @@ def quality() -> str:
 
 
 def _blocks_trained() -> dict[str, Row]:
-    """The default model at 2.40 bits, made with the most text, then tuned as a whole."""
+    """The default model at 2.40 bits, made with the most text, then tuned with the most."""
     made = max((row for row in read("blocks-trained-h100")["rows"]
                 if row["method"] == "budget-2.40"), key=lambda row: row["windows"])
-    tuned = next(row for row in read("tuned-after-blocks-h100")["rows"]
-                 if row["perplexity_before"] == made["perplexity"])
+    tuned = max((row for row in read("tuned-after-blocks-h100")["rows"]
+                 if row["perplexity_before"] == made["perplexity"]), key=lambda row: row["written"])
     return {"calibrated": made, "tuned": {
         "bits_per_weight": made["bits_per_weight"], "perplexity": tuned["perplexity_after"],
         "top1_agreement": tuned["top1_after"]}}
@@ -239,7 +239,7 @@ def decoding() -> str:
                  f"{stock:.0f} as mlx-lm runs them."), _as_seen(read(FOLDER))))
 
 
-def _as_seen(found: dict) -> str:
+def _as_seen(found: Row) -> str:
     """A run of ``decode.py`` without the GPU's own time."""
     rows = [[row["model"], f"`{decode_kernel(row)}`", f"{row['bytes_per_token'] / 1e6:,.0f}",
              str(row["dispatches"]), f"{row['token_ms']:.2f}", f"{row['tps']:.0f}",
@@ -252,7 +252,7 @@ def _as_seen(found: dict) -> str:
                  f"{place(found)}: `{found['command']}`, beside jobs on the host's other GPUs.")
 
 
-def _decoded(found: dict, otherwise: str) -> str:
+def _decoded(found: Row, otherwise: str) -> str:
     """A run of ``decode.py``, and what MLX's own limits gave."""
     rows = [[row["model"], f"`{decode_kernel(row)}`", f"{row['bytes_per_token'] / 1e6:,.0f}",
              f"{row['gpu_ms']:.2f}", f"{row['gpu_gb_per_s']:.0f}",
