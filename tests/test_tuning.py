@@ -117,6 +117,15 @@ def test_chance_carries_what_is_trained_as_far_as_is_said(steps, tmp_path):
     assert mx.std(moved["u"]).item() == pytest.approx(schedule.drift, rel=0.15)
 
 
+@pytest.mark.parametrize(("steps", "codes", "says"), [
+    (200, 0.2, "--steps 267, or --codes 0.173"), (300, 0.2, None), (267, 0.2, None),
+    (200, 0.173, None), (200, 0.0, None)])
+def test_codes_that_go_too_far_in_a_step_are_told_of(steps, codes, says):
+    for rate in (5e-4, 2e-3):  # on which it does not depend
+        hasty = Tuning("teacher", ["text"], Schedule(steps, learning_rate=rate), codes=codes).hasty
+        assert hasty is None if says is None else says in hasty
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     _, whole = tuned("replica")
 

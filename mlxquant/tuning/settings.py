@@ -14,6 +14,9 @@ from mlxquant.base.errors import BadValue
 from mlxquant.quantise.calibration import SEQUENCE_LENGTH
 
 HELD_OUT = 32  # sequences
+# Levels that a step may move a code at the peak of the rate: 0.019 served 135 million weights well,
+# 0.013 1.5 billion, while at 0.023 their loss rose for half the run (``benchmarks/LOG.md``).
+_FARTHEST = 0.02
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ class Tuning:
         if isinstance(self.data, str) or not self.data:
             raise BadValue(f"data is {self.data!r}, allowed is a list of at least one text")
         checks.number("codes", self.codes, 0, 0.5)  # half a level is the way to the next
+
+    @property
+    def hasty(self) -> str | None:
+        """Where steps move codes too far, what to say of it."""
+        farthest = self.codes / self.schedule.drift * self.schedule.learning_rate
+        if farthest <= _FARTHEST:
+            return None
+        steps = math.ceil(self.schedule.steps * (farthest / _FARTHEST) ** 2)
+        return (f"a step moves codes by up to {farthest:.3f} levels, at which losses rose before "
+                f"they fell; {_FARTHEST:g} takes --steps {steps}, or --codes "
+                f"{math.floor(1e3 * self.codes * _FARTHEST / farthest) / 1e3:g}")
 
     def record(self, data: str, dtype: mx.Dtype) -> dict[str, Any]:
         """What a checkpoint says of it, with what ``data`` and the computation's type were."""

@@ -73,6 +73,8 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     if tokenizer.has_chat_template and not tuning.conversations:
         print("texts alone teach a chat model little of how to talk: --conversations 2048 keeps it "
               "nearer to its original there", file=sys.stderr)
+    if tuning.hasty:
+        print(tuning.hasty, file=sys.stderr)
     texts, held_out = held_apart(
         tokenizer, list(tuning.data), schedule.steps * schedule.batch_size, HELD_OUT,
         tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
