@@ -49,6 +49,16 @@ OTHER_TURNS = {"dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0},
 APART = (("*.v_proj", {"bits": Width.THREE}), ("*.up_proj", {"replicas": 2}))
 
 
+def widen(network):
+    """Values and up in affine groups, as a budget stores what is worth more than four bits."""
+    mx.random.seed(1)
+    for layer in network.layers:
+        for parent, name in ((layer.self_attn, "v_proj"), (layer.mlp, "up_proj")):
+            rows, inputs = parent[name].shape
+            parent[name] = nn.Linear(inputs, rows, "bias" in parent[name]).to_quantized(32, 6)
+    return network
+
+
 def stock_network(form="llama", bits=None, dtype=mx.float32, apart=False, **changes):
     """A random network of MLX's own layers, of 16 bits or affine in groups of 32, the same at each
     call; ``apart`` has values and up in 8 bits."""
@@ -131,6 +141,17 @@ def test_layers_of_mlx_are_stacked_and_held_once(form, bits, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_siblings_that_are_stored_in_several_ways_are_fused_too(turned, form):
     networks = both(form, rules=APART)
+    token = alike(networks, [5, 80, 200])
+    for _ in range(3):
+        token = alike(networks, [token])
+    assert all(type(layer) is InPlaceCache for layer in networks[1][1])
+
+
+@emulated
+@pytest.mark.parametrize("form", FORMS)
+def test_so_are_replicated_and_affine_siblings(turned, form):
+    stored, packed = widen(network_of(form)), pack(widen(network_of(form)))
+    networks = [(network, make_prompt_cache(network)) for network in (stored, packed)]
     token = alike(networks, [5, 80, 200])
     for _ in range(3):
         token = alike(networks, [token])

@@ -37,11 +37,16 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
     for first, paths in reversed(seen.groups.items()):
-        # Taken out, so that their memory is free as soon as something is made of them.
+        # Taken out at last, so that their memory is free as soon as something is made of them.
         if isinstance(seen.statistics[first], Routed):
             quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
-        elif specs := {path: plan.specs[path] for path in paths if path in plan.specs}:
-            _quantise_siblings(work, specs, cast(Statistics, seen.statistics.pop(first)))
+            continue
+        specs = {path: plan.specs[path] for path in paths if path in plan.specs}
+        while specs:  # of one rotation, then of the next
+            rotation = next(iter(specs.values())).rotation
+            alike = {path: specs.pop(path) for path in [*specs] if specs[path].rotation == rotation}
+            take = seen.statistics.__getitem__ if specs else seen.statistics.pop
+            _quantise_siblings(work, alike, cast(Statistics, take(first)))
     seen.statistics.clear()
     for path in seen.unseen:
         if path in plan.specs and not isinstance(modules[path], STACKS):
