@@ -171,6 +171,26 @@ def test_states_are_kept_where_writing_them_is_a_tenth_of_the_time(monkeypatch):
     assert large.due
 
 
+def test_a_run_goes_on_at_the_last_state_that_was_worth_keeping(places, tuned, tmp_path,
+                                                                monkeypatch):
+    _, whole = tuned("replica")
+    due = iter([True, False])  # at the checks of steps 20 and 40
+    monkeypatch.setattr(Keeping, "due", property(lambda _: next(due)))
+
+    def stop(step, steps, loss):
+        if step == 45:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(places, "replica", tmp_path / "stopped", progress=stop)
+    monkeypatch.undo()
+    seen = []
+    run(places, "replica", tmp_path / "stopped", progress=lambda step, *_: seen.append(step))
+    assert seen == list(range(21, 61))
+    assert ((whole / "model.safetensors").read_bytes()
+            == (tmp_path / "stopped" / "model.safetensors").read_bytes())
+
+
 def test_an_original_larger_than_memory_predicts_the_same(places, tmp_path, monkeypatch):
     def predictions(name, fits):
         monkeypatch.setattr(room, "fits_dense", lambda *_: fits)

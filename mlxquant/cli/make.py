@@ -27,7 +27,7 @@ def tune(
     norms: Annotated[bool, Option(help="Train the norms' weights too.")] = True,
     codes: Annotated[float, Option(
         help="Let codes move: how many levels chance alone would carry one; 0: they stay. "
-             "0.2 serves well at 2 to 2.5 bits in 300 steps, of 1.5 billion weights in 600: in "
+             "0.2 serves well at 2 to 2.5 bits in 300 steps, of 1.5 billion weights in 600: of "
              "fewer each goes farther. 26 bytes of memory more for each weight."
         )] = 0.0,
     written: Annotated[int, Option(
@@ -43,7 +43,8 @@ def tune(
 ) -> None:
     """Train a quantised model's scales, and repeated blocks' gates, on the original's predictions.
 
-    A killed run goes on where it was. The result is never worse on held-out text than DIR.
+    A killed run goes on at the last state that it kept. The result is never worse on held-out text
+    than DIR.
     """
     from mlxquant.tuning.settings import Schedule, Tuning
     from mlxquant.tuning.tune import tune as run

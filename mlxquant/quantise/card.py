@@ -121,7 +121,7 @@ def _method(record: dict[str, Any]) -> str:
     if record["activation"]:
         parts.append(f"activations rounded to {record['activation']['bits']} bits")
     if record["overrides"]:
-        parts.append("other widths for some layers")
+        parts.append("some layers otherwise")
     return ", ".join(parts)
 
 

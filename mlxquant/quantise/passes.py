@@ -82,9 +82,9 @@ class Passes:
                     task.go_on(task.stand.run())
             if not visit.left:
                 yield index, result
-        for index in range(len(self.blocks)):
+        for index, block in enumerate(self.blocks):
             if index not in seen:  # no text reaches it
-                yield index, self._result(index, Watch(dense_block(self.blocks[index])).seen)
+                yield index, self._result(index, Watch(dense_block(block, self.turn)).seen)
 
     def _result(self, index: int, seen: Observation | None,
                 calls: list[Call] | None = None) -> BlockResult:

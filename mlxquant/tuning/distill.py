@@ -33,10 +33,11 @@ _DISK = 1e9  # bytes a second, until a first file has shown better
 
 class Keeping:
     """Says when a state of ``size`` bytes is worth writing: once training since the last one has
-    taken ten times as long as writing does. What takes less than a second always is.
+    taken ten times as long as writing does, which is the most that a killed run loses. What takes
+    less than a second always is.
 
     Where codes move a state has 16 bytes a weight. Written at each of eight checks, that of 1.3
-    billion weights took three quarters of the time (``benchmarks/LOG.md``).
+    billion weights took two thirds of the time (``benchmarks/LOG.md``).
     """
 
     def __init__(self, size: int):

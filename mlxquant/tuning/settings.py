@@ -15,7 +15,7 @@ from mlxquant.quantise.calibration import SEQUENCE_LENGTH
 
 HELD_OUT = 32  # sequences
 # Levels that a step may move a code at the peak of the rate: 0.019 served 135 million weights well,
-# 0.013 1.5 billion, while at 0.023 their loss rose for half the run (``benchmarks/LOG.md``).
+# 0.013 1.5 billion, while at 0.023 their loss rose until step 75 of 200 (``benchmarks/LOG.md``).
 _FARTHEST = 0.02
 
 
@@ -95,9 +95,10 @@ class Tuning:
         if farthest <= _FARTHEST:
             return None
         steps = math.ceil(self.schedule.steps * (farthest / _FARTHEST) ** 2)
-        return (f"a step moves codes by up to {farthest:.3f} levels, at which losses rose before "
-                f"they fell; {_FARTHEST:g} takes --steps {steps}, or --codes "
-                f"{math.floor(1e3 * self.codes * _FARTHEST / farthest) / 1e3:g}")
+        codes = math.floor(1e3 * self.codes * _FARTHEST / farthest) / 1e3
+        return (f"at the peak a step moves codes by some {farthest:.3f} levels; 0.023 made the loss "
+                f"of 1.5 billion weights rise first; {_FARTHEST:g} takes --steps {steps}, or "
+                f"--codes {codes:g}")
 
     def record(self, data: str, dtype: mx.Dtype) -> dict[str, Any]:
         """What a checkpoint says of it, with what ``data`` and the computation's type were."""
