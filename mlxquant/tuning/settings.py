@@ -96,7 +96,7 @@ class Tuning:
             return None
         steps = math.ceil(self.schedule.steps * (farthest / _FARTHEST) ** 2)
         codes = math.floor(1e3 * self.codes * _FARTHEST / farthest) / 1e3
-        return (f"at the peak a step moves codes by some {farthest:.3f} levels; 0.023 made the loss "
+        return (f"at the peak a step moves codes by some {farthest:.3f} levels; 0.023 made losses "
                 f"of 1.5 billion weights rise first; {_FARTHEST:g} takes --steps {steps}, or "
                 f"--codes {codes:g}")
 
