@@ -94,8 +94,9 @@ def test_every_kind_of_layer_comes_nearer_to_the_original(tmp_path, tiny_folder,
 @pytest.mark.parametrize("name, options", [
     ("tiny", KINDS["replicas"]), ("tiny", KINDS["groups"] | dict(rotation="fused")),
     ("tiny in 4 bits", KINDS["groups"]),
-    *((name, KINDS["rounded"] | dict(group_size=32)) for name in (
-        "gemma2", "cohere2", "deepseek_v3"))])
+    ("gemma2", KINDS["rounded"] | dict(group_size=32)),
+    *(pytest.param(name, KINDS["rounded"] | dict(group_size=32), marks=pytest.mark.slow)
+      for name in ("cohere2", "deepseek_v3"))])
 def test_the_last_blocks_error_is_the_divergence_of_the_model(tmp_path, tiny_folder, text, name,
                                                               options):
     """Behind tied heads, untied and quantised, scaled and capped logits, rotated hidden states."""
@@ -208,8 +209,9 @@ def test_a_compiled_step_trains_as_a_plain_one_does(tmp_path, tiny_folder, text,
 
 @pytest.mark.parametrize("name, options", [
     ("qwen3_moe", KINDS["replicas"]), ("gpt_oss", KINDS["groups"] | dict(group_size=32)),
-    ("gemma3n", KINDS["replicas"]), ("phixtral", KINDS["groups"] | dict(group_size=32)),
-    ("rwkv7", KINDS["replicas"]), ("deepseek_v3", KINDS["groups"] | dict(group_size=32)),
+    ("gemma3n", KINDS["replicas"]), ("rwkv7", KINDS["replicas"]),
+    *(pytest.param(name, KINDS["groups"] | dict(group_size=32), marks=pytest.mark.slow)
+      for name in ("phixtral", "deepseek_v3")),
 ])
 def test_blocks_of_any_signature_are_trained(tmp_path, text, name, options):
     source = write(name, tmp_path / "source")

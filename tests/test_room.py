@@ -69,8 +69,8 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path, hidden, inner, changes):
 
 
 @pytest.mark.parametrize("hidden,inner,changes", [
-    (384, 1056, dict(method="gptq", length=32, vocab_size=40_000)),  # weights, and the head's
-    (128, 352, dict(method="gptq", length=256, vocab_size=30_000)),  # its logits
+    (384, 1056, dict(method="gptq", length=32, vocab_size=24_000)),  # weights, and the head's
+    (128, 352, dict(method="gptq", length=256, vocab_size=12_000)),  # its logits
     (256, 704, dict(method="replica", rotation="online", length=256)),  # and tokens
     (128, 352, dict(method="replica", rotation="online", length=512, propagation="corrected",
                     samples=32, spill_share=0)),  # and attention
@@ -84,7 +84,7 @@ def test_the_peak_of_training_a_block_is_predicted_within_a_fifth(tmp_path, hidd
 @pytest.mark.parametrize("hidden,inner,changes", [
     (128, 352, dict(vocab_size=20_000, target=dict(bits_per_weight=5))),  # logits
     (256, 704, dict(length=512, target=dict(bits_per_weight=5))),  # tokens and attention
-    (128, 352, dict(vocab_size=8_000, target=dict(gigabytes=1))),  # predictions of narrow heads
+    (128, 352, dict(vocab_size=5_000, target=dict(gigabytes=1))),  # predictions of narrow heads
 ])
 def test_the_peak_of_weighing_for_a_budget_is_predicted_within_a_fifth(tmp_path, hidden, inner,
                                                                        changes):

@@ -52,7 +52,8 @@ def room_of(folder, tuning):
     ((256, 704, 2048), 0.0, (2, 128), dict(method="replica", bits=2, replicas=2, refine=0)),
     ((384, 1024, 512), 0.2, (1, 256), dict(method="rtn", bits=2)),
 ])
-def test_the_peak_is_foretold_within_a_fifth(tmp_path, sizes, codes, batch, options):
+def test_the_peak_is_foretold_within_a_fifth(tmp_path, monkeypatch, sizes, codes, batch, options):
+    monkeypatch.setattr("mlxquant.tuning.tune.HELD_OUT", 8)
     folder = made(tmp_path, *sizes, **options)
     tuning = asked(folder, codes, *batch)
     what, step = room_of(folder, tuning)
