@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import literature, method_rows, original_perplexity, replica_results
-from record import read
+from record import parser, read
 
 from mlxquant.base.storage import write_json
 from mlxquant.quantise.calibration import SAMPLES
@@ -97,4 +97,5 @@ def published() -> list[Row]:
 
 
 if __name__ == "__main__":
+    parser(__doc__).parse_args()
     write_json(TABLE, {"rows": [*measured(), *published()]})

@@ -15,6 +15,7 @@ import figures
 import real_tables
 import tables
 import tree
+from record import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -46,7 +47,9 @@ def render(page: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    check, stale = "--check" in sys.argv[1:], []
+    options = parser(__doc__)
+    options.add_argument("--check", action="store_true")
+    check, stale = options.parse_args().check, list[str]()
     for page in PAGES:
         old, new = render(page)
         if old != new:
