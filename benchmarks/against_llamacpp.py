@@ -17,7 +17,6 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -31,7 +30,7 @@ import xllamacpp
 from conftest import SPECIAL, alphabet
 from gguf import GGUFWriter
 from gguf_files import write_gguf
-from record import parser, save
+from record import Row, parser, save
 from test_gguf_architectures import CASES, frequency_factors, random_model
 from test_gguf_tokenizer import SAMPLE, TEXTS, piece_fields
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -39,7 +38,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from mlxquant.sources.gguf import import_file
 from mlxquant.sources.gguf.splitters import SPLITTERS
 
-Row = dict[str, Any]
 Write = Callable[[GGUFWriter], None]  # a tokenizer into a file
 ALPHABET = [*alphabet()[:-1], "ab"]  # llama.cpp wants a merge
 TOKENS = [5, 80, 200, 7, 99, 41, 300, 6]

@@ -3,8 +3,8 @@
 import re
 
 from matplotlib.figure import Figure
-from measured import STAGES, Rows, method_rows, original_perplexity, replica_rows
-from record import RESULTS
+from measured import STAGES, method_rows, original_perplexity, replica_rows
+from record import RESULTS, Rows
 
 from mlxquant.report.comparison import Row, plot
 

@@ -19,10 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-from record import parser, save  # first: it loads the BLAS before MLX
+from record import Row, parser, save  # first: it loads the BLAS before MLX
 
 # isort: split
 import mlx.core as mx
@@ -57,7 +56,6 @@ OURS = {"replica": REPLICA, "tuned": TUNED, "gptq": Job(Spec(bits=Width.FOUR, me
         "rtn": Job(Spec(bits=Width.FOUR, method="rtn")),
         "budget": REPLICA.changed(target=Target(bits_per_weight=2.4))}
 THEIRS = ("mlx-gptq", "mlx-rtn")  # 4 bits in groups of 64, like ours
-Row = dict[str, Any]
 
 
 def write_random(folder: Path, config: Row) -> None:

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, read
+from record import RESULTS, Rows, read
 
 HERE = Path(__file__).parent
 WIDTHS = [8, 4, 3, 2, "ternary", 1]
@@ -21,7 +21,6 @@ _SHARED_HOST = ("methods-h200-2", "methods-h200-3", "methods-h100-1")
 # --refine 0, and with a rounding that no longer exists.
 _EARLIER = tuple(f"methods-h200-{n}" for n in range(1, 6))
 _CORRECTED = 19  # the first run of replicas.py in which Adam's bias was corrected
-Rows = list[dict[str, Any]]
 
 
 def original_perplexity() -> float:

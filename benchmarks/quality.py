@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import literature, method_rows, original_perplexity, replica_results
-from record import parser, read
+from record import Row, parser, read
 
 from mlxquant.base.storage import write_json
 from mlxquant.quantise.calibration import SAMPLES
@@ -21,7 +21,6 @@ from mlxquant.report.comparison import METHODS
 AS_GOOD = 1.002
 TABLE = Path(__file__).with_name("quality.json")
 MODEL = "SmolLM2-135M-Instruct"
-Row = dict[str, Any]
 FLAGS = {"method": "--method {}", "replicas": "--replicas {}",
          "replica_group": "--replica-group {}", "propagation": "--propagation {}",
          "refine": "--refine {}", "alpha": "--alpha {}"}  # in the order of a command

@@ -3,10 +3,9 @@
 import math
 from itertools import pairwise
 
-from record import RESULTS, place, read
-from tables import Row, table
+from record import RESULTS, Row, Rows, place, read
+from tables import table
 
-Rows = list[Row]
 REAL = ("real-models-1.5b", "real-models-1.5b-2", "real-models-0.5b", "real-models-135m")
 WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the same, blocks tuned",
         "gptq": "GPTQ, 4 bits", "rtn": "RTN, 4 bits", "budget": "replicas, 2.4 bits a weight",

@@ -13,6 +13,8 @@ from mlxquant.machine.identity import machine
 from mlxquant.tuning.settings import Schedule, Tuning
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

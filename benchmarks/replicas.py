@@ -16,9 +16,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from record import save, tuning_of, tuning_options  # first: it loads the BLAS before MLX
+from record import (  # first: it loads the BLAS before MLX
+    Row,
+    save,
+    tuning_of,
+    tuning_options,
+)
 
 # isort: split
 import mlx.core as mx
@@ -30,7 +34,6 @@ from mlxquant.quantise.job import Job, Target, Text
 from mlxquant.report.divergence import divergence
 from mlxquant.sources.names import DEFAULT_MODEL
 
-Row = dict[str, Any]
 COMMON: Row = dict(rotation="online", propagation="corrected")
 REPLICA: Row = dict(method="replica", **COMMON)
 GROUPS: Row = dict(method="gptq", bits=2, **COMMON)

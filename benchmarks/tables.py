@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from measured import (
     COMPARED,
@@ -21,12 +20,11 @@ from measured import (
     replica_rows,
     replica_runs,
 )
-from record import place, read
+from record import Row, place, read
 
 from mlxquant.report import bench_output
 from mlxquant.report.bench import Record
 
-Row = dict[str, Any]
 KERNELS = {
     "mx.quantized_matmul": "MLX's `quantized_matmul`",
     "replicated_matvec": "`replicated_matvec`, Metal's body, through CUDA on ordinary cores",
