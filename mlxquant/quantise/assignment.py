@@ -10,7 +10,6 @@ them is felt more, it may be worth scales of its own.
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +140,14 @@ class _Measure:
         all or one for each, chosen at a common price per bit. A sibling's own cost is taken from
         the fit of all together, whose scales serve it a little worse."""
         felt = [importance[path] for path in trial.full()]
-        kinds: list[list[dict[str, Any]]] = [WIDTHS]
+        ways: list[dict[str, Any]] = WIDTHS
         if self.job.ruled(trial.full()[0]) is not None:
-            kinds = [[{}]]
+            ways = [{}]
         elif trial.spec.method == "replica":
-            kinds = [REPLICATED, *([WIDER] if trial.takes_groups_of(_GROUP) else [])]
+            ways = [*REPLICATED, *(WIDER if trial.takes_groups_of(_GROUP) else [])]
         single: list[list[Option]] = [[] for _ in trial.paths]
-        shared, ways = [], [way for kind in kinds for way in kind]
-        results = chain.from_iterable(trial.results(kind, felt) for kind in kinds)
-        for way, (stored, common, damages) in enumerate(results):
+        shared = []
+        for way, (stored, common, damages) in enumerate(trial.results(ways, felt)):
             shared.append(common)
             for layer, bits, damage in zip(single, stored, damages):
                 layer.append(Option(way, bits + common, damage))

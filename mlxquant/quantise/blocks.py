@@ -21,7 +21,7 @@ from mlxquant.quantise.experts import quantise_experts, quantise_stacks
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
-from mlxquant.quantise.plans import STACKS, Plan, inputs_of
+from mlxquant.quantise.plans import STACKS, Plan
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.settings import Settings
@@ -53,9 +53,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
             _quantise_siblings(work, {path: plan.specs[path]}, None)
     for path, spec in plan.specs.items():
         if isinstance(modules[path], STACKS) and path not in work.result.errors:
-            flat = Routed.flat(inputs_of(modules[path]))
-            quantise_stacks(work, spec, {path: modules[path]},
-                            flat if METHODS[spec.method].calibrated else None)
+            quantise_stacks(work, spec, {path: modules[path]})
     inside = tuple(f"{path}." for path in (*plan.specs, *plan.entries))
     work.result.tensors = {
         path: array.astype(settings.dtype) if is_float(array) else array

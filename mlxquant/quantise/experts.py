@@ -7,8 +7,10 @@ import mlx.nn as nn
 
 from mlxquant.codes import hadamard
 from mlxquant.codes.spec import Spec
+from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.replicated import stacked
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
+from mlxquant.quantise.methods import METHODS
 from mlxquant.quantise.observe import Routed, linears
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.storing import Around, store
@@ -31,9 +33,10 @@ def quantise_stacks(work: Work, spec: Spec, modules: dict[str, nn.Module],
     if spec.rotation == "online":
         signs, size = rotation_of(settings.seed, work.block.full(first), columns)
         around = Around(rotation_signs=signs, rotation_block=size)
+    unknown = Statistics.flat(columns) if METHODS[spec.method].calibrated else None
     for expert in range(experts):
         weights = {path: module.weight[expert] for path, module in modules.items()}
-        statistics = None if routed is None else routed.of(expert)
+        statistics = unknown if routed is None else routed.of(expert)
         if spec.rotation == "online":
             weights = {p: hadamard.rotate(w, signs, size) for p, w in weights.items()}
             statistics = statistics and rotated(statistics, signs, size)

@@ -45,11 +45,6 @@ class Routed:
         return cls(Statistics.empty(width),
                    [Statistics.empty(width) for _ in range(experts)] if apart else [])
 
-    @classmethod
-    def flat(cls, width: int) -> "Routed":
-        """Those of experts of whose inputs nothing is known."""
-        return cls(Statistics.flat(width), [])
-
     def add(self, x: mx.array, indices: mx.array) -> None:
         """Take in inputs (…, 1, n) as a ``SwitchLinear`` is given them, and each one's expert."""
         lead, width = np.broadcast_shapes(x.shape[:-2], indices.shape), x.shape[-1]

@@ -55,8 +55,13 @@ class Trial:
 
     def results(self, ways: list[dict[str, Any]], felt: list[mx.array]) -> Iterator[Weighed]:
         """Each way's, given how the siblings' outputs are ``felt``."""
-        modules, known = linears(self.block.module), self.statistics
-        specs, first = [replace(self.spec, **way) for way in ways], self.full()[0]
+        specs = [replace(self.spec, **way) for way in ways]
+        for _, alike in groupby(specs, key=lambda spec: (spec.method, spec.rotation)):
+            yield from self._results(list(alike), felt)
+
+    def _results(self, specs: list[Spec], felt: list[mx.array]) -> Iterator[Weighed]:
+        """The same for specs that ``weigh`` takes together."""
+        modules, known, first = linears(self.block.module), self.statistics, self.full()[0]
         if isinstance(known, Statistics):
             weights = [modules[path].weight for path in self.paths]
             yield from weigh(weights, specs, known, felt, first, self.seed)

@@ -89,9 +89,14 @@ class Tuning:
         checks.number("codes", self.codes, 0, 0.5)  # half a level is the way to the next
 
     @property
+    def code_unit(self) -> float:
+        """How many levels u = 1 moves a code (``trainable.Parts``)."""
+        return self.codes / self.schedule.drift
+
+    @property
     def hasty(self) -> str | None:
         """Where steps move codes too far, what to say of it."""
-        farthest = self.codes / self.schedule.drift * self.schedule.learning_rate
+        farthest = self.code_unit * self.schedule.learning_rate
         if farthest <= _FARTHEST:
             return None
         steps = math.ceil(self.schedule.steps * (farthest / _FARTHEST) ** 2)

@@ -81,7 +81,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
-    student = Trainable(network, dtype, Parts(tuning.norms, tuning.codes / schedule.drift))
+    student = Trainable(network, dtype, Parts(tuning.norms, tuning.code_unit))
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
