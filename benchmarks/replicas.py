@@ -43,12 +43,9 @@ PLAN: dict[str, Row] = {
     "replica-4-g16": REPLICA | dict(bits=2, replicas=4, replica_group=16),
     "replica-8": REPLICA | dict(bits=2, replicas=8),
     "replica-8-g16": REPLICA | dict(bits=2, replicas=8, replica_group=16),
-    "budget-2.10": REPLICA | dict(bits=2, target=Target(2.10)),
-    "budget-2.20": REPLICA | dict(bits=2, target=Target(2.20)),
-    "budget-2.40": REPLICA | dict(bits=2, target=Target(2.40)),
-    "budget-2.50": REPLICA | dict(bits=2, target=Target(2.50)),
-    "budget-3.00": REPLICA | dict(bits=2, target=Target(3.00)),
-    "budget-3.05": REPLICA | dict(bits=2, target=Target(3.05)),
+    **{f"budget-{target:.2f}{end}": REPLICA | dict(bits=2, target=Target(target)) | group
+       for target in (2.10, 2.20, 2.40, 2.50, 3.00, 3.05)
+       for end, group in (("", {}), ("-g16", dict(replica_group=16)))},
     "budget-1.75": REPLICA | dict(bits="ternary", target=Target(1.75)),
     "budget-1.20": REPLICA | dict(bits=1, target=Target(1.20)),
     **{f"{gigabytes}-gb": REPLICA | dict(bits=2, target=Target(gigabytes=gigabytes))
