@@ -71,13 +71,31 @@ class Trainable:
         return {path: self.base[path] + self.size[path] * u for path, u in moved.items()}
 
     def stored_values(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The same in the types of the checkpoint; moved codes are whole, but not packed."""
-        return {path: array.astype(self.stored.get(path, mx.float32))
-                for path, array in self.values(moved).items()}
+        """The same as the types of the checkpoint hold them; moved codes are whole, but not
+        packed."""
+        values = {path: array.astype(self.stored.get(path, mx.float32))
+                  for path, array in self.values(moved).items()}
+        for name, module in self._affine():
+            scales, biases = values[f"{name}.scales"], self._biases(name, module, values)
+            values[f"{name}.centres"] = module.centres_of(scales, biases)
+        return values
+
+    def _affine(self) -> list[tuple[str, AffineCodes]]:
+        """The layers that are trained by the centres of their groups, by path."""
+        return [(path, module) for path, module in self.network.named_modules()
+                if isinstance(module, AffineCodes)]
+
+    def _biases(self, name: str, module: AffineCodes, values: dict[str, mx.array]) -> mx.array:
+        """What a checkpoint holds of a layer's centres."""
+        biases = module.biases_of(values[f"{name}.scales"], values[f"{name}.centres"])
+        return biases.astype(self.stored[f"{name}.biases"])
 
     def tensors(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
         """What a checkpoint holds of them, by name."""
         values = self.stored_values(moved)
+        for name, module in self._affine():
+            values[f"{name}.biases"] = self._biases(name, module, values)
+            del values[f"{name}.centres"]
         modules = dict(self.network.named_modules())
         for path in [path for path in values if path.endswith(".moves")]:
             module = modules[path.removesuffix(".moves")]
@@ -123,13 +141,14 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
 
 def _trained(network: nn.Module, parts: Parts
              ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """θ₀ and s by path. The unit s of a group's scale and bias is the scale; of an input's or
-    output's scaling, its replica's root mean square; of a column scale, itself; of a norm, its
-    root mean square; of a gate, which starts at 0, one."""
+    """θ₀ and s by path. The unit s of a group's scale is itself; of its centre, a quarter of what
+    its levels span; of an input's or output's scaling, its replica's root mean square; of a column
+    scale, itself; of a norm, its root mean square; of a gate, which starts at 0, one."""
     base, size = {}, {}
     for path, module in network.named_modules():
         if isinstance(module, AffineCodes):
-            names = {"scales": mx.abs(module.scales), "biases": mx.abs(module.scales)}
+            scales = mx.abs(module.scales)
+            names = {"scales": scales, "centres": module.span / 4 * scales}
         elif isinstance(module, (Replicated, MovingReplica)):
             names = {"replica_out": _rms(module.replica_out, -2)}
         elif isinstance(module, ReplicaInput):

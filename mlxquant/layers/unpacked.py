@@ -98,8 +98,11 @@ class MovingReplica(MovableCodes):
 
 
 class AffineCodes(MovableCodes):
-    """W = scale·q + bias by groups of inputs, differentiable by scales and biases, of a layer whose
-    other parameters than the codes keep their names."""
+    """W = scale·q + bias by groups of inputs, of a layer whose other parameters than the codes keep
+    their names, but for biases: it is differentiable by scales and by ``centres``, bias +
+    scale·top/2, which the middle level stands for. By the bias, a change of the scale would move
+    all weights of a group by up to 255 times that, and a 16-bit type would round off the levels.
+    """
 
     def __init__(self, layer: nn.Module, start: mx.array | None = None):
         grouped = isinstance(layer, GroupedLinear)
@@ -111,23 +114,34 @@ class AffineCodes(MovableCodes):
             codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), bits, columns)
             return codes.reshape(*packed.shape[:-1], columns)
 
-        super().__init__(packed, unpack, columns, (1 << bits) - 1, start)
+        top = (1 << bits) - 1
+        super().__init__(packed, unpack, columns, top, start)
         self._bits, self.stored_as = bits, "codes" if grouped else "weight"
-        self.scales, self.biases = layer.scales, layer.biases
+        self._middle, self.span = top / 2, top + 1
+        self.scales = layer.scales
+        self.centres = self.centres_of(layer.scales, layer.biases)
         if "bias" in layer:
             self.bias = layer.bias
 
     def packed(self, moves: mx.array) -> mx.array:
         return affine.pack(self.rounded(moves), self._bits)
 
+    def centres_of(self, scales: mx.array, biases: mx.array) -> mx.array:
+        """Float32."""
+        return biases.astype(mx.float32) + self._middle * scales.astype(mx.float32)
+
+    def biases_of(self, scales: mx.array, centres: mx.array) -> mx.array:
+        """Float32."""
+        return centres.astype(mx.float32) - self._middle * scales.astype(mx.float32)
+
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """W (m, n), or of experts (E, m, n), in ``dtype``."""
         def scaled(levels: mx.array, *given: mx.array) -> mx.array:
-            scales, biases = (a.astype(dtype)[..., None] for a in given)
-            groups = levels.astype(dtype).reshape(*self.scales.shape, -1)
-            return (scales * groups + biases).reshape(levels.shape)
+            scales, centres = (a.astype(dtype)[..., None] for a in given)
+            groups = (levels.astype(dtype) - self._middle).reshape(*self.scales.shape, -1)
+            return (scales * groups + centres).reshape(levels.shape)
 
-        return self.matrix(scaled, self.scales, self.biases)
+        return self.matrix(scaled, self.scales, self.centres)
 
 
 class UnpackedAffine(AffineCodes):

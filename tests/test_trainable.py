@@ -1,0 +1,66 @@
+"""Groups of levels in training: moved alike in every width, and measured as they are stored."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import CONFIG, random_network
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.unpacked import AffineCodes
+
+STEP = 2.0 ** -6  # of u
+
+
+def quantised(bits, dtype=mx.float16):
+    """A network whose blocks' layers hold groups of 64 in ``bits``."""
+    network = random_network(CONFIG)
+    network.update(tree_unflatten([(path, array.astype(dtype)) for path, array
+                                   in tree_flatten(network.parameters())]))
+    nn.quantize(network, 64, bits, class_predicate=lambda path, _: path.endswith("_proj"))
+    return network
+
+
+def matrices(student, values):
+    """Of each layer, float32."""
+    student.install(values)
+    return {path: module.dense(mx.float32) for path, module in student.network.named_modules()
+            if isinstance(module, AffineCodes)}
+
+
+def weights(network):
+    return {path: mx.dequantize(module.weight, module.scales.astype(mx.float32),
+                                module.biases.astype(mx.float32), module.group_size, module.bits)
+            for path, module in network.named_modules() if isinstance(module, nn.QuantizedLinear)}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_a_step_is_as_long_in_every_width(bits):
+    """A scale's step by the bias would shift all weights of a group of 8 bits by half its range."""
+    student = Trainable(quantised(bits), mx.float32)
+    start = student.start()
+    before = matrices(student, student.values(start))
+    top = 2 ** bits - 1
+    for name, longest in (("scales", top / 2), ("centres", 2 ** bits / 4)):
+        moved = {path: u + STEP * path.endswith(name) for path, u in start.items()}
+        after = matrices(student, student.values(moved))
+        for path, matrix in before.items():
+            levels = (after[path] - matrix).reshape(*student.base[f"{path}.scales"].shape, 64)
+            levels = mx.abs(levels / student.base[f"{path}.scales"][..., None])
+            assert levels.max().item() == pytest.approx(STEP * longest, rel=0.01), path
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_what_is_measured_is_what_is_stored(bits, dtype):
+    network = quantised(bits, dtype)
+    student = Trainable(network, mx.float32, Parts(codes=0.5))
+    moved = {path: 0.3 * mx.random.normal(u.shape, key=mx.random.key(1))
+             for path, u in student.start().items()}
+    measured = matrices(student, student.stored_values(moved))
+    stored = quantised(bits, dtype)
+    stored.load_weights(list(student.tensors(moved).items()), strict=False)
+    assert not any(path.endswith("centres") for path in student.tensors(moved))
+    for path, matrix in weights(stored).items():
+        assert mx.abs(measured[path] - matrix).max() < 1e-6 * mx.abs(matrix).max(), path
+    assert {array.dtype for _, array in tree_flatten(stored.parameters())} == {dtype, mx.uint32}
