@@ -32,7 +32,8 @@ from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.layers.pack import pack
 
-FORMS = ("llama", "qwen2", "qwen3", "mistral")
+FORMS = ("llama", "qwen2", "qwen3",
+         pytest.param("mistral", marks=pytest.mark.slow))  # by mlx-lm's table a llama
 TURNS = {"traditional": {"rope_traditional": True},
          "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
          "llama3": {"rope_scaling": {
