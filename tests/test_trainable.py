@@ -36,7 +36,8 @@ def weights(network):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_a_step_is_as_long_in_every_width(bits):
-    """A scale's step by the bias would shift all weights of a group of 8 bits by half its range."""
+    """About the lowest level a scale's step would shift the whole group, by more the more levels
+    it has."""
     student = Trainable(quantised(bits), mx.float32)
     start = student.start()
     before = matrices(student, student.values(start))
@@ -48,6 +49,19 @@ def test_a_step_is_as_long_in_every_width(bits):
             levels = (after[path] - matrix).reshape(*student.base[f"{path}.scales"].shape, 64)
             levels = mx.abs(levels / student.base[f"{path}.scales"][..., None])
             assert levels.max().item() == pytest.approx(STEP * longest, rel=0.01), path
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_bfloat16_takes_less_than_rounding_to_levels_did(bits):
+    network = quantised(bits)
+    exact = weights(network)
+    student = Trainable(network, mx.bfloat16)
+    student.install(student.values(student.start()))
+    for path, module in student.network.named_modules():
+        if isinstance(module, AffineCodes):
+            error = (module.dense(mx.bfloat16) - exact[path]).reshape(*module.scales.shape, 64)
+            levels = error / module.scales[..., None]
+            assert mx.square(levels).mean() < 1 / 12, path
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
