@@ -145,6 +145,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     with pytest.raises(MlxquantError, match="unfinished work of another job"):
         run(places, "replica", tmp_path / "stopped")
     config.write_text(before)
+    state = tmp_path / "stopped.partial" / "training.safetensors"
+    kept = state.read_bytes()
+    arrays, metadata = mx.load(str(state), return_metadata=True)
+    lost = next(path for path in arrays if path.startswith("moved."))
+    mx.save_safetensors(str(state), {path: array for path, array in arrays.items()
+                                     if path != lost}, metadata)
+    with pytest.raises(MlxquantError, match=f"another version, without {lost}; remove"):
+        run(places, "replica", tmp_path / "stopped")
+    state.write_bytes(kept)
     seen = []
     run(places, "replica", tmp_path / "stopped", progress=lambda step, *_: seen.append(step))
     assert seen == list(range(21, 61)) and not (tmp_path / "stopped.partial").exists()

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxquant.base.errors import BadValue
+from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.base.storage import save_arrays
 from mlxquant.layers.by_block import judged
 from mlxquant.layers.head import Judge
@@ -105,8 +105,12 @@ class Distillation(Training):
         save_arrays(file, dict(tree_flatten(self._arrays())), {"numbers": json.dumps(numbers)})
 
     def restore(self, file: Path) -> None:
-        """Take up what ``save`` left."""
+        """Take up what ``save`` left; raises ``MlxquantError`` for another version's state."""
         arrays, metadata = mx.load(str(file), return_metadata=True)
+        for path, _ in tree_flatten(self._arrays()):
+            if path not in arrays:
+                raise MlxquantError(f"{file} is a state of another version, without {path}; "
+                                    "remove that file to train from the start")
         parts = tree_map_with_path(lambda path, _: arrays[path], self._arrays())
         optimizer = self.state.optimizer
         optimizer.state = parts.pop("optimizer")
