@@ -73,11 +73,19 @@ class Trainable:
     def stored_values(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
         """The same as the types of the checkpoint hold them; moved codes are whole, but not
         packed."""
+        values = self._as_stored(moved)
+        for name, module in self._affine():
+            scales, biases = values[f"{name}.scales"], values.pop(f"{name}.biases")
+            values[f"{name}.centres"] = module.centres_of(scales, biases)
+        return values
+
+    def _as_stored(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The same in the types of the checkpoint, with biases in place of centres."""
         values = {path: array.astype(self.stored.get(path, mx.float32))
                   for path, array in self.values(moved).items()}
         for name, module in self._affine():
-            scales, biases = values[f"{name}.scales"], self._biases(name, module, values)
-            values[f"{name}.centres"] = module.centres_of(scales, biases)
+            biases = module.biases_of(values[f"{name}.scales"], values.pop(f"{name}.centres"))
+            values[f"{name}.biases"] = biases.astype(self.stored[f"{name}.biases"])
         return values
 
     def _affine(self) -> list[tuple[str, AffineCodes]]:
@@ -85,17 +93,9 @@ class Trainable:
         return [(path, module) for path, module in self.network.named_modules()
                 if isinstance(module, AffineCodes)]
 
-    def _biases(self, name: str, module: AffineCodes, values: dict[str, mx.array]) -> mx.array:
-        """What a checkpoint holds of a layer's centres."""
-        biases = module.biases_of(values[f"{name}.scales"], values[f"{name}.centres"])
-        return biases.astype(self.stored[f"{name}.biases"])
-
     def tensors(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
         """What a checkpoint holds of them, by name."""
-        values = self.stored_values(moved)
-        for name, module in self._affine():
-            values[f"{name}.biases"] = self._biases(name, module, values)
-            del values[f"{name}.centres"]
+        values = self._as_stored(moved)
         modules = dict(self.network.named_modules())
         for path in [path for path in values if path.endswith(".moves")]:
             module = modules[path.removesuffix(".moves")]
@@ -147,8 +147,7 @@ def _trained(network: nn.Module, parts: Parts
     base, size = {}, {}
     for path, module in network.named_modules():
         if isinstance(module, AffineCodes):
-            scales = mx.abs(module.scales)
-            names = {"scales": scales, "centres": module.span / 4 * scales}
+            names = {"scales": mx.abs(module.scales), "centres": mx.abs(module.spans()) / 4}
         elif isinstance(module, (Replicated, MovingReplica)):
             names = {"replica_out": _rms(module.replica_out, -2)}
         elif isinstance(module, ReplicaInput):

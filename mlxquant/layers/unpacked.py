@@ -114,10 +114,8 @@ class AffineCodes(MovableCodes):
             codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), bits, columns)
             return codes.reshape(*packed.shape[:-1], columns)
 
-        top = (1 << bits) - 1
-        super().__init__(packed, unpack, columns, top, start)
+        super().__init__(packed, unpack, columns, (1 << bits) - 1, start)
         self._bits, self.stored_as = bits, "codes" if grouped else "weight"
-        self._middle, self.span = top / 2, top + 1
         self.scales = layer.scales
         self.centres = self.centres_of(layer.scales, layer.biases)
         if "bias" in layer:
@@ -126,12 +124,20 @@ class AffineCodes(MovableCodes):
     def packed(self, moves: mx.array) -> mx.array:
         return affine.pack(self.rounded(moves), self._bits)
 
+    @property
+    def _middle(self) -> float:
+        return self._top / 2
+
+    def spans(self) -> mx.array:
+        """What the levels of each group span, with the sign of its scale, float32."""
+        return (self._top + 1) * self.scales.astype(mx.float32)
+
     def centres_of(self, scales: mx.array, biases: mx.array) -> mx.array:
-        """Float32."""
+        """What the middle level of each group stands for, float32."""
         return biases.astype(mx.float32) + self._middle * scales.astype(mx.float32)
 
     def biases_of(self, scales: mx.array, centres: mx.array) -> mx.array:
-        """Float32."""
+        """What the lowest level of each group stands for, float32."""
         return centres.astype(mx.float32) - self._middle * scales.astype(mx.float32)
 
     def dense(self, dtype: mx.Dtype) -> mx.array:

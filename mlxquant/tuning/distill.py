@@ -107,11 +107,11 @@ class Distillation(Training):
     def restore(self, file: Path) -> None:
         """Take up what ``save`` left; raises ``MlxquantError`` for another version's state."""
         arrays, metadata = mx.load(str(file), return_metadata=True)
-        for path, _ in tree_flatten(self._arrays()):
-            if path not in arrays:
-                raise MlxquantError(f"{file} is a state of another version, without {path}; "
-                                    "remove that file to train from the start")
-        parts = tree_map_with_path(lambda path, _: arrays[path], self._arrays())
+        try:
+            parts = tree_map_with_path(lambda path, _: arrays[path], self._arrays())
+        except KeyError as error:
+            raise MlxquantError(f"{file} is a state of another version, without {error.args[0]}; "
+                                "remove that file to train from the start") from error
         optimizer = self.state.optimizer
         optimizer.state = parts.pop("optimizer")
         self.resume(State(optimizer=optimizer, **parts, **json.loads(metadata["numbers"])))
