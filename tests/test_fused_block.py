@@ -51,7 +51,7 @@ APART = (("*.v_proj", {"bits": Width.THREE}), ("*.up_proj", {"replicas": 2}))
 
 
 def widen(network):
-    """Values and up in affine groups, as a budget stores what is worth more than four bits."""
+    """Values and up in affine groups, as rules may store them."""
     mx.random.seed(1)
     for layer in network.layers:
         for parent, name in ((layer.self_attn, "v_proj"), (layer.mlp, "up_proj")):

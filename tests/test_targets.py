@@ -56,13 +56,14 @@ def test_a_target_counts_what_is_stored_to_the_bit(tmp_path, tiny_folder, text, 
         assert inspect(str(tmp_path / "alike")).bits_per_weight <= 4.3
 
 
-def test_what_is_worth_more_than_four_bits_is_stored_in_groups(tmp_path, tiny_folder, text):
-    """Beside replicated siblings that are rotated; both ways of loading agree."""
-    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=4.9), refine=0,
-             method="replica", rotation="online")
-    formats = {layer.bits in (5, 6, 8): layer.format
+def test_what_a_rule_stores_in_groups_stands_beside_rotated_replicas(tmp_path, tiny_folder, text):
+    """The budget leaves it as it is, and both ways of loading agree."""
+    rule = {"method": "gptq", "bits": 8, "group_size": 64, "rotation": None}
+    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=3.5), refine=0,
+             method="replica", rotation="online", rules=(("*v_proj", rule),))
+    formats = {layer.path.rpartition(".")[2]: layer.format
                for layer in inspect(str(tmp_path / "out")).layers if "self_attn" in layer.path}
-    assert formats == {True: "affine g64", False: formats[False]} and "rotated" in formats[False]
+    assert formats["v_proj"] == "affine g64" and "rotated" in formats["q_proj"]
     packed, dense = (mlxquant.load(str(tmp_path / "out"), dense=dense) for dense in (False, True))
     logits, wanted = (model.network(mx.array([[3, 17, 29]])) for model in (packed, dense))
     assert mx.abs(logits - wanted).max() < 1e-3 * mx.abs(wanted).max()

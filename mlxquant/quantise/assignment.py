@@ -41,11 +41,6 @@ WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
 REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
     (1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
     for replicas in choices]
-# Beside replicas: few outputs that the predictions feel much, such as those of v, are worth more
-# than 4 bits. Codes so fine need no rotation, which would cost such a layer dispatches of its own.
-_GROUP = 64
-WIDER = [{"method": "gptq", "bits": bits, "group_size": _GROUP, "rotation": None}
-         for bits in (5, 6, 8)]
 _SEQUENCES = 16  # for the gradients
 _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its share of config.json
 
@@ -97,7 +92,7 @@ class _Measure:
         job = self.job
         plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
         setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
-                           WIDTHS, REPLICATED, WIDER, "apart, by block")
+                           WIDTHS, REPLICATED, "apart, by block")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
         return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
                         for choice, stored, damage in ways]
@@ -140,11 +135,9 @@ class _Measure:
         all or one for each, chosen at a common price per bit. A sibling's own cost is taken from
         the fit of all together, whose scales serve it a little worse."""
         felt = [importance[path] for path in trial.full()]
-        ways: list[dict[str, Any]] = WIDTHS
+        ways: list[dict[str, Any]] = REPLICATED if trial.spec.method == "replica" else WIDTHS
         if self.job.ruled(trial.full()[0]) is not None:
             ways = [{}]
-        elif trial.spec.method == "replica":
-            ways = [*REPLICATED, *(WIDER if trial.takes_groups_of(_GROUP) else [])]
         single: list[list[Option]] = [[] for _ in trial.paths]
         shared = []
         for way, (stored, common, damages) in enumerate(trial.results(ways, felt)):

@@ -20,7 +20,6 @@ from mlxquant.quantise.envelope import Replicas
 from mlxquant.quantise.matrices import rotated, rotation_of, split
 from mlxquant.quantise.methods import METHODS, Codes
 from mlxquant.quantise.observe import Routed, linears
-from mlxquant.quantise.plans import inputs_of
 from mlxquant.quantise.sensitivity import expected_divergence
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
@@ -48,19 +47,9 @@ class Trial:
         """The siblings' paths in the network."""
         return [self.block.full(path) for path in self.paths]
 
-    def takes_groups_of(self, size: int) -> bool:
-        """Whether the siblings are linear layers whose inputs such groups divide."""
-        inputs = inputs_of(linears(self.block.module)[self.paths[0]])
-        return isinstance(self.statistics, Statistics) and inputs % size == 0
-
     def results(self, ways: list[dict[str, Any]], felt: list[mx.array]) -> Iterator[Weighed]:
         """Each way's, given how the siblings' outputs are ``felt``."""
         specs = [replace(self.spec, **way) for way in ways]
-        for _, alike in groupby(specs, key=lambda spec: (spec.method, spec.rotation)):
-            yield from self._results(list(alike), felt)
-
-    def _results(self, specs: list[Spec], felt: list[mx.array]) -> Iterator[Weighed]:
-        """The same for specs that ``weigh`` takes together."""
         modules, known, first = linears(self.block.module), self.statistics, self.full()[0]
         if isinstance(known, Statistics):
             weights = [modules[path].weight for path in self.paths]
