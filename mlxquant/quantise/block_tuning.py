@@ -34,8 +34,9 @@ from mlxquant.quantise.plans import Plan
 from mlxquant.quantise.results import BlockResult
 from mlxquant.quantise.training import State, Training
 
-RATE, CODES_RATE = 2e-3, 3e-3  # of scales, relative to their size; of codes, in levels
-_FULL = 320  # steps that the rates were chosen for
+CODES_RATE = 6e-3  # levels a step, however many steps there are
+RATE = 2e-3  # of scales, relative to their size, in so many steps; in fewer up to twice as much:
+_FULL = 320
 _CHECKS = 8
 _HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
 # What a block raises that MLX cannot trace, differentiate or hold.
@@ -55,6 +56,11 @@ class BlockTuner:
     report: Report
     untrained: dict[str, str] = field(default_factory=dict)
     aims: Mapping[str, Outputs] = field(default_factory=dict)
+
+    @property
+    def _rate(self) -> float:
+        """The learning rate of scales at the first step."""
+        return RATE * min(2.0, max(1.0, math.sqrt(_FULL / self.job.tuning.steps)))
 
     def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
         """Train what ``result`` holds of a block, and note there what that gained, or why it cannot
@@ -88,7 +94,7 @@ class BlockTuner:
     def _train(self, block: Block, result: BlockResult, calls: list[Call], aim: Outputs) -> None:
         with _as_stored(block.module, result):
             remainders = result.remainders
-            parts = Parts(codes=CODES_RATE / RATE, experts=True, starts={  # exact in 16 bits
+            parts = Parts(codes=CODES_RATE / self._rate, experts=True, starts={  # exact in 16 bits
                 path: remainders.pop(path).astype(mx.float16) / 256 for path in list(remainders)})
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
@@ -106,13 +112,12 @@ class BlockTuner:
         """Train on the calls in random order, again and again; the state where that ends."""
         held = max(1, len(calls) // _HELD_OUT)
         used, held_out, steps = calls[:-held] or calls, calls[-held:], self.job.tuning.steps
-        faster = min(2.0, max(1.0, math.sqrt(_FULL / steps)))  # than the rate, in fewer steps
         random, order = np.random.default_rng(self.job.seed), list[int]()
         call = calls[0]  # the one at hand; to a compiled step all are this one with other arrays
         training = Training(
             student, lambda network, *data: aim.error(call, *data),
             lambda network: float(np.mean([aim.error(c, *aim.data(c)).item() for c in held_out])),
-            optim.cosine_decay(RATE * faster, steps),
+            optim.cosine_decay(self._rate, steps),
             compiled=mx.default_device() == mx.gpu and _alike(calls))
         try:
             if not math.isfinite(training.state.first_loss):
