@@ -15,7 +15,8 @@ WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the s
 def blocks_trained() -> str:
     """Models whose blocks were trained as they were made."""
     run = read("blocks-trained-h100")
-    rows = [[row["model"].removesuffix("-Instruct"), row["method"],
+    rows = [[str(row["run"]), row["model"].removesuffix("-Instruct"),
+             ", ".join(filter(None, (row["method"], row["variant"]))),
              f"{row['windows']} × 512 of {row['text']}", str(row["block_steps"]),
              f"{row['bits_per_weight']:.2f}",
              f"{row['file_bytes'] / 1e6:.0f}" if "file_bytes" in row else "",
@@ -24,16 +25,22 @@ def blocks_trained() -> str:
              f"{row['other_perplexity']:.1f}" if "other_perplexity" in row else "",
              ", ".join(str(row[key]) for key in ("seconds", "training_seconds") if row[key]),
              f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""] for row in run["rows"]]
-    return table(("model", "body", "tokens", "steps:", "bits/weight:", "folder, MB:",
+    return table(("run:", "model", "body", "tokens", "steps:", "bits/weight:", "folder, MB:",
                   "`wt2-40` before:", "trained:", "KL:", "other text:",
                   "seconds in all, training:", "peak GB:"), rows,
-                 f"{place(run)}: `{run['command']}`. {run['note']}")
+                 f"{place(run)}: `{run['command']}`. {run['note']}", _runs(run))
+
+
+def _runs(measured: Row) -> str:
+    """A line on each run that rows are of."""
+    return "\n".join(f"- Run {number}: {about}." for number, about in measured["runs"].items())
 
 
 def tuned_after() -> str:
     """What tuning the whole model adds to trained blocks."""
     run = read("tuned-after-blocks-h100")
-    rows = [[row["model"].removesuffix("-Instruct"), row["body"],
+    rows = [[str(row["run"]), row["model"].removesuffix("-Instruct"),
+             ", ".join(filter(None, (row["body"], row["variant"]))),
              f"{row['made_windows']:,} × 512, {row['block_steps']}",
              f"{row['steps']} × {row['batch_size']}, {row['learning_rate']:g}"
              + "".join(f", {row[kind]:,} {kind}" for kind in ("written", "conversations")
@@ -42,10 +49,10 @@ def tuned_after() -> str:
              f"{row['kl_before']:.3f}", f"{row['kl_after']:.3f}",
              f"{row['total_seconds']:.0f}", f"{row['peak_gb']['training']:.1f}",
              f"{row['foretold_gb']['training']:.1f}"] for row in run["rows"]]
-    return table(("model", "body", "blocks: tokens, steps", "steps × 512 tokens, rate",
+    return table(("run:", "model", "body", "blocks: tokens, steps", "steps × 512 tokens, rate",
                   "`wt2-40` before:", "after:", "KL before:", "after:", "seconds:",
                   "peak GB:", "foretold:"), rows,
-                 f"{place(run)}: `{run['command']}`. {run['note']}")
+                 f"{place(run)}: `{run['command']}`. {run['note']}", _runs(run))
 
 
 def talking() -> str:

@@ -73,7 +73,8 @@ def quality() -> str:
 def _blocks_trained() -> dict[str, Row]:
     """The default model at 2.40 bits, made with the most text, then tuned with the most."""
     made = max((row for row in read("blocks-trained-h100")["rows"]
-                if row["method"] == "budget-2.40"), key=lambda row: row["windows"])
+                if (row["method"], row["variant"]) == ("budget-2.40", None)),
+               key=lambda row: row["windows"])
     tuned = max((row for row in read("tuned-after-blocks-h100")["rows"]
                  if row["perplexity_before"] == made["perplexity"]), key=lambda row: row["written"])
     return {"calibrated": made, "tuned": {
