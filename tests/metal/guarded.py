@@ -1,12 +1,12 @@
 """Run compiled kernels with every array between forbidden pages.
 
-A program: each line of its standard input is a job as JSON, and runs in a fork, for a kernel may
-kill its process. Answers with a line: exit code, standard output, standard error. A job runs twice:
+A program: each line of its standard input is a job as JSON, and may kill it. A job runs twice:
 1. each array ends where a forbidden page begins, memory not given holds 0xFF, threads run forwards;
 2. each array starts where a forbidden page ends, memory not given holds 0x7F, threads backwards.
-Each prints as JSON what the kernel may write: outputs, and inputs that are said to be written; all
-others are read-only. Where both runs agree, all outputs were written, and from the inputs alone. A
-job exits with 3 and one line on standard error after an access out of bounds, with 4 after a trap.
+It answers with a line of JSON: what the kernel may write, outputs and inputs that are said to be
+written, after either run; all others are read-only. Where both agree, all outputs were written, and
+from the inputs alone. It exits with 3 and one line on standard error after an access out of bounds,
+with 4 after a trap.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ _C.mmap.restype = ctypes.c_void_p
 _C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
                     ctypes.c_long]
 _C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_C.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 _Handle = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -60,6 +61,9 @@ class Guarded:
             if not written:
                 _C.mprotect(inside, pages, _READ)
 
+    def free(self) -> None:
+        _C.munmap(self.reach.start, len(self.reach))
+
     def describe(self, address: int) -> str:
         offset = address - self.start
         if offset < 0:
@@ -88,7 +92,8 @@ def report(arrays: list[Guarded], running) -> Handler:
     return handler  # must outlive the launch
 
 
-def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
+def run(job: dict, library: ctypes.CDLL, backwards: bool) -> list[str]:
+    """What the kernel may write, as hexadecimal digits, after a run."""
     poison = 0x7F if backwards else 0xFF
     arrays = []
     for array in job["arrays"]:
@@ -102,30 +107,18 @@ def run(job: dict, library: ctypes.CDLL, backwards: bool) -> None:
     del handler
     outputs = [ctypes.string_at(a.start, a.size).hex()
                for a, given in zip(arrays, job["arrays"]) if given["written"]]
-    print(json.dumps(outputs))
-
-
-def answer(line: str) -> tuple[int, str, str]:
-    said = [os.memfd_create("said") for _ in range(2)]
-    process = os.fork()
-    if not process:
-        for number, file in enumerate(said, 1):
-            os.dup2(file, number)
-        signal.alarm(_PATIENCE_S)
-        job = json.loads(line)
-        library = ctypes.CDLL(job["library"])
-        for backwards in (False, True):
-            run(job, library, backwards)
-        sys.stdout.flush()
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    texts = [os.pread(file, os.fstat(file).st_size, 0).decode() for file in said]
-    for file in said:
-        os.close(file)
-    return code, *texts
+    for array in arrays:
+        array.free()
+    return outputs
 
 
 if __name__ == "__main__":
     ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)  # for what clang leaves to a library
+    libraries = {}
     for line in sys.stdin:
-        print(json.dumps(answer(line)), flush=True)
+        signal.alarm(_PATIENCE_S)
+        job = json.loads(line)
+        path = job["library"]
+        library = libraries[path] = libraries.get(path) or ctypes.CDLL(path)
+        print(json.dumps([run(job, library, backwards) for backwards in (False, True)]), flush=True)
+        signal.alarm(0)

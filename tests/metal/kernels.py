@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -33,33 +35,44 @@ class Unsettled(Exception):
 
 
 class Runner:
-    """The process whose forks run kernels; ends with its context."""
+    """The process that runs kernels, another after each that killed it; ends with its context."""
 
     def __enter__(self) -> "Runner":
-        self.process = subprocess.Popen([sys.executable, "-I", "-S", str(_GUARDED)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.complaint = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARDED)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaint)
         return self
 
     def __exit__(self, *_) -> None:
         self.process.communicate()
+        self.complaint.close()
 
     def run(self, job: dict, output_names: list[str]) -> list[bytes]:
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        code, printed, complaint = json.loads(self.process.stdout.readline())
-        if code in (3, -signal.SIGSEGV, -signal.SIGBUS):  # its own report, or not even that
-            raise OutOfBounds(complaint or "segmentation fault")
-        if code in (4, -signal.SIGILL, -signal.SIGTRAP):
-            raise Undefined(complaint)
-        if code:
-            raise RuntimeError(f"exit code {code}: {complaint}")
-        forwards, backwards = ([bytes.fromhex(x) for x in json.loads(line)]
-                               for line in printed.splitlines())
+        answer = self.process.stdout.readline()
+        if not answer:
+            self._raise()
+        forwards, backwards = ([bytes.fromhex(x) for x in run] for run in json.loads(answer))
         for name, *both in zip(output_names, forwards, backwards):
             if both[0] != both[1]:
                 first = next(i for i, (x, y) in enumerate(zip(*both)) if x != y)
                 raise Unsettled(f"byte {first} of `{name}` was not written, "
                                 "or depends on the order of threads")
         return forwards
+
+    def _raise(self) -> NoReturn:
+        """Say what the process died of, after beginning another."""
+        code = self.process.wait()
+        self.complaint.seek(0)
+        complaint = self.complaint.read()
+        self.__exit__()
+        self.__enter__()
+        if code in (3, -signal.SIGSEGV, -signal.SIGBUS):  # its own report, or not even that
+            raise OutOfBounds(complaint or "segmentation fault")
+        if code in (4, -signal.SIGILL, -signal.SIGTRAP):
+            raise Undefined(complaint)
+        raise RuntimeError(f"exit code {code}: {complaint}")
 
 
 class Emulation:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -49,15 +50,16 @@ class Source:
     entry: str  # the kernel's name, with its template's arguments
     parameters: tuple[Parameter, ...]
 
-    @classmethod
-    def parse(cls, text: str) -> "Source":
+    @staticmethod
+    @cache
+    def parse(text: str) -> "Source":
         signature, instance = _SIGNATURE.search(text), _INSTANCE.search(text)
         lines = signature[2].split("\n") if signature else [""]
         found = [_PARAMETER.match(line) for line in lines]
         if None in found:
             raise NotEmulated(f"MLX {mx.__version__} writes signatures otherwise than expected: "
                               f"{text}")
-        return cls(text, instance[1] if instance else signature[1], tuple(
+        return Source(text, instance[1] if instance else signature[1], tuple(
             Parameter(*match.group("type", "mode", "name", "attribute")) for match in found))
 
     def meetings(self) -> set[str]:

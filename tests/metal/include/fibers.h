@@ -9,8 +9,8 @@ struct Lane {
     ucontext_t begin;  // with a stack of its own
     jmp_buf go_on;  // much cheaper than swapcontext, which asks the kernel twice
     char stack[1 << 16];
-    bool begun;
-    const char* waits_in;  // the function whose call it has come to; null when it has ended
+    bool begun;  // once for all threads that it runs: to begin asks the kernel
+    const char* waits_in;  // the function whose call it has come to; null when a thread has ended
     unsigned turn;  // exchanges so far
     unsigned char operands[2][16];  // of even and of odd turns
 };
@@ -21,17 +21,23 @@ static void* body;
 static void (*enter)(void*, unsigned);
 
 inline void start() {
-    enter(body, current);
-    lanes[current].waits_in = nullptr;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        enter(body, current);
+        lanes[current].waits_in = nullptr;
+        if (!_setjmp(lanes[current].go_on)) _longjmp(scheduler, 1);
+    }
 }
 
-// Let the current lane run until it comes to a simdgroup function, or ends.
+// Let the current lane run until it comes to a simdgroup function, or its thread ends.
 inline void resume() {
     Lane& lane = lanes[current];
     if (_setjmp(scheduler)) return;
     if (lane.begun) _longjmp(lane.go_on, 1);
     lane.begun = true;
+    getcontext(&lane.begin);
+    lane.begin.uc_stack.ss_sp = lane.stack;
+    lane.begin.uc_stack.ss_size = sizeof lane.stack;
+    makecontext(&lane.begin, start, 0);
     setcontext(&lane.begin);
 }
 
@@ -46,15 +52,7 @@ void run(unsigned lane_count, bool backwards, Body each, Announce announce) {
     count = lane_count;
     body = &each;
     enter = [](void* self, unsigned lane) { (*static_cast<Body*>(self))(lane); };
-    for (unsigned i = 0; i < count; ++i) {
-        Lane& lane = lanes[i];
-        lane.begun = false;
-        lane.turn = 0;
-        getcontext(&lane.begin);
-        lane.begin.uc_stack.ss_sp = lane.stack;
-        lane.begin.uc_stack.ss_size = sizeof lane.stack;
-        makecontext(&lane.begin, start, 0);
-    }
+    for (unsigned i = 0; i < count; ++i) lanes[i].turn = 0;
     do {
         for (unsigned i = 0; i < count; ++i) {
             current = backwards ? count - 1 - i : i;
