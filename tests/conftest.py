@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 # As many workers as cores: each worker's products take one, or they wait for each other.
@@ -170,12 +169,15 @@ def fixed_ceiling(monkeypatch, request):
 
 @pytest.fixture(scope="session")
 def emulate(request):
-    """Makes an ``Emulation``; compiled kernels stay in pytest's cache, for all workers and runs."""
+    """Makes an ``Emulation``, ``quick`` where kernels run hundreds of times; compiled kernels stay
+    in pytest's cache, for all workers and runs."""
     if sys.platform != "linux":
         pytest.skip("the Metal emulation is for Linux; a Mac runs the kernels")
     pytest.importorskip("ziglang", reason="the emulation needs clang: pip install 'mlxquant[test]'")
+    folder = request.config.cache.mkdir("metal")
+    compilers = {quick: Compiler(folder, quick) for quick in (False, True)}
     with Runner() as runner:
-        yield partial(Emulation, Compiler(request.config.cache.mkdir("metal")), runner)
+        yield lambda alignment=1, quick=False: Emulation(compilers[quick], runner, alignment)
 
 
 @pytest.fixture(scope="session")

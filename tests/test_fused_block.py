@@ -20,9 +20,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from test_kernels import emulation  # noqa: F401 (a fixture)
 from test_packed import FORMS as packed_forms
-from test_packed import emulated, network_of, on_kernels  # noqa: F401 (a fixture)
+from test_packed import emulated, emulation, network_of, on_kernels  # noqa: F401 (fixtures)
 
 import mlxquant
 from mlxquant.codes.width import Width

@@ -7,6 +7,7 @@ a rotation, a number of columns and of tokens drawn for it.
 import itertools
 import json
 import random
+from contextlib import contextmanager
 from functools import partial
 
 import mlx.core as mx
@@ -63,14 +64,20 @@ def every_combination():
 CASES = SUBSET + [pytest.param(case, marks=pytest.mark.slow) for case in every_combination()]
 
 
-@pytest.fixture
-def emulation(emulate, monkeypatch):
-    made = emulate(alignment=16)
+@contextmanager
+def installed(made, monkeypatch):
+    """Every kernel of replicated layers through the emulation ``made``."""
     for module in KERNELS:
         made.install(monkeypatch, module)
     mx.disable_compile()  # an emulated kernel wants numbers, not tracers
     yield made
     mx.enable_compile()
+
+
+@pytest.fixture
+def emulation(emulate, monkeypatch):
+    with installed(emulate(alignment=16), monkeypatch) as made:
+        yield made
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 129])

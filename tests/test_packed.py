@@ -11,7 +11,7 @@ from conftest import CONFIG, replicated
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from test_kernels import emulation  # noqa: F401 (a fixture)
+from test_kernels import installed
 from test_replicated import fill, siblings
 
 from mlxquant.codes.spec import ReplicaShape
@@ -51,6 +51,12 @@ NOT_COMPARED = {"deepseek_v41": "takes no prompt and then tokens without a cache
                 "prism_hadamard_qwen35": "is packed already", "talkie": "its logits are 0 here"}
 FORMS = {name: {"model_type": name} for name in ("llama", "qwen2", "qwen3", "mistral")} | OTHERS
 emulated = pytest.mark.parametrize("emulated", [False, True], ids=["operations", "kernels"])
+
+
+@pytest.fixture
+def emulation(emulate, monkeypatch):
+    with installed(emulate(alignment=16, quick=True), monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture
@@ -281,7 +287,7 @@ def test_a_fused_norm_counts_once_and_stays_by_its_path(monkeypatch):
     "refused", ["prepare_input", "prepare_input_normed", "prepare_input_gated"]
 )
 def test_a_fused_form_that_disagrees_leaves_the_others_in_use(
-        emulation, monkeypatch, refused):  # noqa: F811
+        emulation, monkeypatch, refused):
     monkeypatch.setattr("mlxquant.layers.packed.trusted",
                         lambda kernel: kernel not in (refused, "replicated_tensor_cores"))
     assert backend.relative_error(one_by_one(pack(network_of())), one_by_one(network_of())) < 1e-5
