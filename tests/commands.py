@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlxquant.runtime import probe
 
 _PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-_PROCESSES.set_forkserver_preload(["mlx_lm.generate", *(
+_PROCESSES.set_forkserver_preload(["mlxquant", "mlx_lm.generate", *(  # that order, for the BLAS
     module.name for module in pkgutil.walk_packages(mlxquant.__path__, "mlxquant.")
     if not module.name.endswith("__main__"))])
 _STREAMS = ("stdin", "stdout", "stderr")
