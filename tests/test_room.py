@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
+import peaks
 import pytest
 from conftest import CONFIG, job, write_folder
 
@@ -15,31 +18,11 @@ from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import room
 from mlxquant.quantise.assembly import blocks_of
 
-# A process of its own, whose peaks are those of the job.
-MEASURE = """
-import json, sys
-import mlxquant
-from mlxquant.layers import outline
-from mlxquant.machine.memory import peak_resident
-from mlxquant.model.loading import open_lazily
-from mlxquant.quantise import room
-from mlxquant.quantise.assembly import blocks_of
-from mlxquant.quantise.job import Job, Target, Text
-folder, output, text, changes = *sys.argv[1:4], json.loads(sys.argv[4])
-room._SPILL_SHARE = changes.pop("spill_share", room._SPILL_SHARE)
-if "target" in changes:
-    changes["target"] = Target(**changes["target"])
-job = Job(text=Text((text,))).changed(**{"tune_blocks": False} | changes)
-network, config = open_lazily(__import__("pathlib").Path(folder))
-heads = outline.attention_heads(config)
-predicted, before = room.needs(network, blocks_of(network), job, heads).memory, peak_resident()
-made = mlxquant.quantize(folder, output, job)
-print(json.dumps([predicted, made.peak_memory, peak_resident() - before]))
-"""
 
-
-def measured(tmp_path: Path, hidden: int, inner: int, **changes) -> tuple[float, float, float]:
-    """Bytes predicted for a job on one block, MLX's peak, and what the process grew by."""
+def measured(tmp_path: Path, hidden: int, inner: int, resident: bool = False,
+             **changes) -> tuple[float, float, float]:
+    """Bytes predicted for a job on one block, MLX's peak, and what the process grew by: that of a
+    fork says little, so where ``resident`` is asked for, the process is a new one."""
     vocabulary = changes.pop("vocab_size", CONFIG["vocab_size"])
     config = CONFIG | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
                        "vocab_size": vocabulary, "num_attention_heads": hidden // 64,
@@ -48,12 +31,17 @@ def measured(tmp_path: Path, hidden: int, inner: int, **changes) -> tuple[float,
     folder = write_folder(tmp_path / "model", config=config)
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy. " * 400)
-    environment = os.environ | {
-        "MLXQUANT_CACHE": str(tmp_path / "cache"), "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed goes back at once
+    cache = {"MLXQUANT_CACHE": str(tmp_path / "cache")}
+    job = str(folder), str(tmp_path / "out"), str(text)
+    if not resident:
+        done = commands.run(program=partial(peaks.say, *job, changes), **cache)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, folder, tmp_path / "out", text, json.dumps(changes)],
-        env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        [sys.executable, peaks.__file__, *job, json.dumps(changes)],
+        env=os.environ | cache | {  # what is freed goes back at once
+            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
@@ -103,8 +91,8 @@ def test_a_process_does_not_count_what_its_parent_held():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "replica"])
 def test_the_peak_of_a_large_block_bounds_that_of_the_process(tmp_path, method):
-    predicted, peak, grown = measured(tmp_path, 768, 2048, method=method, bits=2, refine=1,
-                                      rotation="online", samples=4, length=32)
+    predicted, peak, grown = measured(tmp_path, 768, 2048, resident=True, method=method, bits=2,
+                                      refine=1, rotation="online", samples=4, length=32)
     assert predicted == pytest.approx(peak, rel=0.2)
     # What is not yet written to is not resident; how much more is depends on what else runs.
     assert 0.4 * predicted < grown < 1.5 * predicted
