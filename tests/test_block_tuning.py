@@ -1,6 +1,7 @@
 """Blocks trained one by one: nearer to the original, never worse, the same in every run."""
 
 import json
+from functools import cache
 
 import commands
 import mlx.core as mx
@@ -57,6 +58,18 @@ def quantise(source, output, text, progress=lambda *_: None, **options):
     return mlxquant.quantize(str(source), output, job(text, **asked), progress=progress)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_folder, text):
+    """The folder and the result of one of ``KINDS``, trained or not, without anything special: each
+    made once."""
+    @cache
+    def make(kind, tuned=True):
+        folder = tmp_path_factory.mktemp("made") / ("tuned" if tuned else "plain")
+        return folder, quantise(tiny_folder, folder, text, tune_blocks=tuned, **KINDS[kind])
+
+    return make
+
+
 def record(folder):
     return json.loads((folder / "config.json").read_text())["mlxquant_record"]
 
@@ -79,15 +92,14 @@ def same(folder, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer_comes_nearer_to_the_original(tmp_path, tiny_folder, text, kind):
-    made = quantise(tiny_folder, tmp_path / "tuned", text, **KINDS[kind])
-    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS[kind])
-    gains = record(tmp_path / "tuned")["tuned_blocks"]
-    assert list(gains) == ["model.layers.0", "model.layers.1"] and gains == made.tuned
+def test_every_kind_of_layer_comes_nearer_to_the_original(tiny_folder, made, kind):
+    (tuned, result), (plain, _) = made(kind), made(kind, tuned=False)
+    gains = record(tuned)["tuned_blocks"]
+    assert list(gains) == ["model.layers.0", "model.layers.1"] and gains == result.tuned
     assert all(gain["after"] < 0.95 * gain["before"] for gain in gains.values())
-    assert distance(tmp_path / "tuned", tiny_folder) < distance(tmp_path / "plain", tiny_folder)
-    assert "tuned_blocks" not in record(tmp_path / "plain")
-    sizes = [mlxquant.inspect(str(tmp_path / name)).bytes_per_token for name in ("tuned", "plain")]
+    assert distance(tuned, tiny_folder) < distance(plain, tiny_folder)
+    assert "tuned_blocks" not in record(plain)
+    sizes = [mlxquant.inspect(str(folder)).bytes_per_token for folder in (tuned, plain)]
     assert sizes[0] == sizes[1]
 
 
@@ -110,15 +122,15 @@ def test_the_last_blocks_error_is_the_divergence_of_the_model(tmp_path, tiny_fol
 
 
 @pytest.mark.parametrize("kind", ["replicas", "groups", "rounded"])
-def test_the_last_block_trained_on_predictions_predicts_better(tmp_path, tiny_folder, text,
+def test_the_last_block_trained_on_predictions_predicts_better(tmp_path, tiny_folder, text, made,
                                                                monkeypatch, kind):
-    quantise(tiny_folder, tmp_path / "predictions", text, **KINDS[kind])
+    predictions, _ = made(kind)
     monkeypatch.setattr(room, "foreseen", lambda *_: {})
-    made = quantise(tiny_folder, tmp_path / "outputs", text, **KINDS[kind])
-    assert not any("nats" in error for error in made.tuned.values())
+    outputs = quantise(tiny_folder, tmp_path / "outputs", text, **KINDS[kind])
+    assert not any("nats" in error for error in outputs.tuned.values())
     words = np.random.default_rng(1).choice(["the", "cat", "sat", "on", "a", "mat"], 400)
     other = load(str(tiny_folder)).tokenizer.encode(" ".join(words))[:256]
-    found = [kl(tmp_path / name, tiny_folder, [other]) for name in ("predictions", "outputs")]
+    found = [kl(folder, tiny_folder, [other]) for folder in (predictions, tmp_path / "outputs")]
     assert found[0] < found[1]
 
 
@@ -142,10 +154,10 @@ def test_predictions_that_cannot_be_trained_for_leave_it_at_outputs(
     assert all(error["after"] < error["before"] for error in made.tuned.values()) and not made.notes
 
 
-def test_codes_end_in_other_cells(tmp_path, tiny_folder, text):
+def test_codes_end_in_other_cells(tmp_path, tiny_folder, text, made):
     quantise(tiny_folder, tmp_path / "tuned", text, **KINDS["replicas"] | {"tune_steps": 100})
-    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS["replicas"])
-    tuned, plain = (mx.load(str(tmp_path / n / "model.safetensors")) for n in ("tuned", "plain"))
+    tuned, plain = (mx.load(str(folder / "model.safetensors"))
+                    for folder in (tmp_path / "tuned", made("replicas", tuned=False)[0]))
     assert tuned.keys() == plain.keys()
     codes = [path for path in plain if path.endswith(".codes")]
     # Of the first block: what later ones are calibrated on differs.
@@ -157,20 +169,20 @@ def test_codes_end_in_other_cells(tmp_path, tiny_folder, text):
     assert all(tuned[path].dtype == plain[path].dtype for path in plain)
 
 
-def test_training_that_spoils_a_block_leaves_it_as_it_was(tmp_path, tiny_folder, text, monkeypatch):
+def test_training_that_spoils_a_block_leaves_it_as_it_was(tmp_path, tiny_folder, text, made,
+                                                          monkeypatch):
+    plain, _ = made("groups", tuned=False)
     monkeypatch.setattr(block_tuning, "RATE", 30.0)
-    made = quantise(tiny_folder, tmp_path / "tuned", text, **KINDS["groups"])
-    quantise(tiny_folder, tmp_path / "plain", text, tune_blocks=False, **KINDS["groups"])
-    assert all(gain["after"] == gain["before"] for gain in made.tuned.values())
-    assert made.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: training"
-                                    " brought it no nearer")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("tuned", "plain")]
+    spoilt = quantise(tiny_folder, tmp_path / "tuned", text, **KINDS["groups"])
+    assert all(gain["after"] == gain["before"] for gain in spoilt.tuned.values())
+    assert spoilt.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: "
+                                      "training brought it no nearer")
+    files = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "tuned", plain)]
     assert files[0] == files[1]
 
 
-def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder, text):
-    quantise(tiny_folder, tmp_path / "whole", text, **KINDS["grouped replicas"])
-    seen = []
+def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder, text, made):
+    whole, seen = made("grouped replicas")[0], []
 
     def stop(done, total, value, stage):
         seen.append(stage)
@@ -184,7 +196,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_a_whole_one(tmp_path, tiny_folder,
     quantise(tiny_folder, tmp_path / "again", text, **KINDS["grouped replicas"],
              progress=lambda done, total, value, stage: resumed.append(stage))
     assert resumed[0] == "quantising" and resumed.count("tuning") == 18
-    assert same(tmp_path / "whole", tmp_path / "again")
+    assert same(whole, tmp_path / "again")
 
 
 @pytest.mark.parametrize("kind", ["replicas", "groups"])
