@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def test_openblas_is_loaded_before_mlx():
     assert "openblas" in run("import mlxquant; print(mlxquant.base.blas.preload())")
     late = run("import mlx.core, mlxquant; print(mlxquant.base.blas.hint())")
     assert "import mlxquant before mlx" in late
+
+
+def say_hint():
+    print(blas.hint())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
+def test_commands_that_the_tests_fork_have_openblas_too():
+    assert commands.run(program=say_hint).stdout == "None\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry the reference BLAS")
