@@ -1,16 +1,16 @@
-"""OpenBLAS for MLX on a Linux CPU, whose wheel is linked with the reference BLAS, 30 times slower.
+"""Load OpenBLAS before MLX on Linux: MLX's CPU wheel links the reference BLAS, 30 times slower.
 
-A library loaded globally before MLX takes the place of those symbols, so ``preload`` runs when the
-package is imported. Macs use Accelerate and Metal: nothing here touches them.
+The symbols of a library that is loaded globally before MLX replace those of the reference BLAS, so
+``preload`` runs when the package is imported. Macs use Accelerate and Metal and are not affected.
 
-OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``). Nearly every name
-in it begins with ``scipy_``, so ``patchelf`` makes a copy, once, in which the names that MLX calls
-have lost that prefix, and all others have one: NumPy's own OpenBLAS, whose integers are wider,
-defines some of the same names and would call ours by them.
+OpenBLAS comes from the package index as SciPy builds it (``scipy-openblas32``). Nearly every symbol
+in it begins with ``scipy_``. ``patchelf`` makes a copy, once, in which the functions that MLX calls
+lose this prefix and all other symbols have it. Without the prefix, NumPy's own OpenBLAS, whose
+integers are wider, would call our functions of the same names.
 
-MLX calls ``sgemm`` for one row as for many, and OpenBLAS first packs the whole matrix for it. Where
-there is a C compiler, as MLX itself wants one on Linux, a library of a few lines comes between and
-hands one row to ``sgemv``: three times as fast, and decoding half as fast again.
+MLX calls ``sgemm`` even for a single row, for which OpenBLAS first packs the whole matrix. Where
+there is a C compiler (MLX itself needs one on Linux), a small wrapper library passes a single row
+to ``sgemv`` instead: the product is then three times as fast, and decoding 1.5 times.
 """
 
 import ctypes
@@ -49,11 +49,12 @@ void cblas_sgemm(int order, int turn_a, int turn_b, int m, int n, int k, float a
 }
 """
 _DYNSYM = 11  # the type of the section with the symbols of dynamic linking
-_loaded: str | None = None  # by this process, for good
+_loaded: str | None = None  # the library that this process has loaded; it stays loaded
 
 
 def preload() -> str | None:
-    """Load OpenBLAS for all libraries that come; None where it is not needed, or absent."""
+    """Load OpenBLAS globally; returns its path, or None where this is not Linux, MLX was imported
+    first, or no OpenBLAS is installed."""
     global _loaded
     if sys.platform != "linux" or _loaded or "mlx.core" in sys.modules:
         return _loaded
@@ -73,8 +74,8 @@ def hint() -> str | None:
 
 
 def _ours() -> list[Path]:
-    """A copy of SciPy's OpenBLAS that MLX's calls will find, and what hands it one row, each made
-    once; none where they cannot be."""
+    """Paths of the renamed copy of SciPy's OpenBLAS and of the ``sgemv`` wrapper, each made once;
+    an empty list where the copy cannot be made."""
     try:
         ours, mlx = find_spec("scipy_openblas32"), find_spec("mlx")
         if ours is None or ours.origin is None or mlx is None:
@@ -108,7 +109,7 @@ def _one_row() -> list[Path]:
 
 
 def _copy(openblas: Path, wanted: set[bytes], target: Path) -> None:
-    """Write ``openblas`` as ``target``, of which only the ``wanted`` functions have plain names."""
+    """Copy ``openblas`` to ``target``, where only the ``wanted`` functions lack ``scipy_``."""
     plain = {name: name.removeprefix(b"scipy_") for name in _symbols(openblas, defined=True)}
     renamed = {name: bare if bare in wanted else b"scipy_" + bare for name, bare in plain.items()}
     with new_file(target) as copy, tempfile.NamedTemporaryFile() as renamings:
@@ -120,7 +121,7 @@ def _copy(openblas: Path, wanted: set[bytes], target: Path) -> None:
 
 
 def _symbols(library: Path, *, defined: bool) -> set[bytes]:
-    """The functions and data that a library gives to others, or (not ``defined``) takes from them.
+    """The symbols that a library exports, or (not ``defined``) those that it imports.
 
     It is an ELF file of 64 bits: https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html
     """

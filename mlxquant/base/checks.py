@@ -23,5 +23,5 @@ def number(name: str, value: object, low: float, high: float) -> None:
 
 
 def _shown(value: float) -> str:
-    """Digits of a number; Python writes none of more than 4,300."""
+    """The number as text, or "too large": Python prints no integer of more than 4,300 digits."""
     return str(value) if abs(value) < 1e300 or isinstance(value, float) else "too large"

@@ -1,12 +1,13 @@
-"""What can go wrong, said in one line: what, where, and what is allowed.
+"""Errors whose one-line message tells the user what is wrong, where, and what is allowed.
 
-The command line prints it and exits with 1; what is no ``MlxquantError`` is a bug of ours.
+The command line prints the message and exits with 1. Other exceptions are bugs of this package,
+except those for which ``one_line`` has a message.
 """
 
 
 class MlxquantError(Exception):
-    """Base of the errors whose message is meant for the user: one line, and harmless to a terminal,
-    whatever names a file brings into it."""
+    """Base of the errors whose message is meant for the user. Characters that are not printable,
+    for example in a name that a file supplies, are escaped, so that the message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
@@ -37,8 +38,8 @@ class CannotWrite(MlxquantError):
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user of an error that is not a bug (ours, the system's, or MLX's where
-    memory or the device fails: "[operation] …"); None where it may be one."""
+    """The message for the user where an error is not a bug: an ``MlxquantError``, an ``OSError``,
+    lack of memory, or MLX's "[operation] …" of a failed device; None where it may be a bug."""
     if isinstance(error, MlxquantError):
         return str(error)
     if isinstance(error, MemoryError):
@@ -51,5 +52,5 @@ def one_line(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, to go on from in a line of our own; or what it is, if it says nothing."""
+    """The first line of an error's message, without its full stop; its type if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

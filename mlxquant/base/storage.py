@@ -20,8 +20,8 @@ from mlxquant.base.errors import CannotWrite, MlxquantError, TooLarge
 
 _MARKER = "job.json"
 _Result = TypeVar("_Result")
-_held: set[Path] = set()  # outputs that this process holds; a lock would shut out itself too
-_warned: set[str] = set()  # so that a cache that cannot be written is told once a process
+_held: set[Path] = set()  # outputs that this process has locked: a second flock would fail
+_warned: set[str] = set()  # cache folders of which this process has said that it cannot write
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
          errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
@@ -39,7 +39,7 @@ def state_dir(*parts: str) -> Path:
 
 
 def shipped(installed: str, checkout: str) -> Path:
-    """Data of the package: where it is installed, or else where a checkout has it."""
+    """The path of a data file: ``installed`` in the package, or else ``checkout`` beside it."""
     package = Path(__file__).parents[1]
     path = package / installed
     return path if path.exists() else package.parent / checkout
@@ -47,7 +47,7 @@ def shipped(installed: str, checkout: str) -> Path:
 
 @contextmanager
 def if_writable() -> Iterator[None]:
-    """For writing into the cache what only saves time: a failure is a warning, once."""
+    """Context for writing to the cache: ``CannotWrite`` becomes a warning, printed once."""
     try:
         yield
     except CannotWrite as error:
@@ -58,7 +58,7 @@ def if_writable() -> Iterator[None]:
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """The JSON value in ``file``, a part of the cache, else the one that ``make`` returns."""
+    """The JSON value in the cache's ``file``; where there is none, ``make`` gives and stores it."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
     value = make()
@@ -93,8 +93,8 @@ def working_folder(output: Path, job: dict[str, str], record: dict[str, Any]) ->
 
 
 def refuse_unfinished(output: Path, known: dict[str, str]) -> None:
-    """Raise ``MlxquantError`` where ``OUT.partial`` belongs to a job that is not what is ``known``
-    of it."""
+    """Raise ``MlxquantError`` where ``OUT.partial`` belongs to a job that differs from the items
+    ``known``."""
     partial = output.with_name(f"{output.name}.partial")
     marker = partial / _MARKER
     if _begun(partial) and not (
@@ -110,8 +110,8 @@ def _begun(partial: Path) -> bool:
 
 @contextmanager
 def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold ``target`` for this process, which lets go when it dies. Where another one holds it,
-    ``wait`` for that or raise ``MlxquantError``."""
+    """Lock ``target`` for this process; the lock ends with the block or the process. Where another
+    process has it locked, ``wait`` or raise ``MlxquantError``."""
     key = target.absolute()
     if key in _held:
         yield
@@ -145,7 +145,7 @@ def _locked(path: Path, target: Path, wait: bool) -> IO[str]:
 
 
 def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """For functions of (name, output, …): two that write one output do not run at once."""
+    """Decorator for functions of (name, output, …): lock ``output`` while the function runs."""
 
     @functools.wraps(function)
     def run(name: str, output: str | Path, *args: Any, **kwargs: Any) -> _Result:
@@ -156,7 +156,7 @@ def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def drop_stale(target: Path) -> None:
-    """Remove what killed runs left of ``target``, which this process must hold."""
+    """Remove scratch paths that killed runs left beside ``target``, which must be locked."""
     for scratch in target.parent.glob(f".{target.name}.*.part"):
         _remove(scratch)
 
@@ -192,7 +192,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` that nothing else uses; what is there when the block fails goes."""
+    """Yield an unused path beside ``target``; if the block fails, what lies there is removed."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
@@ -235,7 +235,7 @@ def save_arrays(target: Path, arrays: dict[str, Any], metadata: dict[str, str]) 
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Say in one line that a disk is full, a folder read-only, a file in a folder's place."""
+    """Raise ``CannotWrite`` for a full disk, a read-only folder or a file in a folder's place."""
     try:
         yield
     except OSError as error:

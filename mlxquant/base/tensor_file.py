@@ -1,6 +1,7 @@
-"""Write a safetensors file one array at a time, and no value that is not a number.
+"""Write a safetensors file one array at a time, and refuse values that are infinite or NaN.
 
-MLX's own writer computes all arrays first: a whole shard in memory, where they still lie on disk.
+MLX's own writer computes all arrays first: arrays that are still on disk then fill memory with a
+whole shard.
 Format: https://huggingface.co/docs/safetensors
 """
 
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 _TYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
           "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
           "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-# The bits of the exponent: all are set in what is not finite, and in nothing else.
+# The bits of the exponent: all are set in a value that is not finite, and in no other value.
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000,
               "float64": 0x7FF0_0000_0000_0000}
 _AT_ONCE = 1 << 24  # values that are tested together, with twice their memory
 
 
 def write(path: Path, arrays: dict[str, "mx.array"], metadata: dict[str, str]) -> None:
-    """Write ``arrays``, and empty the dictionary, so that what is written needs no memory.
+    """Write ``arrays``, and take each out of the dictionary, so that its memory can be freed.
 
     Raises ``BadCheckpoint`` naming an array with a value that is not finite.
     """
@@ -46,7 +47,7 @@ def write(path: Path, arrays: dict[str, "mx.array"], metadata: dict[str, str]) -
 
 def require_finite(name: str, array: "mx.array") -> None:
     """Raise ``BadCheckpoint`` where a value of ``array`` is infinite or not a number."""
-    import mlx.core as mx  # after OpenBLAS, which the package loads by way of this module's layer
+    import mlx.core as mx  # not at the top: ``blas.py`` imports this folder before OpenBLAS
     import numpy as np
 
     exponent = _EXPONENTS.get(_type(array))

@@ -4,16 +4,16 @@ import re
 
 from mlxquant.base.errors import MlxquantError
 
-# Control characters but new line and tab (C0, DEL, C1), those that reorder text, and two more
-# that end a line for some.
+# Control characters except new line and tab (C0, DEL, C1), characters that reorder text, and
+# U+2028 and U+2029, which some programs take for the end of a line.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f"
                      "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """``text`` without characters that steer a terminal or turn the direction of what it shows.
+    """``text`` without characters that control a terminal or change the direction of text.
 
-    Single characters are dropped and what follows them stays, so that a stream may be
+    Only these characters are dropped, not the rest of an escape sequence, so that a stream may be
     cleaned in pieces, wherever it is cut.
     """
     return _UNSAFE.sub("", text)

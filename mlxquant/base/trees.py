@@ -18,11 +18,11 @@ def is_float(leaf: Any) -> bool:
 
 
 def floats(tree: Any) -> list[mx.array]:
-    """Those of floating point."""
+    """All floating-point arrays of a tree, in its order."""
     return list(filter(is_float, arrays(tree)))
 
 
 def with_floats(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """``tree`` with other ``arrays`` in place of its own of floating point."""
+    """``tree`` with its floating-point arrays replaced by ``arrays``, in its order."""
     left = iter(arrays)
     return tree_map(lambda leaf: next(left) if is_float(leaf) else leaf, tree)
