@@ -1,7 +1,7 @@
-"""Which chip this is, and what is known of it.
+"""Which chip this machine has, and a table of the figures of known chips.
 
-It is known by brand string and GPU cores, as an M3 Max has 300 or 400 GB/s. What is not in the
-table has no figures, never guessed ones.
+A chip is identified by brand string and number of GPU cores: an M3 Max has 300 or 400 GB/s,
+depending on its cores. A chip that is not in the table has no figures; none are guessed.
 """
 
 import difflib
@@ -59,7 +59,8 @@ class Chip:
 
 
 def of(name: str, gpu_cores: int | None) -> Chip:
-    """The chip of this brand string and core count; without cores, what all its variants share."""
+    """The chip of this brand string and core count; without a core count, with the figures that all
+    its variants share; without figures where the table has no such chip."""
     fitting = [chip for chip in every() if chip.name == name
                and (gpu_cores is None or chip.gpu_cores in (gpu_cores, None))]
     if not fitting:
@@ -98,7 +99,7 @@ def detect() -> Chip:
         cores = re.search(r'"gpu-core-count" = (\d+)|"num_cores"=(\d+)',
                           output_of("ioreg", "-rc", "AGXAccelerator", "-d1"))
         return of(name, int(cores[1] or cores[2]) if cores else None)
-    import mlx.core as mx  # not for a look at the table alone
+    import mlx.core as mx  # here, because reading the table needs no MLX
 
     named = mx.device_info().get("device_name") or platform.processor() or platform.machine()
     return of(str(named), None)

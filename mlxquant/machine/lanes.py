@@ -4,9 +4,9 @@
 
 A lane-operation is one of a core's 128 lanes for a cycle: add, multiply-add, mask and OR take 1;
 converting an integer to float, and a shift by a constant, take 4; reading a half as a float takes
-nothing. From M3 on integer work and conversions run beside the floating-point work, before that
-they take turns. What our kernel does for a weight was counted in what a compiler makes of it (LLVM;
-a test counts again), and the bytes that it fetches from the caches are counted too.
+nothing. From M3 on, integer work and conversions run in parallel with floating-point work; on older
+chips they take turns. The operations of our kernel per weight were counted in the code that LLVM
+compiles (a test counts them again); the bytes that it fetches from the caches are counted too.
 """
 
 import json
@@ -21,14 +21,14 @@ from mlxquant.machine.chips import Chip
 from mlxquant.machine.replica_limits import ReplicaLimits, search
 
 BANDWIDTH_SHARE = 0.92  # of the headline, what whole models reach at the margin (``predict.py``)
-# Fetching a byte from the caches costs as much as this many operations, so that a core fetches 142
-# bytes a cycle: the one number that is fitted, to how the time of stock 2-bit products grows from 2
-# to 8 vectors on an M4 Pro (2.8 lane-operations a vector and weight, one of them the multiply-add,
-# the rest 2 bytes of input). With one vector every fetch serves four rows.
+# Fetching a byte from the caches costs as much as this many operations (a core fetches 142 bytes a
+# cycle). It is the only fitted number: stock 2-bit products on an M4 Pro take 2.8 lane-operations
+# more per weight for each vector from 2 to 8, one of them the multiply-add, the rest for 2 bytes of
+# input. With one vector every fetch serves four rows.
 _FETCH_BYTE = 0.9
 _ROWS = 4
-# Of ``replicated_matvec.py``, by the bits that a code takes: integer operations of a weight, a
-# shift as 4.
+# Integer operations per weight in ``replicated_matvec.py``, by the bits that a code takes; a shift
+# counts as 4.
 _DECODING = {1: 1.3, 2: 1.35, 3: 2.5, 4: 1.6}
 _SHARED_PIPES = ("Apple M1", "Apple M2")
 
@@ -44,8 +44,8 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a weight: floating-point operations, integer ones (conversions among them), and bytes
-    fetched from the caches."""
+    """What one weight costs: floating-point operations, integer operations (which include
+    conversions), and bytes fetched from the caches."""
 
     operations: float
     integer: float
@@ -58,7 +58,7 @@ class Cost:
         return floating + self.integer if shared else max(floating, self.integer)
 
     def seconds(self, chip: Chip, weights: float) -> float:
-        """What ``weights`` take, if nothing else does; raises ``BadValue`` as ``chip.known``."""
+        """Seconds that ``weights`` take in operations; raises ``BadValue`` as ``chip.known``."""
         return weights * self.on(chip) / chip.known("lane_operations_per_s")
 
 
@@ -84,8 +84,8 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
 
 
 def rows_together(sums: int, scales: int) -> int:
-    """Rows of a simdgroup in ``replicated_matvec.py``, which a fetch of X serves: as many as
-    registers hold so many ``sums`` and ``scales`` of each (``benchmarks/LOG.md``)."""
+    """Rows that a simdgroup of ``replicated_matvec.py`` computes from one fetch of X: as many as
+    its registers can hold, with ``sums`` and ``scales`` for each row (``benchmarks/LOG.md``)."""
     held = 2 * sums + scales
     return 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2
 
@@ -117,7 +117,7 @@ def limits(chip: Chip) -> ReplicaLimits | None:
 
 
 def _stored_bits(bits: int | str) -> int:
-    """What a code takes in a GPU's memory."""
+    """Bits that a code takes in a GPU's memory."""
     return 2 if bits == "ternary" else int(bits)
 
 

@@ -47,8 +47,9 @@ def told(needed: float, limit: float, fitting: Iterable[str]) -> str:
 
 def require_memory(what: str, asked: T, need: Callable[[T], float], limit: float,
                    smaller: Iterable[Iterable[tuple[str, T]]]) -> None:
-    """Raise ``TooLarge`` where ``asked`` needs more than ``limit`` bytes; the message calls it
-    ``what`` and names, of each kind of ``smaller`` request, the option of the first that fits."""
+    """Raise ``TooLarge`` where the request ``asked`` needs more than ``limit`` bytes. The message
+    calls it ``what``; from each list of (option, request) in ``smaller`` it names the first option
+    that fits."""
     if (needed := need(asked)) > limit:
         fitting = [next((name for name, other in others if need(other) <= limit), None)
                    for others in smaller]
@@ -56,8 +57,8 @@ def require_memory(what: str, asked: T, need: Callable[[T], float], limit: float
 
 
 def memory_limit() -> int:
-    """Bytes a model may take: the GPU's recommended working set, or what of its own memory no other
-    process holds; without a GPU the free memory."""
+    """Bytes a model may take: on Metal the GPU's recommended working set, on CUDA the GPU memory
+    that no other process holds, without a GPU the available main memory."""
     info = mx.device_info()
     if recommended := info.get("max_recommended_working_set_size"):
         return int(recommended)

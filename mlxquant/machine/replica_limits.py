@@ -11,10 +11,11 @@ _GROUPS = (64, 32, 16, 8)  # inputs that share a scaling
 
 @dataclass(frozen=True)
 class ReplicaLimits:
-    """By width the largest K that takes at most 5 % longer than one replica, and by width and K the
-    smallest group within that limit: 0 where none is needed, None where none tried suffices. A
-    width is None where memory reads do not bound its layers' time (no kernel of their own, or too
-    short to fill a GPU). ``reason`` says so, or why nothing was measured."""
+    """``largest_replicas``: by code width the largest K that takes at most 5 % longer than one
+    replica. ``smallest_group``: by width and K the smallest group within that limit, 0 where no
+    group is needed, None where no tried group suffices. A width's value is None where memory reads
+    do not bound the time of its layers (they have no kernel, or are too short to fill a GPU).
+    ``reason`` explains such a None, or why nothing was measured, or how values were predicted."""
 
     reason: str | None
     largest_replicas: dict[str, int | None] | None = None
@@ -22,15 +23,15 @@ class ReplicaLimits:
     timings: list[dict[str, Any]] = field(default_factory=list)
 
     def group_for(self, bits: object, replicas: int) -> int | None:
-        """The smallest group in which so many replicas, or the next more that were tried, are
-        free, 0 where they need none; None where they are not free, or it is not known."""
+        """The smallest group in which ``replicas``, rounded up to a number that was tried, are
+        free: 0 where they need no group, None where they are not free or nothing is known."""
         known = (self.smallest_group or {}).get(str(bits)) or {}
         tried = next((count for count in _REPLICAS if count >= replicas), _REPLICAS[-1])
         return 0 if replicas == 1 and known else known.get(str(tried))
 
     def free(self, bits: object, replicas: int, group: int) -> bool | None:
-        """Whether so many replicas, in groups of ``group`` or none (0), take at most 5 % longer
-        than one; None where it is not known."""
+        """Whether ``replicas`` in groups of ``group`` inputs (0: no groups) take at most 5 % longer
+        than one replica; None where this is not known."""
         if (self.largest_replicas or {}).get(str(bits)) is None:
             return None
         smallest = self.group_for(bits, replicas)
@@ -38,8 +39,9 @@ class ReplicaLimits:
 
 
 def search(one: float, timer: Callable[[int, int], float]) -> tuple[int, dict[str, int | None]]:
-    """(largest K, smallest G by K), given the time of one replica and a way to time others. More
-    replicas and smaller groups never cost less: a search ends with the first that are not free."""
+    """(largest K, smallest G by K) whose time ``timer(K, G)`` is at most ``TOLERANCE`` above
+    ``one``, the time of one replica. More replicas and smaller groups never cost less, so each
+    search ends at the first that are not free."""
     most = one * (1 + TOLERANCE)
     largest = 1
     groups: dict[str, int | None] = {}

@@ -25,8 +25,8 @@ def device() -> str:
 
 
 def power_state() -> dict[str, Any]:
-    """What can make the same machine slower today, the load of its last minute among it; each
-    None where the machine does not tell."""
+    """Conditions that change the machine's speed: power source, low-power mode, speed and power
+    limits, and the load of the last minute; each None where the system does not report it."""
     load = {"load_average": round(os.getloadavg()[0], 2)}
     if sys.platform == "darwin":
         return _mac_power(output_of("pmset", "-g", "batt"), output_of("pmset", "-g"),
