@@ -154,7 +154,7 @@ def _search(w: mx.array, h: mx.array, spec: Spec, dtype: mx.Dtype) -> tuple[mx.a
         best = _better(best, _tried(w, h, clip * scale, clip * low, spec, dtype))
     found, moving = [x.reshape(-1, 1) for x in best], mx.arange(low.size)
     for _ in range(_ROUNDS):
-        # What one round does not improve no later one does: of many groups few are left soon.
+        # A group that one round does not improve, no later round does: few groups are left soon.
         some, weights = w.reshape(-1, w.shape[-1])[moving], h[moving % len(h)]
         old = found[0][moving], found[1][moving], found[2][moving]
         codes = nearest(some, old[0], old[1], spec.bits.levels)
@@ -195,7 +195,7 @@ def _tried(w: mx.array, h: mx.array, scale: mx.array, bias: mx.array, spec: Spec
 
 
 def _better(one: _Found, other: _Found) -> _Found:
-    """Of each group, the one with the smaller error."""
+    """For each group, the grid with the smaller error."""
     wins = other[2] < one[2]
     scale, bias, error = (mx.where(wins, b, a) for a, b in zip(one, other))
     return scale, bias, error

@@ -35,8 +35,8 @@ def random_signs(n: int, seed: int) -> mx.array:
 
 
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
-    """R x for every vector on the last axis of ``x`` (…, n), with ``signs`` (n,); of a weight W
-    (m, n) that is W Rᵀ, which takes R x where W took x.
+    """R x for every vector on the last axis of ``x`` (…, n), with ``signs`` (n,). For a weight W
+    (m, n) this is W Rᵀ, which multiplies R x where W multiplies x.
 
     Raises ``BadValue`` if ``block`` is no power of two that divides n.
     """

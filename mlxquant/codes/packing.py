@@ -1,8 +1,8 @@
-"""Codes of symmetric levels as they lie on disk, at every width of a replicated layer.
+"""How the codes of a replicated layer are packed on disk, at every width.
 
-A power of two of levels packs as MLX's bit stream, see ``affine.pack``. Three levels would waste a
-fifth of two bits: five of them share a byte instead, 1.6 bits a code, as the digits of a number
-below 3⁵ = 243, the first code the least significant. A stack of matrices packs as its rows do.
+Codes of 2, 4, 8 or 16 levels are packed as MLX's bit stream (``affine.pack``). Ternary codes would
+waste a fifth of two bits; five of them share a byte instead (1.6 bits a code), as the base-3 digits
+of a number below 3⁵ = 243, the first code least significant. Stacks of matrices pack row by row.
 """
 
 import mlx.core as mx

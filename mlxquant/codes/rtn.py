@@ -3,8 +3,8 @@
 Each group's grid holds zero and the group's largest weight exactly, as the stock quantiser's does.
 Searching clipped ranges for the least squared error, the usual advice, was measured to lose: a
 clipped outlier is a clipped channel, and small weights that all err to one side add up
-(``benchmarks/LOG.md``). Symmetric grids, ternary and one bit have no place for both ends and zero,
-and are fitted by least squares.
+(``benchmarks/LOG.md``). Symmetric, ternary and one-bit grids cannot hold zero and both ends of the
+range; they, and one grid for a whole matrix, are fitted by least squares.
 """
 
 import mlx.core as mx

@@ -27,7 +27,7 @@ class Whole(Enum):
 
 
 def group_size_of(value: object) -> int | Whole:
-    """A group size as ``Spec`` has it, of one as files have it; raises ``BadValue``."""
+    """The group size that files write as ``value``, as ``Spec`` has it; raises ``BadValue``."""
     if isinstance(value, Whole):
         return value
     if type(value) is not int or value < -1:
@@ -37,7 +37,7 @@ def group_size_of(value: object) -> int | Whole:
 
 
 class _Recorded:
-    """A dataclass that files hold."""
+    """A dataclass whose fields are written to files."""
 
     def as_dict(self: Any) -> dict[str, Any]:
         """The fields by name, widths and whole groups as files write them."""
@@ -47,9 +47,9 @@ class _Recorded:
 
 @dataclass(frozen=True)
 class ReplicaShape(_Recorded):
-    """What siblings have in common: width of a code, replicas K, inputs per group G (0: plain),
-    and block of the rotation (0: none). ``bits`` may be given as JSON has it. Raises ``BadValue``
-    for what is not allowed."""
+    """What sibling layers (they read one input) share: width of a code, replicas K, inputs per
+    group G (0: no groups), and block of the rotation (0: none). ``bits`` may be given as JSON has
+    it. Raises ``BadValue`` for a value that is not allowed."""
 
     bits: Width = Width.TWO
     replicas: int = 4
@@ -72,13 +72,13 @@ class ReplicaShape(_Recorded):
                                f"allowed are {', '.join(map(str, fitting))}")
 
     def multiply_adds(self, weights: int) -> int:
-        """What one token costs: K per weight, grouped 1 + K / G."""
+        """Multiply-adds for one token: K per weight, grouped 1 + K / G."""
         if not self.replica_group:
             return weights * self.replicas
         return weights + weights * self.replicas // self.replica_group
 
     def rotation_additions(self, inputs: int) -> int:
-        """What rotating one token's ``inputs`` costs: n·log₂(block)."""
+        """Additions that rotate one token's ``inputs``: n·log₂(block)."""
         return inputs * max(self.rotation_block.bit_length() - 1, 0)
 
 
@@ -90,8 +90,8 @@ class Spec(_Recorded):
     offset, or a ``Whole`` row or matrix does; both may be given as JSON has them. ``symmetric``
     levels mirror around zero. GPTQ takes the most active inputs first with ``act_order``, and
     improves its result in ``refine`` rounds (``quantise/refine.py``). The method ``replica`` has
-    no groups but ``replicas`` scalings, their inputs' side constant over ``replica_group``
-    inputs (0: none). Raises ``BadValue`` for what is not allowed.
+    no groups; it has ``replicas`` scalings, whose input side is constant over ``replica_group``
+    inputs (0: one value per input). Raises ``BadValue`` for a value that is not allowed.
     """
 
     bits: Width = Width.FOUR
@@ -115,7 +115,7 @@ class Spec(_Recorded):
 
     @property
     def mirrored(self) -> bool:
-        """Whether a bias follows from its scale, levels being as far below zero as above."""
+        """Whether levels are symmetric around zero, so that the bias follows from the scale."""
         return self.symmetric or self.bits is Width.TERNARY
 
     def group_for(self, columns: int) -> int:
@@ -128,7 +128,7 @@ class Spec(_Recorded):
         return group
 
     def replica_shape(self, rotation_block: int) -> ReplicaShape:
-        """The shape of a replicated layer of this spec; raises ``BadValue`` as that does."""
+        """The shape of a replicated layer of this spec; raises ``BadValue`` as ``ReplicaShape``."""
         return ReplicaShape(self.bits, self.replicas, self.replica_group,
                             rotation_block if self.rotation == "online" else 0)
 

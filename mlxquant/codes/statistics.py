@@ -26,12 +26,12 @@ class Statistics:
 
     @classmethod
     def flat(cls, width: int) -> "Statistics":
-        """Those of an input of which nothing is known: inputs alike and independent."""
+        """Statistics of an input of which nothing is known: all channels alike and independent."""
         return cls(0, mx.eye(width), mx.ones(width), mx.ones(width))
 
     def sound(self) -> "Statistics":
-        """The same with second moments of mean 1, so that no method divides by next to nothing;
-        an input that is always zero counts as one of which nothing is known."""
+        """These statistics with H scaled to a mean diagonal of 1, so that no method divides by
+        nearly zero; for an input that is always zero, those of ``flat``."""
         mean = self.hessian.diagonal().mean().item()
         if not mean > 0:
             return Statistics.flat(len(self.largest))
@@ -39,7 +39,7 @@ class Statistics:
                           None if self.cross is None else self.cross / mean)
 
     def add(self, x: mx.array, target: mx.array | None = None) -> None:
-        """Take in a batch of inputs (…, n), and the float model's inputs beside them."""
+        """Add a batch of inputs ``x`` (…, n); ``target`` is the float model's input there."""
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         if not len(x):
             return
