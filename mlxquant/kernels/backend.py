@@ -1,10 +1,10 @@
-"""One kernel body for Metal and CUDA, built on first use and believed only after it agreed with its
+"""One kernel body for Metal and CUDA, built on first use and used only where it agrees with its
 reference.
 
 Bodies are written with Metal's own attribute names, which MLX looks for, and a few names that the
 preludes below give both languages: ``DEVICE`` and ``THREAD`` (address spaces), ``FUNCTION``,
-``UNROLL`` and ``floats_of_halves``. Buffers are filled up to 8 elements: Metal puts smaller ones
-into another address space.
+``UNROLL`` and ``floats_of_halves``. Buffers are padded to at least 8 elements: Metal puts smaller
+ones into another address space.
 """
 
 import functools
@@ -69,9 +69,9 @@ def is_cuda() -> bool:
 
 class Kernel:
     """MLX's kernel for ``body``, built at its first call; ``header`` holds functions that the body
-    calls. ``EXPERT(i)`` in it is the number of a mixture's expert, read from a further input
-    ``experts`` at i, or 0 in calls for no mixture. MLX tells kernels apart by name and template
-    alone, so a call's template holds the types of all inputs whose types may differ."""
+    calls. In it ``EXPERT(i)`` is ``experts[i]``, the index of a mixture's expert, or 0 in a call
+    without ``experts``. MLX tells kernels apart by name and template alone, so a call's template
+    holds the types of all inputs whose types may differ."""
 
     def __init__(self, name: str, inputs: list[str], outputs: list[str], body: str,
                  header: str = ""):
@@ -103,9 +103,9 @@ class Kernel:
 def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
     """Whether a kernel's error on a small random case, ``check()``, is at most ``allowed``.
 
-    Asked once per chip, MLX version and source; the answer is kept in the cache, and by name in
-    this process, since every call of a layer asks. A kernel that errs or does not compile costs
-    one warning: its reference takes its place.
+    The check runs once per chip, MLX version and source. Its result is cached on disk and, since
+    every call of a layer asks, in this process. A kernel that is wrong or does not compile causes
+    one warning, and its reference is used.
     """
     if name not in _answers:
         file = cache_dir("kernels", f"{chips.slug()}-{_sources()}", f"{name}.json")

@@ -1,4 +1,4 @@
-"""Random cases on which kernels are held against their references."""
+"""Random cases on which kernels are compared with their references."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ALL = (mx.float32, mx.float16, mx.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """A random replicated matrix, or so many ``experts``, and an input for it."""
+    """A random replicated matrix, or one for each of ``experts``, and an input for it."""
 
     bits: Width
     replicas: int
@@ -75,8 +75,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Heads:
-    """Random heads of a token, ``queries`` of queries and ``stored`` of keys and of values, in one
-    array or with values ``apart``, and a cache for seven tokens."""
+    """Random heads of one token: ``queries`` query heads, ``stored`` key heads and as many value
+    heads, in one array or with values in another (``apart``); and a KV cache of seven positions."""
 
     queries: int
     stored: int
@@ -122,7 +122,7 @@ def heads(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Heads]:
 
 
 def cases(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Case]:
-    """Every width and dtype, plain and grouped, sizes that fill nothing up, several tokens."""
+    """Every width and dtype, plain and grouped, sizes that fill no block, several tokens."""
     for dtype in dtypes:
         for bits in REPLICA_WIDTHS:
             yield Case(bits, 4, 0, 64, 83, 1344, 1, dtype)
@@ -133,7 +133,7 @@ def cases(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Case]:
 
 
 def mixtures(dtypes: tuple[mx.Dtype, ...] = ALL) -> Iterator[Case]:
-    """The same of experts."""
+    """Such cases for a mixture's experts."""
     for dtype in dtypes:
         for bits in REPLICA_WIDTHS:
             yield Case(bits, 4, 0, 64, 19, 320, 1, dtype, experts=5)

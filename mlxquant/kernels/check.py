@@ -66,7 +66,7 @@ def _prepare(case: Case, step: type[AsIs] = AsIs) -> float:
 
 def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
                      scales: Scales) -> list[float]:
-    """Of X, and of the sums behind it, which must be those of the X that was found."""
+    """Errors of X, and of the sums behind it against the sums of the X that was found."""
     shape = (layout.padded(scales.inputs) // layout.block, layout.run // layout.piece, -1,
              layout.lanes, layout.piece)
     size = len(found) * layout.padded(scales.inputs) // layout.stored(scales.inputs)
@@ -76,7 +76,7 @@ def _prepared_errors(found: mx.array, expected: mx.array, layout: Layout,
 
 
 def _product(case: Case, kernel: ModuleType) -> float:
-    """Of the matrix kernel alone: its input is prepared by the reference."""
+    """Error of the matrix kernel alone: its input is prepared by the reference."""
     x, matrix = case.draw()
     layout = kernel.layout(case.shape, case.dtype, case.tokens)
     prepared = prepare_input.reference(x, matrix.scales, layout)
@@ -104,7 +104,8 @@ def _expand(case: Case) -> float:
 
 
 def _experts(case: Case) -> float:
-    """The preparation, of a gate too, the product and the expansion."""
+    """Largest error, for experts, of the preparation with and without a gate, the product and the
+    expansion."""
     x, matrix = case.draw()
     layout, chosen = replicated_matvec.layout(case.shape, case.dtype), case.chosen()
     prepared = prepare_input.reference(x, matrix.scales, layout, AS_IS, chosen)
@@ -122,7 +123,7 @@ def _experts(case: Case) -> float:
 
 
 def _rotary(case: Heads) -> float:
-    """Of the queries and of the whole cache, which the kernel changes in place."""
+    """Largest error of the queries and of the whole cache, which the kernel changes in place."""
     drawn = case.draw()
     expected = rotary.reference(*drawn)
     mx.eval(expected)
@@ -165,7 +166,7 @@ def pending() -> list[tuple[str, str, float, Callable[[], float]]]:
 
 
 def comparisons() -> Iterator[Comparison]:
-    """What is ``pending``, one by one."""
+    """Run the comparisons that are ``pending``, one by one."""
     for kernel, case, allowed, find_error in pending():
         try:
             yield Comparison(kernel, case, find_error(), allowed)

@@ -1,15 +1,15 @@
-"""The order in which kernels want codes: two of them decode from one word by one mask.
+"""The order in which kernels read codes: one mask takes two codes out of a word.
 
 A row is cut into chunks of 32 inputs, b words of 32 bits for b-bit codes. The codes of a
-pair of neighbouring inputs lie 16 bits apart, so that masking a word leaves one in each half
-of it: as two float16 by an OR with a power of two, or one by one as float32. At 3 bits five
-pairs leave bit 15 and bit 31 of each word over: the three words' spare bits are the sixteenth
-pair. Three levels take two bits here, where the file has five in a byte.
+pair of neighbouring inputs lie 16 bits apart, so that a mask leaves one code in each half of a
+word; an OR with a power of two makes each half a float16. At 3 bits, five pairs leave bits 15
+and 31 of each word unused; these bits of the three words hold the sixteenth pair. Ternary codes
+take two bits here; a file packs five of them into a byte.
 
     pair p of a chunk, 1, 2, 4 bits:  word p / (16/b), bits b·(p mod 16/b) and 16 more
                        3 bits, p < 15: word p / 5, bits 3·(p mod 5) and 16 more
 
-Made from the file's order when a model is loaded on a GPU, some rows at a time.
+Codes are brought into this order when a model is loaded on a GPU, some rows at a time.
 """
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from mlxquant.codes.packing import unpack_codes
 from mlxquant.codes.width import Width
 
 CHUNK = 32  # inputs
-# Inputs that rows are filled up to, by width: 16 bytes, at 3 bits 12.
+# Rows are padded to a multiple of so many inputs, by width: 16 bytes of codes, at 3 bits 12.
 RUN = {1: 128, 2: 64, 3: 32, 4: 32}
 _AT_ONCE = 1 << 24  # codes that are held unpacked
 

@@ -3,8 +3,8 @@
     t_j = wanted_j − Σ_{i<j} e_i F_ij      code_j = nearest level to t_j
     e_j = scale_j · code_j + bias_j − weight_j
 
-Rows are independent; the columns of one are a chain. As ``mx`` operations that is
-some six launches a column, and at this size launches are all the time. The kernel
+Rows are independent; within a row each column depends on those before it. In ``mx`` operations
+this takes some six launches a column, and at this size launches take all the time. The kernel
 gives every row a simdgroup and takes one launch a block: each lane keeps the targets of its own
 columns, and the error of the column just rounded goes to all lanes. It reads four floats and
 writes two per weight; F (64 × 64) stays in cache.
@@ -50,7 +50,7 @@ _KERNEL = backend.Kernel(
     "column_sweep", ["weight", "wanted", "scales", "biases", "feedback", "sizes"],
     ["codes", "errors"], _BODY)
 _SIMDGROUPS = 4
-TIES = 0.01  # a tie may fall either way, and moves what follows in its row
+TIES = 0.01  # share of codes that may differ: a tie may round either way, and changes later columns
 BLOCK = 64  # columns that are rounded in one launch
 _FAR = 512
 
@@ -59,8 +59,8 @@ def round_columns(weight: mx.array, wanted: mx.array, scales: mx.array, biases: 
                   feedback: mx.array, levels: int) -> tuple[mx.array, mx.array]:
     """(codes, errors) of a block of columns, all (m, w) float32 like the first four inputs.
 
-    Of ``feedback`` (w, w) only what lies above the diagonal counts. By the kernel where there is a
-    GPU on which it agrees with the reference, which is tried once on a small case.
+    Only entries of ``feedback`` (w, w) above the diagonal have an effect. The kernel runs on a GPU
+    where it agreed with the reference on a small case; elsewhere the reference runs.
     """
     trusted = backend.has_gpu() and backend.trusted("column_sweep", disagreement, TIES)
     run = _launch if trusted else reference
@@ -77,10 +77,11 @@ def sweep_columns(weight: mx.array, scales: mx.array, biases: mx.array, factor: 
 
 def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx.array,
                  hessian: mx.array, levels: int) -> mx.array:
-    """``codes`` (m, n) after each has once moved to the level best with all others as they are.
+    """``codes`` (m, n) after one pass of coordinate descent over the columns: each moves to the
+    level with the least loss while all other columns are fixed.
 
     The best value of column j is v_j − slope_j / H_jj, where a change e_i of an earlier column
-    moved the slope by e_i H_ij: a sweep with other numbers.
+    moved the slope by e_i H_ij. This is the same sweep with other inputs.
     """
     values, curvature = scales * codes + biases, hessian.diagonal()
     best = values - (values - weight) @ hessian / curvature  # half the loss's gradient
@@ -90,7 +91,7 @@ def move_columns(weight: mx.array, codes: mx.array, scales: mx.array, biases: mx
 def _sweep(weight: mx.array, wanted: mx.array, scales: mx.array, biases: mx.array,
            matrix: mx.array, levels: int) -> mx.array:
     """Codes (m, n) as if ``round_columns`` took all columns at once, with M_ij / M_jj of ``matrix``
-    M (n, n) as feedback. Columns far ahead hear of errors once in ``_FAR``."""
+    M (n, n) as feedback. Columns after the current ``_FAR`` are corrected once per ``_FAR``."""
     diagonal, found, columns = matrix.diagonal(), [], weight.shape[1]
     for start in range(0, columns, _FAR):
         stop, errors = min(start + _FAR, columns), []

@@ -1,6 +1,6 @@
 """Expand replicated codes to a matrix, for prompts: then one product serves every token.
 
-    W_ij = C_ij Σ_k b_ik a_jk        (what takes R x)
+    W_ij = C_ij Σ_k b_ik a_jk        (the matrix that multiplies R x)
 
 A thread has one pair of inputs in several rows, so that lanes write neighbours and A stays in
 registers. It reads the codes, A and B and writes 2 bytes a weight, which is most of its time.

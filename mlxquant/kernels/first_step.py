@@ -1,8 +1,8 @@
 """What a block does to an input before a matrix reads it: a norm or a gate.
 
-A step is called as MLX computes it. ``prepare_input`` computes the same, in the dispatch that
-prepares the input, in float32. It rounds where MLX's RMSNorm does, to ``dtype`` before and
-after the weight; SwiGLU it rounds once, at the end, where mlx-lm's rounds every step.
+Calling a step computes it with MLX's operations. ``prepare_input`` computes the same in float32,
+in the dispatch that prepares the input. It rounds a norm where MLX's RMSNorm does, to ``dtype``
+before and after the weight; it rounds SwiGLU once, at the end, where mlx-lm rounds every step.
 """
 
 from dataclasses import dataclass

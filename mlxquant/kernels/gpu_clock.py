@@ -1,10 +1,10 @@
 """How long steps take on the GPU itself, without what queueing them costs the host.
 
-On CUDA a kernel reads the GPU's own clock before the first step and another one after the
-last; both stand behind a wait in which the host queues everything. Metal lets no kernel read
-a clock: there a step's time is that of 2N steps less that of N, both behind matrix products
-that keep the GPU busy meanwhile. Products are no good where there is a clock: the power they
-draw moves the GPU's frequency, and with it the difference, by more than a step takes.
+On CUDA a kernel first waits while the host queues everything and then reads the GPU's own clock;
+another kernel reads it after the last step. Metal lets no kernel read a clock: there the time of
+N steps is that of 2N steps less that of N, both queued behind matrix products that keep the GPU
+busy. CUDA does not use this difference: the power that the products draw changes the GPU's
+frequency, and so the difference, by more than a step takes.
 """
 
 import functools
@@ -76,7 +76,8 @@ def _by_difference(run: Steps, steps: int) -> tuple[float, float]:
 
 
 def _stamp(after: list[mx.array], wait: int) -> tuple[mx.array, mx.array]:
-    """The clock's two words once ``after`` is there and ``wait`` nanoseconds on, and a zero."""
+    """The GPU clock's two words, read ``wait`` nanoseconds after ``after`` is computed, and a zero
+    (1,) in float16 that depends on the reading."""
     clock, zero = _kernel(len(after))(
         inputs=after, template=[("WAIT", wait)], grid=(1, 1, 1), threadgroup=(1, 1, 1),
         output_shapes=[(2,), (1,)], output_dtypes=[mx.uint32, mx.float16])

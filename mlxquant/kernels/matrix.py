@@ -14,9 +14,9 @@ from mlxquant.kernels import backend, code_order
 
 @dataclass(frozen=True)
 class Scales:
-    """What siblings of n inputs share: A (n, K), or grouped (n / G, K) with c (n,), in float32, and
-    where there is a rotation its signs as bits. Of a mixture's experts A and c have their number E
-    in front; the signs are one for all of them."""
+    """What siblings of n inputs share: A (n, K), or grouped A (n / G, K) and c (n,), in float32,
+    and the signs of a rotation, if there is one, as bits. For a mixture of E experts, A and c have
+    a leading axis E; the signs are common to all experts."""
 
     inputs: int
     spec: ReplicaShape
@@ -29,7 +29,7 @@ class Scales:
         return len(self.replica_in) if self.replica_in.ndim == 3 else None
 
     def for_kernel(self) -> list[mx.array]:
-        """A, c and signs, with arrays that are not read in the place of what is not there."""
+        """A, c and signs; in the place of a missing one, an array that the kernel does not read."""
         a = self.replica_in
         return [a, a if self.column_scale is None else self.column_scale,
                 unread(mx.uint8) if self.signs is None else self.signs]
@@ -50,8 +50,8 @@ class Scales:
 
 @dataclass(frozen=True)
 class Matrix:
-    """``codes`` (m, chunks, b) in the kernels' order and ``replica_out`` B (m, K), of siblings the
-    rows one behind the other; of experts both with E in front."""
+    """``codes`` (m, chunks, b) in the kernels' order and ``replica_out`` B (m, K). The rows of
+    siblings are concatenated; for experts both arrays have a leading axis E."""
 
     codes: mx.array
     replica_out: mx.array
@@ -70,8 +70,8 @@ class Matrix:
         return int(self.codes.shape[-1])
 
     def dense(self, experts: mx.array | None = None) -> mx.array:
-        """C ∘ (B Aᵀ) in float32, which takes R x: (m, n), or (E, m, n), or (pairs, m, n) of the
-        ``experts`` (pairs,) alone."""
+        """C ∘ (B Aᵀ) in float32, the matrix that multiplies R x: (m, n), or (E, m, n), or
+        (pairs, m, n) for the given ``experts`` (pairs,)."""
         codes, out, inside = self.codes, self.replica_out, self.scales.envelope()
         if experts is not None:
             codes, out, inside = codes[experts], out[experts], inside[experts]
@@ -83,8 +83,8 @@ class Matrix:
 
     def product(self, x: mx.array, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
         """y (tokens, m) in ``dtype`` of a rotated ``x`` (tokens, n) in float32, in ``mx``
-        operations: what kernels must agree with. With ``experts`` (pairs,), y (pairs, m): each
-        row of x goes to as many experts in turn as there are pairs to a row."""
+        operations: what kernels must agree with. With ``experts`` (pairs,), y is (pairs, m): each
+        row of x is used for the next pairs / tokens entries of ``experts``."""
         if experts is None:
             return (x @ self.dense().T).astype(dtype)
         x = mx.repeat(x, len(experts) // len(x), axis=0)
@@ -113,13 +113,13 @@ class Added:
         return y
 
     def inputs(self, dtype: mx.Dtype) -> list[mx.array]:
-        """Both for a kernel whose outputs are ``dtype``, with an array that is not read in the
-        place of what is not there."""
+        """Bias and residual for a kernel whose outputs are ``dtype``; in the place of a missing
+        one, an array that the kernel does not read."""
         return [unread(dtype) if term is None else term for term in (self.bias, self.residual)]
 
     @property
     def flags(self) -> int:
-        """What is there, for a kernel to read at run time: 1 a bias, 2 a residual."""
+        """Which terms there are, as bits that a kernel reads at run time: 1 bias, 2 residual."""
         return (self.bias is not None) + 2 * (self.residual is not None)
 
     def types(self, dtype: mx.Dtype) -> list[tuple[str, mx.Dtype]]:

@@ -8,12 +8,12 @@ block (64 inputs or more) of one token in its registers: strides below 32 are sh
 lanes, longer ones stay in a lane. It reads x, s and A and writes X, each once; at this size the
 time is the launch.
 
-x may first be normed or gated (``first_step.py``). Of a norm every simdgroup sums the whole row's
-squares itself: the row is in the caches, where a sum shared by all would take a dispatch of its
-own.
+x may first be normed or gated (``first_step.py``). For a norm every simdgroup sums the squares of
+the whole row itself: the row is in the caches, while a sum shared by all simdgroups would take a
+dispatch of its own.
 
-A token of a mixture goes to several experts, each with an A and c of its own: then X holds a vector
-for each pair of a token and an expert, in the place of a token.
+A token of a mixture goes to several experts, each with its own A and c: then X holds a vector for
+each pair of a token and an expert, instead of one for each token.
 
 ``Layout``: a matrix kernel's lane decodes ``run`` neighbouring inputs, ``lanes`` of them make a
 block of inputs, and X is [block][piece of the run][u][lane][element], so that the lanes' loads of a
@@ -160,9 +160,9 @@ class Layout:
 
 def prepare(x: mx.array, scales: Scales, layout: Layout, first: AsIs = AS_IS,
             experts: mx.array | None = None) -> mx.array:
-    """X of ``x`` (tokens, n), flat, in ``layout``; inputs beyond n are zero. ``first`` is done to x
-    before. With ``experts`` (pairs,) each row of x goes to as many experts in turn as there are
-    pairs to a row, and X is that of the pairs."""
+    """X of ``x`` (tokens, n), flat, in ``layout``; inputs beyond n are zero. The step ``first`` is
+    applied to x before. With ``experts`` (pairs,) each row of x is used for the next pairs / tokens
+    entries of ``experts``, and X holds the pairs in place of the tokens."""
     inputs, spec = scales.inputs, scales.spec
     pairs = len(x) if experts is None else len(experts)
     norm = first if isinstance(first, Norm) else Norm(x, 0.0)  # an array that is not read

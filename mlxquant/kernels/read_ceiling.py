@@ -1,12 +1,12 @@
-"""Read a buffer once and do next to nothing with it: the memory's ceiling.
+"""Read a buffer once and compute almost nothing: this measures the memory's read bandwidth.
 
     out_t = previous_(t mod 8) ^ the words of the V vectors of 16 bytes that thread t reads
 
 Neighbouring threads read neighbouring vectors, and each has 8 reads under way before it
 uses the first: one that waits for every read would measure latency. Xor costs nothing
 and lets no compiler leave a read out; ``previous``, the last buffer's result, makes
-launches wait for one another. It moves the buffer, and 4 bytes written per thread,
-1 / (4 V) of that.
+launches wait for one another. The kernel reads the buffer and writes 4 bytes per thread,
+1 / (4 V) of the bytes read.
 """
 
 import mlx.core as mx
@@ -39,7 +39,7 @@ def words(vectors: int) -> int:
 def read(data: mx.array, previous: mx.array, vectors: int) -> mx.array:
     """(n / (4 ``vectors``),) uint32 of ``data`` (n,) and ``previous`` (≥ 8,), both uint32.
 
-    ``vectors``, a multiple of 8, is how many of 16 bytes a thread reads.
+    A thread reads ``vectors`` vectors of 16 bytes, a multiple of 8.
     """
     count = data.size // (4 * vectors)
     return _KERNEL([data, previous],

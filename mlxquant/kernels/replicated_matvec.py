@@ -6,19 +6,19 @@
 
 A simdgroup has a few rows; its lanes take the chunks of a row in turn (``code_order.py``), so that
 the lanes' loads are neighbours, and no two simdgroups share a row: the only reduction is one
-``simd_sum`` per row and token; then a bias and the residual stream are added. A weight costs,
-beside its b bits, half an AND, half an OR and for T tokens T · K multiply-adds, grouped
-T + (K + T) / G. Plain replicas of several tokens are folded into the weights: K + 2 + T. Codes
-decode to their level plus an offset: for each chunk, or group, Σ offset · X is subtracted, which is
-stored behind X. Where replicas are folded, and in float32, where that would cost precision, the
+``simd_sum`` per row and token; then a bias and the residual stream are added. Beside reading its b
+bits, a weight costs half an AND, half an OR and for T tokens T · K multiply-adds, grouped
+T + (K + T) / G. For several tokens plain replicas are folded into the weights: K + 2 + T. Codes
+decode to their level plus an offset: for each chunk, or group, Σ offset · X, which is stored behind
+X, is subtracted. Where replicas are folded, and in float32, where that would cost precision, the
 offset is subtracted from each code.
 
-X is float32: in half precision the error grows from 2.1e-4 to 3.1e-4 and the time stays, and a
-bfloat16 model's may not fit. It is read from the caches once for all rows of a simdgroup, whose
-loads of codes are under way together. It must move the codes, B and X once.
+X is float32: float16 would raise the error from 2.1e-4 to 3.1e-4 and save no time, and a bfloat16
+model's values may exceed its range. X is read from the caches once for all rows of a simdgroup,
+whose loads of codes are under way together. The kernel must move the codes, B and X once.
 
-Of a mixture only the chosen experts' codes are read: a token is then a pair of a token and an
-expert, and each goes through the matrix of its own.
+For a mixture only the chosen experts' codes are read: each pair of a token and an expert then
+counts as a token, and is multiplied by that expert's matrix.
 """
 
 import mlx.core as mx
@@ -166,9 +166,9 @@ _SIMDGROUPS = 2
 
 
 def layout(spec: ReplicaShape, dtype: mx.Dtype, tokens: int = 1) -> Layout:
-    """How this kernel reads the input, of so many tokens that share a matrix, of a layer whose
-    activations are ``dtype``: grouped or folded, A apart; with the sums of offsets where they are
-    not subtracted one by one."""
+    """The layout in which this kernel reads the input of ``tokens`` that share a matrix, in a layer
+    whose activations are ``dtype``. Where replicas are grouped or folded, A is not multiplied into
+    X; sums of offsets are stored where offsets are not subtracted from each code."""
     shared = min(spec.replica_group or code_order.CHUNK, code_order.CHUNK)
     fold = folds(spec, tokens)
     return Layout(lanes=32, run=code_order.CHUNK, piece=4, dtype=mx.float32,
@@ -178,8 +178,8 @@ def layout(spec: ReplicaShape, dtype: mx.Dtype, tokens: int = 1) -> Layout:
 
 def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
              experts: mx.array | None = None, added: Added = NOTHING) -> mx.array:
-    """y (tokens, m) in ``dtype`` of an input of so many tokens, prepared in ``layout``, with what
-    is ``added``; with ``experts`` (tokens,), the matrix each is to be multiplied by."""
+    """y (tokens, m) in ``dtype``, plus the terms ``added``, for an input of ``tokens`` that is
+    ``prepared`` in ``layout``; ``experts`` (tokens,) name the matrix that multiplies each token."""
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     together = tokens if experts is None else 1
     fold, height = folds(spec, together), rows_together(spec, together)
@@ -208,6 +208,6 @@ def folds(spec: ReplicaShape, tokens: int) -> bool:
 
 
 def rows_together(spec: ReplicaShape, tokens: int) -> int:
-    """Rows of a simdgroup, for all of which it reads X once."""
+    """How many rows a simdgroup computes from one read of X."""
     apart = bool(spec.replica_group) or folds(spec, tokens)
     return lanes.rows_together(tokens * (1 if apart else spec.replicas), spec.replicas * apart)

@@ -7,10 +7,10 @@ The same product as ``replicated_matvec.py``. An ``mma.m16n8k16`` takes 16 rows 
 8 vectors u, so eight uses of a code cost what one does. The order of the summed-over inputs is
 free: a lane decodes runs of neighbouring inputs of the rows g and g + 8 straight into its part of
 the operand, two codes by one mask: (word >> s) & 0x00030003 | 0x64006400 is 1024 + code in both
-halves of a float16 pair; one multiply-add takes 1024 away and makes it 2·code − top, exactly. As
-the mantissa has room (10 bits, bfloat16 7), codes are masked in place, at any bit from 1 up (at bit
-0 the constant to subtract is inexact), and the multiply-add also divides by 2^bit: one shift serves
-several pairs. Sums are float32.
+halves of a float16 pair; one multiply-add subtracts 1024 and makes it 2·code − (levels − 1),
+exactly. As the mantissa has room (10 bits, bfloat16 7), codes are masked in place, at any bit from
+1 up (at bit 0 the constant to subtract is inexact), and the multiply-add also divides by 2^bit: one
+shift serves several pairs. Sums are float32.
 
 Warps of a block share its 16 rows and take blocks of inputs in turn, with a ring of asynchronous
 copies under way in each; their sums, times B, meet in shared memory. Based on the operand layouts
@@ -189,8 +189,8 @@ def multiply(prepared: mx.array, matrix: Matrix, tokens: int, dtype: mx.Dtype,
     spec, rows, bits = matrix.scales.spec, matrix.rows, matrix.code_bits
     run = code_order.RUN[bits]
     runs = matrix.chunks * code_order.CHUNK // run
-    # Warps that share 16 rows, and blocks of inputs that each has under way: of seven tried on an
-    # H100 the fastest in a chain (``benchmarks/LOG.md``); few rows leave the chip room for more.
+    # Warps that share 16 rows, and blocks of inputs that each warp copies ahead: of seven settings
+    # tried on an H100 the fastest (``benchmarks/LOG.md``); few rows leave the chip room for more.
     warps, ahead = min(4, -(-runs // 4)), 2 if rows >= _MANY_ROWS else 4
     return _KERNEL(
         inputs=[prepared, matrix.codes, matrix.replica_out, sizes(rows, runs, added.flags),

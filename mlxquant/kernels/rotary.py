@@ -1,5 +1,5 @@
-"""Queries, keys and values on their way to attention, in one dispatch: norms of heads, rotary
-embedding, and the write into the cache.
+"""Prepare queries, keys and values for attention in one dispatch: norms of heads, rotary
+embedding, and the write into the KV cache.
 
     (a, b) of pair p at position t:  (a cos θ − b sin θ, a sin θ + b cos θ),  θ = t · steps[p]
 
@@ -8,8 +8,8 @@ head stays as it is. Queries and keys may be normed before (RMSNorm over a head)
 one head. It rounds where MLX's own operations do: after the norm, its weight, and the rotation.
 
 Keys and values are written **into the arrays that are given**, where MLX would launch a copy for
-each: a kernel's inputs are buffers like its outputs. That is safe as long as nothing else holds the
-arrays (``layers/in_place.py`` sees to it), and whatever reads them after comes behind ``depends``.
+each: a kernel's inputs are buffers like its outputs. That is safe as long as nothing else refers to
+the arrays (``layers/in_place.py`` ensures this), and later readers use the results of ``depends``.
 Based on RoFormer (https://arxiv.org/abs/2104.09864).
 """
 
@@ -74,10 +74,10 @@ _THREADS = 128
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """How heads of ``size`` numbers go to attention: so many of ``queries``, and ``stored`` of keys
-    and of values, found in their arrays at ``starts`` (of queries, keys, values); ``steps``
-    (dims/2,) are radians a position, in float32. ``norms`` are those of queries and keys, or
-    none."""
+    """The heads of a layer, ``size`` numbers each: ``queries`` query heads, ``stored`` key heads
+    and as many value heads, which begin in their arrays at ``starts`` (queries, keys, values).
+    ``steps`` (dims/2,) are radians a position, in float32. ``norms`` are those of queries and keys,
+    or None."""
 
     queries: int
     stored: int
@@ -94,10 +94,10 @@ class Rotary:
 
 def turn(qkv: Sequence[mx.array], keys: mx.array, values: mx.array, place: mx.array,
          rotary: Rotary) -> list[mx.array]:
-    """Queries (1, heads, 1, size), and ``keys`` and ``values`` (1, heads, capacity, size) as they
-    are once those of a token have been written at position ``place`` [0] of both. ``qkv`` are the
-    arrays (1, m) that hold its queries, keys and values, mostly one three times. ``keys`` and
-    ``values`` change as they are given; of them only what is returned may be read."""
+    """Queries (1, heads, 1, size), and ``keys`` and ``values`` (1, heads, capacity, size) after a
+    token's keys and values have been written at position ``place[0]``. ``qkv`` are the arrays
+    (1, m) that hold the token's queries, keys and values, mostly one array three times. The given
+    ``keys`` and ``values`` are overwritten; afterwards only the returned arrays may be read."""
     dtype = qkv[0].dtype
     query_weight, key_weight = ([norm.weight for norm in rotary.norms] if rotary.norms
                                 else qkv[:2])  # which are not read
