@@ -1,12 +1,12 @@
-"""What a transformer block consists of, read from its graph: whether it is the plain one, or at
-least its attention is.
+"""Read from a block's graph whether the block, or at least its attention, is the plain one, and
+which layers it consists of.
 
     h = x + O attention(rotary(q z), rotary(k z), v z)    y = h + down(silu(gate u) ∘ up u)
     z = norm(x)                                           u = norm(h)
 
 One token goes through the module as a graph (``graph.py``), in which not only layers, but rotary
-embeddings, attention and the cache are calls. So the only operations left between are two additions
-and the gate's: whatever else a block does, it is another block.
+embeddings, attention and the cache are calls. In a plain block the only other operations are two
+additions and those of the gate; a block with any other operation is not plain.
 """
 
 import threading
@@ -29,8 +29,8 @@ from mlxquant.layers.replicated import ReplicatedLinear
 
 _MARKED = {nn.Linear, nn.QuantizedLinear, ReplicatedLinear, nn.RMSNorm}  # these very classes
 _SAME = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Transpose"}
-_POSITIONS = (3, 1 << 20)  # some rotary embeddings change far out, and windows begin
-_LISTENING = threading.Lock()  # MLX's functions are exchanged for all threads
+_POSITIONS = (3, 1 << 20)  # at far positions some rotary embeddings change, and windows begin
+_LISTENING = threading.Lock()  # MLX's functions are replaced in all threads at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ class Mlp:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Attention to a hidden state of so many ``inputs``: linear layers by their paths in the
-    module, what is between them (``rotary``, whose heads start where its ``starts`` will say, and
-    attention's ``scale``); of a whole block its ``norm`` and ``mlp`` too."""
+    """The parts of attention on hidden states of ``inputs`` channels: linear layers by their paths
+    in the module, ``rotary``, whose ``starts`` are set later (``fused_block.fuse``), and
+    attention's ``scale``; for a whole block its ``norm`` and ``mlp`` too."""
 
     inputs: int
     qkv: tuple[str, str, str]
@@ -58,7 +58,7 @@ class Parts:
 
 
 class _Another(Exception):
-    """It is another kind of block."""
+    """Raised where a block is not a plain one."""
 
 
 def _need(holds: bool) -> None:
@@ -67,8 +67,9 @@ def _need(holds: bool) -> None:
 
 
 def read_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
-    """The parts of a block, or of a block's attention, that is called with such arguments for one
-    token: the hidden state, a cache, and nothing else. None where it is not the plain one."""
+    """The parts of ``module``, a block or a block's attention. ``args`` and ``kwargs`` are what it
+    is called with for one token: the hidden state, a cache, and nothing else. None where it is not
+    the plain one."""
     try:
         near, far = (_read(module, args, kwargs, position) for position in _POSITIONS)
     except Exception:  # another kind, or one that no graph can hold
@@ -117,7 +118,7 @@ def _listening(graph: Graph, modules: list[nn.Module]) -> Iterator[None]:
 
 
 class _Cache(KVCache):
-    """One in the middle of a text."""
+    """A cache in the middle of a text: it counts as holding ``offset`` tokens."""
 
     def __init__(self, offset: int, graph: Graph):
         super().__init__()
@@ -130,7 +131,7 @@ class _Cache(KVCache):
 
 
 class _Block(Graph):
-    """What is called at a ``position`` of a text; ``paths`` are those of modules by their id."""
+    """A block's graph at a ``position`` of a text; ``paths`` are modules' paths by their id."""
 
     def __init__(self, paths: dict[int, str], position: int):
         super().__init__()
@@ -166,7 +167,7 @@ class _Block(Graph):
         return replace(parts, norm=_as_step(norm), mlp=self.mlp(out.outputs[0]))
 
     def mlp(self, attended: str) -> Mlp:
-        """What follows attention: all that is left."""
+        """The block's second half, which must account for all operations that are left."""
         between = {name: (node.name, set(node.inputs)) for name, node in self.makers.items()}
         h = next(name for name in between if between[name][1] == {self.x, attended})
         down = self.maker("linear", *between[self.y][1] - {h})
@@ -215,7 +216,7 @@ def _rotary(ropes: list[Call], norms: list[Call], qkv: list[Call], position: int
 
 def _steps(dims: int, base: float | None, scale: float, freqs: mx.array | None = None,
            **_: Any) -> np.ndarray:
-    """Radians a position, (dims / 2,), of what ``mx.fast.rope`` is called with."""
+    """Radians a position, (dims / 2,), from the arguments of a call of ``mx.fast.rope``."""
     if freqs is not None:
         return scale / np.array(freqs.astype(mx.float32), np.float64)
     _need(base is not None)

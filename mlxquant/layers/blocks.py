@@ -1,7 +1,7 @@
 """The transformer blocks of a network, found in its tree of modules by what they are.
 
-mlx-lm's property ``layers`` is no place to look for them: in many architectures it returns a
-slice or a copy, where a block that is put there is never called.
+mlx-lm's property ``layers`` is not used: in many architectures it returns a slice or a copy of the
+list, and a block that is put into a copy is never called.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class Block:
     module: nn.Module
 
     def full(self, path: str) -> str:
-        """The path in the network of what hangs at ``path`` in the block."""
+        """``path``, which begins at the block, as a path that begins at the network."""
         return f"{self.path}.{path}" if self.path else path
 
 
@@ -35,12 +35,12 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def release(module: nn.Module) -> None:
-    """Let go of all arrays of a module that nobody will call again."""
+    """Free all arrays of a module; it cannot be called afterwards."""
     module.update(tree_map(lambda _: mx.zeros(0), module.parameters()))
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:
-    """(m, n) of what holds a matrix, packed or not, or (E, m, n) of a stack of experts."""
+    """(m, n) of a module that holds a matrix, packed or not, or (E, m, n) of a stack of experts."""
     if "codes" in module:
         return tuple(module.shape)
     *rows, columns = module.weight.shape

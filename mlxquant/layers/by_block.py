@@ -1,5 +1,5 @@
-"""A network's predictions block by block: memory holds what one block computes, and of a network
-that does not fit one block."""
+"""Compute a network's logits block by block: memory holds the activations of one block and, where
+the network does not fit, the weights of one block."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,14 +18,14 @@ from mlxquant.layers.repeated import RepeatedBlock
 
 
 def can_let_go(network: nn.Module) -> bool:
-    """Whether ``judged`` holds one block at a time with ``once``: not where a network calls the
-    parts of its blocks, or repeats a range of them."""
+    """Whether ``judged`` with ``once`` holds one block at a time. It holds all where a network
+    calls the parts of its blocks in place of the blocks, or repeats a range of blocks."""
     return bool(_calls(network, find_blocks(network)))
 
 
 def _calls(network: nn.Module, blocks: list[Block]) -> Counter[int]:
-    """How often each block is called, by its index; empty where that cannot tell when it is no
-    longer needed."""
+    """How often each block is called, by its index; empty where this does not tell when a block is
+    no longer needed."""
     if any(isinstance(block.module, RepeatedBlock) for block in blocks):
         return Counter()
     return Counter(call_order(network, blocks))
@@ -33,12 +33,12 @@ def _calls(network: nn.Module, blocks: list[Block]) -> Counter[int]:
 
 def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
            once: bool = False) -> Iterator[Any]:
-    """What ``judge`` says of the logits of ``tokens`` (batch, length), some tokens after the other.
+    """What ``judge`` returns for the logits of ``tokens`` (batch, length), chunk by chunk.
 
-    Each block is computed before the next is laid out. With ``once`` the arrays of ``network`` are
-    yet to be read: a block is read when it is called and let go of after its last call, so the
-    network is of no use afterwards. Raises ``BadCheckpoint`` for an array read with a value that is
-    not finite.
+    Each block is computed before the graph of the next is built. With ``once`` the arrays of
+    ``network`` are still on disk: a block's arrays are read when it is called and freed after its
+    last call, so the network cannot be used afterwards. Raises ``BadCheckpoint`` for an array with
+    a value that is not finite.
     """
     blocks = find_blocks(network)
     left = _calls(network, blocks) if once else Counter[int]()
@@ -61,7 +61,7 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
         return output
 
     head = _behind(network, blocks)
-    if head is None:  # it asks for other blocks' outputs, which are kept
+    if head is None:  # logits need other blocks' outputs too, which are kept
         return Head(network, blocks, tokens, through).judged(judge)
     last = mx.zeros(0)
 
@@ -76,7 +76,7 @@ def judged(network: nn.Module, tokens: mx.array, judge: Judge, *,
 
 
 def _behind(network: nn.Module, blocks: list[Block]) -> Head | None:
-    """What makes logits of the last block's output alone; None where that is not enough."""
+    """The head that computes logits from the last block's output; None where it needs more."""
     for head in foreseen(network, blocks).values():
         if not mx.isnan(head.logits(mx.zeros((1, head.inputs.shape[-1])))).any():
             return head
@@ -84,7 +84,7 @@ def _behind(network: nn.Module, blocks: list[Block]) -> Head | None:
 
 
 def _read(arrays: dict[str, mx.array]) -> None:
-    """Compute arrays, one after the other: what each takes in between would add up."""
+    """Compute arrays one after the other, so that their temporaries do not add up in memory."""
     for path, array in arrays.items():
         mx.eval(array)
         require_finite(path, array)

@@ -1,5 +1,5 @@
-"""Any network with dense matrices: what a plain CPU runs fastest, and calibration; and what a GPU
-runs many tokens through."""
+"""Expand a network's quantised matrices to dense ones, which are fastest on a plain CPU, in
+calibration, and on a GPU for many tokens."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +14,8 @@ from mlxquant.layers.transformed import TransformedLinear
 
 
 def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """Every quantised matrix expanded, in place: as float32, which leaves what it stands for
-    unchanged, then rounded to ``dtype``, one array after the other."""
+    """Expand every quantised matrix of ``network`` in place: exactly, as float32, and then rounded
+    to ``dtype``. Arrays are computed one after the other."""
     network = lazily_dense(network, dtype)
     for _, array in tree_flatten(network.parameters()):
         mx.eval(array)
@@ -23,7 +23,8 @@ def to_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 
 
 def lazily_dense(network: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """The same, but for replicated experts yet to be computed: what reads an array expands it."""
+    """``to_dense`` as a lazy graph: an array is expanded when it is read. Only replicated experts
+    are computed at once."""
     # MLX's CUDA back end has no 1-bit kernels.
     one_bit = any(getattr(module, "bits", None) == 1 for module in network.modules())
     with mx.stream(mx.cpu if one_bit and is_cuda() else mx.default_device()):
@@ -46,16 +47,16 @@ def expanded_weight(module: nn.Module) -> mx.array:
 
 def expanded(weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int,
              bits: int, mode: str = "affine") -> mx.array:
-    """What such arrays stand for, dense float32."""
+    """The matrix that these quantised arrays of MLX stand for, dense float32."""
     if biases is not None:  # affine: expanded as float32, not as what the scales are stored in
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=mx.float32)
 
 
 def dense_layer(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module:
-    """The same, dense in float32. Expanded before any cast: a scale rounded to bfloat16 would move
-    a whole group."""
-    with mx.stream(mx.cpu):  # the CUDA back end lacks one bit
+    """``module`` with a dense float32 weight. Its scales are not cast before: rounding a scale to
+    bfloat16 would shift a whole group."""
+    with mx.stream(mx.cpu):  # the CUDA back end has no 1-bit kernels
         weight = expanded_weight(module)
     rows, columns = weight.shape
     dense = (nn.Embedding(rows, columns) if isinstance(module, nn.QuantizedEmbedding)
@@ -67,7 +68,7 @@ def dense_layer(module: nn.QuantizedEmbedding | nn.QuantizedLinear) -> nn.Module
 
 
 def _fold_transforms(network: nn.Module) -> None:
-    """Put what a dense layer's input goes through into its weight, where that is linear."""
+    """Multiply the transform of a dense layer's input into its weight, where it is linear."""
     made = []
     for path, module in network.named_modules():
         if (isinstance(module, TransformedLinear) and module.activation is None
@@ -78,8 +79,9 @@ def _fold_transforms(network: nn.Module) -> None:
 
 
 def expand(network: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Dense layers for those of ``kinds``, in place, in the type of their scales; what siblings
-    share goes, so that the parameters are those of a plain model."""
+    """Replace layers of ``kinds`` by dense ones, in place: grouped layers in the type of their
+    scales, replicated ones in float32. With ``Replicated``, modules ``ReplicaInput`` are removed,
+    so that the parameters are those of a plain model."""
     made, modules = [], dict(network.named_modules())
     for path, module in modules.items():
         if isinstance(module, kinds):
@@ -94,7 +96,7 @@ def expand(network: nn.Module, *kinds: type[nn.Module]) -> None:
 
 
 def _dense_linear(module: nn.Module) -> nn.Module:
-    """The layer of mlx-lm that computes the same from dense weights, but for the bias."""
+    """The layer of MLX or mlx-lm that computes the same from a dense weight, without the bias."""
     *experts, rows, columns = module.shape
     if not isinstance(module, ReplicatedSwitchLinear):
         linear = nn.Linear(columns, rows, bias=False)
@@ -102,7 +104,7 @@ def _dense_linear(module: nn.Module) -> nn.Module:
         return linear
     linear = SwitchLinear(1, 1, 1, bias=False)
     weights = []
-    for expert in range(*experts):  # one at a time: what that takes in between would add up
+    for expert in range(*experts):  # one at a time, so that temporaries do not add up
         weights.append(module.dense(mx.array([expert])))
         mx.eval(weights[-1])
     linear.weight = mx.concatenate(weights)

@@ -1,6 +1,6 @@
-"""Which layer a checkpoint's tensors belong to.
+"""Which layers a checkpoint's tensors are loaded into, according to its config.json.
 
-A plain checkpoint needs nothing from here. Ours says ``"model_type": "mlxquant"``, so that stock
+A plain checkpoint is mlx-lm's alone. Ours says ``"model_type": "mlxquant"``, so that stock
 mlx-lm refuses it instead of running rotated codes as if they were plain; the architecture is in
 ``base_model_type``, and ``mlxquant.layers`` describes single layers that stock mlx-lm does not
 have, ``mlxquant.replicas`` the sets of replicated layers that share an input and
@@ -38,11 +38,12 @@ def stored_entry(module: nn.Module) -> dict[str, Any]:
 
 def config_with(config: dict[str, Any], layers: Entries, replicas: Entries | None = None,
                 repeats: Sequence[Repeat] = ()) -> dict[str, Any]:
-    """``config`` marked as ours, or unchanged where nothing of ours is in it.
+    """``config`` marked as ours, or unchanged where it needs no layer or repeat of ours.
 
-    ``layers`` are entries for ``make`` by path; ``replicas``, by the path of what the siblings
-    share, such as ``model.layers.0.self_attn.qkv``, are those of a ``ReplicaShape`` and the names
-    of its ``"linears"`` beside that path: linear layers, or stacks of a mixture's experts.
+    ``layers`` are entries for ``make`` by path. ``replicas`` are entries by the path of the
+    siblings' ``ReplicaInput``, such as ``model.layers.0.self_attn.qkv``: the fields of its
+    ``ReplicaShape``, and under ``"linears"`` the names, beside that path, of the siblings: linear
+    layers, or stacks of a mixture's experts.
     """
     if not layers and not replicas and not repeats:
         return config

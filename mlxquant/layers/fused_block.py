@@ -1,5 +1,5 @@
-"""Plain blocks, or other blocks' plain attention, for one token in few dispatches: ten a block
-where layers are packed.
+"""Run plain blocks, or the plain attention of other blocks, for one token in few dispatches: ten a
+block where layers are packed.
 
     norm and preparation · q, k, v · norms of heads, rotary embedding and the cache's write ·
     attention · preparation · O and the residual · norm and preparation · gate, up · SwiGLU and
@@ -7,14 +7,14 @@ where layers are packed.
 
 Siblings stored in several formats take one more preparation (with its norm) and product for each
 further format, gate and up two copies too.
-Of MLX's own layers it is eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
+MLX's own layers take eleven: norm · q, k, v · … · attention · O · residual · norm · gate, up ·
 SwiGLU · down · residual, and one more where there are biases. Attention alone takes four where its
 block's norm went into its first product.
 
-A module keeps its place, its parameters and its attributes: only its class gets another call, which
-takes one token behind a plain cache, and leaves everything else to the module's own. What stands
-before attention and what stands behind it is traced once each and replayed, as Python's time for a
-token is that of its calls.
+A module keeps its place, its parameters and its attributes. Only its class gets another call, which
+handles one token with a plain cache; all other arguments go to the module's own call. The parts
+before and after attention are each traced once and replayed, because the Python time of a token is
+spent on its calls.
 """
 
 import functools
@@ -41,8 +41,8 @@ from mlxquant.layers.joined import Joined, join
 
 
 def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module, Parts]]:
-    """The plain ones of a network's ``blocks``, of others their attention where that is plain, and
-    what they consist of."""
+    """(module, parts) of each of a network's ``blocks`` that is plain, or of its attention where
+    only that is plain."""
     calls: dict[int, tuple[Any, ...]] = {}
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -53,7 +53,7 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module,
 
     tried = [[block.module, *(child for child in block.module.children().values()
                               if isinstance(child, nn.Module))] for block in blocks]
-    # Nothing is computed. Some networks take no cache, and some blocks no such one.
+    # Nothing is computed. Some networks take no cache, and some blocks no ``KVCache``.
     with suppress(Exception), intercepted(itertools.chain(*tried), through):
         network(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(network))
     found = []
@@ -87,8 +87,8 @@ def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
                 self.one_token = None
         return own.__call__(self, *args, **kwargs)
 
-    # Kept by the module: a class refers to itself, and would keep all weights until Python looks
-    # for such circles.
+    # The module holds it, not the class: a class refers to itself, and would keep all weights until
+    # Python collects cycles.
     module.one_token = one_token = OneToken(
         _Halves(parts, how, joined[0], joined[1], tuple(joined[2:])))
     module.__class__ = type(own.__name__, (own,), {"__call__": call})
@@ -97,8 +97,8 @@ def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
 
 @dataclass(frozen=True, eq=False)
 class _Halves:
-    """What runs before attention and behind it; ``mlp`` are the products of a block's second half,
-    none where attention is all."""
+    """What runs before attention and after it; ``mlp`` are the products of a block's second half,
+    empty where only attention is fused."""
 
     parts: Parts
     how: Rotary
@@ -122,7 +122,7 @@ class _Halves:
         return down.whole(gated, Gate(), h).reshape(x.shape)
 
     def keep(self, dtype: mx.Dtype) -> bool:
-        """Whether a hidden state of ``dtype`` keeps it all the way: found without computing."""
+        """Whether all results for hidden states of ``dtype`` have that type, without computing."""
         x, how = mx.zeros((1, 1, self.parts.inputs), dtype), self.how
         made = [*self.qkv(x.reshape(1, -1), self.parts.norm),
                 self.behind(mx.zeros((1, how.queries * how.size), dtype), x)]
@@ -140,21 +140,21 @@ class OneToken:
         self._held: list[tuple[nn.Module | None, str, Any]] = []
 
     def watch(self, module: nn.Module) -> None:
-        """Note what ``module`` holds, for which alone this is right."""
+        """Record the arrays and layers of ``module``: what was traced is valid only for them."""
         self._held = [(None if inner is module else inner, key, value)  # which refers to this
                       for inner in module.modules() for key, value in inner.items()]
 
     def outdated(self, module: nn.Module) -> bool:
-        """Whether an array or a layer in it is another one: weights loaded, adapters put in."""
+        """Whether an array or a layer of ``module`` was replaced, by loaded weights or adapters."""
         return any((module if inner is None else inner).get(key) is not value
                    for inner, key, value in self._held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the module has only its own call: its weights are others."""
+        """None: a copy of the module has other weights, and so uses its own call."""
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> mx.array | None:
-        """What ``module`` makes of its arguments; None where they are not one token, a cache that
-        can be written in place, and nothing else."""
+        """The output of ``module`` for its arguments; None where they are not one token, a cache
+        that can be written in place, and nothing else."""
         given = [argument for argument in arguments if argument is not None]
         if len(given) != 2:
             return None

@@ -1,7 +1,7 @@
-"""The graph that one token makes of a network or a part of it, in which its layers are calls.
+"""The graph of one token's pass through a network or a part of it, in which layers are calls.
 
-Each call hands on arrays of its own, which depend on what it was handed: so the names in MLX's
-export tell what is connected, whatever an architecture calls its parts. Nothing is computed.
+Each call returns new arrays that depend on its inputs, so the names of arrays in MLX's export tell
+what is connected, whatever an architecture calls its parts. Nothing is computed.
 """
 
 from collections import defaultdict
@@ -30,8 +30,8 @@ class Node:
 
 @dataclass(eq=False)
 class Call:
-    """A call of ``what``, the first array that it made, and the names of what it was handed and
-    made."""
+    """A call of ``what``, the first array that it ``made``, and the names of its inputs and
+    outputs."""
 
     kind: str
     what: Any
@@ -41,8 +41,9 @@ class Call:
 
 
 class Graph:
-    """What makes and what reads each array, and the calls in the order of the graph. Arrays that
-    hold the same numbers have one name. ``x`` is the first input; ``y``, the result, None reads."""
+    """The maker and the readers of each array, and the calls in the order of the graph. Arrays that
+    hold the same numbers have one name. ``x`` is the first input, ``y`` the result; None is among
+    the readers of the result."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -51,8 +52,8 @@ class Graph:
 
     def note(self, kind: str, what: Any, handed: list[mx.array],
              shapes: list[tuple[int, ...]]) -> list[mx.array]:
-        """A call; it hands on arrays of these ``shapes``, of which only what they depend on is
-        known."""
+        """Record a call that reads ``handed``. It returns arrays of ``shapes`` that depend on
+        these inputs and stand for its results; their values mean nothing."""
         made = mx.depends([mx.zeros(shape, handed[0].dtype) for shape in shapes], handed)
         self.calls.append(Call(kind, what, made[0]))
         return made
@@ -69,10 +70,10 @@ class Graph:
 
     def trace(self, run: Callable[..., mx.array], inputs: list[mx.array],
               same: Collection[str]) -> None:
-        """Read the graph of ``run``, which makes the calls. ``same`` are operations that hand an
-        array's numbers on, as they are or in another shape."""
+        """Read the graph of ``run``, which makes the calls. ``same`` are operations that return an
+        array's numbers unchanged, in the same or another shape."""
         parts: list[dict[str, Any]] = []
-        # All calls are results: what a layer makes may matter only in a long prompt.
+        # All calls are results: a layer's output may be used only in a long prompt.
         mx.export_function(parts.append, lambda *given: [
             run(*given), *(call.made for call in self.calls)], *inputs)
         ends = {part["type"]: part for part in parts if part["type"] != "primitive"}
@@ -98,7 +99,7 @@ class Graph:
                 continue
             node = Node(part["name"], part["arguments"], read,
                         [tuple(shape) for _, shape, _ in part["inputs"]])
-            # What repeats an array hands it on, but not in another shape: there it is longer.
+            # A repeated (broadcast) array counts as the same, but not once reshaped: it is longer.
             if node.name in same and _keeps_order(node) and not (
                     node.name in _SHAPES and own[0] in repeated):
                 known[outputs[0]] = read[0]

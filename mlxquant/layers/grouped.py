@@ -1,4 +1,4 @@
-"""A linear layer of affine codes with any group size, where MLX's kernels have 32, 64 and 128."""
+"""A linear layer of affine codes with any group size; MLX's kernels have only 32, 64 and 128."""
 
 import mlx.core as mx
 import mlx.nn as nn

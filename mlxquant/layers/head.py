@@ -1,4 +1,4 @@
-"""What a network does behind its blocks: from what the last one gives to logits."""
+"""The part of a network after its blocks: from the last block's output to logits."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,17 +12,17 @@ from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.hooks import Through, intercepted
 
-# Of logits (n, vocabulary), float32, and the places of their n tokens in the batch: their share.
+# Called with logits (n, vocabulary), float32, and the place of these n tokens in the batch.
 Judge = Callable[[mx.array, slice], Any]
 AT_ONCE = 1 << 25  # logits: more tokens at once take more memory and hardly less time
 
 
 class Head:
-    """What a network does behind its ``blocks`` of ``tokens``, for some tokens at a time.
+    """The part of a network after its ``blocks``, computed for some of ``tokens`` at a time.
 
-    The network runs; each block's call goes ``through`` a function. ``inputs`` (tokens, n) are what
-    the ``last`` block gave. Where more is needed than that, they are the logits themselves, which
-    are then ``made``.
+    Construction runs the network, with each block's call going ``through`` a function. ``inputs``
+    (tokens, n) are the output of the ``last`` block that ran. Where logits need more than that,
+    ``inputs`` are the logits themselves and ``made`` is true.
     """
 
     def __init__(self, network: nn.Module, blocks: list[Block], tokens: mx.array, through: Through):
@@ -48,8 +48,8 @@ class Head:
         self.places = self._chunks(tokens.size)
 
     def expand(self) -> None:
-        """Have what is outside the blocks dense in float32, as soon as it is needed: products of
-        many tokens would expand it each time."""
+        """Make all weights outside the blocks dense float32, lazily: otherwise every product of
+        many tokens would expand them again."""
         inside = tuple(block.full("") for block in self._blocks)
         self._network.update_modules(tree_unflatten([
             (path, dense_layer(module)) for path, module in self._network.named_modules()
@@ -61,31 +61,31 @@ class Head:
             if is_float(array)]))
 
     def judged(self, judge: Judge, inputs: mx.array | None = None) -> Iterator[Any]:
-        """What ``judge`` says of the logits, of its own or other ``inputs`` (tokens, n), chunk
-        after chunk. None is laid out before the one before it was taken."""
+        """What ``judge`` returns for the logits of ``inputs`` (tokens, n; default: its own), chunk
+        by chunk. The graph of a chunk is built once the result before it was taken."""
         inputs = self.inputs if inputs is None else inputs
         for place in self._chunks(len(inputs)):
             yield judge(self.logits(inputs[place]), place)
 
     def _chunks(self, tokens: int) -> list[slice]:
-        """The places of so many tokens, those together whose logits are made at once."""
+        """The places of ``tokens`` in chunks whose logits are computed at once."""
         step = max(1, AT_ONCE // self.vocabulary)
         return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]
 
     def logits(self, inputs: mx.array) -> mx.array:
-        """Of some of the inputs, in float32."""
+        """The logits of some of the inputs, in float32."""
         made = inputs if self.made else self._through(inputs)[0]
         return made.astype(mx.float32)
 
     def _through(self, inputs: mx.array) -> mx.array:
-        """The network without its blocks: each gives what it gave, but the last one ``inputs``."""
+        """Run the network with each block's recorded output, but ``inputs`` as the last one's."""
         given = iter([*self._outputs[:-1], inputs[None]])
         with intercepted((block.module for block in self._blocks), lambda *_: next(given)):
             return self._network(self._tokens)
 
 
 def logits_bytes(tokens: int, vocabulary: int) -> int:
-    """Of so many tokens' logits those that are made at once, in float32."""
+    """Bytes of the float32 logits that are computed at once for so many ``tokens``."""
     return 4 * min(tokens * vocabulary, max(vocabulary, AT_ONCE))
 
 

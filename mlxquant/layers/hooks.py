@@ -33,15 +33,15 @@ def intercepted(modules: Iterable[nn.Module], through: Through) -> Iterator[None
     finally:
         for module, own_class in originals.values():
             module.__class__ = own_class
-        # A class refers to itself and so stays until Python looks for such circles: what the
-        # function holds, all inputs of a block perhaps, must not stay with it.
+        # A class refers to itself and so stays until Python collects cycles. What the function
+        # holds, perhaps all inputs of a block, must not stay with it.
         lead.clear()
 
 
 def listened(modules: dict[_Key, nn.Module], call: Callable[[], Any],
              ) -> tuple[Any, list[tuple[_Key, tuple[Any, ...]]]]:
-    """What ``call`` returns, and in their order the calls of ``modules`` that it makes: which, and
-    what that was given."""
+    """The result of ``call()``, and the calls of ``modules`` that it makes, in order: each as the
+    module's key and the positional arguments."""
     keys, calls = {id(module): key for key, module in modules.items()}, []
 
     def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],

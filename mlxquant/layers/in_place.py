@@ -1,11 +1,11 @@
 """A KV cache whose arrays a kernel may write to.
 
-MLX's arrays never change: what looks as if it did is a new array, in whose place the old memory is
-used if nobody else holds it. A kernel that writes where it reads (``kernels/rotary.py``) cannot ask
-who does, so its arrays are made here, and nobody else gets them.
+MLX's arrays are immutable: an assignment makes a new array, which reuses the old memory if nothing
+else refers to it. A kernel that writes to its inputs (``kernels/rotary.py``) cannot check this, so
+its arrays are made here and given to nothing else.
 
-In mlx-lm's batches, too, a sequence keeps this cache for as long as it is the only one: as others
-join and leave, the cache changes its class, since a batch keeps the object.
+In mlx-lm's batches, too, a sequence keeps this cache for as long as it is the only one. When others
+join or leave, the cache changes its class, because a batch keeps the object.
 """
 
 import copy
@@ -17,13 +17,13 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 
 class InPlaceCache(KVCache):
-    """mlx-lm's cache of one sequence, and all that it can do; ``room`` makes it write in place."""
+    """mlx-lm's cache of one sequence; ``room`` provides arrays that can be written in place."""
 
-    _own: tuple[mx.array, mx.array] | None = None  # made here, and in no other's hands
+    _own: tuple[mx.array, mx.array] | None = None  # made here; nothing else refers to them
 
     @classmethod
     def of(cls, cache: Any) -> "InPlaceCache | None":
-        """``cache`` itself, from now on one of these; None where it is of another kind."""
+        """``cache`` itself, a ``KVCache`` turned into this class; None for other caches."""
         if type(cache) is KVCache:
             cache.__class__ = cls
         return cache if type(cache) is cls else None
@@ -43,13 +43,13 @@ class InPlaceCache(KVCache):
         if any(array is not None and ((*array.shape[:2], array.shape[3]) != (1, heads, size)
                                       or array.dtype != dtype) for array in old):
             return None
-        # In steps that grow, as whatever depends on the capacity is traced anew.
+        # In steps that grow, because traced functions are traced again for each new capacity.
         steps = self.offset // self.step
         shape = (1, heads, (steps + 1 + steps // 8) * self.step, size)
         return self.hold(*(self._copy(array, shape, dtype) for array in old))
 
     def hold(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take arrays that nobody else has in the place of the old ones."""
+        """Hold ``keys`` and ``values``, to which nothing else refers, in place of the old ones."""
         self.keys, self.values = self._own = keys, values
         return self._own
 
@@ -78,7 +78,7 @@ class InPlaceCache(KVCache):
         _become(self, BatchKVCache.merge([self]), _SideBySide).extend(other)
 
     def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep the one that there is: mlx-lm drops the caches of a batch from which all go."""
+        """Nothing to do for one sequence: mlx-lm drops the caches of a batch that becomes empty."""
 
     def extract(self, idx: int) -> "InPlaceCache":
         return copy.deepcopy(self)
@@ -102,4 +102,4 @@ def _become(cache: Any, other: Any, kind: type) -> Any:
     return cache
 
 
-InPlaceCache.__name__ = KVCache.__name__  # by which mlx-lm saves a cache and finds it again
+InPlaceCache.__name__ = KVCache.__name__  # the name by which mlx-lm saves and loads a cache

@@ -1,4 +1,4 @@
-"""Linear layers that read one input, in few products: packed groups, or MLX's own, stacked."""
+"""Compute linear layers that read one input in few products: packed groups, or MLX's, stacked."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from mlxquant.kernels.first_step import AsIs
 from mlxquant.kernels.matrix import NOTHING, Added
 from mlxquant.layers.packed import PackedGroup, PackedLinear
 
-_FORM = ("bits", "group_size", "mode")  # of MLX's quantised layers, that they must share
+_FORM = ("bits", "group_size", "mode")  # what MLX's quantised layers must share to be stacked
 
 
 class Stacked:
-    """Layers of MLX, alike but for their rows. Their arrays become views of the stacked ones, so
-    that nothing is held twice."""
+    """Layers of MLX that differ in their rows only. Their arrays become views of the stacked ones,
+    so that nothing is held twice."""
 
     def __init__(self, layers: list[nn.Module]):
         self.form = {key: getattr(layers[0], key) for key in _FORM if hasattr(layers[0], key)}
@@ -58,8 +58,8 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Layers that read one input, in as few products as there are ways in which they are stored;
-    of each layer the number of its product, the row at which it starts there, and where it ends."""
+    """Layers that read one input, with one product for each format in which they are stored.
+    ``places`` are, for each layer, (index of its product, first row in it, end row)."""
 
     products: tuple[Product, ...]
     places: tuple[tuple[int, int, int], ...]
@@ -70,14 +70,14 @@ class Joined:
 
     def __call__(self, x: mx.array, first: AsIs | None = None,
                  residual: mx.array | None = None) -> list[mx.array]:
-        """For each layer the array that holds its outputs for ``x`` (tokens, n), to which ``first``
-        is done before, or what a packed group does by itself; ``residual`` is added."""
+        """For each layer the array that holds its outputs for ``x`` (tokens, n). ``first``, or else
+        a packed group's own first step, is applied to x before; ``residual`` is added."""
         made = [product(x, first, residual) for product in self.products]
         return [made[product] for product, _, _ in self.places]
 
     def whole(self, x: mx.array, first: AsIs | None = None,
               residual: mx.array | None = None) -> mx.array:
-        """All layers' outputs (tokens, m), one layer's behind the other's."""
+        """All layers' outputs (tokens, m), concatenated."""
         made = self(x, first, residual)
         ordered = all(a[2] == b[1] for a, b in itertools.pairwise(self.places))
         if len(self.products) == 1 and ordered:
@@ -87,7 +87,8 @@ class Joined:
 
 
 def join(layers: list[nn.Module]) -> Joined | None:
-    """Layers that read one input; None where no products have all of them, and only them."""
+    """Join ``layers``, which read one input; None where one is of another kind, or belongs to a
+    packed group that has further siblings."""
     kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         kinds.setdefault(_kind(layer), []).append(index)
@@ -110,7 +111,7 @@ def join(layers: list[nn.Module]) -> Joined | None:
 
 
 def _kind(layer: nn.Module) -> Any:
-    """What layers share that one product can have."""
+    """A key that is equal for layers that one product can compute."""
     if isinstance(layer, PackedLinear):
         return id(layer.group)
     return (type(layer), *(getattr(layer, key, None) for key in _FORM),

@@ -19,13 +19,13 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class Elsewhere(Generic[Kind]):
-    """A module that a layer uses and another one holds: its parameters count there alone."""
+    """A reference to a module that another module holds: its parameters count there alone."""
 
     module: Kind
 
 
 class Signs:
-    """Those of a rotation, unpacked, until other bits or another type are asked about."""
+    """The unpacked signs of a rotation, kept until other bits or another type are asked for."""
 
     def __init__(self, inputs: int) -> None:
         self._inputs, self._bits, self._made = inputs, mx.array(0), mx.array(0)
@@ -37,11 +37,12 @@ class Signs:
 
 
 class MadeOnce:
-    """What siblings share of the last arrays they were called with, such as R x, for as long as the
-    first of these lives, and for each sibling once.
+    """A value, such as R x, that is computed from the arrays a sibling was called with and kept for
+    the other siblings. It lives as long as the first array, and serves each sibling once.
 
-    The reference to it is weak, so that no activation or tracer outlives its call. A sibling that
-    asks again for the same arrays gets it made anew: they may have changed in place.
+    The reference to that array is weak, so that no activation or tracer outlives its call. Where a
+    sibling asks again for the same arrays, the value is computed anew: they may have changed in
+    place.
     """
 
     def __init__(self) -> None:
@@ -66,8 +67,8 @@ class MadeOnce:
 
 
 def compiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``mx.compile`` of a module's method, for the module to keep: with a reference to it the
-    module, and its weights, would stay until Python looks for circles."""
+    """``mx.compile`` of a module's method, which the module may hold: the reference back to it is
+    weak, since a strong one would keep its weights until Python collects cycles."""
     weak = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> Any:

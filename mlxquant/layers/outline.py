@@ -48,9 +48,10 @@ def drop_tied_head(network: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """How a configuration says that its weights are stored, as MLX writes it; None: in 16 bits.
+    """How the weights are stored according to ``config``, in MLX's terms; None: in 16 bits.
 
-    OpenAI's own way of saying mxfp4 is known too; ``kept`` are globs of what it leaves as it is.
+    OpenAI's entry for mxfp4 is understood too; ``kept`` are globs of the modules it leaves in 16
+    bits.
     """
     if config.get("quantization"):
         return config["quantization"]
@@ -77,8 +78,8 @@ def kv_bytes(network: nn.Module, context: int, bits: int = 16) -> int:
     """Bytes of keys, values and other state after ``context`` tokens; with fewer than 16 ``bits``
     each group of 32 has a scale and an offset of 16 bits as well.
 
-    One token goes through the network as a graph that is never computed, so that each
-    architecture says itself.
+    One token goes through the network as a graph that is never computed, so that the shapes are
+    those of the architecture's own cache.
     """
     cache = make_prompt_cache(network)
     network(mx.zeros((1, 1), mx.int32), cache=cache)

@@ -1,4 +1,4 @@
-"""What a GPU runs in the place of what is stored: every replicated layer packed, and plain blocks
+"""Turn a loaded network into what a GPU runs: every replicated layer packed, and plain blocks
 fused."""
 
 import inspect
@@ -62,7 +62,7 @@ def pack(network: nn.Module) -> nn.Module:
 
 def _pack_group(network: nn.Module, path: str, shared: ReplicaInput,
                 modules: dict[str, nn.Module]) -> None:
-    """Pack what reads ``shared``, the module at ``path``, and let go of it in ``modules``."""
+    """Pack the layers that read ``shared``, the module at ``path``; drop them from ``modules``."""
     linears = {p: m for p, m in sorted(modules.items())  # gate before up
                if isinstance(m, Replicated) and m.input is shared}
     kind, sibling = ((PackedGroup, PackedLinear) if shared.experts is None else
@@ -78,7 +78,8 @@ def _pack_group(network: nn.Module, path: str, shared: ReplicaInput,
 
 
 def _take_norm(network: nn.Module, modules: dict[str, nn.Module], siblings: Siblings) -> None:
-    """Have the groups that alone read a norm's output, with all their layers, do the norm."""
+    """Move a norm into the groups that read its output, where nothing else reads it and each of
+    the groups' layers does."""
     readers = [modules[path] for path in siblings.paths]
     if siblings.norm is None or not all(isinstance(reader, PackedLinear) for reader in readers):
         return
@@ -105,7 +106,7 @@ def _gated(modules: dict[str, nn.Module], siblings: Siblings) -> list[tuple[str,
 
 
 def _is_all(mlp: nn.Module, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> bool:
-    """Whether ``mlp`` hands its input to gate and up as it is, and what down makes on."""
+    """Whether ``mlp`` passes its input to gate and up unchanged, and returns down's output."""
     calls: dict[int, tuple[mx.array, mx.array]] = {}
 
     def through(layer: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],

@@ -1,16 +1,16 @@
 """Replicated layers as a GPU runs them: siblings stacked into one matrix, codes in the kernels'
 order.
 
-``pack`` puts them in the place of the stored form when a model is loaded. One token then costs a
-group (q, k, v; o; gate, up; down) two dispatches: its input is prepared once, its codes are read in
-one call. What a block does to that input before, an RMSNorm or SwiGLU, goes into the first of them
-(``kernels/first_step.py``). Few tokens take the same kernels; a longer prompt expands the codes
-once and multiplies. A kernel that disagrees with its reference on this machine
-(``kernels/check.py``) is not used; ``mx`` operations are, which are right everywhere.
+``pack`` replaces the stored layers by these when a model is loaded. One token then takes two
+dispatches per group (q, k, v; o; gate, up; down): one prepares the input, one reads the codes. An
+RMSNorm or SwiGLU before the group is fused into the first dispatch (``kernels/first_step.py``). A
+few tokens use the same kernels; a longer prompt expands the codes once and multiplies. Where a
+kernel disagrees with its reference on this machine (``kernels/check.py``), ``mx`` operations are
+used, which are right everywhere.
 
-To call a kernel takes Python some ten microseconds, of which a token has hundreds: for few tokens a
-group, and a whole MLP, is traced once by ``mx.compile`` and replayed. The experts of a mixture are
-in ``packed_experts.py``.
+Calling a kernel takes Python some ten microseconds, and a token makes hundreds of calls: so for a
+few tokens each group, and each whole MLP, is traced once by ``mx.compile`` and replayed. The
+experts of a mixture are in ``packed_experts.py``.
 """
 
 import itertools
@@ -44,8 +44,8 @@ def is_few(x: mx.array) -> bool:
 
 class PackedCodes(nn.Module):
     """Siblings of n inputs and, stacked, m outputs: ``codes`` (m, chunks, b) in the kernels' order,
-    ``replica_out`` (m, K), and what ``ReplicaInput`` holds, in float32; of experts with their
-    number in front."""
+    ``replica_out`` (m, K), and the arrays of ``ReplicaInput``, in float32. For experts codes and
+    scales have a leading axis E."""
 
     def __init__(self, shared: ReplicaInput, linears: list[Replicated]):
         super().__init__()
@@ -96,8 +96,8 @@ Group = TypeVar("Group", bound=PackedCodes)
 
 
 class PackedGroup(PackedCodes):
-    """Siblings of which every token uses all. ``first`` is done to what they are called with before
-    anything else."""
+    """Siblings that every token uses. The step ``first`` is applied to their input before anything
+    else."""
 
     def __init__(self, shared: ReplicaInput, linears: list[Replicated]):
         super().__init__(shared, linears)
@@ -105,15 +105,15 @@ class PackedGroup(PackedCodes):
         self._few = compiled(self._multiply)
 
     def outputs(self, x: mx.array, sibling: int) -> mx.array:
-        """One sibling's output (…, rows) of ``x``, in its dtype (with a norm, the one a norm
-        gives); made once for the siblings that hand in the same array."""
+        """One sibling's output (…, rows) for ``x``, in x's dtype or, where ``first`` is a norm, the
+        norm's; computed once for all siblings that are called with the same array."""
         made: list[mx.array] = self._made.get((x,), sibling,
                                               self._few if is_few(x) else self._multiply)
         return made[sibling]
 
     def stacked(self, x: mx.array, first: AsIs | None = None, added: Added = NOTHING) -> mx.array:
-        """All siblings' outputs (…, m), one behind the other, with what is ``added``, of ``x``
-        (…, n), or (…, 2 n) where ``first``, in the place of its own, is a gate."""
+        """All siblings' outputs (…, m), concatenated, plus the terms ``added``, for ``x`` (…, n).
+        ``first`` replaces the group's own step; where it is a gate, x is (…, 2 n)."""
         # Reshaping to the same shape would be a node of the graph all the same.
         flat, first = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), first or self.first
         few = is_few(flat)
@@ -161,7 +161,7 @@ class PackedSibling(nn.Module, Generic[Group]):
 
 
 class PackedLinear(PackedSibling[PackedGroup]):
-    """In the place of a ``ReplicatedLinear``."""
+    """Takes the place of a ``ReplicatedLinear``."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.group.outputs(x, self.index)
@@ -170,16 +170,16 @@ class PackedLinear(PackedSibling[PackedGroup]):
 
 def are_gated(gate: PackedSibling[Group], up: PackedSibling[Group],
               down: PackedSibling[Group]) -> bool:
-    """Whether what gate's group computes, gate and up and no bias, is all that the gate of down's
-    group takes."""
+    """Whether SwiGLU can go into down's group: one group computes gate and up, in this order and
+    nothing else, without biases, and down is alone in its group."""
     return ("bias" not in gate and "bias" not in up and gate.group is up.group
             and (gate.index, up.index) == (0, 1) and gate.group.siblings == 2
             and down.group.siblings == 1)
 
 
 class NormInReader(nn.Module):
-    """Stands where an RMSNorm stood that its only reader, a ``PackedGroup``, now computes: it
-    passes x on, and keeps the weight at its path and in all counts."""
+    """Takes the place of an RMSNorm that its only readers, packed groups, now compute: it returns
+    x, and keeps the weight at its path and in all counts."""
 
     def __init__(self, norm: nn.RMSNorm):
         super().__init__()
@@ -191,8 +191,8 @@ class NormInReader(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """``module``, which computes down(silu(gate x) ∘ up x), where gate and up are one group:
-    nothing runs between it and down's."""
+    """``module``, which computes down(silu(gate x) ∘ up x), where gate and up are one group: no
+    dispatch runs between that group and down's."""
 
     def __init__(self, module: nn.Module, gate_up: PackedGroup, down: PackedLinear):
         super().__init__()

@@ -21,8 +21,8 @@ from mlxquant.kernels.first_step import AS_IS, AsIs, Gate
 from mlxquant.layers.memo import compiled
 from mlxquant.layers.packed import PackedCodes, PackedSibling, are_gated
 
-# Pairs to an expert up to which each is multiplied by itself. To expand a matrix at 2 bits writes
-# and reads some 30 times its codes, and these lie in the caches when an expert's next pair comes.
+# Up to so many pairs per expert, each pair is multiplied separately. Expanding a 2-bit matrix
+# writes and reads some 30 times its codes, which are in the caches for an expert's next pair.
 _PAIRS = 4
 _TRACED = 64  # pairs up to which calls are traced: mlx-lm sorts so many and more
 _EXPANDED = 1 << 28  # weights that are held expanded at once
@@ -32,7 +32,7 @@ class PackedExperts(PackedCodes):
     """Siblings of the experts of a mixture, of which each token uses a few."""
 
     def are_few(self, pairs: int) -> bool:
-        """Whether each of so many pairs is multiplied by itself."""
+        """Whether each of so many ``pairs`` is multiplied separately."""
         return pairs <= _PAIRS * (self.experts or 1)
 
     def outputs(self, x: mx.array, indices: mx.array, sibling: int) -> mx.array:
@@ -42,8 +42,8 @@ class PackedExperts(PackedCodes):
         return made[sibling]
 
     def stacked(self, x: mx.array, experts: mx.array, first: AsIs = AS_IS) -> mx.array:
-        """All siblings' outputs (pairs, m), one behind the other, of ``x`` (tokens, n), to which
-        ``first`` is done before. Of ``experts`` (pairs,) each token has as many in turn."""
+        """All siblings' outputs (pairs, m), concatenated, for ``x`` (tokens, n), to which ``first``
+        is applied before. Each token has the next pairs / tokens of ``experts`` (pairs,)."""
         if self.are_few(len(experts)):
             return self._by_kernel(x, experts, first)
         return self._by_product(first(x), experts)
@@ -72,7 +72,7 @@ class PackedExperts(PackedCodes):
         experts = experts[order]
         rows = matrix.scales.rotated(x).astype(x.dtype)[order // (len(experts) // len(x)), None]
         ends = [len(experts)]
-        if at_once < total:  # to know where they end, the indices must be there
+        if at_once < total:  # where each part's pairs end follows from the values of the indices
             starts = range(at_once, total + at_once, at_once)
             ends = np.searchsorted(np.array(experts), starts).tolist()
         made = []

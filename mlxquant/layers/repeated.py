@@ -13,8 +13,8 @@ Nothing is put into the list of blocks, so that the path of every parameter stay
 range get another class, and the last of them the gates.
 
 Every pass of a block attends to what that same pass saw of earlier tokens, so a block that runs P
-times has P caches. mlx-lm's models and its generation loop want one cache a block: they get a list
-that answers as the first pass's would, whose offset and mask are also those of the others.
+times has P caches. mlx-lm's models and its generation loop expect one cache a block: they get a
+list of caches that answers like the first pass's; offset and mask are the same in all passes.
 """
 
 import re

@@ -3,9 +3,9 @@
     y = Σ_k b_k ∘ (C (a_k ∘ R x)) = W x  with  W = (C ∘ (B Aᵀ)) R
 
 C (m, n) holds symmetric levels, B (m, K) and A (n, K) scales, R an optional rotation
-(``codes/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per weight, where a scale and an
-offset per 64 weights take half a bit. Grouped, A is constant over G neighbouring inputs but for one
-factor per input, so that the replicas can share each group's partial sums.
+(``codes/hadamard.py``). Storage is ``bits + 16 K (m+n) / (mn)`` per weight; for comparison, a scale
+and an offset per 64 weights take half a bit. Grouped, A is constant over G neighbouring inputs but
+for one factor per input, so that the replicas can share each group's partial sums.
 
 Siblings (q, k, v; gate, up) read the same input and share what belongs to it,
 R and A: the ``ReplicaInput``, a module of its own beside them (``self_attn.qkv``).
@@ -67,16 +67,16 @@ class ReplicaInput(nn.Module):
     def rotate(self, x: mx.array, sibling: int) -> mx.array:
         """R x of ``x`` (…, n), in its dtype; ``x`` itself where there is no rotation.
 
-        ``sibling`` is the number of the one that asks: it gets what was made for another one
-        that was handed the very same array. Only an array changed in place between two
-        siblings goes unnoticed.
+        ``sibling`` is the number of the layer that asks: it gets the result that was computed for
+        another sibling, if that was given the very same array. An array that is changed in place
+        between two siblings goes unnoticed.
         """
         if "rotation_signs" not in self:
             return x
         return self._rotated.get((x,), sibling, self._rotate)
 
     def unrotate_weight(self, weight: mx.array) -> mx.array:
-        """W R of ``weight`` (…, n), in its dtype: what takes x where W takes R x."""
+        """W R of ``weight`` W (…, n), in its dtype: it multiplies x where W multiplies R x."""
         if "rotation_signs" not in self:
             return weight
         signs = self._signs.get(self.rotation_signs, weight.dtype)
@@ -120,15 +120,15 @@ class Replicated(nn.Module):
         return self.input.spec.multiply_adds(prod(self.shape))
 
     def scaled_levels(self, dtype: mx.Dtype, experts: mx.array | None = None) -> mx.array:
-        """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: what takes R x. Of a stack (E, m, n), or
-        those of ``experts`` alone."""
+        """C ∘ (B Aᵀ), (m, n), computed in ``dtype``: the matrix that multiplies R x. Of a stack
+        (E, m, n), or those of ``experts`` alone."""
         out = self.replica_out if experts is None else self.replica_out[experts]
         scales = out.astype(dtype) @ self.input.envelope(dtype, experts).swapaxes(-1, -2)
         return self._doubled_levels(experts).astype(dtype) * 0.5 * scales
 
     def dense(self, experts: mx.array | None = None) -> mx.array:
-        """W (m, n) in float32, rotation included: what takes x. Of a stack (E, m, n), or those of
-        ``experts`` alone."""
+        """W (m, n) in float32, rotation included: the matrix that multiplies x. Of a stack
+        (E, m, n), or those of ``experts`` alone."""
         return self.input.unrotate_weight(self.scaled_levels(mx.float32, experts))
 
     def _doubled_levels(self, experts: mx.array | None) -> mx.array:
@@ -136,7 +136,7 @@ class Replicated(nn.Module):
         bits = self.input.spec.bits
         codes = unpack_codes(self.codes if experts is None else self.codes[experts], bits,
                              self.input.inputs).astype(mx.int8)
-        # On a CPU 60 times a look-up's speed.
+        # On a CPU this is 60 times as fast as a look-up.
         return codes * round(2 * bits.distance) + round(2 * bits.lowest)
 
 

@@ -50,8 +50,8 @@ class Siblings:
 
 
 def find_siblings(network: nn.Module) -> list[Siblings]:
-    """All linear layers: those that one token calls in the order in which it does, and others, or
-    all where the network cannot be traced, each by itself."""
+    """All linear layers in groups that read one input, in the order in which one token calls them.
+    Layers that it does not call, and all where the network cannot be traced, are groups of one."""
     modules = _marked(network)
     linear = [path for path, module in modules.items() if type(module) is not nn.RMSNorm]
     try:
@@ -155,7 +155,7 @@ class _Traced(Graph):
         return path, values.shapes[0][2] if path else None
 
     def turned(self, name: str) -> Node | None:
-        """What turned heads into ``name``, or back."""
+        """The transposition of heads and tokens that made ``name``, or None."""
         maker = self.makers.get(name)
         turns = maker is not None and maker.name == "Transpose" and maker.arguments[0] == _HEADS
         return maker if turns else None

@@ -142,8 +142,8 @@ def dense_bytes(network: nn.Module) -> int:
 
 
 def operations_per_token(network: nn.Module) -> int:
-    """Multiply-adds with weights for one token, two operations each; attention to earlier tokens
-    is not in it."""
+    """Operations with weights for one token, two for each multiply-add, without attention to
+    earlier tokens."""
     return round(2 * sum(part.passes * part.operations() for part in parts(network)))
 
 
@@ -177,7 +177,7 @@ def kv_bytes(cache: list[Any]) -> int:
 
 
 def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int:
-    """How many experts there are of which ``module`` holds all or one; 1: it belongs to none."""
+    """The number of experts of the mixture that ``module`` belongs to; 1 outside mixtures."""
     above, inside, _ = path.rpartition(".experts.")
     if inside and isinstance(experts := modules[above].get("experts"), list):
         return len(experts)
@@ -185,7 +185,7 @@ def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int
         return module.experts or 1
     if not isinstance(module, _EXPERTS):
         return 1
-    # Beside ordinary matrices it is one matrix in groups, of which every token uses all.
+    # Beside ordinary matrices such a layer is one matrix in groups, all of which a token uses.
     beside = modules[path.rpartition(".")[0]].children().values()
     mixed = any(weight_count(m) for m in beside if isinstance(m, nn.Module)
                 and not isinstance(m, (*_EXPERTS, PackedCodes)))
@@ -193,8 +193,8 @@ def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int
 
 
 def _chosen(path: str, modules: dict[str, nn.Module], experts: int) -> int:
-    """To how many of so many ``experts`` at ``path`` a token is sent: what the nearest module
-    around them says, its router or its configuration; 1 where none of them does."""
+    """How many of the ``experts`` at ``path`` a token is sent to: as the nearest module around
+    them, its router or its configuration says; 1 where none of them does."""
     names = path.split(".")
     above = [".".join(names[:depth]) for depth in reversed(range(len(names)))]
     for module in (modules[around] for around in above if around in modules):

@@ -1,8 +1,8 @@
 """A quantised network whose scales, and gates of repeated blocks, can be trained.
 
 Every trained array θ is written θ₀ + s∘u, with s its own size: steps in u are relative, so that
-one learning rate fits scalings of every magnitude. Codes stay packed unless they move, and
-matrices are built of them in every step, which for hundreds of tokens costs little beside the
+one learning rate fits scalings of every magnitude. Codes that are not trained stay packed, and
+matrices are expanded from them in every step, which for hundreds of tokens costs little beside the
 products.
 """
 
@@ -41,12 +41,12 @@ class Parts:
 
 
 class Trainable:
-    """The arrays of a network that are trained, by path, and the network as they make it. Where it
+    """The trained arrays of a network, by path, and the network that computes with them. Where it
     was opened lazily nothing is computed yet.
 
-    ``blocks`` are where the quantised layers hang that are trained. What is not trained is cast
-    to ``dtype``, in which the network then computes. Raises ``Unsupported`` where nothing in the
-    network has scales.
+    The quantised layers of ``blocks`` (default: all) are trained. Arrays that are not trained are
+    cast to ``dtype``, in which the network then computes. Raises ``Unsupported`` where nothing in
+    the network has scales.
     """
 
     def __init__(self, network: nn.Module, dtype: mx.Dtype, parts: Parts = Parts(),
@@ -94,7 +94,7 @@ class Trainable:
                 if isinstance(module, AffineCodes)]
 
     def tensors(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
-        """What a checkpoint holds of them, by name."""
+        """The trained arrays as a checkpoint holds them, by name."""
         values = self._as_stored(moved)
         modules = dict(self.network.named_modules())
         for path in [path for path in values if path.endswith(".moves")]:
@@ -103,7 +103,7 @@ class Trainable:
         return values
 
     def moved_share(self, moved: dict[str, mx.array]) -> float:
-        """Of the codes that could move, how many are others than at first."""
+        """The share of the movable codes that differ from their first values."""
         modules, changed, codes = dict(self.network.named_modules()), 0, 0
         for path, moves in self.values(moved).items():
             if path.endswith(".moves"):
@@ -121,7 +121,7 @@ class Trainable:
 
 
 def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
-    """Layers of the blocks that have a gradient, and everything quantised outside them dense."""
+    """Replace quantised layers of ``blocks`` by ones with a gradient, others by dense ones."""
     inside, made = tuple(block.full("") for block in blocks), []
     for path, module in network.named_modules():
         start = parts.starts.get(path.removesuffix(".linear"), mx.zeros(1)) if parts.codes else None

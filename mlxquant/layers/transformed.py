@@ -154,8 +154,8 @@ class TransformedLinear(nn.Module):
         return x
 
     def untransform_weight(self, weight: mx.array) -> mx.array:
-        """W R diag(input_scale) of ``weight`` (m, n), in its dtype: what takes x where W takes the
-        transformed input, rounding apart."""
+        """W R diag(input_scale) of ``weight`` W (m, n), in its dtype: it multiplies x where W
+        multiplies the transformed input, without Q."""
         if self.rotation_block is not None:
             signs = self._signs.get(self.rotation_signs, weight.dtype)
             weight = unrotate_weight(weight, signs, self.rotation_block)

@@ -1,4 +1,4 @@
-"""Quantised layers as training sees them: differentiable by their scales, and codes that move.
+"""Quantised layers for training: they are differentiable by their scales, and codes can move.
 
 Moving codes are learned rounding. As in AdaRound (Nagel et al. 2020,
 https://arxiv.org/abs/2004.10568) a code may end at another level than the nearest; as in LSQ (Esser
@@ -48,8 +48,8 @@ class MovableCodes(nn.Module):
         return *self.codes.shape[:-1], self._columns
 
     def matrix(self, make: Callable[..., mx.array], *scales: mx.array) -> mx.array:
-        """What ``make`` makes of the levels (m, n) and of ``scales``. Its gradient computes it
-        anew: what stands between codes and matrix is many times as large as the codes."""
+        """``make(levels (m, n), *scales)``. The backward pass computes it again, because the arrays
+        between codes and matrix are many times as large as the codes."""
         moves = [self.moves] if "moves" in self else []
 
         def made(*given: mx.array) -> mx.array:
@@ -98,10 +98,10 @@ class MovingReplica(MovableCodes):
 
 
 class AffineCodes(MovableCodes):
-    """W = scale·q + bias by groups of inputs, of a layer whose other parameters than the codes keep
-    their names, but for biases: it is differentiable by scales and by ``centres``, bias +
-    scale·top/2, which the middle level stands for. By the bias, a change of the scale would move
-    all weights of a group by up to 255 times that, and a 16-bit type would round off the levels.
+    """W = scale·q + bias by groups of inputs. ``centres``, bias + scale·top/2, the value of the
+    middle level, replace ``biases``; other parameters keep their names. It is differentiable by
+    scales and centres. With biases, a change of a scale would move all weights of its group by up
+    to 255 times as much, and a 16-bit type would round off the levels.
     """
 
     def __init__(self, layer: nn.Module, start: mx.array | None = None):
