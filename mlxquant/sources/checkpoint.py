@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 SHARD_BYTES = 1 << 30
-MAKING = "making.json"  # what making the folder took; no part of what it is
+MAKING = "making.json"  # seconds and memory that making the folder took; not part of the model
 _INDEX = "model.safetensors.index.json"
 _SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-# Of the types that MLX reads.
+# Bytes of a value, for the types that MLX reads.
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
                "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8}
 
@@ -80,8 +80,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """What decides a model's numbers: its weight files by name, size and time, its configuration,
-    and this version of the package."""
+    """A text that changes whenever a model's outputs may: its weight files by name, size and time,
+    its configuration, and this version of the package."""
     weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
     return repr((weights, (folder / "config.json").read_text(encoding="utf-8"), __version__))
 
@@ -122,7 +122,7 @@ def write(folder: Path, config: dict[str, Any] | Callable[[], dict[str, Any]],
           finish: Callable[[Path], None] = lambda _: None) -> None:
     """Write a model folder, new or empty, in one step, holding at most one shard in memory.
 
-    ``tensors`` may be a generator, and ``config`` a function that is called when it is through;
+    ``tensors`` may be a generator, and ``config`` a function that is called after its last tensor;
     ``others`` are further files (tokenizer, templates) by name. ``finish`` is called with the
     finished folder before it takes its place. Raises ``BadCheckpoint`` for a tensor with values
     that are not finite.

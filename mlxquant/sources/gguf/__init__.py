@@ -32,10 +32,10 @@ class Outcome:
 
 def import_cached(path: Path, progress: Progress = lambda *_: None) -> Path:
     """The model folder made from a GGUF file; raises ``BadCheckpoint`` or ``Unsupported``."""
-    with path.open("rb") as file:  # known by this, whatever it is called
+    with path.open("rb") as file:  # recognised by its content, not by its name
         if file.read(4) != b"GGUF":
             raise BadCheckpoint(f"{path} is neither a folder nor a GGUF file")
-    files = part_files(path.absolute())  # a link's own name tells of parts, not its target's
+    files = part_files(path.absolute())  # a link's own name says which part it is, not its target's
     key = f"{_FORMAT}:{files[0]}:{state_of(files)}".encode()
     folder = cache_dir("imports", f"{files[0].stem}-{hashlib.sha256(key).hexdigest()[:12]}")
     if folder.exists():
@@ -57,7 +57,7 @@ def import_file(path: Path, folder: Path, bits: int | None = None,
                 progress: Progress = lambda *_: None) -> Outcome:
     """Write the GGUF file at ``path``, or the split model it is a part of, as ``folder``.
 
-    Codes that MLX has a place for move as they are; other types are decoded and rounded to
+    Codes that MLX can represent are kept unchanged; other types are decoded and rounded to
     ``bits`` (2, 3, 4, 5, 6, 8; 16 keeps them as numbers; default: by type). Raises
     ``BadCheckpoint``, ``Unsupported``, ``BadValue`` or ``TooLarge``.
     """

@@ -1,4 +1,4 @@
-"""What sets GGUF's architectures apart: for a new one, a row here is all that it needs.
+"""How GGUF's architectures differ; a new architecture needs only a row in this table.
 
 Names and shapes of weights come from mlx-lm's models and the ``gguf`` package's table of names.
 Conventions are those of llama.cpp's converter: it interleaves the rows of query and key where the
@@ -17,7 +17,7 @@ ROPES = ("linear", "yarn", "llama3", "longrope")
 class Architecture:
     """``keys`` are entries of config.json by GGUF key (and default, where one is known), beyond
     what all have; ``derived`` are computed from the rest; ``ropes`` the scalings that mlx-lm's
-    model knows. ``ignored`` GGUF keys are about what that model leaves out."""
+    model knows. ``ignored`` GGUF keys concern features that mlx-lm's model leaves out."""
 
     model_type: str
     keys: dict[str, str | tuple[str, object]] = field(default_factory=dict)
@@ -32,8 +32,8 @@ class Architecture:
 
 
 def _gemma_scale(largest: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What queries are divided by, which GGUF does not say: the width of a head, but in the model
-    of ``largest`` blocks the mean width over heads. llama.cpp tells them apart so too."""
+    """The attention scale ``query_pre_attn_scalar``, which GGUF does not store: the width of a
+    head, but in the model with ``largest`` blocks hidden size / heads. llama.cpp does the same."""
 
     def derive(config: dict[str, Any]) -> dict[str, Any]:
         mean = config["hidden_size"] / config["num_attention_heads"]

@@ -28,9 +28,9 @@ def architecture_of(file: GGUFModel) -> Architecture:
 
 
 def config_of(file: GGUFModel) -> dict[str, Any]:
-    """The configuration of mlx-lm's model, its weights' formats apart. Raises ``BadCheckpoint`` for
-    a value that is missing or impossible, ``Unsupported`` for a key that would change what the
-    model computes and has no place."""
+    """The configuration of mlx-lm's model, without the formats of its weights. Raises
+    ``BadCheckpoint`` for a value that is missing or impossible, ``Unsupported`` for a key that
+    would change what the model computes and that mlx-lm's model does not have."""
     architecture, field = architecture_of(file), Fields(file)
     if "token_embd.weight" not in file.tensors:
         raise BadCheckpoint(f"{file.path} holds no token_embd.weight")

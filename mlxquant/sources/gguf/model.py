@@ -47,8 +47,8 @@ class Source:
 
 @dataclass
 class Imported:
-    """A file whose names, shapes and types are all understood. What converting its tensors took
-    gathers in ``rounded``: by path (Σ(ŵ − w)², Σw²)."""
+    """A file whose names, shapes and types are all understood. ``rounded`` collects the errors of
+    tensors as they are converted: by path (Σ(ŵ − w)², Σw²)."""
 
     config: dict[str, Any]
     sources: dict[str, Source]
@@ -81,7 +81,7 @@ class Imported:
             yield from arrays.items()
 
     def stored_bytes(self) -> int:
-        """What the arrays will take."""
+        """Bytes that the arrays will take."""
         return sum(prod(s.tensor.shape) * self.dtype.size if s.plan.plain else
                    int(prod(s.tensor.shape) * (s.plan.bits + 32 / GROUP) / 8)
                    for s in self.sources.values())
@@ -103,8 +103,8 @@ class Imported:
 
 
 def read(file: GGUFModel, bits: int | None = None) -> Imported:
-    """Understand a file before anything is written; ``bits`` is the width of what must be rounded
-    anew. Raises ``Unsupported`` or ``BadCheckpoint``."""
+    """Assign a file's tensors to mlx-lm's parameters, before anything is written; ``bits`` is the
+    width of tensors that must be rounded anew. Raises ``Unsupported`` or ``BadCheckpoint``."""
     architecture, config = architecture_of(file), config_of(file)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     network = _network(file, config)

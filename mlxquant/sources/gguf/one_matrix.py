@@ -1,6 +1,6 @@
-"""Whether a file's embedding and head are one matrix, in types of their own.
+"""Whether a file's embedding and head are one matrix, stored twice in different types.
 
-Of a model whose head is its embedding llama.cpp may write both.
+llama.cpp may write both for a model whose head is its embedding.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ _ROWS = 256  # about so many are compared
 
 
 def one_matrix(config: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[str, str] | None:
-    """The paths of ``embedding`` and ``head``, and that of the ``finer``, where both are one matrix
-    but for rounding and the architecture runs with one; else None. ``tensors`` are by mlx-lm's
-    name."""
+    """The paths of ``embedding`` and ``head``, and that of the ``finer`` of the two, where they
+    differ only by rounding and the architecture can run with one matrix; else None. ``tensors`` are
+    by mlx-lm's name."""
     names = {tensor.name: name for name, tensor in tensors.items()}
     if "output.weight" not in names:
         return None
@@ -37,13 +37,13 @@ def one_matrix(config: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[s
 
 
 def digest(weight: mx.array) -> str:
-    """That of a matrix's first rows as stored, to know it again by."""
+    """A hash of a matrix's first rows as stored, by which to recognise it later."""
     return hashlib.sha256(np.array(weight[:_ROWS].view(mx.uint8)).tobytes()).hexdigest()[:16]
 
 
 def _alike(one: GGUFTensor, other: GGUFTensor) -> bool:
     """Whether two matrices differ by no more than twice what rounding to the coarser type usually
-    changes, which is some 2 · 2⁻ᵇ of their size for b bits a weight. By some of their rows."""
+    changes, which is some 2 · 2⁻ᵇ of their norm for b bits a weight. Some rows are compared."""
     if one.shape != other.shape:
         return False
     coarse, fine = sorted((one, other), key=_bits)
@@ -68,8 +68,8 @@ def _some(tensor: GGUFTensor) -> np.ndarray:
 
 
 def _runs_with_one(config: dict[str, Any], names: set[str]) -> bool:
-    """Whether mlx-lm's model without a head of its own has these parameters, and makes logits of
-    quantised ones. Nothing is computed."""
+    """Whether mlx-lm's model without a head of its own has these parameters, and gives logits when
+    they are quantised. Nothing is computed."""
     tied = config | {"tie_word_embeddings": True}
     try:
         network = outline.drop_tied_head(outline.network_of(tied), tied)

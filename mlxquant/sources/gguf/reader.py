@@ -104,8 +104,8 @@ def state_of(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
 
 
 class Fields:
-    """Reads positive numbers and switches under the name of a file's architecture; ``asked`` are
-    the keys that it was asked for."""
+    """Reads positive numbers and booleans from the metadata keys of a file's architecture;
+    ``asked`` are the keys that were read, without the architecture's name."""
 
     def __init__(self, file: GGUFModel) -> None:
         self._file, self.asked = file, set[str]()

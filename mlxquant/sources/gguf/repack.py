@@ -1,4 +1,4 @@
-"""GGUF blocks whose values are affine in groups of 32: the codes move, nothing is found anew.
+"""Repack GGUF blocks whose values are affine in groups of 32: codes are kept, nothing is refitted.
 
 MLX dequantises a code q of a group as scale·q + bias. Scales of Q4_0, Q4_1, Q5_0, Q5_1,
 Q8_0, TQ1_0, TQ2_0 and MXFP4 are halves or powers of two, and so are their biases: exact
@@ -34,7 +34,7 @@ class Groups:
 @dataclass(frozen=True)
 class Packed:
     """A matrix as MLX stores it: codes (rows, n·bits/32) uint32, scales and biases (rows, n/32)
-    float16; ``lost`` and ``whole`` are the sums of squares of what rounding took and of all
+    float16; ``lost`` and ``whole`` are the sums of squares of the rounding errors and of all
     values."""
 
     weight: np.ndarray
@@ -66,7 +66,7 @@ def packed(name: str, groups: Groups, bits: int) -> Packed:
 
 
 def joined(parts: list[Packed]) -> Packed:
-    """Matrices below one another as one."""
+    """Matrices concatenated by rows."""
     weight, scales, biases = (np.concatenate([getattr(p, key) for p in parts])
                               for key in ("weight", "scales", "biases"))
     return Packed(weight, scales, biases, parts[0].bits,
@@ -74,7 +74,8 @@ def joined(parts: list[Packed]) -> Packed:
 
 
 def _loss(groups: Groups, scales: np.ndarray, biases: np.ndarray) -> tuple[float, float]:
-    """What rounding scales and biases took: Σ (Δs·q + Δb)² needs only Σq and Σq² of a group."""
+    """(``lost``, ``whole``) of rounding scales and biases: Σ (Δs·q + Δb)² needs only Σq and Σq² of
+    a group."""
     off_scale, off_bias = groups.scales - scales, groups.biases - biases
     if not off_scale.any() and not off_bias.any():
         return 0.0, 0.0
@@ -156,8 +157,8 @@ def _q5_k(blocks: np.ndarray) -> Groups:
 
 def _on_grid(type_: Type, grid: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
              ) -> Callable[[np.ndarray], Groups]:
-    """For types whose codes are hard to reach but whose values lie on a known ``grid`` (scales,
-    biases): the values that ``gguf`` computes say which code each is."""
+    """For types whose codes are hard to extract but whose values lie on a known ``grid`` (scales,
+    biases): each code is computed from the value that ``gguf`` decodes."""
 
     def read(blocks: np.ndarray) -> Groups:
         scales, biases = grid(blocks)
@@ -225,7 +226,7 @@ LAYOUTS = {
     Type.TQ2_0: Layout(2, _on_grid(Type.TQ2_0, _ternary(64, 66))),
     Type.MXFP4: Layout(5, _on_grid(Type.MXFP4, _mxfp4)),
     Type.IQ1_S: Layout(2, _on_grid(Type.IQ1_S, _iq1_s)),
-    # Their 16 levels are uneven, but whole numbers: 8 bits hold them, which pays where asked for.
+    # Their 16 levels are uneven, but whole numbers: 8-bit codes hold them, where 8 bits are asked.
     Type.IQ4_NL: Layout(8, _on_grid(Type.IQ4_NL, _iq4_nl)),
     Type.IQ4_XS: Layout(8, _on_grid(Type.IQ4_XS, _iq4_xs)),
 }

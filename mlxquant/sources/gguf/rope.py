@@ -61,7 +61,8 @@ def _longrope(file: GGUFModel, made: _Config, config: _Config, field: Fields) ->
 
 
 def _llama3(file: GGUFModel, config: _Config, field: Fields) -> _Config:
-    """The numbers that give the factors of ``rope_freqs.weight``, all that the file keeps of them.
+    """The parameters of Llama 3's scaling, recovered from the factors in ``rope_freqs.weight``,
+    which are all that the file stores.
 
     Long wavelengths λ have the factor F, short ones 1, and those between them 1 / ((1 − s) / F + s)
     with s = (context / λ − low) / (high − low), so s is a line over 1 / λ. Only the ratios of

@@ -21,7 +21,7 @@ from mlxquant.sources.gguf.repack import Groups, Packed
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}
 WIDTHS = (2, 3, 4, 5, 6, 8)
 UNROUNDED = 16  # asks for types without a place in MLX as 16-bit numbers
-_UNEVEN = (Type.IQ4_NL, Type.IQ4_XS)  # exact in 8 bits, twice what they take
+_UNEVEN = (Type.IQ4_NL, Type.IQ4_XS)  # exact in 8 bits, twice as many as the file's codes have
 _CHUNK = 1 << 22  # values that are decoded at once
 
 
@@ -75,8 +75,8 @@ def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> 
 
 def plain(type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0,
           ) -> tuple[mx.array, float, float]:
-    """Values (rows, n) plus ``offset`` in ``dtype``, and the sums of squares of what rounding took
-    and of all values (0 where nothing was taken)."""
+    """Values (rows, n) plus ``offset`` in ``dtype``, and the sums of squares of the rounding errors
+    and of all values (both 0 where the values are exact)."""
     if type_ in PLAIN:
         values = mx.array(blocks.view(PLAIN[type_]))
         values = values.view(mx.bfloat16) if type_ == Type.BF16 else values
@@ -92,8 +92,8 @@ def plain(type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0,
 
 
 def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Packed:
-    """Raw blocks (rows, row bytes) as planned, and what that took from the values; raises
-    ``Unsupported`` for values outside float16."""
+    """Raw blocks (rows, row bytes) as codes according to ``plan``, with the errors of rounding;
+    raises ``Unsupported`` for scales or biases outside float16."""
     if plan.repacked:
         return repack.repacked(name, type_, blocks)
     spec = Spec(bits=Width.of(plan.bits), group_size=repack.GROUP, method="rtn")
