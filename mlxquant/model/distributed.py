@@ -47,7 +47,7 @@ def shard(network: nn.Module, name: str, group: Any) -> nn.Module:
                               "machines yet")
     replicated = {path: m for path, m in modules.items() if isinstance(m, ReplicatedLinear)}
     inputs = {id(m): path for path, m in modules.items() if isinstance(m, ReplicaInput)}
-    # mlx-lm splits stand-ins, and so says which way each layer goes.
+    # mlx-lm splits stand-ins, whose classes then say in which way to split each layer.
     stand_ins = [(path, nn.Linear(size, size, bias=False)) for path in replicated]
     network.update_modules(tree_unflatten(stand_ins))
     try:

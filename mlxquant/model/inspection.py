@@ -21,7 +21,7 @@ from mlxquant.sources.names import resolve
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight matrix or embedding. ``bits`` are those of one code, scales apart."""
+    """A weight matrix or embedding. ``bits`` are those of one code, without scales."""
 
     path: str
     format: str
@@ -37,9 +37,9 @@ class Inspection:
     of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
     ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them. ``making`` is
     what ``quantize`` wrote of its seconds and peaks by step, None where it made no such folder.
-    ``tuned_blocks`` are blocks that were trained, with their errors before and after, shares of the
-    output's energy, or ``nats`` of the predictions'. ``untraceable`` says why the network cannot be
-    traced, None where it can."""
+    ``tuned_blocks`` are the blocks that were trained, with their errors before and after: shares of
+    the output's energy or, for a last block with ``nats``, divergences of the predictions in nats.
+    ``untraceable`` says why the network cannot be traced, None where it can."""
 
     architecture: str
     parameters: int

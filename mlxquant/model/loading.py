@@ -147,7 +147,7 @@ def open_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool
 
 
 def _in_one_line(error: Exception) -> str:
-    """What an error says. Of tensors' names that differ by numbers alone, one stands for all."""
+    """An error's message in one line; names of tensors that differ only by numbers are counted."""
     lines = [line.strip(" ,.") for line in str(error).strip().splitlines()]
     if not lines or isinstance(error, KeyError):
         return repr(error)

@@ -1,7 +1,7 @@
-"""A model as it is quantised: a matrix that its file holds twice is there once.
+"""Open a model to quantise it: a matrix that its file holds twice is opened once.
 
-The import of a GGUF file keeps what it says, and notes where embedding and head are one matrix
-(``sources/gguf/one_matrix.py``). Here the finer serves in the place of both.
+The import of a GGUF file keeps both copies, and notes where embedding and head are one matrix
+(``sources/gguf/one_matrix.py``). Here the finer copy replaces both.
 """
 
 from functools import lru_cache
@@ -47,11 +47,11 @@ def open_original(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def without_second(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the model with one matrix for embedding and head, where its file holds
-    that twice; ``config`` itself where not. How both are stored it leaves."""
+    that matrix twice; otherwise ``config`` itself. Its entries on storage formats are unchanged."""
     told = config.get("mlxquant_import", {})
     if NOTE not in told or config["tie_word_embeddings"]:
         return config
-    # A result may have another head again, as a fused rotation makes it: it must not say so.
+    # The note must go: a quantised result may have a head of its own again (a fused rotation).
     told = {key: value for key, value in told.items() if key != NOTE}
     return config | {"tie_word_embeddings": True, "mlxquant_import": told}
 

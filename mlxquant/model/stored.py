@@ -73,7 +73,7 @@ def _decoded(weights: Weights, config: dict[str, Any], folder: Path) -> Weights:
         except ValueError as error:
             raise Unsupported(f"{folder}: {name} of shape {list(scale.shape)} does not scale "
                               f"{list(made[target].shape)} in blocks of {block}") from error
-    # What is written from here on is in no such form.
+    # Weights that are written from here on are not in this form.
     config.pop("quantization_config", None)
     return made
 

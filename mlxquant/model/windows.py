@@ -29,9 +29,9 @@ from mlxquant.model.loading import LanguageModel
 
 @dataclass(frozen=True)
 class Window:
-    """``tokens`` of shape (1, lead + context): ``lead`` that the tokenizer begins with, then the
-    text's. Predicted are the text's tokens but the first, context − 1 positions, so the same with
-    and without a lead; the network reads lead + context − 1 tokens for that."""
+    """``tokens`` (1, lead + context): ``lead`` tokens that the tokenizer puts before a text, then
+    ``context`` tokens of the text. All of the text's tokens but the first are predicted, so the
+    context − 1 positions do not depend on the lead; the network reads lead + context − 1 tokens."""
 
     tokens: mx.array
     lead: int
