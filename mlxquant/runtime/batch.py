@@ -42,10 +42,10 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
                    progress: Callable[[int, int], None] | None = None) -> BatchResponse:
     """Answer ``prompts``, up to ``batch_size`` of them in each pass over the weights.
 
-    Prompts and ``stop`` are as for ``generate``. ``progress`` is told the replies that are
-    done, and all. Rounding differs from that of a single prompt, so a close choice may fall
-    otherwise. Raises ``BadValue``, ``TooLarge``, or ``Unsupported`` for a model whose keys and
-    values cannot be put side by side.
+    Prompts and ``stop`` are as for ``generate``. ``progress`` is called with the number of replies
+    done and of all replies. Rounding differs from that of a single prompt, so a token that is
+    chosen by a narrow margin may differ. Raises ``BadValue``, ``TooLarge``, or ``Unsupported`` for
+    a model whose keys and values cannot be batched.
     """
     checks.integer("batch_size", batch_size, 1)
     if not prompts:
@@ -90,9 +90,9 @@ def batchable(model: LanguageModel) -> bool:
 
 
 class Event(NamedTuple):
-    """What became of a row: prompt tokens read, a piece of its reply, or why there is none.
+    """One of a row's events: (prompt tokens read, of how many), a piece of its reply, or an error.
 
-    With the last piece comes the ``cache`` of the whole, and the number of ``tokens`` made.
+    The last piece comes with the ``cache`` of prompt and reply, and the number of ``tokens`` made.
     """
 
     row: int
@@ -104,10 +104,10 @@ class Event(NamedTuple):
 
 
 class Batch:
-    """Replies made side by side; rows come and go while others are under way.
+    """Replies that are made together; rows can be added and removed while others are under way.
 
-    False when it is empty. ``keep`` gets keys and values of whole prompts, where those of the
-    whole reply could not be cut back to them.
+    It is false when it has no rows. ``keep`` gets the cache of each whole prompt, where the cache
+    of prompt and reply cannot be trimmed back to it.
     """
 
     def __init__(self, model: LanguageModel, size: int = BATCH,
@@ -122,7 +122,7 @@ class Batch:
         return bool(self._writers)
 
     def add(self, request: Request, cache: PromptCache | None = None) -> int:
-        """Begin a reply, going on from what ``cache`` holds of its prompt; its row's number."""
+        """Begin a reply, reusing what ``cache`` holds of its prompt; returns its row's number."""
         cache = cache or PromptCache()
         cached = cache.reuse(self._model.network, request.prompt)
         for layer in cache.layers:
@@ -150,7 +150,7 @@ class Batch:
             event for step in made if (event := self._written(step))]
 
     def remove(self, row: int) -> None:
-        """Take a row out, whose reply nobody waits for."""
+        """Remove a row whose reply is no longer wanted, or done."""
         del self._writers[row]
         self.generator.remove([row])
 

@@ -43,7 +43,7 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
     keys and values over calls; ``kv_bits`` stores them quantised, in groups of 32.
     ``draft`` is a small model of the same vocabulary that guesses ``draft_tokens``
     at a time; ``lookup`` guesses up to so many tokens from the text itself; either
-    only changes the speed. ``progress`` is told the prompt tokens processed, and all.
+    only changes the speed. ``progress`` gets the prompt tokens processed so far, and of all.
 
     Closing the generator early keeps ``cache`` usable. Raises ``BadValue``,
     ``Unsupported``, or ``TooLarge`` for a prompt longer than the context.
@@ -83,7 +83,7 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
     finally:
         steps.close()
         if mx.distributed.init().size() > 1:
-            # A token begun ahead must not add up with the other machines' next sum.
+            # A token begun ahead must not take part in the other machines' next sum.
             mx.synchronize(generation_stream)
         cache.record(fresh + tokens)
     kv = (kv + traffic.kv_bytes(cache.layers)) // 2

@@ -110,7 +110,7 @@ class Loop:
 
 
 def _told(made: Generator[Any, None, None]) -> Generator[Step, None, None]:
-    """What mlx-lm's loops yield, with or without whether it was guessed, as steps."""
+    """The results of mlx-lm's loops as steps; one of the loops yields whether it guessed."""
     with closing(made):
         for token, logprobs, *guessed in made:
             yield Step(token, any(guessed), logprobs)

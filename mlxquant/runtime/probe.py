@@ -2,10 +2,10 @@
 
 The read ceiling: buffers that are distinct, together at least a gigabyte and so several
 times larger than any cache, are read in turn by a few readers; it is the best one's
-median. On a CPU NumPy's product takes part as well: MLX reads slower than the memory
-there, and a ceiling must be the memory's. A run that beats it shows that other work held the
-readers up: then they run once more. Beside it stand the rate of a large matrix product and what
-replicated layers cost here (``replica_probe.py``).
+median. On a CPU NumPy's product is one of the readers: MLX reads slower than the memory
+there, and a ceiling must be the memory's. A model that reads faster than the ceiling shows that
+other work slowed the readers: then they run once more. Also measured are the rate of a large matrix
+product and what replicated layers cost here (``replica_probe.py``).
 """
 
 import json
@@ -64,8 +64,8 @@ class Probe:
 def percent_of_ceiling(gb_per_s: float) -> tuple[float, Ceiling]:
     """How much of the ceiling a run reached, and the ceiling.
 
-    A run that beats it has it measured again, and the larger result is kept. After that only a
-    faster run does so, as a small model may well be read from a cache.
+    Where a run exceeds the ceiling, the ceiling is measured again and the larger result is kept.
+    After that only a faster run causes this, because a small model may be read from a cache.
     """
     known = measured()
     if gb_per_s > max(known.ceiling.gb_per_s, known.beaten_by) and _spare() > 2 * _bytes(_ROWS[0]):
@@ -84,7 +84,7 @@ def replica_limits() -> ReplicaLimits | None:
 
 def measured(*, refresh: bool = False, replicas: bool = False,
              progress: Callable[[int, int, float], None] = lambda *_: None) -> Probe:
-    """What is known of this machine, and what is not, measured now; ``replicas`` too if asked."""
+    """This machine's figures, from the cache or measured now; ``replicas`` only if asked for."""
     known = None if refresh else _cached()
     if known is None:
         print("Measuring how fast this machine reads memory, once", file=sys.stderr)
@@ -121,7 +121,7 @@ def _kept(probe: Probe) -> Probe:
 
 
 def _bytes(rows: int) -> int:
-    """Of all matrices of so many rows."""
+    """Bytes of all matrices with so many ``rows`` each."""
     return 4 * _MATRICES * rows * _COLUMNS
 
 

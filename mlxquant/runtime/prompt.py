@@ -33,8 +33,8 @@ class Request:
     """``prompt`` in token ids, and what decides the tokens after it.
 
     ``continues``: the prompt was raw text or ids, so that the reply goes on where it ends,
-    with a space or without. ``logprobs``: so many likeliest tokens are told with each token
-    chosen; None for none of it.
+    with a space or without. ``logprobs``: how many of the likeliest tokens are reported with each
+    chosen token; None for no log-probabilities.
     """
 
     prompt: list[int]

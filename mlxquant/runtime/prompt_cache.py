@@ -33,8 +33,8 @@ class PromptCache:
     draft_layers: list[Any] = field(default_factory=list)
 
     def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None) -> int:
-        """Trim to what ``prompt``, but for its last token, shares with the held tokens; returns how
-        many remain. What cannot be trimmed (a window that has wrapped) is started afresh."""
+        """Trim to the prefix that ``prompt``, without its last token, shares with the held tokens;
+        returns its length. A cache that cannot be trimmed (a wrapped window) is replaced."""
         if draft is None:
             self.draft_layers = []
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
@@ -46,7 +46,8 @@ class PromptCache:
         return shared
 
     def record(self, fed: list[int]) -> None:
-        """Note the tokens of the last call, as far as all layers have taken them in."""
+        """Record the tokens ``fed`` to the network in the last call, as far as all layers hold
+        them."""
         known = self.tokens + fed
         held = min(len(known), *map(offset, self.sets()))
         if held and all(cut(layers, offset(layers) - held) for layers in self.sets()):
@@ -78,19 +79,20 @@ class PromptCache:
 
 
 class PromptCaches:
-    """The newest ``most`` conversations, of which any may go on; mlx-lm keeps them."""
+    """The newest ``most`` conversations, of which any may be continued, held by mlx-lm's class."""
 
     def __init__(self, most: int):
         self._held = LRUPromptCache(most)
 
     def nearest(self, prompt: list[int]) -> PromptCache:
-        """A copy of what shares most with ``prompt`` and can be cut back to that, or nothing."""
+        """A copy of the cache that shares the longest prefix with ``prompt`` and can be trimmed to
+        it, or an empty one."""
         sets, rest = self._held.fetch_nearest_cache(None, prompt)
         tokens = prompt[:len(prompt) - len(rest)]
         return PromptCache(tokens, *(list(layers.caches) for layers in sets or ()))
 
     def keep(self, cache: PromptCache) -> None:
-        """Hold ``cache``, which nobody changes from now on, in place of its own beginnings."""
+        """Hold ``cache``, which must not change any more; it replaces caches of its prefixes."""
         if cache.tokens:
             sets = [CacheList(*layers) for layers in cache.sets()]
             self._held.insert_cache(None, cache.tokens, sets)

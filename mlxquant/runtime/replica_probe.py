@@ -1,4 +1,4 @@
-"""How many replicas this machine runs for nothing: replicated layers timed over widths.
+"""How many replicas this machine runs at no cost in time: replicated layers timed by width.
 
 One token passes a chain of distinct layers, each fed by the one before, together several
 times larger than any cache. What counts is the GPU's own time (``kernels/gpu_clock.py``):
@@ -87,7 +87,7 @@ def time_layers(shape: ReplicaShape, size: tuple[int, int],
 
 
 class _Step(nn.Module):
-    """A layer beside what siblings would share with it, as in a model."""
+    """A layer and its ``ReplicaInput`` as children of one module, as in a model."""
 
     def __init__(self, layer: ReplicatedLinear):
         super().__init__()

@@ -116,7 +116,7 @@ class Response:
 
 
 def joined(chunks: Sequence[Chunk]) -> Chunk:
-    """All that ``chunks`` say, as one, with the end of the last."""
+    """One chunk with the text of all ``chunks``, and the last one's finish reason and report."""
     return replace(chunks[-1], text="".join(chunk.text for chunk in chunks),
                    parts=tuple(part for chunk in chunks for part in chunk.parts),
                    scored=tuple(token for chunk in chunks for token in chunk.scored))
@@ -140,7 +140,7 @@ class CallReader:
         return self.finish()
 
     def finish(self) -> list[dict[str, Any]]:
-        """The calls in what was last written as one."""
+        """The calls in the text between markers that was read last."""
         written, self._written = self._written, ""
         if self._parse is None or not written.strip():
             return []

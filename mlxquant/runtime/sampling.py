@@ -68,8 +68,8 @@ class Sampling:
     def sampler(self, model: LanguageModel) -> Sampler:
         """From log-probabilities (rows, vocabulary) to tokens (rows,), int32.
 
-        A row that is not finite gives ``NOT_FINITE``, a valid index from the end, so that
-        the steps begun ahead stay harmless until someone looks.
+        A row that is not finite gives ``NOT_FINITE``, a valid index from the end, so that steps
+        that were begun ahead do no harm before the token is checked.
         """
         if self.temperature == 0:
             return _greedy  # one for all rows: then mlx-lm samples them together

@@ -13,8 +13,8 @@ class Report:
     ``prompt_tokens`` were processed now, ``cached_tokens`` were already in the
     prompt cache. Decode speed counts the tokens after the first, which belongs
     to the prompt's time (``ttft_s``, seconds). ``guessed_tokens`` of the reply were
-    guessed ahead and found right, None where nothing was guessed; bytes per token are
-    then those of all passes, shared out.
+    guessed ahead and found right, None without guessing; with it, bytes per token are
+    those of all passes divided by the tokens.
     """
 
     prompt_tokens: int

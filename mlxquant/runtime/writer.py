@@ -12,7 +12,7 @@ from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.reply import Chunk, FinishReason, Scored, Splitter
 
 _CONTEXT = 6  # tokens before the new ones, which decide about spaces between words
-_PENDING = 64  # tokens without a whole character in them: then they are no text
+_PENDING = 64  # tokens that are held back at most until a character is whole
 
 
 class Writer:
