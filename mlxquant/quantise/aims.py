@@ -1,7 +1,8 @@
-"""What a block is trained for: the float block's outputs, or the predictions that follow.
+"""The loss a block is trained on: the error of its outputs, or that of the model's predictions.
 
-The last block's output passes only the final norm and the head. What counts of it is what these
-predict, so its last aim is KL(float ‖ quantised) over the vocabulary, at some tokens of each step.
+The last block's output goes only into the final norm and the head. Only its effect on the logits
+matters, so the last block is trained at the end on KL(float ‖ quantised) over the vocabulary, at
+some tokens of each step.
 """
 
 import math
@@ -22,44 +23,45 @@ PREDICTED = 512  # tokens of a step whose predictions are compared
 
 @dataclass(frozen=True)
 class Call:
-    """One batch's call of a block behind quantised blocks, and what the float block returned for
-    the same batch behind float blocks."""
+    """A call of a block for one batch, with inputs computed by quantised blocks (``halt``), and the
+    output that the float block gave for the same batch in the float model (``wanted``)."""
 
     halt: Halt
     wanted: Any
 
     def numbers(self) -> list[Any]:
-        """What is in the arguments beside arrays."""
+        """The arguments that are not arrays; None in the place of each array."""
         leaves = tree_flatten((self.halt.args, self.halt.kwargs))
         return [None if isinstance(leaf, mx.array) else leaf for _, leaf in leaves]
 
     def outputs(self, data: Iterator[mx.array]) -> list[mx.array]:
-        """What the block returns with the next of ``data`` in place of the arguments' arrays."""
+        """The block's outputs for arguments whose arrays are replaced by the next of ``data``."""
         args, kwargs = tree_map(lambda leaf: next(data) if isinstance(leaf, mx.array) else leaf,
                                 (self.halt.args, self.halt.kwargs))
         return floats(self.halt.own(*args, **kwargs))
 
 
 class Outputs:
-    """The aim is the float block's outputs. ``told`` marks errors in another unit than shares."""
+    """The loss on the float block's outputs. ``told`` is recorded with errors to name their unit:
+    empty for shares of the output's energy."""
 
     told: ClassVar[dict[str, float]] = {}
 
     def prepare(self) -> None:
-        """What is to be done before training."""
+        """Called once before training."""
 
     def data(self, call: Call, random: np.random.Generator | None = None) -> list[mx.array]:
-        """All arrays of a call's arguments, then what ``error`` compares with. Where not all tokens
-        are compared, they are drawn from ``random``, or without it always the same."""
+        """All arrays of a call's arguments, then the arrays that ``error`` compares with. Where
+        only some tokens are compared, ``random`` draws them; without it they stay the same."""
         return [*arrays(call.halt.given()), *floats(call.halt.shelf.read(call.wanted))]
 
     def error(self, call: Call, *data: mx.array) -> mx.array:
         """The error of the block's outputs ŷ against the float block's y: half the mean over tokens
         of ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². The first half weights all tokens alike, as the
-        next block's norm does. A few tokens are hundreds of times as large as all others and serve
-        as attention sinks (Sun et al. 2024, https://arxiv.org/abs/2402.17762): without the second
-        half training can give them up, which adds a thousandth to the first half and breaks the
-        later blocks."""
+        next block's norm does. The hidden states of a few tokens are hundreds of times as large as
+        all others and serve as attention sinks (Sun et al. 2024, https://arxiv.org/abs/2402.17762):
+        without the second half, training can lose them, which raises the first half by only a
+        thousandth and breaks the later blocks."""
         left, errors = iter(data), []
         for y, wanted in zip(call.outputs(left), left, strict=True):
             missed, energy = mx.square(y - wanted).sum(-1), mx.square(wanted).sum(-1)
@@ -73,8 +75,9 @@ OUTPUTS = Outputs()
 
 @dataclass(frozen=True)
 class Predictions(Outputs):
-    """The aim is what the model's own ``head``, as its source stores it, predicts of the float
-    block's output. Residual streams are turned by ``turn`` (n, n), which the head is not."""
+    """The loss on the predictions that ``head``, the source model's own, makes from the float
+    block's output. ``turn`` (n, n) is the fused rotation of the blocks' outputs, which the head
+    does not have."""
 
     told: ClassVar[dict[str, float]] = {"nats": True}
     head: Head
@@ -91,7 +94,7 @@ class Predictions(Outputs):
         logits = self._logits(wanted, places)
         likely = mx.softmax(logits, axis=-1)
         found = [*arrays(call.halt.given()), places, likely, _cross_entropy(likely, logits)]
-        mx.eval(found[-3:])  # its head's memory is free before a step
+        mx.eval(found[-3:])  # so that the head's temporaries are freed before a step
         return found
 
     def error(self, call: Call, *data: mx.array) -> mx.array:

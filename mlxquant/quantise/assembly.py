@@ -48,9 +48,9 @@ def turn_of(config: dict[str, Any], job: Job) -> mx.array | None:
 
 @dataclass
 class Outside:
-    """Tensors outside the blocks, as stored or at the embedding's own width, the gates of repeated
-    blocks, (passes − 1,) each, the entries of quantised tensors, and the configuration, changed
-    where a rotation unties the head."""
+    """``tensors`` outside the blocks, as stored or rounded to ``embedding_bits``, and the gates of
+    repeated blocks, (passes − 1,) each; config ``entries`` of the quantised ones among them; and
+    the configuration, changed where a rotation unties the head."""
 
     tensors: dict[str, mx.array]
     entries: Entries
@@ -58,7 +58,7 @@ class Outside:
 
 
 def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
-    """What of a network, its weights still as stored, goes into the result beside the blocks."""
+    """The part of the result outside the blocks, of a network whose weights are as stored."""
     blocks = blocks_of(network)
     dtype, ends = stored_dtype(blocks[0]), dict[str, mx.array]()
     if (turn := turn_of(config, job)) is not None:

@@ -1,10 +1,10 @@
 """Give every layer its own width, so that a model of a wanted size predicts best.
 
 Each layer is quantised in every candidate way on the float model's statistics, replicated siblings
-together, and the error weighed by how much the model's predictions feel it (``sensitivity.py``):
+together. The error is converted into its effect on the model's predictions (``sensitivity.py``):
 nats of divergence per token, which add up over layers as long as they are small. ``budget.py``
-then spends the bits. Siblings share their input's scales where they are stored alike; where one of
-them is felt more, it may be worth scales of its own.
+then spends the bits. Siblings share their input's scales where they are stored alike; where the
+predictions depend more on one of them, it may be worth scales of its own.
 """
 
 import time
@@ -51,8 +51,8 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     """``job`` with a rule for every layer, such that the result meets its target; where that is a
     folder's size, with a width for embedding and head, too, unless it has one.
 
-    Layers that the job's own rules name keep what those say. The damages are kept in the cache, so
-    another target costs nothing more. Raises ``BadValue`` for a target below the smallest widths.
+    Layers that match the job's own rules follow these. The measured damages are cached, so another
+    target needs no new measurement. Raises ``BadValue`` for a target below the smallest widths.
     """
     if job.target is None:
         return job
@@ -90,7 +90,7 @@ class _Measure:
         """The ways to store every layer, or siblings (their paths joined by commas, the choice
         having one part for each), with the bits they take and the nats they cost."""
         job = self.job
-        plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # what the ways vary plays no part
+        plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # fields that the ways set anyway
         setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
                            WIDTHS, REPLICATED, "apart, by block")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
@@ -131,9 +131,9 @@ class _Measure:
         return list(kinds.values())
 
     def _ways(self, trial: Trial, importance: dict[str, mx.array]) -> Ways:
-        """The siblings' ways by their joined paths: their rule's, or else the method's, one way for
-        all or one for each, chosen at a common price per bit. A sibling's own cost is taken from
-        the fit of all together, whose scales serve it a little worse."""
+        """The ways to store siblings, by their joined paths: that of their rule, or else those of
+        the method, the same for all siblings or one for each, chosen at a common price per bit. A
+        sibling's damage is measured in the fit of all together, whose scales suit it less well."""
         felt = [importance[path] for path in trial.full()]
         ways: list[dict[str, Any]] = REPLICATED if trial.spec.method == "replica" else WIDTHS
         if self.job.ruled(trial.full()[0]) is not None:
@@ -154,8 +154,8 @@ class _Measure:
 
     def spend(self, options: dict[str, list[Option]],
               target: Target) -> tuple[int | None, dict[str, Option]]:
-        """The width of embedding and head, and of every layer the option, that together cost least
-        within the target; raises ``BadValue`` where none are so small."""
+        """(width of embedding and head, option of every layer) with the least total damage within
+        the target; raises ``BadValue`` where nothing is small enough."""
         found: list[tuple[float, int | None, dict[str, Option]]] = []
         refusals: list[BadValue] = []
         for ends, nats in self._ends(target):
@@ -170,8 +170,8 @@ class _Measure:
         return min(found, key=lambda way: (way[0], way[1] is not None))[1:]
 
     def _ends(self, target: Target) -> list[tuple[int | None, float]]:
-        """The widths in which embedding and head may be stored, None for as they are, and the nats
-        that each costs. Where a fused rotation changes both, they keep theirs."""
+        """(width, nats that it costs) for each width in which embedding and head may be stored;
+        None keeps them as they are. A fused rotation changes both: then no width is chosen."""
         if (target.gigabytes is None or self.job.embedding_bits is not None
                 or self.job.spec.rotation == "fused"):
             return [(self.job.embedding_bits, 0.0)]

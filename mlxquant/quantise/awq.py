@@ -1,8 +1,8 @@
-"""AWQ: scale up the inputs' columns that matter before rounding, scale the input down.
+"""AWQ: scale up the weight's columns that matter before rounding, and scale the input down.
 
 Lin et al. 2023, https://arxiv.org/abs/2306.00978. Channels with large activations get more of the
-weight's resolution: s = E[|x|]^α, with α found by trying. Where the paper measures the output error
-on samples, E[x xᵀ] gives its expectation over all calibration tokens, without any.
+weight's resolution: s = E[|x|]^α, with α found by a search. The paper measures the output error on
+samples; here E[x xᵀ] gives its expectation over all calibration tokens.
 """
 
 import mlx.core as mx
@@ -22,10 +22,10 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
     """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input, to be used as
     weight → weight · s (columns), input → input / s; sqrt(max s · min s) = 1.
 
-    α goes up from 0 to 1 in 20 steps, until three of them lower the error no more. For speed that
-    is measured on up to 256 rows of a matrix, with ranges clipped as the result's will be. The best
-    is taken if it also beats s = 1 on up to 512: it was not the choice of rows that made it the
-    best. Raises ``BadValue`` if the groups do not divide n.
+    α goes up from 0 to 1 in 20 steps, until three steps in a row do not lower the error. For speed
+    the error is measured on up to 256 rows of a matrix, with ranges clipped as in the result. The
+    best α is used only if it also beats s = 1 on up to 512 rows, so that it does not depend on the
+    choice of rows. Raises ``BadValue`` if the groups do not divide n.
     """
     weights = [weight.astype(mx.float32) for weight in weights]
     base = above_zero(statistics.mean_magnitude)
@@ -40,8 +40,8 @@ def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
         return sum(output_error(fit(w * s, spec, importance, settings.dtype).dequantise() / s - w,
                                 statistics.hessian) for w in matrices)
 
-    # Rounded min–max, which is quicker still, the best α is about twice as large: it
-    # misses that the clipping in ``fit`` favours the large channels already.
+    # Min–max rounding would be quicker still, but its best α is about twice as large: it
+    # ignores that the clipping in ``fit`` already favours the large channels.
     some, more = some_rows(weights), some_rows(weights, 2 * _ROWS)
     best, least = 0, error(0, some)
     for step in range(1, STEPS + 1):

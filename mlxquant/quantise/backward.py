@@ -1,10 +1,10 @@
 """Gradients through a network block by block, with one block in memory at a time.
 
-What went into every block is kept, and each block runs again for its gradient (Chen et al. 2016,
-https://arxiv.org/abs/1604.06174). Blocks are read when they are needed, forwards and again
-backwards. Nothing is assumed of a network but that it calls its blocks: what lies between two of
-them is differentiated by running the network once more, with the outputs of its blocks given. What
-a block hands on otherwise than by its result, such as keys that later blocks share, is a constant.
+The inputs of every block are kept, and each block runs again for its gradient (Chen et al. 2016,
+https://arxiv.org/abs/1604.06174). Blocks are read when they are needed, in the forward and again in
+the backward pass. A network is only assumed to call its blocks: operations between two blocks are
+differentiated by running the network once more with the blocks' recorded outputs. Anything a block
+passes on other than by its result, such as keys that later blocks share, counts as a constant.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ from mlxquant.layers.hooks import call_order, intercepted
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A block's call: the arguments by place and by name, what it gave, and the gradient by that,
-    an array for each of its floating point."""
+    """A block's call: its positional and keyword arguments (``given``), its output, and the
+    gradients by the output's floating-point arrays (``cotangents``)."""
 
     block: Block
     given: tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,15 +33,15 @@ class Call:
     cotangents: list[mx.array]
 
     def vjp(self, run: Callable[[list[mx.array]], Any], inputs: list[mx.array]) -> list[mx.array]:
-        """The gradient by ``inputs``, of which ``run`` makes what the block gave."""
+        """The gradients by ``inputs``, from which ``run`` computes the block's output."""
         _, slopes = mx.vjp(lambda *arrays: floats(run(list(arrays))), inputs, self.cotangents)
         return slopes
 
 
 @contextmanager
 def _read(module: nn.Module, block: Block, again: bool) -> Iterator[None]:
-    """Within the context ``module`` holds the weights of ``block``, which are read as they are
-    asked for, and let go of unless they will be needed ``again``."""
+    """Within the context ``module`` holds the weights of ``block``, which are read from disk when
+    they are used. Afterwards they are freed, in ``block`` too unless needed ``again``."""
     module.update(block.module.parameters())
     try:
         yield
@@ -56,10 +56,10 @@ class _Reached(Exception):
 
 
 class Backward:
-    """One batch of ``tokens`` (batch, length) on its way through a network and back.
+    """The forward and backward pass of one batch of ``tokens`` (batch, length).
 
-    ``opened`` gives a dense float32 network whose arrays are yet to be read, another one at each
-    call; outside its blocks the first stays as it has been read.
+    Each call of ``opened`` gives a new dense float32 network whose arrays are still on disk. Of the
+    first one, the arrays outside the blocks stay in memory once read.
     """
 
     def __init__(self, opened: Callable[[], nn.Module], tokens: mx.array):
@@ -81,9 +81,9 @@ class Backward:
         self.head = Head(self.network, self.blocks, tokens, through)
 
     def calls(self, judge: Judge) -> Iterator[tuple[Call, Callable[[list[mx.array]], None]]]:
-        """The blocks' calls, the last first, each with the gradient of the summed ``judge`` by its
-        outputs; its block holds its weights meanwhile. The function yielded beside it takes the
-        gradient by the call's float arguments."""
+        """The blocks' calls, the last first, each with the gradients of the summed ``judge`` by its
+        outputs; meanwhile its block holds its weights. The function yielded with a call must be
+        given the gradients by the call's float arguments."""
         slopes = []
         for place in self.head.places:
             slope = mx.grad(lambda part, place=place: judge(self.head.logits(part), place))(
@@ -136,8 +136,8 @@ class Backward:
         mx.eval([array for gradients in left for array in gradients if array is not None])
 
     def _inputs(self, outputs: list[mx.array], known: list[mx.array]) -> list[mx.array]:
-        """The next block call's float arguments, or the logits, that the network makes of earlier
-        blocks' ``outputs``; or else ``known``, where their shapes are other ones."""
+        """The float arguments of the next block call, or the logits, that the network computes from
+        earlier blocks' ``outputs``; ``known`` where the shapes differ from those of ``known``."""
         calls, left = iter(self._calls), iter(outputs)
 
         def through(_: nn.Module, own: Any, *given: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Train a block's scales, norms and codes until it gives what the float block would.
+"""Train a block's scales, norms and codes to bring its outputs close to the float block's.
 
 As in BRECQ (Li et al. 2021, https://arxiv.org/abs/2102.05426), OmniQuant (Shao et al. 2023,
 https://arxiv.org/abs/2308.13137) and the first phase of EfficientQAT (Chen et al. 2024,
 https://arxiv.org/abs/2407.11062) one block after the other is trained on the calibration text, so
-that memory holds one block and its optimiser. The block reads what the quantised blocks before it
-give and aims at the output of the float block behind float ones: so it also makes up for what those
-before it did wrong. A code starts as far from the middle of its cell as the float weight is, and
-may end in another cell. What blocks aim at is in ``aims.py``.
+that memory holds one block and its optimiser. The block's inputs come from the quantised blocks
+before it, its targets are the outputs of the float block in the float model: so it also corrects
+the errors of the blocks before it. A code starts as far from the middle of its cell as the float
+weight is, and may end in another cell. The losses are in ``aims.py``.
 """
 
 import math
@@ -35,11 +35,11 @@ from mlxquant.quantise.results import BlockResult
 from mlxquant.quantise.training import State, Training
 
 CODES_RATE = 6e-3  # levels a step, however many steps there are
-RATE = 2e-3  # of scales, relative to their size, in so many steps; in fewer up to twice as much:
+RATE = 2e-3  # of scales, relative to their size, in ``_FULL`` steps; in fewer up to twice as much
 _FULL = 320
 _CHECKS = 8
-_HELD_OUT = 8  # one of so many batches, at least one, chooses the state and trains nothing
-# What a block raises that MLX cannot trace, differentiate or hold.
+_HELD_OUT = 8  # one in so many batches, at least one, is held out to choose the best state
+# The errors of a block that MLX cannot trace, differentiate or hold in memory.
 _UNTRAINABLE = (MlxquantError, RuntimeError, ValueError, TypeError, AttributeError, KeyError,
                 MemoryError)
 UNTUNED = "blocks left untuned"  # in every note that says so
@@ -49,8 +49,8 @@ Report = Callable[[int, int, float], None]
 @dataclass(frozen=True)
 class BlockTuner:
     """Tunes blocks as ``job`` says; ``report`` gets (steps done, steps, 100 × error) of each.
-    ``untrained`` says why blocks, by path, cannot be trained; ``aims`` are by path what
-    blocks are trained for after the float block's outputs."""
+    ``untrained`` says why blocks, by path, cannot be trained; ``aims`` are, by path, further
+    losses that blocks are trained on after the loss on the float block's outputs."""
 
     job: Job
     report: Report
@@ -63,8 +63,8 @@ class BlockTuner:
         return RATE * min(2.0, max(1.0, math.sqrt(_FULL / self.job.tuning.steps)))
 
     def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
-        """Train what ``result`` holds of a block, and note there what that gained, or why it cannot
-        be trained. The block's module keeps its structure."""
+        """Train the quantised layers of a block in ``result``, and record there the errors before
+        and after, or why it cannot be trained. The block's module keeps its structure."""
         if not plan.specs or not self.job.tunes(plan.specs.values()):
             return
         reason = self.untrained.get(block.path)
@@ -82,7 +82,7 @@ class BlockTuner:
 
     def _tried(self, block: Block, result: BlockResult, calls: list[Call],
                aim: Outputs) -> str | None:
-        """Train a block; or why that cannot be."""
+        """Train a block; returns None, or the reason why it cannot be trained."""
         try:
             aim.prepare()
             self._train(block, result, calls, aim)
@@ -109,11 +109,12 @@ class BlockTuner:
                                    "moved": moved + result.tuned.get("moved", 0)}
 
     def _best(self, student: Trainable, calls: list[Call], aim: Outputs) -> State:
-        """Train on the calls in random order, again and again; the state where that ends."""
+        """Train on the calls in random order, repeatedly; returns the final state, which includes
+        the best one."""
         held = max(1, len(calls) // _HELD_OUT)
         used, held_out, steps = calls[:-held] or calls, calls[-held:], self.job.tuning.steps
         random, order = np.random.default_rng(self.job.seed), list[int]()
-        call = calls[0]  # the one at hand; to a compiled step all are this one with other arrays
+        call = calls[0]  # the current call; a compiled step keeps this one and gets new arrays
         training = Training(
             student, lambda network, *data: aim.error(call, *data),
             lambda network: float(np.mean([aim.error(c, *aim.data(c)).item() for c in held_out])),
@@ -136,8 +137,8 @@ class BlockTuner:
 
 
 def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What tuning gained by block, for config.json, and a note for each reason why blocks are as
-    they were."""
+    """The errors before and after tuning by block, for config.json, and a note for each reason why
+    blocks were left untuned."""
     gains = {path: found for path, found in tuned.items() if "left" not in found}
     left: dict[str, list[str]] = {}
     for path, found in tuned.items():
@@ -152,7 +153,7 @@ def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
 
 
 def _alike(calls: list[Call]) -> bool:
-    """Whether calls differ in arrays alone, which a compiled step is handed."""
+    """Whether calls differ only in arrays, which are a compiled step's inputs."""
     numbers = calls[0].numbers()
     return all(isinstance(n, (type(None), str, int, float)) for n in numbers) and all(
         call.numbers() == numbers for call in calls)
@@ -160,8 +161,8 @@ def _alike(calls: list[Call]) -> bool:
 
 @contextmanager
 def _as_stored(module: nn.Module, result: BlockResult) -> Iterator[None]:
-    """The block with the layers of ``result`` in place of its dense ones, ready to be trained;
-    afterwards dense layers again, whose weights are no longer needed and gone."""
+    """Within the context the block has the layers of ``result`` in place of its dense ones, ready
+    to be trained; afterwards its dense layers again, without their weights."""
     leaves, training = leaf_modules(module), module.training
     for _, leaf in leaves:
         if "weight" in leaf and leaf.weight.ndim > 1:

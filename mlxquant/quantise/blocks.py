@@ -37,7 +37,7 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
     modules = dict(leaf_modules(block.module))
     # In reverse, so that a factor folds into an earlier layer before that is quantised.
     for first, paths in reversed(seen.groups.items()):
-        # Taken out at last, so that their memory is free as soon as something is made of them.
+        # Popped on their last use, so that their memory is freed as soon as they were used.
         if isinstance(seen.statistics[first], Routed):
             quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
             continue
@@ -104,8 +104,8 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
 
 def _fold(work: Work, paths: list[str], factors: mx.array,
           around: Around) -> tuple[mx.array, Around]:
-    """Put 1 / factors where it costs nothing: into the norm or the layer before, or else in front
-    of the layers. Returns the factors as that place takes them."""
+    """Fold 1 / factors into the norm or the layer before, where that is possible and costs nothing,
+    or else scale the layers' input. Returns the factors as they are then applied."""
     known = work.settings.siblings.get(work.block.full(paths[0]), Siblings(()))
     modules = {}
     if {work.block.full(path) for path in paths} == set(known.paths):  # and none of them is kept
@@ -126,7 +126,7 @@ def _fold(work: Work, paths: list[str], factors: mx.array,
 
 
 def _remainder(weight: mx.array, made: Codes) -> mx.array:
-    """How far each weight is from its code, in 256ths of a level: int8, cut inside the cell."""
+    """The distance of each weight from its code, in 256ths of a level, int8, cut to the cell."""
     scale, _ = made.grid()
     away = (weight - made.dequantise()) / mx.where(scale == 0, 1.0, scale)
     cut = mx.round(256 * mx.clip(away, -_INSIDE, _INSIDE)).astype(mx.int8)
@@ -170,7 +170,7 @@ def rebuild(block: nn.Module, result: BlockResult) -> nn.Module:
     before = [module for _, module in leaf_modules(block)]
     restore(block, result)
     held = {id(module) for _, module in leaf_modules(block)}
-    for module in before:  # what was replaced may be held by others, such as those that watched it
+    for module in before:  # free replaced layers: something else may still refer to them
         if id(module) not in held:
             release(module)
     return to_dense(block)

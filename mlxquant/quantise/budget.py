@@ -3,9 +3,9 @@
 Lagrangian relaxation, after Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of
 quantizers" (https://doi.org/10.1109/29.90373): for a price per bit every layer takes the option
 with the least damage + price · bits, which lies on the lower convex hull of its options. Lowering
-the price walks the hulls step by step, the most damage saved per bit first. Where the walk meets a
-step that no longer fits, the damage exceeds the least possible by less than that step saves; what
-is left of the budget is filled with smaller steps.
+the price walks the hulls step by step, the most damage saved per bit first. The walk ends at a step
+that does not fit: there the damage exceeds the least possible by less than that step would save.
+The rest of the budget is filled with smaller steps.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.model import windows
 
 SAMPLES, SEQUENCE_LENGTH = 128, 512
-# How often a text may be gone over before a remark: to calibrate on, and to train on.
+# How often a text may be used before a warning: for calibration, and for training.
 _PASSES, _TRAINING_PASSES = 2, 32
 
 
@@ -35,13 +35,14 @@ class Calibration:
         return [self.tokens[i:i + size] for i in range(0, len(self.tokens), size)]
 
     def joined(self, rows: np.ndarray, what: str, seed: int = 0) -> "Calibration":
-        """With ``rows`` (some, length) beside the samples, all in random order."""
+        """These samples and ``rows`` (some, length) together, in random order."""
         tokens = np.random.default_rng(seed).permutation(np.concatenate([self.tokens, rows]))
         return Calibration(tokens, f"{self.source}, {len(rows)} {what}")
 
     def mixed_with(self, rows: np.ndarray, share: float, what: str,
                    seed: int = 0) -> "Calibration":
-        """With ``rows`` (some, length) in place of a ``share`` of the samples, both at random."""
+        """These samples with a ``share`` of them, chosen at random, replaced by random ``rows``
+        (some, length)."""
         tokens, random = self.tokens.copy(), np.random.default_rng(seed)
         places = random.permutation(len(tokens))[:round(share * len(tokens))]
         tokens[places] = rows[random.integers(0, len(rows), len(places))]
@@ -71,9 +72,9 @@ def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length
                seed: int = 0, *, vocabulary: int) -> tuple[Calibration, Calibration]:
     """``samples`` sequences to train on, as ``from_files``, and ``held`` others to check with.
 
-    Those come from the ends of the texts, a twentieth of each or one sequence, which training
-    never sees. Raises ``BadValue`` for texts of fewer than two sequences; says on stderr where
-    training goes over a text more than 32 times.
+    The held sequences come from the ends of the texts (a twentieth of each, at least one sequence),
+    on which nothing is trained. Raises ``BadValue`` for texts of fewer than two sequences; warns on
+    stderr where training uses a text more than 32 times.
     """
     texts = _Texts(tokenizer, names, length, vocabulary, least=2)
     ends = [max(texts.own, len(stream) // 20) for stream in texts.streams]
@@ -84,8 +85,9 @@ def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length
 
 
 class _Texts:
-    """The tokens of texts, ``streams``, to draw sequences of ``length`` from: of each sequence
-    ``own`` tokens are the text's. Raises ``BadValue`` for a text of fewer than ``least``."""
+    """The tokens of texts (``streams``), from which sequences of ``length`` are drawn; ``own``
+    tokens of each sequence are the text's. Raises ``BadValue`` for a text that is shorter than
+    ``least`` sequences."""
 
     def __init__(self, tokenizer: Any, names: list[str], length: int, vocabulary: int,
                  least: int = 1):

@@ -1,8 +1,9 @@
-"""Conversations that a chat model holds with itself, to train on where texts hold none.
+"""Conversations that a chat model holds with itself, as training data where texts have none.
 
-As in Magpie (Xu et al. 2024, https://arxiv.org/abs/2406.08464): given its own template up to where
-a user speaks, a chat model writes what a user might ask; given what the template puts after that,
-it answers; and so on. Nothing but the model is needed, and it is trained on what it is used for.
+As in Magpie (Xu et al. 2024, https://arxiv.org/abs/2406.08464): a chat model that is given its own
+template up to the user's turn writes a question that a user might ask; given the template's tokens
+before the assistant's turn, it answers; and so on. Nothing but the model is needed, and the data
+resemble its use.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.model.loading import LanguageModel
 from mlxquant.quantise.self_written import at_once, write_on
 
-# Of an answer, and of a question. Answers are to be as in use, and questions many.
+# For answers, and for questions: answers are to be as in use, questions varied.
 _TEMPERATURES, _LONGEST = (0.7, 1.0), (256, 64)
 _PLACES = "THE USER SPEAKS HERE", "THE MODEL SPEAKS HERE", "THE USER SPEAKS AGAIN"
 
@@ -44,11 +45,11 @@ def converse(model: LanguageModel, samples: int, length: int, seed: int = 0,
 
 
 class _Turns:
-    """Who speaks in each row, and how many of the template's tokens must still come before.
+    """Which speaker's turn it is in each row, and how many template tokens must come before it.
 
-    ``between`` are the template's tokens before the model speaks, and before the user does;
-    ``ends`` those with which a speaker ends. All of it is arrays of the device, so that a step can
-    be queued before the last one is computed: waiting for each took most of the time.
+    ``between`` are the template's tokens before the model's turn, and before the user's; ``ends``
+    are the tokens that end a turn. All state is in arrays on the device, so that a step can be
+    queued before the last one is computed: waiting for each step took most of the time.
     """
 
     def __init__(self, rows: int, between: list[list[int]], ends: set[int], key: mx.array):

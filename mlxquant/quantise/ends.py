@@ -1,8 +1,8 @@
 """What storing embedding and head in fewer bits costs a model's predictions.
 
 In a small model with a large vocabulary they are much of the folder, and every token reads the
-whole head. What their errors cost is not foretold but measured: the model predicts with both as
-each width would store them.
+whole head. The cost of their errors is not estimated but measured: the model runs with both rounded
+to each width.
 """
 
 import math
@@ -42,23 +42,23 @@ def divergences(folder: Path, tokens: np.ndarray) -> list[tuple[int, float]]:
         network.update(tree_unflatten(rounded))
         lost = [nn.losses.kl_div_loss(made, right, reduction="sum").item() / rows.size
                 for made, right in zip(_predictions(network, rows), wanted)]
-        # Below 0 by rounding alone; what predicts no numbers is left as it is.
+        # Rounding can make it negative; a width whose logits are not finite costs infinitely much.
         nats = sum(lost)
         found.append((bits, max(0.0, nats) if math.isfinite(nats) else math.inf))
     return found
 
 
 def bytes_held(outside: float, block: float, vocabulary: int) -> float:
-    """The most bytes that this holds, of a model with so many outside its blocks, and at most in
-    one ``block``, in float32."""
+    """The most bytes that ``divergences`` holds, for a model with so many float32 bytes ``outside``
+    its blocks and in its largest ``block``."""
     tokens = _ROWS * _LENGTH
     return (2 * outside + 4 * vocabulary * tokens
             + max(block, _LOGITS * logits_bytes(tokens, vocabulary)))
 
 
 def _predictions(network: nn.Module, rows: mx.array) -> Iterator[mx.array]:
-    """The logarithms of the probabilities (tokens, vocabulary) behind some tokens after the other,
-    float32, of a network whose arrays are yet to be read."""
+    """Log-probabilities (tokens, vocabulary) of the next token, float32, chunk by chunk, of a
+    network whose arrays are still on disk."""
     def judge(logits: mx.array, _: slice) -> mx.array:
         return nn.log_softmax(logits, axis=-1)
 

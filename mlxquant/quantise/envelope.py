@@ -57,7 +57,7 @@ class Replicas:
         return self.bits.lowest + self.bits.distance * self.codes.astype(mx.float32)
 
     def dequantise(self) -> mx.array:
-        """C ∘ (B Aᵀ), (m, n) float32: what takes the rotated input."""
+        """C ∘ (B Aᵀ), (m, n) float32: the matrix that multiplies the rotated input."""
         return self.levels() * self.scales()
 
     def grid(self) -> tuple[mx.array, mx.array]:
@@ -70,7 +70,7 @@ class Replicas:
         return 8 * empty_codes(self.codes.shape, self.bits).nbytes + 16 * self.replica_out.size
 
     def shared_bits(self) -> int:
-        """Those of the inputs' scales, which siblings share."""
+        """Bits of the inputs' scales in 16, which siblings share."""
         factors = 0 if self.column_scale is None else self.column_scale.size
         return 16 * (self.replica_in.size + factors)
 
@@ -103,8 +103,8 @@ def fit(weight: mx.array, shape: ReplicaShape, importance: mx.array, rounds: int
         start: tuple[mx.array, mx.array] | None = None) -> Replicas:
     """Codes and scales of ``weight`` (m, n) that lower Σ importance_j · error_ij², importance (n,).
 
-    A group of inputs that share a row of A have a factor each. No round raises the error. ``start``
-    are ``leading`` directions, of at least as many replicas, where they are known.
+    A group of inputs that share a row of A have a factor each. Without groups no round raises the
+    error. ``start`` are ``leading`` directions, of at least as many replicas, if they are known.
     """
     bits, replicas, group = shape.bits, shape.replicas, shape.replica_group
     first = start or leading(weight, replicas, importance)
@@ -116,8 +116,8 @@ def fit(weight: mx.array, shape: ReplicaShape, importance: mx.array, rounds: int
                      mx.ones(weight.shape[1]) if group else None, bits)
     for _ in range(rounds):
         found = _nearest_codes(weight, found)
-        # Only what the columns of A span matters to B, and the other way round: orthonormal
-        # ones make small systems that single precision solves well.
+        # The fit of B depends only on the span of A's columns, and the other way round: with
+        # orthonormal columns float32 solves the small systems well.
         found = replace(found, replica_in=_orthonormal(found.replica_in))
         found = replace(found, replica_out=_fit_outputs(weight, found, importance))
         found = replace(found, replica_out=_orthonormal(found.replica_out))
@@ -154,8 +154,8 @@ def solve(matrix: mx.array, target: mx.array) -> mx.array:
 
 def _orthonormal(columns: mx.array) -> mx.array:
     """Orthonormal columns of the same span: Cholesky QR, twice for accuracy (Fukaya et al. 2014,
-    https://doi.org/10.1109/ScalA.2014.11). The K × K factors are the host's in float64, and the
-    products are sums, which no device rounds as it may round products of matrices."""
+    https://doi.org/10.1109/ScalA.2014.11). The K × K factors are computed on the host in float64,
+    and products as elementwise sums, because devices may round matrix products more coarsely."""
     for _ in range(2):
         columns = columns / mx.maximum(mx.linalg.norm(columns, axis=0), 1e-20)
         inner = np.array(_outer(columns).sum(0), np.float64).reshape(columns.shape[1], -1)
@@ -182,7 +182,8 @@ def _fit_outputs(weight: mx.array, found: Replicas, importance: mx.array) -> mx.
 def _fit_inputs(weight: mx.array, found: Replicas) -> Replicas:
     """A, or the groups' rows of A and then the factor of each input, for fixed codes and B.
 
-    A column's weight scales its error and nothing else, so it plays no part but in a group.
+    Importance is left out: without groups it only scales an input's equation, and changes nothing;
+    within a group all inputs count alike.
     """
     levels, out = found.levels(), found.replica_out
     count = out.shape[1]

@@ -1,9 +1,9 @@
-"""Triangular factors of second moments, and what is solved with them.
+"""Triangular factors of second moments, and division by H with them.
 
 H = V Vᵀ with V upper triangular, by blocks: a block on the diagonal is factored and inverted on the
-host in float64, all else are products on the device in float32. H is damped, so that float32 is
-exact enough; where a device rounds its products so coarsely that a block is no longer definite,
-the host does it all in float64.
+host in float64; everything else is products on the device in float32. H is damped, so float32 is
+exact enough. Where a device rounds its products so coarsely that a block is no longer definite, the
+host factors all of H in float64.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def _inverse(block: np.ndarray) -> mx.array:
 
 
 def _by_blocks(hessian: mx.array) -> Factor:
-    """From the last block up: its columns of V, and what they leave of H above and left of them."""
+    """From the last block up: its columns of V, and H without their share for the blocks before."""
     rest, columns, inverses = hessian, [], []
     for part in reversed(_parts(len(hessian))):
         above, size = part.start, part.stop - part.start

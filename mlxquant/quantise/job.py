@@ -64,16 +64,17 @@ class Target:
 class Job:
     """How to quantise a model.
 
-    ``spec`` holds for every layer that no rule of ``rules`` (glob over layer paths, changes of the
-    spec; the first that matches wins) says otherwise of. ``target`` instead gives every layer the
-    width that keeps the model's predictions best within a size. ``propagation`` says whose inputs
-    a block is calibrated on: the ``float`` model's, the ``quantised`` prefix's, or those with the
-    target ``corrected`` for the error already made. ``embedding_bits`` None keeps embedding and
-    head as stored, but where a target of gigabytes chooses. ``activation`` rounds the inputs of
-    all layers as well, ``alpha`` is SmoothQuant's strength (None: searched). Blocks in ``repeats``
-    run more than once in the result, which changes nothing before their gates are tuned. ``tuning``
-    trains each block towards the float block's output once its codes are found. The same ``seed``
-    gives the same bytes. Raises ``BadValue`` for an impossible combination.
+    ``spec`` applies to every layer, except where a rule of ``rules`` (glob over layer paths,
+    changes of the spec; the first that matches wins) changes it. ``target`` instead gives every
+    layer the width that keeps the model's predictions best within a size. ``propagation`` says
+    which inputs a block is calibrated on: those in the ``float`` model, those behind ``quantised``
+    blocks, or the latter with the weights ``corrected`` for the errors of earlier blocks.
+    ``embedding_bits`` None keeps embedding and head as stored, unless a target in gigabytes chooses
+    their width. ``activation`` rounds the inputs of all layers as well, ``alpha`` is SmoothQuant's
+    strength (None: searched). Blocks in ``repeats`` run more than once in the result, which changes
+    nothing before their gates are tuned. ``tuning`` trains each block towards the float block's
+    output once its codes are found. The same ``seed`` gives the same bytes. Raises ``BadValue`` for
+    an impossible combination.
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -116,7 +117,7 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the text plays a part: rounding alone looks at nothing."""
+        """Whether the job uses calibration text: plain rounding does not."""
         return (bool(self._methods() - {"rtn"}) or self.activation is not None
                 or self.target is not None or self.tuning.tune_blocks is True)
 
@@ -144,13 +145,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """The folder that ``quantize`` made, and what that took (seconds, bytes).
+    """The folder that ``quantize`` made, with the ``seconds`` and the ``peak_memory`` in bytes.
 
     ``added`` is the error of this quantisation on the calibration text, E‖(Ŵ − W) x‖² / E‖W x‖²,
-    as the mean over layers and the largest. ``inherited`` is what importing a GGUF file took
-    before (``sources/gguf``), None where the model was no such file; what the file itself lost of
-    its original cannot be known from it. ``notes`` are layers that were stored in another way
-    than asked for, and blocks left untuned, and why. ``profile`` are seconds and peaks by step,
+    as the mean over layers and the largest. ``inherited`` is the record of rounding when a GGUF
+    file was imported (``sources/gguf``), None for other models; the error of the file itself
+    against its original is not known. ``notes`` say which layers were stored in another way than
+    asked for, which blocks were left untuned, and why. ``profile`` are seconds and peaks by step,
     calibration text and budget too (``Profile.as_dict``). ``tuned`` are the errors of tuned blocks
     before and after (in ``nats`` where predictions are compared), and the share of codes that
     moved, by path.

@@ -36,8 +36,8 @@ def split(made: Codes, rows: list[int]) -> list[Codes]:
 
 @step("errors")
 def relative_error(weight: mx.array, made: Codes, statistics: Statistics | None) -> float:
-    """E‖(Ŵ − W) x‖² / E‖W x‖², of evenly spread rows, at least 256, where a matrix is very large;
-    without statistics ‖Ŵ − W‖² / ‖W‖²."""
+    """E‖(Ŵ − W) x‖² / E‖W x‖²; for a very large matrix only over evenly spread rows, at least 256.
+    Without statistics ‖Ŵ − W‖² / ‖W‖²."""
     rows, columns = weight.shape
     step = max(1, min(rows // 256, round(rows * columns**2 / _MEASURED)))
     weight, error = weight[::step], made.rows(slice(None, None, step)).dequantise() - weight[::step]

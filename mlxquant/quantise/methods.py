@@ -1,8 +1,8 @@
 """The methods by name: how each moves scale between input and weight, and how it finds codes.
 
-Scales are fixed before GPTQ's sweep (``sweep.py``), so columns may be taken in any order while
-groups stay where they are: by default the most active inputs first. Rounds then move codes and
-scales together.
+Scales are fixed before GPTQ's sweep (``sweep.py``), so columns can be rounded in any order without
+changing the groups: by default the most active inputs first. Refinement rounds then change codes
+and scales.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ Balance = Callable[[list[mx.array], Statistics, Spec, Settings], mx.array | None
 
 @dataclass(frozen=True)
 class Method:
-    """``start`` finds scales, and the codes nearest to each weight. Where there is a ``refine``, a
-    round that improves both under a damped H, a sweep comes first and moves the codes. ``balance``
-    gives factors (n,) for siblings (weight · s, input / s), or None. A method that is not
-    ``calibrated`` looks at no statistics."""
+    """``start`` finds scales, and the codes nearest to each weight. A method with ``refine`` then
+    moves the codes in a GPTQ sweep and calls ``refine``, which improves codes and scales under a
+    damped H, for each of ``spec.refine`` rounds. ``balance`` gives factors s (n,) for siblings
+    (weight · s, input / s), or None. A method that is not ``calibrated`` uses no statistics."""
 
     start: Start
     refine: Refine | None = None
@@ -41,9 +41,9 @@ class Method:
     calibrated: bool = True
 
     def quantise(self, weight: mx.array, statistics: Any, spec: Spec, settings: Settings) -> Codes:
-        """The codes of ``weight`` (m, n), or of stacked siblings, already balanced and rotated, for
-        inputs with these ``statistics``, which hold ``cross`` where it is to be corrected. Raises
-        ``BadValue`` if the groups do not divide n."""
+        """The codes of ``weight`` (m, n), of one layer or of stacked siblings, already balanced and
+        rotated, for inputs with these ``statistics``; these hold ``cross`` where the weight is to
+        be corrected for earlier errors. Raises ``BadValue`` if the groups do not divide n."""
         if self.refine is None:
             return self.start(weight, statistics, spec, settings)
         with step("refine"):

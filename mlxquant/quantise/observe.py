@@ -13,8 +13,8 @@ from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.hooks import listened
 from mlxquant.layers.traffic import leaf_modules
 
-LEAN = 256  # tokens of all that an expert's own are mixed with
-_EXPERT_BYTES = 8e9  # most that the experts of one input keep in moments of their own
+LEAN = 256  # tokens' worth of all tokens' moments that an expert's own moments are mixed with
+_EXPERT_BYTES = 8e9  # at most, for separate moments of all experts of one input
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -46,7 +46,7 @@ class Routed:
                    [Statistics.empty(width) for _ in range(experts)] if apart else [])
 
     def add(self, x: mx.array, indices: mx.array) -> None:
-        """Take in inputs (…, 1, n) as a ``SwitchLinear`` is given them, and each one's expert."""
+        """Add inputs (…, 1, n) of a ``SwitchLinear`` call, and the expert of each (``indices``)."""
         lead, width = np.broadcast_shapes(x.shape[:-2], indices.shape), x.shape[-1]
         rows = mx.broadcast_to(x[..., 0, :], (*lead, width)).reshape(-1, width)
         chosen = np.array(mx.broadcast_to(indices, lead)).reshape(-1)
@@ -60,9 +60,9 @@ class Routed:
                 self.each[expert].add(rows[mx.array(order[start:end])])
 
     def of(self, expert: int) -> Statistics:
-        """What ``expert`` is quantised for: the moments of its own tokens, mixed with ``LEAN``
-        tokens' worth of all tokens' moments. An expert that few tokens reached so leans on what
-        it would see from others; one that none reached has those alone."""
+        """The statistics that ``expert`` is quantised with: the moments of its own tokens, mixed
+        with ``LEAN`` tokens' worth of all tokens' moments. The fewer tokens reached an expert, the
+        more it relies on those of all tokens; one that none reached uses these alone."""
         if not self.each:
             return self.shared
         own = self.each[expert]
@@ -114,7 +114,7 @@ class Watch:
         return output, inputs
 
     def take(self, inputs: Inputs, target: Inputs | None = None) -> None:
-        """Take in one run's inputs, and those of the float model in the same run, where given."""
+        """Add one run's inputs to the statistics; ``target`` are the float model's in that run."""
         seen = self.seen
         self._group({path: inputs[path] for path in seen.unseen if path in inputs})
         for first in seen.groups:

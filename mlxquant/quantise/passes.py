@@ -1,4 +1,4 @@
-"""The ways through a network: by weights alone, behind float blocks, behind quantised ones."""
+"""Quantise all blocks: by weights alone, or on inputs behind float or behind quantised blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ from mlxquant.quantise.walk import dense_block, float_walk, visits
 
 @dataclass
 class Passes:
-    """The blocks under way, with a plan and a result file for each. ``turn`` (n, n) rotates the
-    residual stream, ``tuner`` trains blocks, hidden states wait on ``shelf``. With ``floats``
-    blocks are calibrated on their inputs in the float model."""
+    """The blocks of a network, with a plan and a result file for each. ``turn`` (n, n) rotates the
+    residual stream, ``tuner`` trains blocks, ``shelf`` holds hidden states. With ``floats``, blocks
+    are calibrated on their inputs in the float model."""
 
     network: nn.Module
     blocks: list[Block]
@@ -88,7 +88,7 @@ class Passes:
 
     def _result(self, index: int, seen: Observation | None,
                 calls: list[Call] | None = None) -> BlockResult:
-        """A block's result from its file, or made and put there."""
+        """A block's result: read from its file or, where there is none, computed and written."""
         block, file = self.blocks[index], self.files[index]
         if file.exists() or seen is None:
             return BlockResult.read(file, block)

@@ -97,11 +97,11 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
 
 def _text(job: Job, vocabulary: int, tokenizer: Callable[[], Any],
           opened: Callable[[], LanguageModel]) -> Calibration:
-    """What the job calibrates on. The ``tokenizer`` is opened where that is in files, the model
-    where it is to write some of it."""
+    """The job's calibration tokens. The ``tokenizer`` is opened for text from files, the model
+    (``opened``) for text that it is to write."""
     text, opened = job.text, cache(opened)
-    # First, as not every model can talk. In batches of one size, so that what is drawn does not
-    # depend on the memory.
+    # Conversations first, as not every model can hold them. In batches of a fixed size, so that
+    # the samples do not depend on the memory.
     talk = converse(opened(), text.conversations, text.length, job.seed,
                     batch=16) if text.conversations else None
     plain = text.samples - text.conversations
@@ -115,7 +115,7 @@ def _text(job: Job, vocabulary: int, tokenizer: Callable[[], Any],
 
 
 def _identity(folder: Path, job: Job, tokens: Calibration) -> str:
-    """The same for jobs that end in the same bytes: what the text says, not where it lies."""
+    """A digest that is equal for jobs with the same result: it has the text's tokens, no paths."""
     return identity(folder, repr(replace(job, text=Text())), tokens.digest, __version__)
 
 
@@ -136,9 +136,9 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 
 @dataclass
 class Run:
-    """One job on one resolved folder: ``tokens`` to calibrate on, ``base`` the model's description
-    for the card, the identity of what was ``asked`` for, what it ``needs``, and what was ``chosen``
-    for it."""
+    """One job on one resolved folder: the calibration ``tokens``, the model's description for the
+    card (``base``), the identity of the job before a target was resolved (``asked``), the memory
+    and disk it ``needs``, and notes on what was ``chosen`` for it."""
 
     folder: Path
     output: Path
@@ -190,7 +190,7 @@ class Run:
     def _write(self, work: Passes, body: Body, record: dict[str, Any],
                check: Callable[[], None]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""
-        # Opened anew, so that what was calculated with outside the blocks is not held.
+        # Opened anew, so that float32 copies of the arrays outside the blocks are not held.
         network, config = open_original(self.folder)
         made = assembly.outside(network, config, self.job)
         others, config = made.tensors, assembly.result_config(made, body, self.job, record)
@@ -239,8 +239,8 @@ class Run:
 
 @contextmanager
 def _unchanged(folder: Path, source: str, partial: Path) -> Iterator[Callable[[], None]]:
-    """Yields what raises ``BadCheckpoint`` if the model's files are no longer those that ``source``
-    identifies; what was made of them is removed, since a new run could not go on with it."""
+    """Yields a function that raises ``BadCheckpoint`` if the model's files are no longer those that
+    ``source`` identifies. It then removes ``partial``, since a new run could not go on with it."""
 
     def check() -> None:
         try:

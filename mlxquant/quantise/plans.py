@@ -1,9 +1,10 @@
-"""What is asked of every layer of a block, fitted to what the layer can take.
+"""The spec of every layer of a block: what the job asks for, changed where the layer needs it.
 
-The architecture's own word comes first: mlx-lm's models say of a router or of a gate that it stays
-as it is, or is kept in 8 bits (``quant_predicate``). Then the job's: where a group does not divide
-a layer's inputs the next smaller one that does is taken, with a note, and where none does the
-layer stays as it is stored.
+A rule of the job comes first, then the architecture: mlx-lm's models say which layers, such as
+routers and gates, stay as they are or are kept in 8 bits (``quant_predicate``). All other layers
+get the job's spec. Where a group does not divide a layer's inputs, the next smaller of 32, 64 and
+128 that does, or else the smallest, is used, with a note; where none does, the layer stays as it is
+stored.
 """
 
 from collections.abc import Callable

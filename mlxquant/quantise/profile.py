@@ -1,7 +1,7 @@
 """Where the time and the memory of a job go: seconds by step, and the most memory that each took.
 
-MLX computes late: a step counts what is evaluated inside it, so steps stand where that happens
-anyway.
+MLX computes lazily: a step counts what is evaluated inside it, so steps are placed around code that
+evaluates.
 """
 
 import time
@@ -94,8 +94,8 @@ class Pace:
         return (total - done) * sum(made) / len(made)
 
 
-# Steps lie deep in the methods, which would all have to hand a profile on. Threads and greenlets
-# start without one, so what they do is counted for the step that waits for them.
+# A context variable, because steps are deep inside the methods, which would all have to pass a
+# profile on. Threads and greenlets start without one: their work counts for the waiting step.
 _current: ContextVar[Profile | None] = ContextVar("profile", default=None)
 
 

@@ -54,15 +54,15 @@ def row_errors(weight: mx.array, made: Affine | Replicas, hessian: mx.array) -> 
 
 
 def move_codes(weight: mx.array, start: _Codes, hessian: mx.array) -> _Codes:
-    """Every code moved once to the level that is best with all others as they are."""
+    """``start`` after every code in turn moved to the best level while all others are fixed."""
     codes = move_columns(weight, start.codes.astype(mx.float32), *start.grid(), hessian,
                          start.bits.levels)
     return replace(start, codes=codes.astype(mx.uint8))
 
 
 def refit(weight: mx.array, start: Affine, hessian: mx.array, dtype: mx.Dtype) -> Affine:
-    """Scales and biases that lower the loss for the codes, towards its minimum; a row that rounding
-    makes worse keeps its own."""
+    """``start`` with scales and biases moved towards the least loss for its codes; a row whose loss
+    they raise, once rounded, keeps its old ones."""
     if start.spec.group_size is Whole.MATRIX:
         return start
     scales, biases = (x.astype(dtype).astype(mx.float32)

@@ -2,9 +2,9 @@
 
 The scalings come from ``envelope.py``. With them fixed, the codes are found by GPTQ's sweep, every
 weight on its own grid. Rounds then move codes and fit B and A to them under the whole
-H = E[x xᵀ], of which the first fit saw the diagonal: a row of B solves K equations; A, which all
-rows share, takes conjugate gradient steps. Each step lowers E‖(Ŵ − W) x‖², rounding included, or
-is not taken.
+H = E[x xᵀ], of which the first fit used only the diagonal: a row of B solves K equations; A, which
+all rows share, takes conjugate gradient steps. A step that does not lower E‖(Ŵ − W) x‖² with
+rounded scales is not taken.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is made of blocks: their tensors, and what config.json says of them.
+"""The results of quantising blocks: their tensors, and their entries of config.json.
 
 Finished blocks wait on disk, so that a killed job goes on at the block it was in.
 """
@@ -22,7 +22,7 @@ class Body:
     """``plain``, ``layers`` and ``replicas`` are entries of config.json by path: plain layers'
     widths, single layers that stock mlx-lm lacks, and replicated siblings. ``errors`` are
     E‖(Ŵ − W) x‖² / E‖W x‖² of every layer on the calibration text, before its block is tuned;
-    ``tuned`` is what that gained, by block."""
+    ``tuned`` are the errors of blocks before and after tuning, or why one was left."""
 
     plain: Entries = field(default_factory=dict)
     layers: Entries = field(default_factory=dict)
@@ -49,8 +49,9 @@ class Body:
 
 @dataclass
 class BlockResult(Body):
-    """One block's, by path in it, with its ``tensors``. ``remainders`` (m, n) int8 are how far the
-    float weights are from the codes, in 256ths of a level; not kept on disk."""
+    """The same entries of one block, by path in it, with its ``tensors``. ``remainders`` (m, n)
+    int8 are the distances of the float weights from the codes, in 256ths of a level; they are not
+    kept on disk."""
 
     tensors: dict[str, mx.array] = field(default_factory=dict)
     remainders: dict[str, mx.array] = field(default_factory=dict)
@@ -70,8 +71,8 @@ class BlockResult(Body):
 
 @dataclass
 class Work:
-    """A block under way: dense float32, changed by folding; what is asked of its layers, and what
-    has been made of it."""
+    """A block that is being quantised: dense float32, changed by folding; the plan of its layers,
+    and the result so far."""
 
     block: Block
     plan: Plan

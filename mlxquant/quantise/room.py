@@ -1,8 +1,8 @@
 """Whether a job fits on the disk and in memory, before it starts.
 
 What a job holds at once is counted in arrays: hidden states of the whole text, a block in float32,
-moments of its inputs, and what finding the codes of its largest siblings takes in between. How many
-arrays of a size a step holds is measured; ``tests/test_room.py`` holds the sum against real jobs.
+moments of its inputs, and temporaries of finding the codes of its largest siblings. How many arrays
+of a size a step holds was measured; ``tests/test_room.py`` compares the sum with real jobs.
 """
 
 from collections.abc import Iterator
@@ -50,9 +50,10 @@ _FIT, _REFINE, _REPLICAS, _EQUATIONS, _ROUND = 12.0, 13.0, 10.0, 6.0, 5.0
 
 @dataclass(frozen=True)
 class Needs:
-    """The most bytes that a job holds at once, the interpreter's own apart; the bytes of hidden
-    states on the disk; by path, why blocks cannot be trained in this memory; and, by the last
-    block's path, the head for whose predictions it can be trained."""
+    """``memory``: the most bytes that a job holds at once, without the interpreter's own;
+    ``waiting``: the bytes of hidden states on the disk; ``untrained``: by path, why blocks cannot
+    be trained in this memory; ``predicting``: by the last block's path, the head on whose
+    predictions that block can be trained."""
 
     memory: float = 0.0
     waiting: float = 0.0
@@ -120,8 +121,8 @@ class _Siblings:
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs through a block at once: ``windows`` of ``length`` tokens, in a network with so
-    many ``heads`` of attention."""
+    """The tokens that run through a block at once: ``windows`` of ``length`` tokens, in a network
+    with so many ``heads`` of attention."""
 
     windows: int
     length: int
@@ -138,9 +139,9 @@ class Batch:
 
 
 def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Needs:
-    """What the job takes. Hidden states wait on the disk where they would take more than an eighth
-    of the memory, or than the job's peak leaves free. Blocks whose training does not fit are not
-    trained, unless ``tune_blocks`` is set."""
+    """The memory and disk that the job takes. Hidden states are kept on the disk where they would
+    take more than an eighth of the memory, or more than the job's peak leaves free. Blocks whose
+    training does not fit are not trained, unless ``tune_blocks`` is set."""
     plans, limit = plan_blocks(network, blocks, job), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
     batch = (Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
@@ -151,7 +152,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
                for block, plan in zip(blocks, plans)]
     tuned = [each for each, plan in zip(grouped, plans)
              if given and job.tunes(plan.specs.values())]
-    # In float32: behind quantised blocks, and where those are to meet what float ones give, there.
+    # Bytes of hidden states in float32: behind quantised blocks, and behind float ones if needed.
     width = next(iter(given.values())).shape[-1] if given else 0
     state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
 

@@ -1,4 +1,4 @@
-"""The fused rotation: turn the residual stream once, fold the turn into every weight.
+"""The fused rotation: rotate the residual stream by one matrix, folded into every weight.
 
 QuaRot (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456). RMSNorm without its weight commutes
 with an orthogonal matrix Q, so Q can be merged into what writes the residual stream (embedding,

@@ -21,10 +21,10 @@ def self_written(model: LanguageModel, samples: int = SAMPLES, length: int = SEQ
                  progress: Callable[[int, int], None] = lambda *_: None) -> Calibration:
     """Samples that the model itself writes at temperature 1.
 
-    They go on from the rows of ``starts`` (some, fewer tokens than ``length``), taken in turn, or
-    from one random token each, for use with no text and no network, after data-free
-    quantization-aware training (LLM-QAT, https://arxiv.org/abs/2305.17888). ``batch`` are written
-    in each pass; ``progress`` is told the samples done, and all.
+    They continue the rows of ``starts`` (some, fewer tokens than ``length``), used in turn, or else
+    one random token each, so that neither text nor internet is needed, after data-free
+    quantization-aware training (LLM-QAT, https://arxiv.org/abs/2305.17888). ``batch`` samples are
+    written in each pass; ``progress`` gets the number of samples done and of all.
     """
     key, rows = mx.random.key(seed), []
     for done in range(0, samples, batch):

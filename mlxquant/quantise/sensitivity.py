@@ -8,8 +8,8 @@ one number an output. SqueezeLLM (https://arxiv.org/abs/2306.07629) weights quan
 the Fisher information of single weights in the same spirit.
 
 Labels are drawn from the model itself, so this is the true Fisher information, the curvature of
-that divergence; the text's own next tokens would give the empirical one, which is no curvature of
-anything.
+that divergence; the text's own next tokens would give the empirical Fisher, which is not its
+curvature.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,15 +30,14 @@ from mlxquant.quantise.profile import step
 @step("gradients")
 def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array],
                       seed: int = 0) -> dict[str, mx.array]:
-    """F by the path of each linear layer and stack of experts in a block: the mean over tokens of
-    each output's squared gradient of the log-likelihood.
+    """F (m,) float32 by the path of each linear layer and stack of experts in a block: the mean
+    over tokens of each output's squared gradient of the log-likelihood, in nats² per output².
 
-    ``opened`` gives a dense float32 mlx-lm model whose arrays are yet to be read, another one at
-    each call (``backward.py``); ``tokens`` are batches (batch, length) of ids. Every position is
-    given one label drawn from the model's distribution there, the same for the same ``seed``; a
-    batch that is listed again draws anew. Values are (m,) float32 in nats² per unit of output²,
-    of experts summed over those that a token chose; a layer that is not called gets zeros. The
-    gradient takes in what an output does to later positions.
+    Each call of ``opened`` gives a new dense float32 mlx-lm model whose arrays are still on disk
+    (``backward.py``); ``tokens`` are batches (batch, length) of ids. Every position gets one label
+    drawn from the model's distribution there, the same for the same ``seed``; a batch that is
+    listed again draws new labels. For experts F is summed over those that a token chose; a layer
+    that is not called gets zeros. Gradients include an output's effect on later positions.
     """
     count = sum(batch.size for batch in tokens)
     sums = {block.full(path): mx.zeros(layer.weight.shape[-2]) for block in find_blocks(opened())
@@ -54,7 +53,7 @@ def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array
 
 
 def _log_likelihood(key: mx.array) -> Judge:
-    """That of labels which are drawn by ``key``."""
+    """A judge: the log-likelihood of labels that are drawn from the logits by ``key``."""
     def judge(logits: mx.array, place: slice) -> mx.array:
         labels = mx.random.categorical(mx.stop_gradient(logits),
                                        key=mx.random.split(key, place.start + 2)[-1])
@@ -64,8 +63,8 @@ def _log_likelihood(key: mx.array) -> Judge:
 
 
 def _squares(call: Call) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
-    """Of each call of a layer in the block its path and the sums (m,) of its outputs' squared
-    gradients; and the gradient by the floats that the block was given."""
+    """(path, sums (m,) of its outputs' squared gradients) for each call of a layer in the block;
+    and the gradients by the block's float arguments."""
     inputs, shapes = floats(call.given), list[tuple[str, mx.array]]()
     _run(call, inputs, lambda path, y: shapes.append((path, mx.zeros(y.shape))))
     zeros = [zero for _, zero in shapes]
@@ -81,8 +80,8 @@ def _squares(call: Call) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
 
 def _run(call: Call, inputs: list[mx.array],
          change: Callable[[str, mx.array], mx.array | None]) -> Any:
-    """What the block gives for other ``inputs`` in place of its floats, where ``change(path, y)``
-    takes the place of a layer's output y, unless it is None."""
+    """The block's output for other ``inputs`` in place of its float arguments. ``change(path, y)``
+    replaces a layer's output y, unless it returns None."""
     layers = linears(call.block.module)
     paths = {id(layer): path for path, layer in layers.items()}
 
@@ -101,8 +100,8 @@ def expected_divergence(error: mx.array, hessian: mx.array, importance: mx.array
     """KL(model ‖ perturbed model) in nats per token that a weight error is expected to cost.
 
     ½ Σᵢ Fᵢ eᵢ H eᵢᵀ over the rows eᵢ of ``error`` (m, n), for ``hessian``
-    E[x xᵀ] (n, n) and ``importance`` F (m,). It is second order, and leaves
-    out what errors of different outputs or positions do together.
+    E[x xᵀ] (n, n) and ``importance`` F (m,). It is second order, and ignores
+    interactions between errors of different outputs or positions.
     """
     error = error.astype(mx.float32)
     return 0.5 * (importance @ ((error @ hessian) * error).sum(1)).item()

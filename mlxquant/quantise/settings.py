@@ -1,4 +1,4 @@
-"""What holds for every layer of a job, whatever its method."""
+"""Settings of a job that are the same for every layer and method."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,9 +32,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """Whether each block is trained towards the float block's output (``block_tuning.py``), and in
-    how many steps: by default those with layers below 4 bits, in 320 steps on a GPU, in 32 without
-    one. Raises ``BadValue``."""
+    """Whether blocks are trained towards the float block's output (``block_tuning.py``), and in how
+    many steps. By default blocks with a layer below 4 bits are trained, unless activations are
+    rounded, in 320 steps on a GPU and 32 without one. Raises ``BadValue``."""
 
     tune_blocks: bool | None = None
     tune_steps: int | None = None

@@ -1,7 +1,8 @@
-"""Where hidden states wait for their turn: in memory, or in files of a scratch folder.
+"""Hold hidden states until they are needed: in memory, or in files of a scratch folder.
 
-A network's own variables hold the hidden state that it gave to a block. So what is put away is
-emptied in place, which frees it wherever it is held, and filled again before the network runs on.
+A network's own variables still refer to the hidden state that it passed to a block. So an array
+that is put away is emptied in place, which frees its memory wherever it is referred to, and filled
+again before the network runs on.
 """
 
 import shutil
@@ -48,7 +49,7 @@ class Shelf:
             weakref.finalize(array, self._drop, id(array)).atexit = False
 
     def read(self, tree: Any) -> Any:
-        """The tree with what was put away in it, which MLX reads where it is needed."""
+        """The tree with the arrays that were put away, which MLX reads from disk when needed."""
         return tree_map(self._read, tree)
 
     def give_back(self, tree: Any) -> None:

@@ -28,7 +28,8 @@ CANDIDATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def balance(weights: list[mx.array], statistics: Statistics, spec: Spec,
             settings: Settings) -> mx.array | None:
     """Factors s (n,) float32 > 0 for siblings (m_i, n) that read one input, to be used as
-    weight → weight · s (columns), input → input / s; None where nothing is to be moved."""
+    weight → weight · s (columns), input → input / s; None where α is 0 or activations are not
+    rounded."""
     if settings.alpha == 0 or settings.activation is None:
         return None
     if settings.alpha is None:

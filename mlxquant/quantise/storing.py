@@ -21,8 +21,8 @@ from mlxquant.quantise.results import BlockResult
 
 @dataclass(frozen=True)
 class Around:
-    """What a layer's input goes through first, each None where it does not: a scale (n,), a
-    rotation by signs (n,) in blocks, rounding (with a step, if that is static)."""
+    """The transform of a layer's input: a scale (n,), a rotation by signs (n,) in blocks, and
+    rounding (with a step, if static); a part that the layer does not have is None."""
 
     input_scale: mx.array | None = None
     rotation_signs: mx.array | None = None
@@ -49,7 +49,7 @@ class Around:
 
 def describe(path: str, spec: Spec, inputs: int, around: Around, linear: nn.Module,
              result: BlockResult) -> str:
-    """Put the entries of an affine layer into ``result``; where its own tensors will stand."""
+    """Put the entries of an affine layer into ``result``; returns the path of its own tensors."""
     inner, entry = f"{path}.linear" if around else path, dict[str, Any]()
     if spec.group_size in PLAIN_GROUPS:
         result.plain[inner] = {"group_size": spec.group_for(inputs), "bits": spec.bits.code_bits}
@@ -64,7 +64,7 @@ def describe(path: str, spec: Spec, inputs: int, around: Around, linear: nn.Modu
 
 def describe_replicas(paths: list[str], block: nn.Module, spec: Spec, rotation_block: int | None,
                       result: BlockResult) -> str:
-    """Put the entry of replicated siblings into ``result``; where what they share will stand."""
+    """Put the entry of replicated siblings into ``result``; returns the path of what they share."""
     above, group = group_path(paths, dict(block.named_modules()))
     prefix = f"{above}." if above else ""
     result.replicas[f"{prefix}{group}"] = spec.replica_shape(rotation_block or 0).as_dict() | {

@@ -22,8 +22,8 @@ CORRECTION = 0.5  # see ``Sweep.correct``
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the inputs alone decide, the same for every width: the damped H (n, n), the order in
-    which columns are taken and the way back, and H's factor in that order."""
+    """The part of GPTQ that depends on the inputs alone, not on the width: the damped H (n, n), the
+    order in which columns are rounded and its inverse, and H's factor in that order."""
 
     hessian: mx.array
     order: mx.array

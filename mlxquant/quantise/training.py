@@ -1,7 +1,7 @@
-"""Adam on what of a quantised network can be trained, and the best state that it comes by.
+"""Train the trainable arrays of a quantised network with Adam, and keep the best state.
 
-The optimiser is Adam (https://arxiv.org/abs/1412.6980). What serves held-out data best, rounded as
-it will be stored, is the result, and if nothing beats the start, that is.
+The optimiser is Adam (https://arxiv.org/abs/1412.6980). The result is the state with the least loss
+on held-out data, rounded as it will be stored; this is the start if no state is better.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant.layers.trainable import Trainable
 
-Loss = Callable[..., mx.array]  # of a network and of arrays: what the step lowers
+Loss = Callable[..., mx.array]  # (network, *arrays) → the loss that a step lowers
 Rate = Callable[[mx.array], mx.array]
 
 
@@ -33,17 +33,17 @@ class State:
 class Training:
     """Training of one ``Trainable``, step by step.
 
-    A step lowers ``loss`` of the network and of the arrays that it is given; ``held_out`` is the
-    loss of a network on what no step sees. ``rate`` is the learning rate by step. Without
-    ``compiled`` steps run as they are written, for what MLX cannot trace.
+    A step lowers ``loss(network, *data)`` for the arrays that it is given; ``held_out(network)`` is
+    the loss on data that no step uses. ``rate`` is the learning rate by step. Without ``compiled``
+    steps run uncompiled, for networks that MLX cannot trace.
     """
 
     def __init__(self, student: Trainable, loss: Loss, held_out: Callable[[nn.Module], float],
                  rate: Rate, compiled: bool = True):
         self.student, self._loss, self._held_out = student, loss, held_out
         self._compiled = compiled
-        # One after the other: what each takes in between would add up. Loaded in a step, they would
-        # be loaded in every step.
+        # One after the other, so that temporaries do not add up; and now, because arrays that are
+        # loaded inside a step would be loaded again in every step.
         for _, array in tree_flatten([student.base, student.size, student.network.parameters()]):
             mx.eval(array)
         # Without the correction Adam's first steps are up to six times the rate, and more than
@@ -57,11 +57,11 @@ class Training:
     def resume(self, state: State) -> None:
         """Go on from ``state``.
 
-        A step is one graph. What it changes is handed in and out, so it is traced once. What it
-        starts from is handed in too: MLX writes the value of a captured array of one element into
-        the source of every kernel that reads it, and a model has hundreds (the sizes of norms, of
-        single replicas). Each such kernel took a GPU's compiler seconds: the first step did not
-        come in nine minutes.
+        A step is one graph. The arrays it changes are its inputs and outputs, so it is traced once.
+        The arrays it starts from (θ₀ and sizes) are inputs too: MLX writes the value of a captured
+        array of one element into the source of every kernel that reads it, and a model has hundreds
+        of them (the sizes of norms, of single replicas). A GPU's compiler took seconds for each
+        such kernel: the first step had not finished after nine minutes.
         """
         self.state = state
         self._live = [state.moved, state.optimizer.state]
@@ -71,7 +71,7 @@ class Training:
 
         def step(*data: mx.array) -> mx.array:
             value, gradients = mx.value_and_grad(loss)(state.moved, *data)
-            # The length of a vector of zeros has no derivative: what comes by way of it stays.
+            # The norm of a zero vector has no derivative: NaN gradients count as zero.
             gradients = {path: mx.nan_to_num(g, 0, 0, 0) for path, g in gradients.items()}
             state.moved.update(state.optimizer.apply_gradients(gradients, state.moved))
             return value
@@ -87,7 +87,7 @@ class Training:
         return value.item()
 
     def end(self) -> None:
-        """Let go of the compiled step, which holds this object as this holds it."""
+        """Drop the compiled step: it and this object refer to each other."""
         del self._step
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """Quantise siblings in many ways at once, to compare what each costs.
 
-Of a mixture a few experts, the busiest, are tried and stand for all.
+For a mixture only a few experts, those with the most tokens, are tried and represent all.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.sweep import Sweep
 
 _ROUNDS = 2  # of the 8 that a result is fitted in: enough to tell ways apart
-_EXPERTS = 4  # of a mixture's, that are tried
-_ROWS = 512  # of a matrix, or up to twice as many, that are tried and stand for all
+_EXPERTS = 4  # experts of a mixture that are tried
+_ROWS = 512  # rows of a matrix, or up to twice as many, that are tried and represent all
 
-# Of one way: the bits that each sibling stores by itself, those that they share, and the nats that
-# each costs.
+# For one way: the bits that each sibling stores by itself, the bits that siblings share, and the
+# nats that each sibling costs.
 Weighed = tuple[list[float], float, list[float]]
 
 
@@ -48,7 +48,7 @@ class Trial:
         return [self.block.full(path) for path in self.paths]
 
     def results(self, ways: list[dict[str, Any]], felt: list[mx.array]) -> Iterator[Weighed]:
-        """Each way's, given how the siblings' outputs are ``felt``."""
+        """The ``Weighed`` of each way; ``felt`` are the importances (m,) of siblings' outputs."""
         specs = [replace(self.spec, **way) for way in ways]
         modules, known, first = linears(self.block.module), self.statistics, self.full()[0]
         if isinstance(known, Statistics):
@@ -66,9 +66,9 @@ class Trial:
 
 def weigh(weights: list[mx.array], specs: list[Spec], statistics: Statistics,
           felt: list[mx.array], path: str, seed: int) -> Iterator[Weighed]:
-    """What siblings' ``weights`` (m, n), of which some rows are tried, take and cost in each of
-    ``specs``, which differ in widths and replicas alone. ``felt`` (m,) is the importance of their
-    outputs, ``path`` the first sibling's. Balancing and refinement are left out."""
+    """The bits and the damage of siblings' ``weights`` (m, n) in each of ``specs``, which differ
+    only in widths and replicas. Some of the rows are tried. ``felt`` (m,) is the importance of the
+    siblings' outputs, ``path`` the first sibling's. Balancing and refinement are left out."""
     steps = [max(1, len(weight) // _ROWS) for weight in weights]
     tried = [weight[::step] for weight, step in zip(weights, steps)]
     felt = [_standing_for(every, step) for every, step in zip(felt, steps)]
@@ -89,7 +89,7 @@ def weigh(weights: list[mx.array], specs: list[Spec], statistics: Statistics,
 
 
 def _standing_for(every: mx.array, step: int) -> mx.array:
-    """Each ``step``-th of some values (m,), scaled so that together they are as much as all."""
+    """Every ``step``-th of the values (m,), scaled so that their sum is that of all values."""
     some = every[::step]
     return some * (every.sum() / mx.maximum(some.sum(), 1e-30))
 

@@ -1,10 +1,10 @@
-"""Through a network block by block, every block called as the network itself calls it.
+"""Go through a network block by block, with every block called as the network itself calls it.
 
-Each batch of tokens runs through the network as a task of its own (a greenlet) that halts
-wherever a block is called. Once all tasks have come to the same block, it is run on the
-arguments that the network made for it, looked at, changed, run again; whatever is returned goes
-back into the tasks, which run on to their next block. So nothing is assumed of a block but that
-it is called: not what it is given, what it returns, or what happens between two of them.
+Each batch of tokens runs through the network as a task of its own (a greenlet), which halts
+wherever a block is called. Once all tasks have reached the same block, the caller can run the block
+on the arguments that the network made, change it and run it again. The outputs that the caller
+chooses go back into the tasks, which run on to their next block. Nothing is assumed about a block
+except that it is called: not its arguments, its outputs, or the operations between two blocks.
 
 A walk on the float model depends on nothing but the model and the text, so its statistics are
 kept in the cache for the next method, width or budget.
@@ -40,8 +40,8 @@ from mlxquant.quantise.profile import step
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.sources import checkpoint
 
-# Of one model and text: less is made again in a moment, more (H alone is 4·n² bytes an input)
-# fills disks.
+# Statistics of one model and text are cached between these sizes: less is quickly computed again,
+# more (H alone is 4·n² bytes an input) fills disks.
 _KEPT_BYTES = (1e7, 2e9)
 _KEPT_SECONDS = 7 * 24 * 3600
 
@@ -54,7 +54,7 @@ def identity(folder: Path, *rest: Any) -> str:
 
 @dataclass
 class Halt:
-    """A block about to be called, as the network made the call; hidden states lie on ``shelf``."""
+    """A block's call with the network's arguments, not yet made; ``shelf`` has hidden states."""
 
     module: nn.Module
     own: Callable[..., Any]
@@ -74,8 +74,8 @@ class Halt:
 
 
 class Task:
-    """One batch on its way through the network; ``halt`` is where it stands, None at the end. Its
-    hidden states wait on ``shelf``; ``turn`` (n, n) rotates the first of them."""
+    """One batch's pass through the network, halted at the block call ``halt``, None at the end. Its
+    hidden states are on ``shelf``; ``turn`` (n, n) rotates the first of them."""
 
     def __init__(self, network: nn.Module, tokens: mx.array, shelf: Shelf,
                  turn: mx.array | None = None):
@@ -107,7 +107,7 @@ class Task:
             hidden, *rest = self.halt.args
             self.halt.args = (hidden.astype(mx.float32) @ turn.T, *rest)
         given = self.halt.args, self.halt.kwargs
-        # Once computed, what led to the arguments is free.
+        # Once the arguments are computed, the arrays they were computed from are freed.
         mx.eval(arrays(given))
         self.halt.shelf = self._shelf
         self._shelf.put(given, self._batch)
@@ -122,10 +122,10 @@ def _stand(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
 
 @dataclass
 class Visit:
-    """All tasks at one call of a block: ``index`` of it, and how many of its calls are to come.
+    """All tasks halted at one call of block ``index``, which will be called ``left`` more times.
 
-    ``quantised`` are tasks behind quantised blocks, ``floats`` the same batches behind float
-    ones, both in the order of the batches; either may be empty.
+    ``quantised`` are tasks that passed quantised blocks, ``floats`` the same batches that passed
+    float ones, both in the order of the batches; either may be empty.
     """
 
     index: int
@@ -144,9 +144,9 @@ def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibr
            ) -> Iterator[Visit]:
     """Every call of every block, in the order in which the network of ``folder`` makes them.
 
-    Who takes a visit lets its tasks go on; their hidden states wait on ``shelf``. ``turn`` (n, n)
-    rotates the hidden state that enters the first block. Raises ``Unsupported`` where batches come
-    to different blocks.
+    The caller must let the tasks of each visit go on; their hidden states are on ``shelf``.
+    ``turn`` (n, n) rotates the hidden state that enters the first block. Raises ``Unsupported``
+    where batches come to different blocks.
     """
     places = {id(block.module): index for index, block in enumerate(blocks)}
     order = call_order(network, blocks)
@@ -163,8 +163,8 @@ def visits(network: nn.Module, blocks: list[Block], folder: Path, tokens: Calibr
 
 
 def _read_anew(network: nn.Module, blocks: list[Block], folder: Path) -> None:
-    """Let go of what has been read outside the blocks, such as the embedding: what the network
-    asks for again is read again."""
+    """Free the arrays outside the blocks that have been read, such as the embedding: those that the
+    network uses again are read again."""
     fresh, _ = open_original(folder)
     network.update(tree_unflatten(list(arrays_outside(fresh, blocks).items())))
 
