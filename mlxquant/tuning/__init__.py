@@ -1,1 +1,1 @@
-"""Train what is left free when a model's codes are fixed: scales, on the original's predictions."""
+"""Train a quantised model's scales, and if asked its codes, on the original's predictions."""

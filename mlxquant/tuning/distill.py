@@ -1,9 +1,9 @@
 """Distillation: train a quantised model's scales until it predicts as the original does.
 
 The loss is KL(teacher ‖ student) at every position, as in LLM-QAT
-(https://arxiv.org/abs/2305.17888), over what is kept of the teacher's predictions
-(``predictions.py``). Codes stay, as in PEQA (https://arxiv.org/abs/2305.14152), unless they may
-move. Some sequences are held out, to choose the result by.
+(https://arxiv.org/abs/2305.17888), over the part of the teacher's predictions that is stored
+(``predictions.py``). Codes stay fixed, as in PEQA (https://arxiv.org/abs/2305.14152), unless
+``Tuning.codes`` lets them move. Held-out sequences decide which state is the result.
 """
 
 import json
@@ -32,12 +32,12 @@ _DISK = 1e9  # bytes a second, until a first file has shown better
 
 
 class Keeping:
-    """Says when a state of ``size`` bytes is worth writing: once training since the last one has
-    taken ten times as long as writing does, which is the most that a killed run loses. What takes
-    less than a second always is.
+    """Decides when to write a state of ``size`` bytes: once training since the last write has taken
+    ten times as long as a write takes, so that a killed run loses little. A state that takes less
+    than a second to write is always written.
 
-    Where codes move a state has 16 bytes a weight. Written at each of eight checks, that of 1.3
-    billion weights took two thirds of the time (``benchmarks/LOG.md``).
+    Where codes move, a state has 16 bytes a weight. Writing it at each of eight checks took two
+    thirds of the time for 1.3 billion weights (``benchmarks/LOG.md``).
     """
 
     def __init__(self, size: int):
@@ -57,8 +57,8 @@ class Keeping:
 
 class Distillation(Training):
     """Training of one ``Trainable`` on the ``predictions`` of its original, step by step, so that
-    it can be stopped. Each step takes a batch, in order; those behind the last step's are held
-    out."""
+    it can be stopped. Each step takes one batch, in order; the batches after the last step's are
+    held out."""
 
     def __init__(self, student: Trainable, predictions: Predictions, schedule: Schedule):
         if len(predictions.batches) <= schedule.steps:
@@ -81,9 +81,9 @@ class Distillation(Training):
             / tokens.size, on_held_out, schedule.rate())
 
     def run(self, report: Report = lambda *_: None, file: Path | None = None) -> State:
-        """Train to the end; ``report`` gets (steps done, steps, loss) after each step. The state
-        is kept in ``file`` after checks, where that costs little (``Keeping``), and taken up from
-        there."""
+        """Train to the end, from the state in ``file`` if there is one; ``report`` gets (steps
+        done, steps, loss) after each step. After a check the state is written to ``file``, where
+        that costs little time (``Keeping``)."""
         if file is not None and file.exists():
             self.restore(file)
         state, schedule = self.state, self.schedule
@@ -105,7 +105,7 @@ class Distillation(Training):
         save_arrays(file, dict(tree_flatten(self._arrays())), {"numbers": json.dumps(numbers)})
 
     def restore(self, file: Path) -> None:
-        """Take up what ``save`` left; raises ``MlxquantError`` for another version's state."""
+        """Go on from what ``save`` wrote; raises ``MlxquantError`` for another version's state."""
         arrays, metadata = mx.load(str(file), return_metadata=True)
         try:
             parts = tree_map_with_path(lambda path, _: arrays[path], self._arrays())

@@ -1,9 +1,10 @@
-"""A network in pieces, so that memory holds what one of them computes: its blocks, then its head.
+"""Differentiate a network in pieces, its blocks and its head, so that memory holds one at a time.
 
-Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): of each block only what
-goes in and comes out is kept, and its gradient computes the rest again. Logits are made, judged and
-differentiated some tokens at a time, so that a large vocabulary costs no more than a small one.
-Nothing is assumed of a block but that it is called, with and returning arrays in any nesting.
+Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): only a block's inputs
+and outputs are kept, and the backward pass computes the rest again. Logits and their gradients are
+computed for some tokens at a time, so that a large vocabulary takes no more memory than a small
+one. A block is only assumed to be called, with arguments and results that are arrays in any
+nesting.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class Pieces:
         self.network, self.trained, self.blocks = network, trained, find_blocks(network)
 
     def loss(self, tokens: mx.array, judge: Judge) -> mx.array:
-        """The sum of what ``judge`` says of the chunks, differentiable by what is trained."""
+        """The sum of ``judge`` over all chunks of logits, differentiable by the trained arrays."""
         head = self._head(tokens)
         outside = {path: array for path, array in
                    arrays_outside(self.network, self.blocks).items() if path in self.trained}
@@ -38,8 +39,8 @@ class Pieces:
             with _holding(self.network, arrays):
                 return judge(head.logits(inputs), place)
 
-        # The gradient of a chunk is made with its loss, before the next chunk: logits are computed
-        # once, and those of one chunk at a time are there.
+        # The gradient of a chunk is computed with its loss, before the next chunk: so logits are
+        # computed once, and memory holds those of one chunk at a time.
         @mx.custom_function
         def loss_of(inputs: mx.array, arrays: Arrays) -> tuple[mx.array, mx.array, Arrays]:
             made: list[tuple[mx.array, mx.array]] = []
@@ -62,7 +63,7 @@ class Pieces:
         return loss_of(head.inputs, outside)[0]
 
     def _head(self, tokens: mx.array) -> Head:
-        """Run the blocks; what makes logits of what the last one gives."""
+        """Run the blocks; returns the head that computes logits from the last block's output."""
         paths = {id(block.module): block.full("") for block in self.blocks}
 
         def through(module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],
@@ -79,9 +80,9 @@ class Pieces:
 
 
 def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, given: Any) -> Any:
-    """What ``own`` gives when called with ``given``, arguments by place and by name. The gradient
-    by ``trained`` arrays of the module, and by what it is given, runs it again."""
-    # Vectors stay where they are: layers remember what they made of them.
+    """The result of ``own`` for the arguments ``given`` (positional, keyword). Its gradient by the
+    ``trained`` arrays of the module, and by the arguments, runs it again."""
+    # Vectors are not replaced: layers cache results computed from them.
     fixed = {path: array for path, array in tree_flatten(module.parameters())
              if path not in trained and array.ndim > 1}
     outputs: list[Any] = []
@@ -109,11 +110,11 @@ def _recomputed(module: nn.Module, own: Callable[..., Any], trained: Arrays, giv
 
         _, slopes = mx.vjp(again, [*(values[name] for name in names), *inputs], after)
         own_slopes, others = slopes[:len(names)], slopes[len(names):]
-        # The module's own first: what they are made from would stay until the end.
+        # The module's own gradients first: otherwise their inputs would stay in memory to the end.
         return dict(zip(names, own_slopes)), mx.depends(others, own_slopes) if others else others
 
     made = forward(trained, floats(given))
-    # Popped: what a graph reaches by way of its own functions is never freed.
+    # Popped: arrays that a graph reaches through its own functions are never freed.
     return with_floats(outputs.pop(), made)
 
 

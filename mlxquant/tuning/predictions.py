@@ -1,8 +1,8 @@
 """The original's predictions on disk, so that it need not be in memory while a model is tuned.
 
-Of each token's successors the likeliest ``TOP`` are kept, and what is left of the probability as
-one. Divergence over these is a lower bound of that over the vocabulary: the more of the probability
-they hold, the nearer. ``benchmarks/LOG.md`` has what that costs.
+For each position the probabilities of the ``TOP`` likeliest next tokens are kept, and the sum of
+all others as one. The divergence over these is a lower bound of that over the vocabulary; it is
+nearer the more probability the kept tokens have. ``benchmarks/LOG.md`` has what this costs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ _LEAST = 1e-7  # probability: below that float32 knows no difference from 1
 
 
 class Wanted(NamedTuple):
-    """Of n tokens the likeliest successors ``ids`` (n, k), the logarithms of their probabilities
-    (n, k), and the probability of all others (n,)."""
+    """For n positions the likeliest next tokens ``ids`` (n, k), their log-probabilities ``logs``
+    (n, k), and the probability of all other tokens, ``rest`` (n,)."""
 
     ids: mx.array
     logs: mx.array
@@ -35,7 +35,7 @@ class Wanted(NamedTuple):
 
 
 def likeliest(logits: mx.array) -> Wanted:
-    """Of logits (n, vocabulary) in float32, in the types of the file."""
+    """The ``Wanted`` of logits (n, vocabulary) in float32, in the types of the file."""
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     ids = _largest(logits, min(TOP, logits.shape[-1]))
     best = mx.take_along_axis(logs, ids, axis=-1)
@@ -45,8 +45,8 @@ def likeliest(logits: mx.array) -> Wanted:
 
 
 def divergence(logits: mx.array, wanted: Wanted) -> mx.array:
-    """The sum over n tokens of KL(wanted ‖ softmax(logits)) in nats, for logits (n, vocabulary) in
-    float32. All successors that are not among the likeliest count as one."""
+    """The sum over n positions of KL(wanted ‖ softmax(logits)) in nats, for logits (n, vocabulary)
+    in float32. All tokens that are not among the likeliest count as one."""
     logs, ids = wanted.logs.astype(mx.float32), wanted.ids.astype(mx.uint32)
     given = mx.take_along_axis(logits, ids, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
     left = mx.maximum(1 - mx.exp(given).sum(-1), _LEAST)
@@ -122,8 +122,8 @@ def _id_type(vocabulary: int) -> mx.Dtype:
 def _largest(logits: mx.array, count: int) -> mx.array:
     """The places (n, count) of the largest logits (n, vocabulary), in no order.
 
-    They lie in the ``count`` groups whose largest are the largest: a GPU, which sorts for want of
-    a better way, then sorts a twentieth.
+    They lie in the ``count`` groups of 32 with the largest maxima. On a GPU, where MLX selects by
+    sorting, this leaves a twentieth to sort.
     """
     rows, size = logits.shape
     if size <= count * _GROUP:

@@ -1,8 +1,8 @@
 """Whether tuning fits in memory and on the disk, before it starts.
 
-What is held at once is counted in arrays, as ``quantise/room.py`` counts them. How many arrays of a
-size each piece (``piecewise.py``) holds is measured; ``tests/test_tuning_room.py`` holds the sum
-against real runs.
+What is held at once is counted in arrays, as in ``quantise/room.py``. How many arrays of a size
+each piece (``piecewise.py``) holds was measured; ``tests/test_tuning_room.py`` compares the sum
+with real runs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,13 +28,13 @@ from mlxquant.tuning.settings import HELD_OUT, Tuning
 # moments, float32 each. Moving codes share one start, and not all of the rest is held at once.
 _TRAINED, _MOVING = 40, 26
 _STATE = 16  # of them on the disk
-# Arrays of a block when its gradient is computed: its matrices (in float32, whatever is computed
-# in), inputs and outputs of its layers, and attention's scores. Then those of a pass without.
+# Arrays of a block when its gradient is computed: its matrices (in float32, whatever the computing
+# type), inputs and outputs of its layers, and attention's scores. Then those of a forward pass.
 _MATRICES, _PASSING, _SCORES = 2.0, 2.7, 3.1
 _FORWARD = 1.1
 _EXPANDING = {3: 3, 5: 5, 6: 6}  # arrays of a matrix more, by its bits, without a GPU's kernel
 _LOGITS, _LIKELIEST = 5.3, 4.5  # arrays of a chunk's logits: with their gradient, and to choose
-STREAMED = 8192  # tokens that are worth reading a model for
+STREAMED = 8192  # most tokens that are predicted together where the model is read for each batch
 _WRITING = 1 / 8  # of the memory, which what the original writes may take (``self_written.py``)
 
 
@@ -52,8 +52,8 @@ class Step(Batch):
 
 @dataclass(frozen=True)
 class Room:
-    """What tuning ``student`` takes, and predicting with the ``teacher``, whose weights are still
-    on disk, and which is ``whole`` in memory while it predicts or not."""
+    """The memory that tuning ``student`` takes, and predicting with ``teacher``, whose weights are
+    still on disk; ``whole``: all of the teacher is in memory while it predicts."""
 
     student: Trainable
     teacher: nn.Module
@@ -94,13 +94,13 @@ class Room:
                 + max(*costs, self._chunk(step, _LOGITS)))
 
     def teacher_bytes(self, step: Step) -> float:
-        """The most bytes that predicting holds: the model, or where it is not held what is outside
-        its blocks and one of them."""
+        """The most bytes that predicting holds: the whole teacher, or the arrays outside its blocks
+        and one block, and activations."""
         return self._predicting(replace(step, windows=self.at_once(step) // step.length))
 
     def at_once(self, step: Step) -> int:
-        """Tokens that the original predicts together: those of a step, or where it is read anew for
-        them as many as fit, up to ``STREAMED``."""
+        """How many tokens the teacher predicts together: those of a step or, where its weights are
+        read again for each batch, as many as fit, up to ``STREAMED``."""
         most, limit = STREAMED // step.length, memory_limit()
         larger = [replace(step, windows=most >> half) for half in range(most.bit_length())]
         return next((way.tokens for way in larger if not self.whole and way.windows > step.windows
@@ -126,7 +126,7 @@ class Room:
         return held + max(ends, hidden + max(one, self._chunk(step, _LIKELIEST)))
 
     def _hidden(self, network: nn.Module, step: Step, width: int) -> int:
-        """What goes into all blocks: as many numbers as an embedding gives."""
+        """Bytes of the hidden states that enter all blocks, as wide as an embedding."""
         size = max((shape_of(module)[-1] for module in network.modules()
                     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))), default=0)
         return len(find_blocks(network)) * step.tokens * size * width
@@ -150,8 +150,8 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> int:
 
 
 def _reading(modules: Iterable[nn.Module], dtype: mx.Dtype) -> float:
-    """The most bytes that expanding a matrix of these as ``dtype`` takes beside the result: what is
-    stored and, on the way to 16 bits, the same in float32, when half of the former is gone."""
+    """The most bytes that expanding one of these matrices to ``dtype`` takes beside the result: the
+    stored array, or for 16 bits half of it and the matrix in float32."""
     def beside(module: nn.Module) -> float:
         stored, wide = traffic.own_bytes(module), traffic.float32_bytes(module)
         source = 0 if stored == wide else stored if dtype == mx.float32 else stored / 2

@@ -1,4 +1,4 @@
-"""What decides how a model is tuned, checked when it is said."""
+"""How a model is to be tuned, checked on construction."""
 
 import math
 from collections.abc import Callable
@@ -46,8 +46,7 @@ class Schedule:
 
     @property
     def drift(self) -> float:
-        """How far chance carries what is trained: its standard deviation after all steps if
-        gradients are noise alone.
+        """The standard deviation of trained values u after all steps, if gradients are pure noise.
 
         Adam's steps then add up as if each were its rate times a draw of mean square 1, and the
         squares of a cosine's rates are 3/8 in the mean.
@@ -64,10 +63,10 @@ class Tuning:
     move (``unpacked.py``), with this standard deviation in levels if gradients are all noise
     (``Schedule.drift``), so that mostly codes with consistent gradients change. At 0.2 the
     rounding boundary, half a level away, is 2.5 deviations off
-    (``benchmarks/LOG.md``). ``written`` adds so many sequences in which the teacher goes on from
-    what the texts begin, drawn as often as all texts together; ``conversations`` so many in which
-    it talks to itself (``quantise/conversations.py``), drawn as often as each text. ``seed``
-    decides the order of texts and what the teacher writes. Raises ``BadValue``.
+    (``benchmarks/LOG.md``). ``written`` adds so many sequences in which the teacher continues
+    beginnings of the texts, drawn as often as all texts together; ``conversations`` adds so many in
+    which it talks to itself (``quantise/conversations.py``), drawn as often as each text. ``seed``
+    decides the order of texts and the teacher's sampling. Raises ``BadValue``.
     """
 
     teacher: str
@@ -95,7 +94,7 @@ class Tuning:
 
     @property
     def hasty(self) -> str | None:
-        """Where steps move codes too far, what to say of it."""
+        """A warning for the user where steps move codes too far, else None."""
         farthest = self.code_unit * self.schedule.learning_rate
         if farthest <= _FARTHEST:
             return None
@@ -106,6 +105,6 @@ class Tuning:
                 f"--codes {codes:g}")
 
     def record(self, data: str, dtype: mx.Dtype) -> dict[str, Any]:
-        """What a checkpoint says of it, with what ``data`` and the computation's type were."""
+        """The record of this tuning for a checkpoint, with the names of ``data`` and ``dtype``."""
         return asdict(self) | {"teacher": Path(self.teacher).name, "data": data,
                                "dtype": str(dtype).removeprefix("mlx.core.")}

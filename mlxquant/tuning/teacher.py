@@ -1,4 +1,4 @@
-"""The original of a model that is tuned: it predicts, and writes what it is asked for."""
+"""The original of a model that is tuned: it predicts, and writes text to train on."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,9 +15,9 @@ from mlxquant.tuning import room
 
 
 class Teacher:
-    """The model called ``name``: its ``network`` with weights on disk, and what of it is read when
-    it is asked for. It predicts in ``dtype``, ``whole`` in memory where it fits so, else block by
-    block, if its architecture allows that."""
+    """The model called ``name``; its ``network`` keeps weights on disk until they are used. It
+    predicts in ``dtype``: ``whole`` in memory where it fits dense or its architecture does not
+    allow otherwise, else block by block."""
 
     def __init__(self, name: str, dtype: mx.Dtype):
         self.name, self.folder, self._dtype = name, resolve(name), dtype
@@ -26,7 +26,8 @@ class Teacher:
 
     @cached_property
     def model(self) -> loading.LanguageModel:
-        """In memory. On a GPU dense where that fits: it is to read thousands of tokens at once."""
+        """The teacher in memory, on a GPU dense where it fits: it reads thousands of tokens at
+        once."""
         if mx.default_device() == mx.cpu or not self.whole:
             return loading.load_folder(self.folder, self.name)
         network = to_dense(self.network, self._dtype)
@@ -34,10 +35,9 @@ class Teacher:
         return loading.LanguageModel(self.name, self.folder, network, tokenizer, self._config)
 
     def judged(self, tokens: mx.array, judge: Judge) -> Iterator[Any]:
-        """What ``judge`` says of the logits of ``tokens`` (batch, length), some tokens after the
-        other."""
+        """What ``judge`` returns for the logits of ``tokens`` (batch, length), chunk by chunk."""
         if self.whole:
             return judged(self.model.network, tokens, judge)
-        vars(self).pop("model", None)  # what wrote is no longer needed
+        vars(self).pop("model", None)  # it was needed only for writing text
         network, _ = loading.open_lazily(self.folder)
         return judged(lazily_dense(network, self._dtype), tokens, judge, once=True)

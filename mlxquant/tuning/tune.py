@@ -110,7 +110,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
 
 def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,
                   writing: Writing) -> Calibration:
-    """The texts, a part of them replaced by what the teacher is asked to write."""
+    """The texts, with a part of the sequences replaced by ones that the teacher writes."""
 
     length = tuning.sequence_length
 
