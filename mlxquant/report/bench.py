@@ -51,12 +51,13 @@ class Test:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What one test of one model gave. What is not known is None.
+    """The result of one test of one model. Values that are not known are None.
 
     Rates count the tokens of all sequences; bytes are those of weights, scales and keys and values
     that a token reads (a share, in a batch). ``ttft_ms`` is the time to the first token after the
-    prompt, in tg that of the depth. Of a mixture ``active_parameters`` are those that a token uses.
-    The fields from ``fixed_ms_per_token`` to ``fit_over`` split its time over several records.
+    prompt; for tg the prompt is the depth. ``active_parameters`` are those that a token of a
+    mixture uses. The fields from ``fixed_ms_per_token`` to ``fit_over`` hold a fit of the time per
+    token over several records (``fit.py``).
     """
 
     model: str
@@ -166,7 +167,7 @@ def _measure(model: LanguageModel, test: Test, repetitions: int) -> Record:
 
 
 def _beside_ceiling(record: Record) -> Record:
-    """The record beside the ceiling as it is known now: a later test may have found it higher."""
+    """The record with the ceiling that is known now: a later test may have raised it."""
     percent, ceiling = probe.percent_of_ceiling(record.gb_per_s)
     return replace(record, probe_gb_per_s=ceiling.gb_per_s, percent_of_probe=percent)
 
@@ -216,9 +217,9 @@ class _Runner:
         return seconds
 
     def bytes_per_token(self) -> float:
-        """Of generation: weights, shared by the batch, and keys and values. Of a prompt: all but
+        """For generation: weights, shared by the batch, and keys and values. For a prompt: all but
         the head once for each chunk, and everything once more for the last token, which mlx-lm
-        takes by itself."""
+        processes separately."""
         network, test, head = self.model.network, self.test, traffic.head_of(self.model.network)
         last = traffic.weight_bytes(network, batch=test.batch) + self.kv
         if test.kind == "tg":
@@ -240,8 +241,8 @@ class _Runner:
 
 
 class _Batched:
-    """Runs a network on several sequences where ``generate_step`` knows of one: the others are the
-    same tokens shifted, so that a mixture chooses other experts for them."""
+    """Runs a network on several sequences, of which ``generate_step`` sees only the first. The
+    others are the same tokens shifted, so that a mixture chooses other experts for them."""
 
     def __init__(self, model: LanguageModel, batch: int):
         self.model = model

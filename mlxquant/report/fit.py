@@ -14,8 +14,8 @@ _LEAST_RANGE = 1.02  # most over least bytes: closer together is noise
 
 @dataclass(frozen=True)
 class Fit:
-    """``gb_per_s`` is the bandwidth at the margin; errors are standard errors, residuals in
-    milliseconds in the order of the points, measured minus fitted."""
+    """``gb_per_s`` is the fitted bandwidth, that of each additional byte; errors are standard
+    errors, residuals in milliseconds in the order of the points, measured minus fitted."""
 
     fixed_ms: float
     fixed_ms_error: float

@@ -1,4 +1,4 @@
-"""What quantising cost: the result beside the model it was made of, on text that is held out."""
+"""Compare a quantised model with its original on held-out text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ SELF = "self"  # in place of a file: text that the original writes
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The first ``windows`` of ``length`` tokens of the file ``text``; or as many samples that the
-    original writes from ``seed``, which is to be another than that of the calibration text."""
+    """The first ``windows`` of ``length`` tokens of the file ``text``; or, where that is ``SELF``,
+    as many samples that the original writes with ``seed``, which must differ from the seed of the
+    calibration text."""
 
     text: str
     windows: int
@@ -48,8 +49,9 @@ class HeldOut:
     def measure(self, folder: Path, original: str, revision: str | None = None,
                 writing: Callable[[int, int], None] = lambda *_: None,
                 progress: Progress = lambda *_: None) -> Perplexity:
-        """Of the model in ``folder``, a ``Divergence`` from ``original``; only the perplexity
-        where that is too large to be loaded. ``writing`` is told the samples done, and all."""
+        """The ``Divergence`` of the model in ``folder`` from ``original``; only its perplexity
+        where the original is too large to load, unless the original is to write the text.
+        ``writing`` gets the number of samples written and of all."""
         made = load(str(folder))
         try:
             reference = load(original, revision=revision)

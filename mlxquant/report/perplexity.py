@@ -54,7 +54,7 @@ def evaluate(model: LanguageModel, text: str | Path, *, context: int = 1024,
 
 
 def described(model: LanguageModel, batches: list[Window]) -> dict[str, Any]:
-    """What ``Perplexity`` says beside the perplexity: of the windows, and of the checkpoint."""
+    """All fields of ``Perplexity`` but the first: about the windows, and about the checkpoint."""
     predicted, summary = batches[0].targets.size, inspect_folder(model.folder)
     return {"tokens": len(batches) * predicted, "context": predicted + 1, "windows": len(batches),
             "bos": batches[0].lead > 0, "bits_per_weight": summary.bits_per_weight,

@@ -1,10 +1,10 @@
-"""Tokens per second on a chip that is not here, with an error band learnt from what was published.
+"""Predict tokens per second on a chip that is not here, with an error band from published runs.
 
     time of a token = layers · a + max(b · bytes / headline bandwidth, lane-operations)
 
-a, a fixed time per layer of an engine, and b, bandwidth that no engine reaches, are least squares
-over ``published.json``; lane-operations are counted, see ``lanes.py``. Each chip is then predicted
-from the others alone: those errors are the band.
+a, an engine's fixed time per layer, and b, how much longer bytes take than at the headline
+bandwidth, are fitted to ``published.json`` by least squares; lane-operations are counted
+(``lanes.py``). Then each chip is predicted from all others alone: these errors give the band.
 """
 
 import statistics
@@ -33,7 +33,8 @@ class Coefficients:
     bytes_factor: float
 
     def milliseconds(self, engine: str, layers: int, headline_ms: float, lane_ms: float) -> float:
-        """Of a token whose bytes take ``headline_ms`` at the headline."""
+        """The time of a token whose bytes take ``headline_ms`` at the headline bandwidth, and whose
+        operations take ``lane_ms``."""
         return layers * self.ms_per_layer[engine] + max(self.bytes_factor * headline_ms, lane_ms)
 
 

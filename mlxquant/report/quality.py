@@ -22,7 +22,7 @@ class Quality:
 
 
 def lookup(model: str, bits: int | str, replicas: int | None, group: int | None) -> Quality | None:
-    """The most trustworthy that is known of a width with its replicas and group."""
+    """The most trustworthy measurement of a width with its replicas and group, or None."""
     found = []
     for row in _rows():
         if (row["bits"], row["replicas"], row["group"]) == (bits, replicas, group):

@@ -72,7 +72,7 @@ def read(path: Path) -> Any:
     changed = {"task": form.like, "custom_dataset": lambda **_: {"test": data},
                "training_split": None, "validation_split": None, "test_split": "test",
                "fewshot_split": None, **form.given}
-    # A task in a group takes its configuration by name, and what is said here in place of that.
+    # A task in a group is configured by its name; the entries given here replace its own.
     (task,) = manager.load([{"group": path.stem, "task": [changed]}])["tasks"].values()
     return task
 

@@ -1,10 +1,10 @@
 """Questions with known answers: accuracy, and how often a model chooses as its original does.
 
 Prompts, filters and metrics are those of lm-eval (https://github.com/EleutherAI/
-lm-evaluation-harness): of the task that has a name, or of the one that a local file's questions
-are like; then nothing is fetched. Importing this needs lm-eval. mlx-lm's adapter for it opens
-models itself, which it cannot do with replicated ones, and looks for where a reply should stop
-only when all of it is generated: hence another one here.
+lm-evaluation-harness): those of the named task or, for a local file, of the task that has questions
+of the same form; then nothing is fetched. Importing this needs lm-eval. mlx-lm's adapter for it
+opens models itself, which it cannot do with replicated ones, and looks for stop strings only when
+the whole reply is generated: hence another adapter here.
 """
 
 import contextlib
@@ -153,8 +153,8 @@ class _Model(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]],
                               **_: Any) -> list[tuple[float, bool]]:
-        """What is common to the choices of a question is read once, as far as whole steps go; what
-        follows is filled up to one, which causal attention does not see."""
+        """The common context of a question's choices is read once, up to a multiple of ``_step``
+        tokens. The rest is padded at its end to a multiple; causal attention does not see that."""
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         check_context(self._model, longest, 0)
         network, results = self._model.network, list[tuple[float, bool]]()
