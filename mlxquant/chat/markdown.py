@@ -19,7 +19,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Code(CodeBlock):
-    """Highlighted in the terminal's own colours, without filling lines up: it can be copied."""
+    """Code in the terminal's own colours; lines are not padded, so that it can be copied."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         syntax = Syntax("", self.lexer_name, theme="ansi_dark")
@@ -27,7 +27,7 @@ class _Code(CodeBlock):
 
 
 class _Heading(Heading):
-    """On the left, at every level."""
+    """Headings aligned left at every level."""
 
     LEVEL_ALIGN = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
 
@@ -37,7 +37,7 @@ class _Markdown(Markdown):
 
     def __init__(self, markup: str):
         super().__init__(markup, hyperlinks=False)
-        for token in self.parsed:  # once more: &#x202e; has become the character
+        for token in self.parsed:  # cleaned again: an entity such as &#x202e; is now its character
             for part in (token, *(token.children or ())):
                 part.content = clean(part.content)
 

@@ -19,7 +19,7 @@ _PAUSE_S = 0.05  # between two drawings of a growing end
 
 
 class PlainScreen:
-    """The answer as it comes, on stdout. Reasoning is told of on stderr, or goes there whole."""
+    """Prints the answer on stdout as it comes, and reasoning on stderr, whole or as a summary."""
 
     def __init__(self, show_thoughts: Callable[[], bool], say: Callable[[str], None]):
         self._show_thoughts, self._say = show_thoughts, say
@@ -50,7 +50,7 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """Rendered Markdown, and under its growing end a line that says how it goes."""
+    """Shows rendered Markdown, and a status line under its growing end."""
 
     def __init__(self, console: Console, show_thoughts: Callable[[], bool],
                  status: Callable[[], str]):

@@ -1,4 +1,4 @@
-"""One sitting: a conversation, the screen it appears on and how the user is told of the rest.
+"""One chat session: a conversation, the screen it appears on, and remarks to the user.
 
 Replies go to stdout, all else to stderr.
 """
@@ -105,7 +105,7 @@ class Session:
         return reason
 
     def change_model(self, name: str) -> None:
-        """Go on with another model; on any failure with the one there was."""
+        """Continue the conversation with another model; on any failure load the old one again."""
         resolve(name)  # an error here costs nothing
         talk, old = self.conversation, self.conversation.model
         talk.cache, talk.loop = PromptCache(), replace(talk.loop, draft=None)
@@ -154,8 +154,8 @@ def _bits_per_weight(model: LanguageModel) -> float | None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C and give a function that says whether it came, so that it can be obeyed
-    between two tokens; the third press within one token interrupts that too."""
+    """Record Ctrl-C, and yield a function that says whether it was pressed, to be called between
+    two tokens; the third press raises ``KeyboardInterrupt`` at once."""
     count = 0
 
     def note(number: int, frame: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from mlxquant.base.storage import state_dir
 from mlxquant.base.text import clean
 
-# What keys without a character of their own send, and a terminal's answers to questions.
+# Escape sequences: of keys without a character of their own, and a terminal's answers to queries.
 _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)
 _ERASE, _ERASE_LINE = "\x7f\b", "\x15"
 QUOTES = '"""'
@@ -78,7 +78,7 @@ def _history() -> Any:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):
-        """Goes on where a disk is full, or a line no text."""
+        """Ignores a full disk, and lines that are not valid text."""
 
         def store_string(self, string: str) -> None:
             with suppress(OSError, UnicodeError):
@@ -144,7 +144,7 @@ def quiet() -> Iterator[Callable[[], str]]:
 
 
 def edited(typed: bytes) -> str:
-    """The text that keys make: erasing takes effect, other control keys have none."""
+    """The text that typed keys give: erasing takes effect, other control keys are dropped."""
     line = ""
     for character in _SEQUENCE.sub("", typed.decode("utf-8", "ignore")):
         if character in _ERASE:
