@@ -18,7 +18,7 @@ _FINGERPRINT = f"mlxquant-{__version__}-mlx-{mx.__version__}"
 
 
 def head(form: Form) -> dict[str, Any]:
-    """What the answer to a body, and each part of it, begins with."""
+    """The fields that an answer to a request, and each part of a streamed answer, begin with."""
     chat = isinstance(form, ChatForm)
     kind = "chat.completion" if chat else "text_completion"
     return {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4()}",
@@ -34,7 +34,7 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 class Choice:
-    """Words one of the replies to a body, chunk by chunk or all chunks joined.
+    """Puts one reply to a request into the protocol's form, chunk by chunk or all chunks joined.
 
     A completion gets the raw text. A chat gets answer, reasoning and calls of the functions
     it offered; where it offered none, what looks like a call is part of the answer.

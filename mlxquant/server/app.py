@@ -49,11 +49,11 @@ def make_app(model: LanguageModel, options: Options, engine: Engine) -> ASGIApp:
 
 
 class Boundary:
-    """Lets in what may come in.
+    """Refuses requests by their Host and Origin headers.
 
-    A server of this machine alone answers only to names of this machine: else a page whose
-    own name was bound to 127.0.0.1 could read it. What a page of another origin may not
-    read, it may not make the model compute either.
+    A server on a loopback address accepts only loopback names as Host: otherwise a web page whose
+    own name resolves to 127.0.0.1 could read its answers. Pages of origins that are not allowed
+    cannot read answers; they may not POST either, so that they cannot make the model compute.
     """
 
     def __init__(self, app: ASGIApp, options: Options):
@@ -157,12 +157,13 @@ class _Service:
 
     async def _told(self, wanted: Sequence[Wanted], jobs: list[Job]
                     ) -> AsyncGenerator[tuple[int, Chunk | tuple[int, int]]]:
-        """What becomes of each request, until all are answered or the caller leaves off; raises
-        what fails one of them as status 500. Puts into ``jobs`` what counts their tokens."""
+        """(index of a request, chunk or prompt progress), until all are answered or the caller
+        stops; raises ``HTTPException`` with status 500 where one fails. Puts the jobs, which count
+        the tokens, into ``jobs``."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Told]]()
 
         def tell(index: int, told: Told) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it who waited
+            with suppress(RuntimeError):  # the event loop has ended, so nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, (index, told))
 
         jobs += [Job(request, partial(tell, i)) for i, request in enumerate(wanted)]

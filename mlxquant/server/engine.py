@@ -1,4 +1,4 @@
-"""The one thread that computes: requests side by side where they can be, else one by one."""
+"""The thread that computes replies: in one batch where that is possible, else one by one."""
 
 import pickle
 import queue
@@ -31,9 +31,9 @@ Told = Chunk | tuple[int, int] | MlxquantError  # a piece, prompt tokens read, o
 class Job:
     """A reply that somebody waits for.
 
-    ``tell`` is called in the computing thread. ``gone`` is set by whoever no longer waits.
-    ``usage`` is there with the last piece: tokens of the prompt, of it cached, and made.
-    ``number`` is the same on every machine.
+    ``tell`` is called in the computing thread. ``gone`` is set when the client no longer waits.
+    ``usage`` is complete when the last piece is told: tokens of the prompt, those of them that were
+    cached, and tokens generated. ``number`` is the same on every machine.
     """
 
     request: Request
@@ -56,7 +56,7 @@ class Engine(threading.Thread):
     """Answers jobs until it is stopped; a failure in one reply is told to its job alone.
 
     Under ``mlx.launch`` every machine runs one, and all follow the first. ``ended`` is called
-    as the thread ends; ``error`` then says why, unless it was asked to.
+    as the thread ends; ``error`` is then the exception that ended it, None after ``stop``.
     """
 
     def __init__(self, model: LanguageModel, options: Options,
@@ -93,7 +93,7 @@ class Engine(threading.Thread):
             self.join()
 
     def run(self) -> None:
-        """Answer what comes; in a thread of its own, but for machines that only follow."""
+        """Answer jobs until stopped: the thread's body, called directly on following machines."""
         try:
             with mx.stream(generation_stream):
                 while self._turn():
@@ -151,7 +151,7 @@ class Engine(threading.Thread):
         """Begin what waits, in the order it came: one that must be alone waits for the others."""
         while self._waiting:
             request = self._waiting[0].request
-            # A seed decides over all that is drawn, so its reply shares no pass with others.
+            # A seed sets MLX's one random state, so its reply shares no pass with others.
             drawn = request.sampling.seed is not None and request.sampling.temperature > 0
             alone = drawn or not self._side_by_side
             if alone and self._rows:
@@ -218,7 +218,7 @@ class Engine(threading.Thread):
                 self._end_rows(error)
 
     def _end_rows(self, error: Exception) -> None:
-        """A pass failed, for all that were in it: begin with a new batch."""
+        """Fail all replies of the batch whose pass failed, and begin a new batch."""
         for job in self._rows.values():
             self._end(job, error)
         self._rows.clear()

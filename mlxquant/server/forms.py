@@ -1,7 +1,6 @@
-"""What clients may ask, every field of every body checked, and what a server does where they
-do not say.
+"""The request bodies that clients may send, with every field checked, and the server's defaults.
 
-A field of null is absent. What is not understood is refused by name, never dropped.
+A field of null counts as absent. A field that is not supported is refused by name, never ignored.
 """
 
 import json
@@ -31,7 +30,7 @@ from mlxquant.runtime.sampling import Sampling
 BODY_LIMIT = 16 << 20  # bytes
 MOST_CHOICES = 128  # replies to one body
 _SAMPLING = get_type_hints(Sampling)
-# What transformers itself takes where a template's variables are given.
+# Arguments of transformers itself, in the place where a template's variables are given.
 _RESERVED = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
     "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict",
@@ -125,7 +124,7 @@ class Form(_SamplingForm, BaseModel):
     stream_options: StreamOptions = StreamOptions()
     logit_bias: Annotated[dict[int, float], BeforeValidator(_tokens)] = {}
 
-    # These say nothing about the reply.
+    # These are accepted, and do not affect the reply.
     user: str = ""
     metadata: dict[str, Any] = {}
     store: Literal[False] = False
@@ -241,7 +240,7 @@ def _reason(error: ValidationError) -> str:
 
 
 def _is_in(name: str, template: Any) -> bool:
-    """Whether a template speaks of a variable; one that is no text may know any."""
+    """Whether a chat template mentions a variable; a template that is not text may use any."""
     if not isinstance(template, str):
         return True
     return re.search(rf"\b{re.escape(name)}\b", template) is not None

@@ -1,4 +1,4 @@
-"""Starting the server, and ending it whole."""
+"""Start the server, and end it together with the thread that computes."""
 
 import errno
 import socket
@@ -46,7 +46,7 @@ def serve(model: LanguageModel, options: Options | None = None,
 
 
 def make_server(model: LanguageModel, options: Options) -> "tuple[Engine, _Server]":
-    """The two halves, of which each ends when the other does."""
+    """The computing thread and the HTTP server, each of which ends when the other does."""
     engine = Engine(model, options, lambda: setattr(server, "should_exit", True))
     server = _Server(uvicorn.Config(
         make_app(model, options, engine), http="h11", ws="none", loop="asyncio", lifespan="off",
