@@ -32,7 +32,7 @@ def _options(version: Annotated[bool, typer.Option(
 def main() -> None:
     """Entry point: turns errors that are no bugs, and Ctrl-C, into one line and an exit code.
 
-    Of several machines that run the same command under ``mlx.launch``, the first one speaks.
+    Of several machines that run the same command under ``mlx.launch``, only the first one prints.
     """
     _prepare_streams()
     rank, stderr = int(os.environ.get("MLX_RANK") or 0), sys.stderr
@@ -45,7 +45,7 @@ def main() -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read it has enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

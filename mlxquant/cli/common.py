@@ -86,17 +86,17 @@ def load_model(model: str, revision: str | None, memory: str | None, trust: bool
 def progress(title: str, after: float = 0.0) -> Iterator[Advance]:
     """A progress bar on stderr, where that is a terminal.
 
-    The context gives a function of (done, total, value, part, left): a part of the work with
-    another title gets a bar of its own, and ``left`` are its seconds to come where they are known
-    better than from the time since the part before. The bar appears with the function's first
-    call, or ``after`` so many seconds.
+    The context gives a function of (done, total, value, part, left). A ``part`` of the work with
+    another title gets a bar of its own. ``left`` is its remaining time in seconds, by default
+    estimated from the time so far. The bar appears with the function's first call, or after
+    ``after`` seconds.
     """
     from rich import progress as bars
     from rich.console import Console
     from rich.text import Text
 
     class TimeLeft(bars.ProgressColumn):
-        """Counts down from the first part on; rich's own forgets what took over half a minute."""
+        """Counts down from the first step; rich's own column forgets steps of over 30 seconds."""
 
         def render(self, task: bars.Task) -> Text:
             if (until := task.fields["until"]) is None:

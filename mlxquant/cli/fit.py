@@ -1,8 +1,8 @@
-"""``quantize --fit``: the options that make what the plan recommends, and all of them said.
+"""``quantize --fit``: choose the options that make what the plan recommends, and print them all.
 
-Where that is a form of fewer than 4 bits, every layer gets a width of its own, and embedding and
-head theirs, so that together they fill what room there is: at the same size that is worth more than
-any one form (``benchmarks/LOG.md``).
+Where the plan recommends fewer than 4 bits, every layer, and embedding and head, get widths of
+their own that together fill the memory: at the same size the model is then better than with one
+width for all layers (``benchmarks/LOG.md``).
 """
 
 import shlex
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from mlxquant.report.plan import Row
 
 _FORM = {"method", "bits", "group_size", "rotate", "replicas", "replica_group"}
-# Options that are said although they are as by default, beside those of the form.
+# Options that are printed even at their default, beside those of the form.
 _SAID = ("method", "bits", "propagation", "embedding_bits", "tune_blocks", "tune_steps", "samples",
          "sequence_length", "seed", "text", "windows")
-_OWN = ("fit", "fit_context", "for_chip")  # what they decide is among the others
+_OWN = ("fit", "fit_context", "for_chip")  # not printed: they decide the other options
 
 
 def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
-    """The arguments of ``quantize`` for what the plan recommends among the forms that agree with
-    those given, which stay; and the line that chats with the result. Says what it chose, on a line
-    of JSON where that is asked for. Raises what ``plan`` and ``choose`` raise."""
+    """The arguments of ``quantize`` for the form that the plan recommends, among those that agree
+    with the options given, and the command that chats with the result. Prints the choice, as a
+    line of JSON with ``--json``. Raises what ``plan`` and ``choose`` raise."""
     from mlxquant.report.plan import choose, plan
 
     params = ctx.params
@@ -75,7 +75,7 @@ def _filling(row: "Row", memory: int) -> dict[str, Any]:
 
 
 def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with what else would be decided on the way."""
+    """The arguments with the defaults of tuning and of the held-out text filled in."""
     from mlxquant.codes.spec import Spec
     from mlxquant.codes.width import Width
     from mlxquant.quantise.job import Job
@@ -90,7 +90,8 @@ def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(wanted: dict[str, Any]) -> str:
-    """What is calibrated on, whether blocks are trained, and what is measured on."""
+    """A line for the user: the calibration text, whether blocks are trained, the text to measure
+    on."""
     from mlxquant.report.made import SELF
 
     samples = f"{wanted['samples']} samples of {wanted['sequence_length']} tokens"

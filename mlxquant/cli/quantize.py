@@ -189,8 +189,9 @@ def _measure(held_out: "HeldOut", output: Path, model: str, revision: str | None
 
 
 def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str], None]:
-    """A function of (done, total, value, stage) that moves the bars, and prints a line of JSON for
-    each block: the value is a block's seconds, or the error left in one that is tuned."""
+    """A function of (done, total, value, stage) that moves the bars and, with ``as_json``, prints a
+    line of JSON for each block but not for tuning steps. ``value`` is the seconds since the stage
+    began, or 100 × the error of the block that is tuned."""
     from mlxquant.quantise.profile import Pace
 
     paces, began = {stage: Pace() for stage in _STAGES}, time.monotonic()
@@ -211,8 +212,8 @@ def _teller(advance: Advance, as_json: bool) -> Callable[[int, int, float, str],
 
 
 def _free_group(chip: str | None, bits: str, replicas: int) -> int:
-    """Inputs that are to share a scaling so that replicas take no time on ``chip``: 0 where they
-    need not, or no chip was named."""
+    """The number of inputs that must share a scaling so that replicas cost no time on ``chip``: 0
+    where no sharing is needed, or no chip was named."""
     if chip is None:
         return 0
     from mlxquant.machine import chips, lanes
@@ -250,7 +251,7 @@ def _warn_of_slow_replicas(spec: "Spec") -> None:
 
 
 def _errors(made: "Made") -> str:
-    """What this run added, and what was lost before it, as far as that can be known."""
+    """Lines for the user: the error that this run added, and that of an earlier GGUF import."""
     line = (f"error added on the calibration text: {made.added['mean']:.1e} in the mean of all "
             f"layers, {made.added['largest']:.1e} in {made.added['layer']}")
     if (before := made.inherited) is not None:
