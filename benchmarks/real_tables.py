@@ -15,10 +15,8 @@ WAYS = {"replica": "replicas K = 4, 2 bits, rotated, corrected", "tuned": "the s
 def blocks_trained() -> str:
     """Models whose blocks were trained as they were made."""
     run = read("blocks-trained-h100")
-    rows = [[str(row["run"]), row["model"].removesuffix("-Instruct"),
-             ", ".join(filter(None, (row["method"], row["variant"]))),
-             f"{row['windows']} × 512 of {row['text']}", str(row["block_steps"]),
-             f"{row['bits_per_weight']:.2f}",
+    rows = [[*_whose(row, "method"), f"{row['windows']} × 512 of {row['text']}",
+             str(row["block_steps"]), f"{row['bits_per_weight']:.2f}",
              f"{row['file_bytes'] / 1e6:.0f}" if "file_bytes" in row else "",
              f"{row['before']:.1f}" if row["before"] else "", f"{row['perplexity']:.1f}",
              f"{row['kl_mean']:.3f}",
@@ -31,6 +29,12 @@ def blocks_trained() -> str:
                  f"{place(run)}: `{run['command']}`. {run['note']}", _runs(run))
 
 
+def _whose(row: Row, body: str) -> list[str]:
+    """The run, the model and the body, with what was special about it, that a row is of."""
+    return [str(row["run"]), row["model"].removesuffix("-Instruct"),
+            ", ".join(filter(None, (row[body], row["variant"])))]
+
+
 def _runs(measured: Row) -> str:
     """A line on each run that rows are of."""
     return "\n".join(f"- Run {number}: {about}." for number, about in measured["runs"].items())
@@ -39,9 +43,7 @@ def _runs(measured: Row) -> str:
 def tuned_after() -> str:
     """What tuning the whole model adds to trained blocks."""
     run = read("tuned-after-blocks-h100")
-    rows = [[str(row["run"]), row["model"].removesuffix("-Instruct"),
-             ", ".join(filter(None, (row["body"], row["variant"]))),
-             f"{row['made_windows']:,} × 512, {row['block_steps']}",
+    rows = [[*_whose(row, "body"), f"{row['made_windows']:,} × 512, {row['block_steps']}",
              f"{row['steps']} × {row['batch_size']}, {row['learning_rate']:g}"
              + "".join(f", {row[kind]:,} {kind}" for kind in ("written", "conversations")
                        if row[kind]),
