@@ -54,6 +54,8 @@ class Trainable:
         self.network, self.dtype = network, dtype
         self.stored = {path: array.dtype for path, array in tree_flatten(network.parameters())}
         _unpack(network, parts, find_blocks(network) if blocks is None else blocks)
+        self._affine = [(path, module) for path, module in network.named_modules()
+                        if isinstance(module, AffineCodes)]  # trained by their groups' centres
         self.base, self.size = _trained(network, parts)
         if not any(path.endswith(("replica_out", "scales")) for path in self.base):
             raise Unsupported("the model has no quantised layers in its blocks: "
@@ -74,7 +76,7 @@ class Trainable:
         """The same as the types of the checkpoint hold them; moved codes are whole, but not
         packed."""
         values = self._as_stored(moved)
-        for name, module in self._affine():
+        for name, module in self._affine:
             scales, biases = values[f"{name}.scales"], values.pop(f"{name}.biases")
             values[f"{name}.centres"] = module.centres_of(scales, biases)
         return values
@@ -83,15 +85,10 @@ class Trainable:
         """The same in the types of the checkpoint, with biases in place of centres."""
         values = {path: array.astype(self.stored.get(path, mx.float32))
                   for path, array in self.values(moved).items()}
-        for name, module in self._affine():
+        for name, module in self._affine:
             biases = module.biases_of(values[f"{name}.scales"], values.pop(f"{name}.centres"))
             values[f"{name}.biases"] = biases.astype(self.stored[f"{name}.biases"])
         return values
-
-    def _affine(self) -> list[tuple[str, AffineCodes]]:
-        """The layers that are trained by the centres of their groups, by path."""
-        return [(path, module) for path, module in self.network.named_modules()
-                if isinstance(module, AffineCodes)]
 
     def tensors(self, moved: dict[str, mx.array]) -> dict[str, mx.array]:
         """The trained arrays as a checkpoint holds them, by name."""
