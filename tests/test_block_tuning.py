@@ -318,3 +318,12 @@ def test_the_command_says_what_it_gained(tmp_path, tiny_folder, text):
     assert "tuned: the outputs of 1 blocks" in commands.run("inspect", str(tmp_path / "out")).stdout
     with pytest.raises(BadValue, match="tune_steps is 0"):
         Job().changed(tune_steps=0)
+
+
+@pytest.mark.parametrize("steps, least", [(32, 0.1), (640, 0.3)])
+def test_rates_fall_to_nothing_and_long_training_has_more_small_ones(steps, least):
+    rate = block_tuning._falling(0.5, steps)
+    rates = [rate(mx.array(step)).item() for step in range(steps + 1)]
+    assert rates[0] == pytest.approx(0.5) and rates[-1] == pytest.approx(0, abs=1e-7)
+    assert rates == sorted(rates, reverse=True)
+    assert least < np.mean(np.array(rates) < 0.05) < least + 0.2
