@@ -70,15 +70,16 @@ def talking() -> str:
 
 def tasks() -> str:
     """What made models answer to questions, beside the original."""
-    run = read("tasks-1.5b-h100")
+    runs = [read(f"tasks-1.5b-{card}") for card in ("h100", "h200")]
     rows = [[row["body"], f"{row['bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:.0f}",
              row["task"].removesuffix("-100"), *(
                  f"{100 * row[share]:.0f} ± {100 * row[error]:.1f} %" for share, error in (
                      ("accuracy", "accuracy_stderr"), ("original_accuracy", "original_stderr"),
-                     ("agreement", "agreement_stderr")))] for row in run["rows"]]
+                     ("agreement", "agreement_stderr")))] for run in runs for row in run["rows"]]
     return table(("body", "bits/weight:", "folder, MB:", "100 questions of", "accuracy:",
                   "the original's:", "the same choice:"), rows,
-                 f"{place(run)}: `{run['command']}`.")
+                 f"{place(runs[0])}, the last two rows {place(runs[1]).removeprefix('Measured ')}: "
+                 f"`{runs[0]['command']}`.")
 
 
 def real_rows() -> list[Row]:
@@ -155,12 +156,14 @@ def _growth(rows: Rows) -> list[str]:
 def answers() -> str:
     """The six answers of the 1.5B model and of what was made of it, unedited."""
     shown = [row for row in real_rows() if "1.5b" in row["model"]]
-    for name, windows in (("answers-1.5b-h100", 128), ("answers-1.5b-h100-2", 512),
-                          ("answers-1.5b-h100-3", 512)):
+    for name, how in (("h100", "blocks trained on 128 × 512 tokens"),
+                      ("h100-2", "blocks trained on 512 × 512 tokens"),
+                      ("h100-3", "blocks trained on 512 × 512 tokens"),
+                      ("h200", "blocks trained on 512 × 512 tokens, then tuned as a whole")):
         shown += [row | {"method": f"replicas under a budget, {row['file_bytes'] / 1e6:.0f} MB in "
-                                   f"all, blocks trained on {windows} × 512 tokens",
+                                   f"all, {how}",
                          "bits": "1 to 4"}
-                  for row in read(name)["rows"] if row["method"] != "original"]
+                  for row in read(f"answers-1.5b-{name}")["rows"] if row["method"] != "original"]
     parts = []
     for index, prompt in enumerate(a["prompt"] for a in shown[0]["answers"]):
         parts.append(f"## {prompt}")
