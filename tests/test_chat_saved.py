@@ -65,6 +65,20 @@ def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, t
     assert not (tmp_path / "talk.safetensors").exists()
 
 
+@pytest.mark.parametrize("name,message", [
+    ("model.json", "model.json is no saved conversation of format 1; give another name"),
+    ("model.safetensors", "model.safetensors is no prompt cache: .*; give another name")])
+def test_saving_takes_no_other_file_away(spoken, tiny, tiny_folder, tmp_path, name, message):
+    """As beside a model, whose files have the same endings."""
+    there = tmp_path / name
+    there.write_bytes((tiny_folder / name.replace("model.json", "config.json")).read_bytes())
+    before = there.read_bytes()
+    for conversation in (spoken, Conversation(tiny)):
+        with pytest.raises(BadCheckpoint, match=message):
+            saved.save(conversation, tmp_path / "model")
+    assert there.read_bytes() == before and list(tmp_path.iterdir()) == [there]
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda v: "not json", "is no saved conversation"),
     (lambda v: json.dumps([]), "is no saved conversation of format 1"),

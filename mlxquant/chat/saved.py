@@ -23,14 +23,16 @@ _KEYS = {"format", "model", "weights", "system", "sampling", "max_tokens", "mess
 
 def save(conversation: Conversation, path: Path) -> list[Path]:
     """Write a conversation, each file in one step, and return the files; keys and values are
-    large. Raises ``MlxquantError`` where they cannot be written."""
+    large. Raises ``MlxquantError`` where they cannot be written, or would take the place of a file
+    that is no saved conversation's."""
     path = _with_ending(path)
+    beside = path.with_suffix(".safetensors")
+    _require_own(path, beside)
     write_json(path, {
         "format": FORMAT, "model": conversation.model.name,
         "weights": _fingerprint(conversation.model), "system": conversation.system,
         "sampling": asdict(conversation.sampling), "max_tokens": conversation.max_tokens,
         "messages": conversation.messages, "forgotten": conversation.forgotten})
-    beside = path.with_suffix(".safetensors")
     if conversation.cache.tokens:
         conversation.cache.save(beside)
         return [path, beside]
@@ -59,6 +61,17 @@ def load(path: Path, conversation: Conversation) -> str:
     for name in ("system", "max_tokens", "messages", "forgotten"):
         setattr(conversation, name, value[name])
     return str(value["model"])
+
+
+def _require_own(path: Path, beside: Path) -> None:
+    """Raise ``BadCheckpoint`` where one of the files is there and of another kind."""
+    try:
+        if path.is_file():
+            _read(path)
+        if beside.is_file():
+            PromptCache.load(beside)  # only the header: MLX reads arrays when they are used
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error}; give another name") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
