@@ -185,6 +185,7 @@ def test_questions_beyond_the_context_are_refused(tiny, files):
      "line 2: answer: Input should be a valid string"),
     ('{"question": "a", "choices": ["b"], "answer": 0}', "line 1: choices: .*at least 2 items"),
     ('{"question": "a", "answer": "1"}\n\n{"question"', "line 3: Invalid JSON"),
+    ('{"question": "a\u2028b\u2029c\x85d", "answer": "1"}\n{"question"', "line 2: Invalid JSON"),
     ("\n", "holds no question"), (b"\xe9", "can't decode byte 0xe9"),
 ])
 def test_a_broken_file_is_refused_by_line(tmp_path, content, message):

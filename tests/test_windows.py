@@ -146,5 +146,7 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, name, content, 
 
 
 def test_the_texts_of_json_lines_are_joined(tmp_path):
-    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    assert windows.read_text(str(tmp_path / "lines.jsonl")) == "one\n\ntwo"
+    """Lines end as JSON lines do, not at each character that Unicode calls a line's end."""
+    (tmp_path / "lines.jsonl").write_bytes(
+        '{"text": "o\u2028n\u0085e"}\r\n\n{"text": "two"}\n'.encode())
+    assert windows.read_text(str(tmp_path / "lines.jsonl")) == "o\u2028n\u0085e\n\ntwo"

@@ -104,7 +104,7 @@ def read_text(name: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            lines = [line for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.split("\n") if line.strip()]  # U+2028 ends none
             text = "\n\n".join(json.loads(line)["text"] for line in lines)
         return text
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -80,7 +80,7 @@ def read(path: Path) -> Any:
 def _lines(path: Path) -> Iterator[_Line]:
     form: type[_Line] | None = None
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeError) as error:
         raise MlxquantError(f"cannot read {path}: {error}") from error
     for number, row in enumerate(rows, 1):
