@@ -4,11 +4,13 @@ import pytest
 import scripted as scripts
 from scripted import contents, scripted
 
+from mlxquant.base.errors import TooLarge
 from mlxquant.chat import repl
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle
 from mlxquant.chat.session import Session
 from mlxquant.chat.terminal import is_open, unquoted
+from mlxquant.runtime.loop import Loop
 
 talk = scripts.talk  # a fixture
 GREETING = "<think>Be nice.</think>\n\nHello **you**."
@@ -113,7 +115,7 @@ def test_retry_undo_and_edit(talk):
     assert contents(conversation) == ["a", "One."] and "(taken back: b)" in err
     _, _, conversation = talk("a", "/edit c")
     assert contents(conversation) == ["c", "Two."]
-    _, err, _ = talk("/undo", "/retry", "/edit")
+    _, err, _ = talk("/undo", "/retry", "/edit b")
     assert err.count("error: nothing has been said yet") == 3
 
 
@@ -125,9 +127,15 @@ def test_asking_again_keeps_the_old_exchange_where_it_cannot_be_asked(talk):
 def test_edit_alone_begins_the_next_prompt(tiny_folder, monkeypatch):
     session = Session(Conversation(scripted(tiny_folder, ["One."])))
     handle(session, "a question")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     handle(session, "/edit")
     assert repl.read(session, lambda start: f"{start}, changed") == "a question, changed"
     assert repl.read(session, lambda start: start) == "" and session.conversation.messages == []
+
+
+def test_edit_alone_takes_nothing_back_where_nobody_can_change_it(talk):
+    _, err, conversation = talk("a", "/edit")
+    assert contents(conversation) == ["a", "One."] and "error: /edit needs a text" in err
 
 
 def test_bench_leaves_the_conversation_alone(talk):
@@ -147,8 +155,6 @@ def test_another_model_goes_on_with_the_conversation(talk, tiny_folder):
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folder):
-    from mlxquant.base.errors import TooLarge
-
     calls = []
 
     def load(name):
@@ -160,6 +166,20 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_there_was(talk, tiny_folde
     out, err, _ = talk("a", "/model no-such", f"/model {tiny_folder}", "b", load=load)
     assert "error: no model named 'no-such'" in err and "error: too large" in err
     assert out == "One.\nStill here.\n" and len(calls) == 2
+
+
+def test_a_draft_is_left_behind_with_its_model_and_not_without_a_word(talk, tiny_folder, tiny):
+    drafted, failing = Loop(draft=tiny), [TooLarge("too large")]
+
+    def load(name):
+        if failing:
+            raise failing.pop()
+        return scripted(name)
+
+    _, err, conversation = talk(f"/model {tiny_folder}", load=load, loop=drafted)
+    assert "error: too large" in err and "without" not in err and conversation.loop is drafted
+    _, err, conversation = talk(f"/model {tiny_folder}", load=load, loop=drafted)
+    assert f"(without the draft model {tiny.name}," in err and conversation.loop == Loop()
 
 
 def test_a_full_context_forgets_whole_turns_and_says_so(talk):
@@ -177,10 +197,14 @@ def test_a_full_context_forgets_whole_turns_and_says_so(talk):
     assert seen.count("<|im_start|>user") == seen.count("<|im_start|>assistant")
 
 
-def test_a_message_longer_than_the_context_is_refused_and_survived(talk):
-    _, err, conversation = talk("before", "x" * 600, "short", replies=["One.", "Two."])
+def test_a_message_longer_than_the_context_is_refused_and_loses_nothing(talk, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("a")
+    _, err, conversation = talk("before", f"/read {file}", "x" * 600, "short", f"/read {file}",
+                              "/read", "after")
     assert "error: the message has" in err and "the context of" in err
-    assert contents(conversation)[::2] == ["before", "short"] and conversation.forgotten == 0
+    assert contents(conversation)[::2] == [
+        "before", "notes.txt:\n```\na\n```\n\nshort", "after"] and conversation.forgotten == 0
     assert conversation.last_report.cached_tokens > 0
 
 

@@ -1,5 +1,6 @@
 """What a line that begins with a slash does: one function a command, and a table of them all."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -136,6 +137,8 @@ def _undo(session: Session, _: str) -> None:
 def _edit(session: Session, text: str) -> None:
     if text:
         _ask_again(session, text)
+    elif not sys.stdin.isatty():
+        raise BadValue("/edit needs a text where nobody types")
     else:
         session.draft = session.conversation.undo()  # the next prompt begins with it
 
@@ -156,6 +159,10 @@ def _load(session: Session, argument: str) -> None:
 
 
 def _read(session: Session, argument: str) -> None:
+    if not argument:
+        session.attached = []
+        session.say("(no file goes with the next message)")
+        return
     path = _path("/read", argument)
     try:
         size = path.stat().st_size
@@ -223,7 +230,7 @@ TABLE = {command.name: command for command in (
     Command("/edit [TEXT]", "change the last message and ask again", _edit),
     Command("/save FILE", "keep the conversation, with its keys and values", _save, None),
     Command("/load FILE", "go on with one", _load, None),
-    Command("/read FILE", "send a text file with the next message", _read, None),
+    Command("/read [FILE]", "send a text file with the next message; alone: none", _read, None),
     Command("/stats", "speed of the last reply, and how full the context is", _stats),
     Command("/bench", "speed of a short fixed reply", _bench),
     Command("/model [NAME]", "go on with another model", _model, _models),

@@ -42,8 +42,7 @@ def handle(session: Session, text: str) -> None:
         if is_command:
             commands.obey(session, text)
         elif text:
-            attached, session.attached = session.attached, []
-            session.answer("\n".join([*attached, text]))
+            _answer(session, text)
     except KeyboardInterrupt:
         session.say("(stopped)")
     except MlxquantError as error:
@@ -56,6 +55,18 @@ def handle(session: Session, text: str) -> None:
         if line is None and not is_command:
             raise
         session.say(f"error: {line or f'{type(error).__name__}: {error}'}")
+
+
+def _answer(session: Session, text: str) -> None:
+    """Answer ``text`` and the attached files, which stay attached where it is not kept."""
+    before = session.conversation.messages
+    try:
+        session.answer("\n".join([*session.attached, text]))
+    finally:
+        if session.conversation.messages is not before:
+            session.attached = []
+        elif session.attached:
+            session.say("(what was read goes with the next message; /read alone drops it)")
 
 
 def _survive(session: Session, text: str) -> None:

@@ -107,17 +107,19 @@ class Session:
     def change_model(self, name: str) -> None:
         """Continue the conversation with another model; on any failure load the old one again."""
         resolve(name)  # an error here costs nothing
-        talk, old = self.conversation, self.conversation.model
-        talk.cache, talk.loop = PromptCache(), replace(talk.loop, draft=None)
+        talk, old, loop = self.conversation, self.conversation.model, self.conversation.loop
+        talk.cache, talk.loop = PromptCache(), replace(loop, draft=None)
         old.network = None  # free before the other comes: it may not fit beside
         try:
             talk.model = self._load(name)
         except BaseException:
-            talk.model = self._load(old.name)
+            talk.model, talk.loop = self._load(old.name), loop
             raise
         finally:
             self._bits = _bits_per_weight(talk.model)
         talk.last_report = None
+        if loop.draft:
+            self.say(f"(without the draft model {loop.draft.name}, which was for {old.name})")
 
     def _make_screen(self) -> PlainScreen | LiveScreen:
         console = Console(highlight=False, emoji=False)
