@@ -140,7 +140,7 @@ def _edit(session: Session, text: str) -> None:
     elif not sys.stdin.isatty():
         raise BadValue("/edit needs a text where nobody types")
     else:
-        session.draft = session.conversation.undo()  # the next prompt begins with it
+        session.prefilled = session.conversation.undo()  # the next prompt begins with it
 
 
 def _save(session: Session, argument: str) -> None:

@@ -14,7 +14,7 @@ def run(session: Session) -> None:
     reader = terminal.reader(takes, session.status)
     with terminal.quiet() as typed:
         while not session.over:
-            session.draft += typed()
+            session.prefilled += typed()
             try:
                 text = read(session, reader)
             except KeyboardInterrupt:
@@ -27,7 +27,7 @@ def run(session: Session) -> None:
 
 def read(session: Session, reader: terminal.Read) -> str:
     """The next message, or a command, in one piece."""
-    start, session.draft = session.draft, ""
+    start, session.prefilled = session.prefilled, ""
     return terminal.unquoted(reader(start))
 
 

@@ -29,13 +29,13 @@ Load = Callable[[str], LanguageModel]
 
 class Session:
     """A conversation and what is around it: the screen, attached files, the model's loader;
-    ``draft`` is what the next prompt begins with, ``over`` ends the sitting."""
+    ``prefilled`` is what the next prompt begins with, ``over`` ends the sitting."""
 
     def __init__(self, conversation: Conversation, load: Load = loading.load):
         self.conversation = conversation
         self.thoughts = "folded"
         self.attached: list[str] = []
-        self.draft = ""
+        self.prefilled = ""
         self.over = False
         self._load = load
         self._notes = Console(stderr=True, highlight=False, emoji=False,
