@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from threading import TIMEOUT_MAX
 
 import architectures
 import pytest
 from commands import run
 from conftest import write_folder
+from huggingface_hub import constants
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -106,6 +108,22 @@ def test_chat_through_a_pipe(tiny_folder):
     assert "tokens of context in use" in result.stderr
 
 
+def _offline_hub(cache):
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(cache), True
+
+
+def test_a_revision_is_that_of_the_first_model_alone(tmp_path):
+    for repository, revision in (("a--one", "v1"), ("b--two", "main")):
+        folder = tmp_path / f"models--{repository}"
+        write_folder(folder / "snapshots" / ("0" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / revision).write_text("0" * 40)
+    result = run("chat", "a/one", "--revision", "v1", stdin="/model b/two\n/model a/one\n",
+                 before=partial(_offline_hub, tmp_path))
+    assert "(now b/two;" in result.stderr and "(now a/one;" in result.stderr
+    assert "error" not in result.stderr
+
+
 @pytest.mark.parametrize("arguments,code,message", [
     (("generate", "no-such-model", "-p", "x"), 1, "error: no model named 'no-such-model'"),
     (("inspect", "./nowhere"), 1, "error: no such file or folder: ./nowhere"),
@@ -118,6 +136,8 @@ def test_chat_through_a_pipe(tiny_folder):
     (("bench", "TINY", "--format", "xml"), 2,
      "error: format is 'xml', allowed are md, json, jsonl, csv"),
     (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
+    (("inspect", "TINY", "--revision", "v1"), 2, "error: revision is 'v1', but TINY is no Hug"),
+    (("plan", "TINY", "--revision", "v1"), 2, "error: revision is 'v1', but TINY is no Hug"),
     (("plan",), 2, "error: give MODEL or --config FILE"),
     (("plan", "no-such-model"), 1, "error: no model named 'no-such-model'"),
     (("quantize", "TINY", "-o", "out", "--siblings-alike"), 2,

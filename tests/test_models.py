@@ -73,8 +73,8 @@ def test_an_uncached_repository_offline_is_one_line_with_near_matches(offline_hu
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_revision_is_refused(offline_hub):
-    with pytest.raises(ModelNotFound):
+def test_a_missing_revision_is_refused_without_the_same_name_as_a_near_one(offline_hub):
+    with pytest.raises(ModelNotFound, match="cannot be reached$"):
         mlxquant.resolve("someone/tiny", revision="experiment")
 
 

@@ -25,19 +25,21 @@ from mlxquant.runtime.reply import Chunk
 from mlxquant.sources.names import resolve
 
 Load = Callable[[str], LanguageModel]
+Find = Callable[[str], object]
 
 
 class Session:
-    """A conversation and what is around it: the screen, attached files, the model's loader;
-    ``prefilled`` is what the next prompt begins with, ``over`` ends the sitting."""
+    """A conversation and what is around it: the screen, attached files, how a name is found and its
+    model loaded; ``prefilled`` is what the next prompt begins with, ``over`` ends the sitting."""
 
-    def __init__(self, conversation: Conversation, load: Load = loading.load):
+    def __init__(self, conversation: Conversation, load: Load = loading.load,
+                 find: Find = resolve):
         self.conversation = conversation
         self.thoughts = "folded"
         self.attached: list[str] = []
         self.prefilled = ""
         self.over = False
-        self._load = load
+        self._load, self._find = load, find
         self._notes = Console(stderr=True, highlight=False, emoji=False,
                               soft_wrap=not sys.stderr.isatty())
         self._bits = _bits_per_weight(conversation.model)
@@ -106,7 +108,7 @@ class Session:
 
     def change_model(self, name: str) -> None:
         """Continue the conversation with another model; on any failure load the old one again."""
-        resolve(name)  # an error here costs nothing
+        self._find(name)  # an error here costs nothing
         talk, old, loop = self.conversation, self.conversation.model, self.conversation.loop
         talk.cache, talk.loop = PromptCache(), replace(loop, draft=None)
         old.network = None  # free before the other comes: it may not fit beside

@@ -29,18 +29,23 @@ def chat(
     from mlxquant.chat.session import Session
     from mlxquant.runtime.loop import Loop
     from mlxquant.runtime.sampling import Sampling
-    from mlxquant.sources.names import DEFAULT_MODEL
+    from mlxquant.sources.names import DEFAULT_MODEL, resolve
+
+    first = model or DEFAULT_MODEL
+
+    def of(name: str) -> str | None:
+        return revision if name == first else None
 
     def load(name: str) -> "LanguageModel":
-        return load_model(name, revision, memory, trust_remote_code)
+        return load_model(name, of(name), memory, trust_remote_code)
 
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
-    loaded = load(model or DEFAULT_MODEL)
+    loaded = load(first)
     loop = Loop(kv_bits, _load_draft(draft, memory, trust_remote_code), lookup=lookup)
     talk = Conversation(loaded, system, sampling, max_tokens, loop)
     loop.check(loaded, talk.cache)
     remark(f"{loaded.name}: /help lists the commands, Ctrl-D leaves")
-    run(Session(talk, load))
+    run(Session(talk, load, lambda name: resolve(name, revision=of(name))))
 
 
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlxquant.base.errors import ModelNotFound
+from mlxquant.base.errors import BadValue, ModelNotFound
 from mlxquant.sources import checkpoint, gguf, hub, recipes
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -19,8 +19,10 @@ def resolve(name: str, *, revision: str | None = None,
     """The local, validated folder of the model called ``name``.
 
     Downloads and GGUF imports are kept in the cache; ``progress`` is that of an import. Raises
-    ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``.
+    ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``, and ``BadValue``
+    for the ``revision`` of anything but a repository.
     """
+    _check_revision(revision, name)
     path = Path(name).expanduser()
     if path.is_dir():
         folder = path
@@ -45,6 +47,7 @@ def config_of(name: str, *, revision: str | None = None) -> dict[str, Any]:
     Of a repository only ``config.json`` is downloaded; a ``.json`` file is a configuration
     itself. Raises what ``resolve`` raises.
     """
+    _check_revision(revision, name)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".json":
         return checkpoint.read_object(path, "model_type")
@@ -64,6 +67,12 @@ def _download(repository: str, revision: str | None, files: list[str] = hub.FILE
 
 def _near(name: str) -> str:
     known = {n.lower(): n for n in [*recipes.names(), *hub.cached_repositories(),
-                                    *(p.name for p in Path().iterdir() if p.is_dir())]}
+                                    *(p.name for p in Path().iterdir() if p.is_dir())] if n != name}
     near = [known[n] for n in difflib.get_close_matches(name.lower(), known, n=3)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _check_revision(revision: str | None, name: str) -> None:
+    """Only a repository has revisions: raise ``BadValue`` where ``name`` is something else."""
+    if revision is not None and (Path(name).expanduser().exists() or name in recipes.names()):
+        raise BadValue(f"revision is {revision!r}, but {name} is no Hugging Face repository")
