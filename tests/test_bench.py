@@ -167,7 +167,7 @@ def test_interrupted_keeps_what_was_measured(tiny_folder, tmp_path, monkeypatch,
 
     monkeypatch.setattr(bench, "_Runner", Interrupting)
     with pytest.raises(KeyboardInterrupt):
-        measure.bench([str(tiny_folder)], prompt=8, generated=4, repetitions=1, depth=None,
+        measure.bench(None, [str(tiny_folder)], prompt=8, generated=4, repetitions=1, depth=None,
                       batch=None, form="json", output=tmp_path / "out.json", plot=None, chip=None,
                       memory=None)
     assert [r["test"] for r in json.loads((tmp_path / "out.json").read_text())] == ["pp8"]

@@ -136,6 +136,13 @@ def test_a_revision_is_that_of_the_first_model_alone(tmp_path):
     (("bench", "TINY", "--format", "xml"), 2,
      "error: format is 'xml', allowed are md, json, jsonl, csv"),
     (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
+    (("bench", "TINY", "--chip", "M2", "-n", "0"), 2, "error: --generate is for measuring"),
+    (("bench", "TINY", "--chip", "M2", "-d", "-5"), 2, "error: depth is -5, at least 0"),
+    (("generate", "TINY", "-p", "x", "--raw", "--system", "y"), 2, "error: --system goes without"),
+    (("generate", "TINY", "-p", "x", "--draft-tokens", "7"), 2, "error: --draft-tokens needs --d"),
+    (("evaluate", "TINY", "--text", "TINY/config.json", "--questions", "0"), 2,
+     "error: --questions needs --tasks"),
+    (("evaluate", "TINY", "--tasks", "x", "--windows", "3"), 2, "error: --windows needs --text"),
     (("inspect", "TINY", "--revision", "v1"), 2, "error: revision is 'v1', but TINY is no Hug"),
     (("plan", "TINY", "--revision", "v1"), 2, "error: revision is 'v1', but TINY is no Hug"),
     (("plan",), 2, "error: give MODEL or --config FILE"),
@@ -154,6 +161,14 @@ def test_failures_are_one_line_with_the_right_code(tmp_path, arguments, code, me
     assert message in result.stderr and "Traceback" not in result.stderr
     if message.startswith("error"):
         assert len([x for x in result.stderr.splitlines() if x.startswith("error")]) == 1
+
+
+def test_a_system_prompt_is_refused_where_there_is_no_place_for_it(tmp_path):
+    config = write_folder(tmp_path / "TINY") / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+    result = run("generate", "TINY", "-p", "x", "--system", "y", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "error: --system needs a chat template, and TINY has none" in result.stderr
 
 
 def test_version():
@@ -193,6 +208,14 @@ def test_bench_writes_a_file_and_shows_a_table(tiny_folder, tmp_path):
     written = (tmp_path / "x.jsonl").read_text().splitlines()
     assert [json.loads(line)["test"] for line in written] == ["pp8", "tg4"]
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_a_prediction_is_written_in_the_format_that_was_asked_for(tiny_folder, tmp_path):
+    arguments = ("bench", tiny_folder, "--chip", "M2", "-o", tmp_path / "written")
+    shown = run(*arguments).stdout
+    assert "tokens/s" in shown and (tmp_path / "written").read_text() == shown
+    assert run(*arguments, "--json").stdout == shown
+    assert json.loads((tmp_path / "written").read_text())[0]["predicted"]
 
 
 def test_each_part_of_a_job_has_a_bar_of_its_own(monkeypatch):

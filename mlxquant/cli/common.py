@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mlxquant.base import blas
+from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import json_text
 from mlxquant.base.text import clean
 
@@ -63,6 +64,21 @@ app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Low-bit inference on MLX, with every speed shown against the bandwidth ceiling.")
+
+
+def given(ctx: typer.Context) -> dict[str, str]:
+    """The parameters that the command line names, each with its option's long form."""
+    return {param.name or "": param.opts[-1] for param in ctx.command.params
+            if (source := ctx.get_parameter_source(param.name or "")) is not None
+            and source.name == "COMMANDLINE"}
+
+
+def refuse(ctx: typer.Context, reason: str, *names: str) -> None:
+    """Raise ``BadValue`` with the ``reason`` where one of the parameters was given: it would be
+    without effect."""
+    for name, option in given(ctx).items():
+        if name in names:
+            raise BadValue(f"{option} {reason}")
 
 
 def load_model(model: str, revision: str | None, memory: str | None, trust: bool, *,

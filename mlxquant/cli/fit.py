@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typer import Context
 
 from mlxquant.base.errors import BadValue
-from mlxquant.cli.common import print_json, remark
+from mlxquant.cli.common import given, print_json, remark
 
 if TYPE_CHECKING:
     from mlxquant.report.plan import Row
@@ -29,20 +29,18 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
     line of JSON with ``--json``. Raises what ``plan`` and ``choose`` raise."""
     from mlxquant.report.plan import choose, plan
 
-    params = ctx.params
-    given = {name for name in params if (source := ctx.get_parameter_source(name)) is not None
-             and source.name == "COMMANDLINE"}
-    if given & {"target_bpw", "target_gb"}:
+    params, named = ctx.params, given(ctx).keys()
+    if named & {"target_bpw", "target_gb"}:
         raise BadValue("--fit and a target are two sizes; give one")
     result = plan(params["model"], memory=params["fit"], chip=params["for_chip"],
                   context=params["fit_context"], revision=params["revision"])
     made = {row: ctx.command.make_context("quantize", shlex.split(row.command)[2:]).params
             for row in result.rows if row.command}
     row = choose(result, [row for row, form in made.items() if all(
-        form[name] == params[name] for name in given & _FORM)], params["for_chip"])
-    form = made[row] | ({} if given & _FORM else _filling(row, result.memory_bytes))
+        form[name] == params[name] for name in named & _FORM)], params["for_chip"])
+    form = made[row] | ({} if named & _FORM else _filling(row, result.memory_bytes))
     wanted = _settled(params | {name: value for name, value in form.items()
-                                if name not in given | {"model", "output"}})
+                                if name not in named | {"model", "output"}})
     command = _command(ctx, wanted, shlex.split(row.command or ""))
     kv = f" --kv-bits {row.kv_bits}" if row.kv_bits != 16 else ""
     chat = f"mlxquant chat {shlex.quote(str(params['output']))}{kv}"

@@ -5,11 +5,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.cli import options as option
-from mlxquant.cli.common import app, load_model, print_json, print_table, progress, remark
+from mlxquant.cli.common import (
+    app,
+    load_model,
+    print_json,
+    print_table,
+    progress,
+    refuse,
+    remark,
+)
 
 if TYPE_CHECKING:
     from mlxquant.report.tasks import Task
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
                     "--format json")
 def bench(
+    ctx: Context,
     models: Annotated[list[str], Argument(metavar="MODEL...", help=option.MODEL_HELP)],
     prompt: Annotated[int, Option("-p", "--prompt", help="Prompt tokens; 0: no such test.")] = 512,
     generated: Annotated[int, Option(
@@ -37,9 +46,9 @@ def bench(
     """Tokens per second against the ceiling, by llama-bench's conventions.
 
     Ctrl-C ends early and keeps what was measured. With --chip nothing runs here: the speed there is
-    predicted, from a configuration alone.
+    predicted, from a configuration alone; --depth, --output and the formats md and json are for
+    predictions too.
     """
-    from mlxquant.base.storage import new_file
     from mlxquant.machine import chips
     from mlxquant.report import bench_output
     from mlxquant.report.bench import Record
@@ -52,6 +61,8 @@ def bench(
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
     check_plot(plot)
     if chip is not None:
+        refuse(ctx, "is for measuring; with --chip nothing runs", "prompt", "generated",
+               "repetitions", "batch", "plot", "memory")
         _predict(models, chip, depth or [0], form, output)
         return
     records: list[Record] = []
@@ -59,8 +70,7 @@ def bench(
     def keep(known: list[Record]) -> None:
         records[:] = known
         if output is not None:
-            with new_file(output) as scratch:
-                scratch.write_text(bench_output.FORMATS[form](records) + "\n", encoding="utf-8")
+            _write(output, bench_output.FORMATS[form](records))
 
     try:
         with progress("tokens/s") as advance:
@@ -74,9 +84,16 @@ def bench(
                 bench_output.plot(records, chips.detect(), measured().product_tflops, plot)
 
 
+def _write(output: Path, text: str) -> None:
+    from mlxquant.base.storage import new_file
+
+    with new_file(output) as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
 def _predict(models: list[str], chip: str, depths: list[int], form: str,
              output: Path | None) -> None:
-    from mlxquant.base.storage import write_json
+    from mlxquant.base.storage import json_text
     from mlxquant.machine import chips as known
     from mlxquant.report.plan import predict_model
     from mlxquant.sources.names import config_of
@@ -88,14 +105,15 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
                  for model in models for depth in depths}
     rows = [{"model": model, "depth": depth, "predicted": True, **asdict(value)}
             for (model, depth), value in predicted.items()]
+    lines = "\n".join(
+        f"{model} @ d{depth} on {found.label}: {value.bytes_per_token / 1e9:.2f} GB/token; "
+        f"{value.line()}" for (model, depth), value in predicted.items())
     if output is not None:
-        write_json(output, rows)
+        _write(output, json_text(rows).rstrip() if form == "json" else lines)
     elif form == "json":
         print_json(rows)
         return
-    for (model, depth), value in predicted.items():
-        print(f"{model} @ d{depth} on {found.label}: {value.bytes_per_token / 1e9:.2f} GB/token; "
-              f"{value.line()}")
+    print(lines)
     remark("Assumed:")
     for line in next(iter(predicted.values())).assumptions:
         remark(f"- {line}")
@@ -104,6 +122,8 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
 def _prepared(tasks: list[str] | None, questions: int | None) -> "list[Task]":
     """What ``--tasks`` names, ready to be asked."""
     if not tasks:
+        if questions is not None:
+            raise BadValue("--questions needs --tasks")
         return []
     try:
         from mlxquant.report.tasks import prepare
@@ -116,7 +136,7 @@ def _prepared(tasks: list[str] | None, questions: int | None) -> "list[Task]":
 @app.command(epilog="Example: mlxquant evaluate smollm2-135m --text wikitext2-raw-test.txt "
                     "--windows 40")
 def evaluate(
-    model: option.Model,
+    ctx: Context, model: option.Model,
     text: Annotated[Path | None, Option(help="A UTF-8 text file, for the perplexity.")] = None,
     context: option.Context = 1024, windows: option.Windows = None,
     tasks: option.Tasks = None, questions: option.Questions = None,
@@ -142,6 +162,8 @@ def evaluate(
         raise BadValue("--by-layer needs --reference and --text, and goes without --tasks")
     if plot is not None and not layerwise:
         raise BadValue("--plot needs --by-layer")
+    if text is None:
+        refuse(ctx, "needs --text", "context", "windows")
     check_plot(plot)
     asked = _prepared(tasks, questions)
     models = [load_model(model, revision, memory, trust_remote_code, probe=False)]

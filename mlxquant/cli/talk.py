@@ -3,11 +3,12 @@
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Context, Option
 
+from mlxquant.base.errors import BadValue
 from mlxquant.base.text import clean, require_unicode
 from mlxquant.cli import options as option
-from mlxquant.cli.common import app, load_model, print_json, remark
+from mlxquant.cli.common import app, load_model, print_json, refuse, remark
 
 if TYPE_CHECKING:
     from mlxquant.model.loading import LanguageModel
@@ -50,7 +51,7 @@ def chat(
 
 @app.command(epilog='Example: mlxquant generate smollm2-135m -p "What is gravity?"')
 def generate(
-    model: option.Model,
+    ctx: Context, model: option.Model,
     prompt: Annotated[str | None, Option("-p", "--prompt", help="Default: stdin.")] = None,
     system: option.System = None,
     raw: Annotated[bool, Option("--raw", help="Continue the text, no chat template.")] = False,
@@ -71,12 +72,18 @@ def generate(
     from mlxquant.runtime.reply import Response
     from mlxquant.runtime.sampling import Sampling
 
+    if raw:
+        refuse(ctx, "goes without --raw: it has its place in a chat template", "system")
+    if draft is None:
+        refuse(ctx, "needs --draft", "draft_tokens")
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = require_unicode(sys.stdin.read(), "standard input") if prompt is None else prompt
     loaded = load_model(model, revision, memory, trust_remote_code)
+    chat = not raw and loaded.tokenizer.has_chat_template
+    if system and not chat:
+        raise BadValue(f"--system needs a chat template, and {model} has none")
     guesser = _load_draft(draft, memory, trust_remote_code)
     told = [{"role": "system", "content": system}] if system else []
-    chat = not raw and loaded.tokenizer.has_chat_template
     request = [*told, {"role": "user", "content": text}] if chat else text
     shown = clean if sys.stdout.isatty() else str
     chunks = []

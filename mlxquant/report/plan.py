@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
@@ -135,7 +136,9 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
 
 
 def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Prediction:
-    """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens."""
+    """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens.
+    Raises ``BadValue`` for a depth below 0."""
+    checks.integer("depth", depth, 0)
     network, model = outline.network_of(config), _model("", config, max(depth, 1))
     kv = model.kv[16] if depth else 0
     return predict(chip, bytes_per_token=traffic.weight_bytes(network) + kv,
