@@ -69,6 +69,8 @@ def test_the_verbs(tiny_folder, text, tmp_path):
     (("--override", "nosuch*:bits=8"), "no layer matches"),
     (("--rotate", "--rotate-fused"), "give one"), (("--method", "magic"), "allowed are rtn"),
     (("--method", "smoothquant"), "--activation-bits 8"),
+    (("--method", "rtn", "--bits", "2"), "--data, --conversations and --tune-steps are without"),
+    (("--for-chip", "M1 Pro", "--bits", "8"), "--for-chip is for --fit, and for replicas"),
 ])
 def test_impossible_requests_exit_with_2_and_one_line(tiny_folder, text, tmp_path, options,
                                                       message):

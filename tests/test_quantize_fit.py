@@ -69,10 +69,12 @@ def test_it_takes_what_the_plan_recommends_and_says_how_to_chat(place, two_bits)
 
 
 def test_without_a_text_the_model_writes_one(place):
-    result = run("quantize", "source", "-o", "eight", "--fit", "8GB", "--json", *FEW, cwd=place)
+    result = run("quantize", "source", "-o", "eight", "--fit", "8GB", "--json", *FEW,
+                 "--data", "text.txt", cwd=place)
     first, *_, last = map(json.loads, result.stdout.splitlines())
     assert first["form"]["bits"] == 8 and first["chat"] == "mlxquant chat eight"
     assert "--text self" in first["command"] and first["memory_bytes"] < 8e9
+    assert "--method rtn" in first["command"] and "--data" not in first["command"]  # not read
     assert last["stage"] == "measured" and last["windows"] >= 1 and last["kl_mean"] >= 0
     assert mlxquant.inspect(str(place / "eight")).bits_per_weight == 8.5
 

@@ -83,8 +83,15 @@ def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
     spec = Spec(Width.of(wanted["bits"]))
     tuning = BlockTuning(wanted["tune_blocks"], wanted["tune_steps"])
     tuned = Job(spec, tuning=tuning).tunes([spec])
-    return wanted | {"tune_blocks": tuned, "tune_steps": tuning.steps if tuned else None,
-                     "text": wanted["text"] or SELF, "fit": None, "for_chip": None}
+    wanted = wanted | {"tune_blocks": tuned, "tune_steps": tuning.steps if tuned else None,
+                       "text": wanted["text"] or SELF, "fit": None, "for_chip": None}
+    return wanted | ({"data": None, "conversations": 0} if _only_rounds(wanted) else {})
+
+
+def _only_rounds(wanted: dict[str, Any]) -> bool:
+    """Whether no calibration text is read."""
+    return wanted["method"] == "rtn" and not any(
+        wanted[name] for name in ("tune_blocks", "activation_bits", "override"))
 
 
 def _texts(wanted: dict[str, Any]) -> str:
@@ -95,7 +102,7 @@ def _texts(wanted: dict[str, Any]) -> str:
     samples = f"{wanted['samples']} samples of {wanted['sequence_length']} tokens"
     if wanted["conversations"]:
         samples += f", {wanted['conversations']} of them conversations,"
-    source = ("none, it is only rounded" if wanted["method"] == "rtn" and not wanted["tune_blocks"]
+    source = ("none, it is only rounded" if _only_rounds(wanted)
               else f"{samples} from {', '.join(wanted['data'])}" if wanted["data"]
               else f"{samples} that the model writes itself (--data FILE for your own)")
     trained = f"{wanted['tune_steps']} steps each" if wanted["tune_blocks"] else "not trained"

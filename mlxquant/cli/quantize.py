@@ -51,7 +51,7 @@ def quantize(
     tune_blocks: Annotated[bool | None, Option(
         "--tune-blocks/--no-tune-blocks", show_default=False,
         help="Train each block's scales and codes until it gives what the original's does; "
-             "default: blocks with layers below 4 bits.")] = None,
+             "default: blocks with layers below 4 bits, but for rtn.")] = None,
     data: option.Data = None,
     conversations: Annotated[int, Option(
         help="So many of --samples are talk that the model has with itself; for a chat model.",
@@ -127,11 +127,15 @@ def quantize(
         raise BadValue("--siblings-alike is for budgets; give --target-bpw or --target-gb with it")
     repeats = [block for each in repeat_blocks or () for block in parse_repeat(each).one_by_one()]
     repeats += map(parse_repeat, repeat_span or ())
+    rules = tuple(parse_override(each) for each in override or ())
+    methods = {method, *(changes.get("method") for _, changes in rules)}
+    if for_chip is not None and "replica" not in methods:
+        raise BadValue("--for-chip is for --fit, and for replicas")
     spec = Spec(Width.of(bits), group_size, symmetric, method, act_order, refine,
                 "online" if rotate else "fused" if rotate_fused else None, replicas,
                 replica_group or _free_group(for_chip, bits, replicas))
     job = Job(
-        spec, rules=tuple(parse_override(each) for each in override or ()),
+        spec, rules=rules,
         text=Text(tuple(data or ()), samples, sequence_length, conversations),
         target=Target(target_bpw, target_gb, siblings_alike) if budget else None,
         propagation=propagation, embedding_bits=embedding_bits,
@@ -139,6 +143,9 @@ def quantize(
             ActivationSpec(activation_bits, activation_granularity)),
         alpha=alpha, repeats=tuple(repeats), seed=seed,
         tuning=BlockTuning(tune_blocks, tune_steps))
+    if (data or conversations or tune_steps is not None) and not job.calibrated:
+        raise BadValue("--data, --conversations and --tune-steps are without effect: rtn only "
+                       "rounds, unless --tune-blocks is given")
     if for_chip is None:
         _warn_of_slow_replicas(spec)
     held_out = HeldOut(text, windows, sequence_length, seed + 1) if text else None
