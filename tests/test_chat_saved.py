@@ -14,6 +14,7 @@ from mlxquant.chat import saved
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle
 from mlxquant.chat.session import Session
+from mlxquant.runtime.loop import Loop
 
 
 @pytest.fixture
@@ -57,6 +58,22 @@ def test_only_the_same_model_gets_the_keys_and_values(spoken, tmp_path, seed, co
     found = Conversation(mlxquant.load(str(tmp_path / "other")))
     assert saved.load(tmp_path / "talk", found) == spoken.model.name
     assert bool(found.cache.tokens) is fits and found.messages == spoken.messages
+
+
+@pytest.mark.parametrize("held,now,fits", [
+    (4, 4, True), (4, None, False), (4, 8, False), (None, 8, True), (None, "draft", False)])
+def test_only_a_loop_that_holds_keys_and_values_alike_gets_them(tiny, tmp_path, held, now, fits):
+    before = Conversation(tiny, max_tokens=3, loop=Loop(kv_bits=held))
+    list(before.reply("hello"))
+    saved.save(before, tmp_path / "talk")
+    loop = Loop(draft=tiny) if now == "draft" else Loop(kv_bits=now)
+    found = Conversation(tiny, loop=loop)
+    saved.load(tmp_path / "talk", found)
+    assert bool(found.cache.tokens) is fits and found.messages == before.messages
+    found.max_tokens = 3
+    report = list(found.reply("more"))[-1].report
+    assert bool(report.cached_tokens) is fits and found.cache.bits == (
+        {loop.kv_bits} if loop.kv_bits else set())
 
 
 def test_saving_again_without_keys_and_values_leaves_no_old_ones(spoken, tiny, tmp_path):

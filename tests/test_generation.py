@@ -152,6 +152,15 @@ def test_a_quantised_kv_cache_is_smaller_and_close(tiny):
     assert again.report.cached_tokens == len(prompt) - 1
 
 
+@pytest.mark.parametrize("kv_bits", [None, 4])
+def test_keys_and_values_at_another_width_are_computed_again(tiny, kv_bits):
+    cache, options = PromptCache(), dict(max_tokens=9, kv_bits=kv_bits)
+    mlxquant.generate(tiny, CHAT, max_tokens=4, cache=cache, kv_bits=8)
+    again = mlxquant.generate(tiny, CHAT, cache=cache, **options)
+    assert again.report.cached_tokens == 0 and cache.bits == ({kv_bits} if kv_bits else set())
+    assert again.text == mlxquant.generate(tiny, CHAT, **options).text
+
+
 @pytest.mark.parametrize("options,error,message", [
     (dict(max_tokens=0), BadValue, "at least 1"),
     (dict(kv_bits=7), BadValue, "allowed are 2, 3, 4, 5, 6, 8"),

@@ -152,8 +152,11 @@ def test_kv_bits_that_the_cache_cannot_do_are_said_at_once(tiny, tmp_path):
 
     config = CONFIG | {"head_dim": 24}
     odd = mlxquant.load(str(write_folder(tmp_path / "odd", random_network(config), config)))
-    with pytest.raises(Unsupported, match="8 bits in groups of 32: .*; leave kv_bits out"):
-        mlxquant.stream_generate(odd, "x", kv_bits=8)
+    used = PromptCache()
+    mlxquant.generate(odd, "x", max_tokens=2, cache=used)
+    for cache in (None, used):
+        with pytest.raises(Unsupported, match="8 bits in groups of 32: .*; leave kv_bits out"):
+            mlxquant.stream_generate(odd, "x", kv_bits=8, cache=cache)
     window = mlxquant.load(tiny.name)
     window.network.make_cache = lambda: [RotatingKVCache(8) for _ in window.network.layers]
     with pytest.raises(Unsupported, match="cannot keep its keys and values at 4 bits"):

@@ -153,7 +153,7 @@ def _load(session: Session, argument: str) -> None:
     talk = session.conversation
     model = saved.load(_path("/load", argument), talk)
     kept = f"{len(talk.cache.tokens)} tokens need no processing" if talk.cache.tokens else (
-        f"its keys and values are not there or not of this model ({model}): "
+        f"its keys and values are not there, or not of this model ({model}) and these options: "
         "computed again when needed")
     session.say(f"({len(talk.messages) // 2} turns; {kept})")
 

@@ -44,7 +44,8 @@ def save(conversation: Conversation, path: Path) -> list[Path]:
 def load(path: Path, conversation: Conversation) -> str:
     """Go on with a saved conversation; returns the name of the model that it was held with.
 
-    Keys and values are taken only if they are there and were computed by the same model.
+    Keys and values are taken only if they are there, were computed by the same model and are held
+    as the conversation's loop holds them: of a draft model none are saved.
     Raises ``MlxquantError``, ``BadCheckpoint`` or ``BadValue``, and then changes nothing.
     """
     path = _with_ending(path)
@@ -54,9 +55,11 @@ def load(path: Path, conversation: Conversation) -> str:
     except TypeError as error:
         raise BadCheckpoint(
             f"{path}: sampling has other settings than this version: {error}") from error
-    beside = path.with_suffix(".safetensors")
-    fits = beside.is_file() and value["weights"] == _fingerprint(conversation.model)
-    conversation.cache = PromptCache.load(beside) if fits else PromptCache()
+    beside, loop = path.with_suffix(".safetensors"), conversation.loop
+    fits = (beside.is_file() and loop.draft is None
+            and value["weights"] == _fingerprint(conversation.model))
+    cache = PromptCache.load(beside) if fits else PromptCache()
+    conversation.cache = cache if cache.bits <= {loop.kv_bits} else PromptCache()
     conversation.sampling, conversation.thoughts = sampling, ""
     for name in ("system", "max_tokens", "messages", "forgotten"):
         setattr(conversation, name, value[name])

@@ -40,7 +40,8 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
     several, ends the reply and is not part of it. ``tools`` are JSON schemas of
     functions, for templates that have a place for them. ``logprobs`` asks for each
     token's log-probability, and those of the so many likeliest. ``cache`` carries
-    keys and values over calls; ``kv_bits`` stores them quantised, in groups of 32.
+    keys and values over calls; ``kv_bits`` stores them quantised, in groups of 32;
+    where ``cache`` has them at another width they are computed again.
     ``draft`` is a small model of the same vocabulary that guesses ``draft_tokens``
     at a time; ``lookup`` guesses up to so many tokens from the text itself; either
     only changes the speed. ``progress`` gets the prompt tokens processed so far, and of all.
@@ -61,7 +62,8 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
     """The reply to a request, as ``stream_generate`` yields it."""
     request.sampling.start()
     mx.reset_peak_memory()
-    cached = cache.reuse(model.network, request.prompt, loop.draft and loop.draft.network)
+    cached = cache.reuse(model.network, request.prompt, loop.draft and loop.draft.network,
+                         loop.kv_bits)
     fresh, writer = request.prompt[cached:], Writer(model, request)
     tokens: list[int] = []
     guessed = kv = 0

@@ -78,8 +78,8 @@ class Loop:
 
     def check(self, model: LanguageModel, cache: PromptCache) -> None:
         """Raise ``Unsupported`` where ``model`` cannot do it, and ``BadValue`` for a draft of
-        another vocabulary; a ``cache`` in use has shown that its keys and values can be stored."""
-        if self.kv_bits is not None and not cache.tokens:
+        another vocabulary; a ``cache`` at this width has shown that keys and values can be so."""
+        if self.kv_bits is not None and self.kv_bits not in cache.bits:
             _try_kv_bits(model, self.kv_bits)
         if self.guesses and not takes_back(cache.layers or make_prompt_cache(model.network)):
             raise Unsupported(f"{model.name} keeps a sliding window or a state that cannot take "

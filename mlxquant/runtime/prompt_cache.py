@@ -32,13 +32,20 @@ class PromptCache:
     layers: list[Any] = field(default_factory=list)
     draft_layers: list[Any] = field(default_factory=list)
 
-    def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None) -> int:
+    @property
+    def bits(self) -> set[int]:
+        """The widths at which keys and values are held; empty where all are as they were."""
+        return {layer.bits for layer in self.layers if hasattr(layer, "bits")}
+
+    def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None,
+              kv_bits: int | None = None) -> int:
         """Trim to the prefix that ``prompt``, without its last token, shares with the held tokens;
-        returns its length. A cache that cannot be trimmed (a wrapped window) is replaced."""
+        returns its length. A cache that cannot be trimmed (a wrapped window), or is held at
+        another width than ``kv_bits``, is replaced."""
         if draft is None:
             self.draft_layers = []
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
-        known = self.layers and (draft is None or self.draft_layers)
+        known = self.layers and (draft is None or self.draft_layers) and self.bits <= {kv_bits}
         if not known or not all(cut(layers, len(self.tokens) - shared) for layers in self.sets()):
             self.layers, shared = make_prompt_cache(network), 0
             self.draft_layers = make_prompt_cache(draft) if draft is not None else []
