@@ -1,6 +1,7 @@
 """Arguments checked for type and range, in one line that says what is allowed."""
 
 import reprlib
+from collections.abc import Collection
 
 from mlxquant.base.errors import BadValue
 
@@ -20,6 +21,13 @@ def number(name: str, value: object, low: float, high: float) -> None:
         raise BadValue(f"{name} is {reprlib.repr(value)}, a number is needed")
     if not low <= value <= high:  # NaN is in no range
         raise BadValue(f"{name} is {_shown(value)}, allowed are {low} to {high}")
+
+
+def choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise ``BadValue`` unless ``value`` is one of ``allowed``, among which 1 is not 1.0 or True.
+    """
+    if type(value) is bool or type(value) is float or value not in allowed:
+        raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")
 
 
 def _shown(value: float) -> str:

@@ -1,6 +1,6 @@
 """What was asked for: widths, groups and method, checked on construction."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -58,9 +58,9 @@ class ReplicaShape(_Recorded):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", Width.of(self.bits, REPLICA_WIDTHS))
-        _check("replicas", self.replicas, range(1, MOST_REPLICAS + 1))
-        _check("replica_group", self.replica_group, REPLICA_GROUPS)
-        _check("rotation_block", self.rotation_block, ROTATION_BLOCKS)
+        checks.choice("replicas", self.replicas, range(1, MOST_REPLICAS + 1))
+        checks.choice("replica_group", self.replica_group, REPLICA_GROUPS)
+        checks.choice("rotation_block", self.rotation_block, ROTATION_BLOCKS)
 
     def check_inputs(self, inputs: int, path: str) -> None:
         """Raises ``BadValue`` unless group and rotation block divide the ``inputs`` of ``path``."""
@@ -107,8 +107,8 @@ class Spec(_Recorded):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", Width.of(self.bits))
         object.__setattr__(self, "group_size", group_size_of(self.group_size))
-        _check("method", self.method, METHODS)
-        _check("rotation", self.rotation, ROTATIONS)
+        checks.choice("method", self.method, METHODS)
+        checks.choice("rotation", self.rotation, ROTATIONS)
         if self.method == "replica":
             self.replica_shape(64)
         checks.integer("refine", self.refine, 0, 100)
@@ -152,8 +152,3 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
         raise BadValue(f"override {text!r}: write GLOB:bits=4,group_size=64 "
                        f"(keys: {', '.join(kinds)})") from error
     return glob, changes
-
-
-def _check(name: str, value: object, allowed: Collection[object]) -> None:
-    if type(value) is bool or type(value) is float or value not in allowed:
-        raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")

@@ -10,12 +10,14 @@ from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.base.version import __version__
 from mlxquant.codes.spec import Rule, Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers.repeated import Repeat
 from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.calibration import SAMPLES, SEQUENCE_LENGTH, Calibration
 from mlxquant.quantise.settings import BlockTuning
 
 PROPAGATIONS = ("float", "quantised", "corrected")
+EMBEDDING_BITS = tuple(width.value for width in Width if width is not Width.TERNARY)
 # Blocks done, of how many, seconds so far, and in which stage ("weighing" or "quantising"); or
 # steps done on a block, of how many, 100 × its error, and "tuning".
 Progress = Callable[[int, int, float, str], None]
@@ -90,9 +92,9 @@ class Job:
     tuning: BlockTuning = field(default_factory=BlockTuning)
 
     def __post_init__(self) -> None:
-        if self.propagation not in PROPAGATIONS:
-            raise BadValue(f"propagation is {self.propagation!r}, allowed are "
-                           f"{', '.join(PROPAGATIONS)}")
+        checks.choice("propagation", self.propagation, PROPAGATIONS)
+        if self.embedding_bits is not None:
+            checks.choice("embedding_bits", self.embedding_bits, EMBEDDING_BITS)
         if self.alpha is not None:
             checks.number("alpha", self.alpha, 0, 1)
         methods = self._methods()
