@@ -9,8 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.codes import rtn
-from mlxquant.codes.spec import PLAIN_GROUPS, Spec
-from mlxquant.codes.width import Width
+from mlxquant.codes.spec import PLAIN_GROUPS
 from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block, arrays_outside, find_blocks
 from mlxquant.layers.dense import expanded_weight
@@ -18,9 +17,8 @@ from mlxquant.layers.formats import Entries, stored_entry
 from mlxquant.layers.hooks import call_order
 from mlxquant.quantise import rotation
 from mlxquant.quantise.job import Job
+from mlxquant.quantise.plans import ends_of, plan_ends
 from mlxquant.quantise.results import Body
-
-ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
 
 
 def blocks_of(network: nn.Module) -> list[Block]:
@@ -60,37 +58,28 @@ class Outside:
 def outside(network: nn.Module, config: dict[str, Any], job: Job) -> Outside:
     """The part of the result outside the blocks, of a network whose weights are as stored."""
     blocks = blocks_of(network)
+    modules, specs = ends_of(network, blocks), plan_ends(network, blocks, job).specs
     dtype, ends = stored_dtype(blocks[0]), dict[str, mx.array]()
     if (turn := turn_of(config, job)) is not None:
         ends, config = rotation.rotate_ends(network, config, turn)
-    inside = tuple(block.full("") for block in blocks)
-    modules = {path: module for path, module in network.named_modules()
-               if isinstance(module, ENDS) and not path.startswith(inside)}
+    dense = {path for path in modules if f"{path}.weight" in ends and path not in specs}
     turned = {name: array.astype(dtype) for name, array in ends.items()}
     made = Outside(arrays_outside(network, blocks) | turned, {
-        path: stored_entry(m) for path, m in modules.items() if hasattr(m, "bits")}, config)
-    stored = next((getattr(m, "bits", None) for m in modules.values()), None)
-    if bits := job.embedding_bits or (stored if ends else None):
-        spec = Spec(bits=Width.of(bits), group_size=32 if bits == stored else 64, method="rtn")
-        paths = [*modules, *(n.removesuffix(".weight") for n, a in ends.items() if a.ndim == 2)]
-        for path in dict.fromkeys(paths):
-            weight = ends.get(f"{path}.weight")
-            if weight is None:
-                weight = expanded_weight(modules[path])
-            _round(made, path, weight, spec, dtype)
+        path: stored_entry(module) for path, module in modules.items()
+        if hasattr(module, "bits") and path not in dense}, config)
+    for name in [f"{path}.{part}" for path in dense for part in ("scales", "biases")]:
+        made.tensors.pop(name, None)
+    for path, spec in specs.items():
+        weight = ends.get(f"{path}.weight")
+        if weight is None:
+            weight = expanded_weight(modules[path])
+        affine = rtn.quantise(weight, spec, dtype)
+        made.tensors |= {f"{path}.{name}": part for name, part in affine.tensors(dtype).items()}
+        made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
     for repeat in job.repeats:  # its gates are zeros until they are tuned
         path = blocks[repeat.last].path
         made.tensors[f"{path}.repeat_gates"] = mx.zeros(repeat.passes - 1, dtype)
     return made
-
-
-def _round(made: Outside, path: str, weight: mx.array, spec: Spec, dtype: mx.Dtype) -> None:
-    """Store ``weight`` (m, n) as ``spec`` says, unless its groups do not divide n."""
-    if weight.shape[1] % spec.group_for(weight.shape[1] * 64):
-        return
-    affine = rtn.quantise(weight, spec, dtype)
-    made.tensors |= {f"{path}.{name}": part for name, part in affine.tensors(dtype).items()}
-    made.entries[path] = {"group_size": affine.group, "bits": spec.bits.code_bits}
 
 
 def result_config(made: Outside, body: Body, job: Job, record: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.job import Job, Made, Progress, Text
 from mlxquant.quantise.passes import Passes
-from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks
+from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks, plan_ends
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.results import BlockResult, Body
@@ -156,6 +156,7 @@ class Run:
         start, source, job = time.perf_counter(), identity(self.folder), self.job
         plans = plan_blocks(network, blocks, job)
         rehearse(network, config, blocks, plans, job)
+        ends = plan_ends(network, blocks, job)
         record = job.record(self.tokens, self.base)
         made = _identity(self.folder, replace(job, target=None), self.tokens)
         partial = working_folder(self.output, {"job": made, "asked": self.asked}, record)
@@ -178,7 +179,7 @@ class Run:
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
             tuned, left = summary(body.tuned)
             record |= {"tuned_blocks": tuned} if tuned else {}
-            notes = [*self.chosen, *(note for plan in plans for note in plan.notes), *left]
+            notes = [*self.chosen, *(note for plan in [*plans, ends] for note in plan.notes), *left]
             with step("writing"):
                 config = self._write(work, body, record | ({"notes": notes} if notes else {}),
                                      check)

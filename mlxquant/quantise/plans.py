@@ -1,10 +1,10 @@
-"""The spec of every layer of a block: what the job asks for, changed where the layer needs it.
+"""The spec of every layer: what the job asks for, changed where the layer needs it.
 
 A rule of the job comes first, then the architecture: mlx-lm's models say which layers, such as
 routers and gates, stay as they are or are kept in 8 bits (``quant_predicate``). All other layers
 get the job's spec. Where a group does not divide a layer's inputs, the next smaller of 32, 64 and
 128 that does, or else the smallest, is used, with a note; where none does, the layer stays as it is
-stored.
+stored, or is stored dense where a fused rotation has turned it.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from mlxquant.quantise.job import Job
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 STACKS = (*EXPERTS, MultiLinear, QuantizedMultiLinear)
 LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)  # these very classes: others do more
+ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
@@ -48,6 +49,34 @@ def plan_blocks(network: nn.Module, blocks: list[Block], job: Job) -> list[Plan]
     return [_plan(network, block, job) for block in blocks]
 
 
+def ends_of(network: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
+    """The embedding, the head and other layers outside a network's blocks, by path."""
+    inside = tuple(block.full("") for block in blocks)
+    return {path: module for path, module in network.named_modules()
+            if isinstance(module, ENDS) and not path.startswith(inside)}
+
+
+def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> Plan:
+    """The specs of the layers outside a network's blocks that are rounded: to the job's width, or,
+    where a fused rotation spoils the codes that they have, to the width of these."""
+    plan, ends, fused = Plan(), ends_of(network, blocks), job.spec.rotation == "fused"
+    own = next((getattr(module, "bits", None) for module in ends.values()), None)
+    bits = job.embedding_bits or (own if fused else None)
+    if bits is None:
+        return plan
+    if fused:  # a tied head is then stored apart
+        ends.setdefault("lm_head", ends["model.embed_tokens"])
+    # A source's own width comes in groups of 32 or more: none of them is coarser than it was.
+    asked = Spec(bits=Width.of(bits), group_size=32 if bits == own else 64, method="rtn")
+    for path, module in ends.items():
+        spec, note = _fitted(asked, module, job)
+        if note:
+            plan.notes.append(f"{path}: {note}")
+        if spec is not None:
+            plan.specs[path] = spec
+    return plan
+
+
 def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
     plan, cast = Plan(), getattr(network, "cast_predicate", lambda path: True)
     modules = leaf_modules(block.module)
@@ -62,11 +91,12 @@ def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
             continue
         full = block.full(path)
         spec = _asked(module, full, job, getattr(network, "quant_predicate", None))
-        spec, note = (None, None) if spec is None else _fitted(spec, module)
+        spec, note = (None, None) if spec is None else _fitted(spec, module, job)
         if note:
             plan.notes.append(f"{full}: {note}")
         if spec is not None:
             plan.specs[path] = spec
+        if spec is not None or job.spec.rotation == "fused":  # what is turned is not as stored
             continue
         plan.kept |= {f"{path}.{name}": array for name, array in tree_flatten(module.parameters())}
         if hasattr(module, "bits"):
@@ -91,11 +121,11 @@ def _asked(module: nn.Module, path: str, job: Job, predicate: Predicate | None) 
     return job.spec
 
 
-def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
+def _fitted(spec: Spec, module: nn.Module, job: Job) -> tuple[Spec | None, str | None]:
     """``spec`` changed as little as the layer needs, or None where it must stay; and the note."""
     inputs = inputs_of(module)
     if inputs < min(PLAIN_GROUPS):
-        return None, f"only {inputs} inputs: kept as stored"
+        return None, f"only {inputs} inputs{_as_it_is(job)}"
     if isinstance(module, STACKS):
         spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
     if spec.method == "replica":
@@ -110,9 +140,13 @@ def _fitted(spec: Spec, module: nn.Module) -> tuple[Spec | None, str | None]:
     fitting = [g for g in PLAIN_GROUPS if inputs % g == 0]
     smaller = [g for g in fitting if g < spec.group_size] or fitting[:1]
     if not smaller:
-        return None, f"{inputs} inputs divide into no group: kept as stored"
+        return None, f"{inputs} inputs divide into no group{_as_it_is(job)}"
     return replace(spec, group_size=smaller[-1]), (
         f"groups of {smaller[-1]}, since {spec.group_size} does not divide its {inputs} inputs")
+
+
+def _as_it_is(job: Job) -> str:
+    return ": stored dense" if job.spec.rotation == "fused" else ": kept as stored"
 
 
 def _for_stack(spec: Spec, by_head: bool) -> Spec:

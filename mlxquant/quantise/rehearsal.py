@@ -17,27 +17,30 @@ from mlxquant.layers import formats
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import listened
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.quantise.assembly import ENDS, Outside, blocks_of, result_config
+from mlxquant.quantise.assembly import Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks
+from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks, plan_ends
 from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.storing import Around, describe, describe_replicas
 
 
 def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], plans: list[Plan],
              job: Job) -> nn.Module:
-    """The network that a job makes, without weights, embedding and head as they are stored. Raises
-    ``Unsupported`` where it would not load."""
+    """The network that a job makes, without weights; embedding and head are dense unless the job
+    rounds them. Raises ``Unsupported`` where it would not load."""
     inputs = given_inputs(network, blocks) if job.calibrated else {}
     body = Body()
     for block, plan in zip(blocks, plans):
         body.add(block, _described(block, plan, inputs, job))
     config = result_config(Outside({}, {}, config), body, job, {})
+    entries = body.plain | {
+        path: {"group_size": spec.group_size, "bits": spec.bits.code_bits}
+        for path, spec in plan_ends(network, blocks, job).specs.items()}
     try:
         model_class, arguments = formats.model_classes(config)
         made = model_class(arguments.from_dict(config))
         nn.quantize(made, class_predicate=lambda path, module:
-                    hasattr(module, "to_quantized") and body.plain.get(path, False))
+                    hasattr(module, "to_quantized") and entries.get(path, False))
         return made
     except (ValueError, KeyError, TypeError, AttributeError, MlxquantError) as error:
         raise Unsupported(f"{config.get('base_model_type', config['model_type'])} cannot be "
@@ -58,11 +61,6 @@ def planned(network: nn.Module, config: dict[str, Any], job: Job) -> nn.Module:
         raise BadValue(f"{len(taken) - sum(taken)} of {len(taken)} layers cannot take what is "
                        "asked")
     made = rehearse(network, config, blocks, plans, job)
-    inside = tuple(block.full("") for block in blocks)
-    if job.embedding_bits is not None:
-        nn.quantize(made, 64, job.embedding_bits, class_predicate=lambda path, module:
-                    isinstance(module, ENDS) and hasattr(module, "to_quantized")
-                    and not path.startswith(inside) and module.weight.shape[-1] % 64 == 0)
     made.set_dtype(mx.float16)
     return made
 
