@@ -306,3 +306,20 @@ def test_awq_folds_into_norms_and_layers_with_biases_and_shared_heads(tmp_path, 
     assert distance(stock(TOKENS).astype(mx.float32), network(TOKENS)) < 1e-2
     changed = stock.layers[0].input_layernorm.weight.astype(mx.float32)
     assert not mx.allclose(changed, network.layers[0].input_layernorm.weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("method, layer, changes", [
+    ("awq", "v_proj", dict(method="replica", bits=4, replicas=8)),
+    ("awq", "q_proj", dict(method="rtn")), ("gptq", "v_proj", dict(method="awq"))])
+def test_siblings_are_balanced_each_as_its_own_method_does(tmp_path, text, monkeypatch, method,
+                                                           layer, changes):
+    """Where no norm can take the factors, and replicas cannot have their input scaled."""
+    balanced = []
+    monkeypatch.setitem(METHODS, "awq", replace(METHODS["awq"], balance=lambda weights, *_: (
+        balanced.append(len(weights)), mx.exp(mx.random.normal((weights[0].shape[1],))))[1]))
+    source = architectures.write("starcoder2", tmp_path / "source")
+    quantise(source, tmp_path / "out", text, method=method, bits=8, samples=1, length=16,
+             rules=((f"*.{layer}", changes),))
+    assert balanced == ([1, 1, 1, 2] if method == "awq" else [1]) * 4  # q alone, or all else
+    logits = mlxquant.load(str(tmp_path / "out")).network(TOKENS)
+    assert distance(logits, mlxquant.load(str(source)).network(TOKENS)) < 0.1

@@ -19,7 +19,7 @@ from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.experts import quantise_experts, quantise_stacks
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
-from mlxquant.quantise.methods import METHODS, Codes
+from mlxquant.quantise.methods import METHODS, Balance, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, Plan
 from mlxquant.quantise.profile import step
@@ -42,9 +42,9 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
             quantise_experts(work, paths, cast(Routed, seen.statistics.pop(first)))
             continue
         specs = {path: plan.specs[path] for path in paths if path in plan.specs}
-        while specs:  # of one rotation, then of the next
-            rotation = next(iter(specs.values())).rotation
-            alike = {path: specs.pop(path) for path in [*specs] if specs[path].rotation == rotation}
+        while specs:  # whose inputs are treated in one way, then in the next
+            way = _way(next(iter(specs.values())))
+            alike = {path: specs.pop(path) for path in [*specs] if _way(specs[path]) == way}
             take = seen.statistics.__getitem__ if specs else seen.statistics.pop
             _quantise_siblings(work, alike, cast(Statistics, take(first)))
     seen.statistics.clear()
@@ -63,6 +63,11 @@ def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settin
     return work.result
 
 
+def _way(spec: Spec) -> tuple[str | None, Balance]:
+    """How the input of a layer is treated: the rotation, and what balances it with the weight."""
+    return spec.rotation, METHODS[spec.method].balance
+
+
 def _require_finite(work: Work) -> None:
     for path, array in work.result.tensors.items():
         if is_float(array) and not mx.isfinite(array).all().item():
@@ -72,7 +77,7 @@ def _require_finite(work: Work) -> None:
 
 
 def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistics | None) -> None:
-    """Layers that read one input; without statistics a layer that no text reached."""
+    """Layers that read one input in one way; without statistics one that no text reached."""
     modules, settings = linears(work.block.module), work.settings
     weights = {path: modules[path].weight for path in specs}
     around, spec = Around(activation=settings.activation), next(iter(specs.values()))
