@@ -230,6 +230,7 @@ def test_a_kernel_that_disagrees_is_not_used_and_says_so_once(monkeypatch, capsy
     monkeypatch.setattr(backend, "_answers", {})  # a new process reads what this one found
     assert not backend.trusted("worse", lambda: 0.0, 0.1)
     assert backend.trusted("good", lambda: 1.0, 0.1)
+    assert backend.trusted("broken", lambda: 0.0, 0.1)  # memory may have been short before
     assert not capsys.readouterr().err
     monkeypatch.setattr(backend, "_answers", {})
     monkeypatch.setattr(backend, "_sources", lambda: "another")  # whose answers say nothing of it

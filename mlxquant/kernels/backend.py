@@ -105,22 +105,23 @@ def trusted(name: str, check: Callable[[], float], allowed: float) -> bool:
 
     The check runs once per chip, MLX version and source. Its result is cached on disk and, since
     every call of a layer asks, in this process. A kernel that is wrong or does not compile causes
-    one warning, and its reference is used.
+    one warning, and its reference is used. A check that fails, for which memory may have been
+    short, is tried again by the next process.
     """
     if name not in _answers:
         file = cache_dir("kernels", f"{chips.slug()}-{_sources()}", f"{name}.json")
-        _answers[name] = cached(file, lambda: _agrees(name, check, allowed))
+        try:
+            _answers[name] = cached(file, lambda: _agrees(name, check(), allowed))
+        except Exception as failure:  # a compiler's complaints have no common type
+            _answers[name] = _unused(name, first_line(failure))
     return _answers[name]
 
 
-def _agrees(name: str, check: Callable[[], float], allowed: float) -> bool:
-    try:
-        error = check()
-        complaint = f"its error is {error:.2g}, allowed is {allowed:g}"
-    except Exception as failure:  # a compiler's complaints have no common type
-        error, complaint = float("inf"), first_line(failure)
-    if error <= allowed:
-        return True
+def _agrees(name: str, error: float, allowed: float) -> bool:
+    return error <= allowed or _unused(name, f"its error is {error:.2g}, allowed is {allowed:g}")
+
+
+def _unused(name: str, complaint: str) -> bool:
     print(f"The kernel {name} is not used on this machine: {complaint}", file=sys.stderr)
     return False
 
