@@ -1,6 +1,7 @@
 """Experts of a mixture: statistics of their own, replicas that run, nothing left out."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import CONFIGURATIONS, attempt, write
@@ -96,3 +97,31 @@ def test_a_mixture_that_no_text_reaches_is_made_all_the_same(options):
         given = experts[name](x, mx.array([[0, 3]]))
         wanted = mx.stack([x[0] @ weight[expert].T for expert in (0, 3)])[None]
         assert mx.square(given - wanted).sum() < 0.03 * mx.square(wanted).sum()
+
+
+def test_tokens_of_two_models_are_paired_only_where_they_are_the_same():
+    """Experts in a list are given some tokens; equally many in both models may be others."""
+    block = nn.Module()
+    block.all, block.steps, block.some, block.more = (nn.Linear(8, 8) for _ in range(4))
+    watch, x = Watch(block), mx.random.normal((2, 6, 8))
+
+    def inputs(first):
+        return {"all": [(x,)], "steps": [(x[:, token],) for token in range(6)],
+                "some": [(x[first, 1:3],)], "more": [(x[0, first:5],)]}
+
+    for other in (1, 0):  # what was once given to others stays unpaired
+        watch.take(inputs(0), inputs(other))
+    paired = {path for path, found in watch.seen.statistics.items() if found.cross is not None}
+    assert paired == {"all", "steps"}
+    for path in paired:
+        found = watch.seen.statistics[path]
+        assert np.allclose(found.cross, found.hessian, atol=1e-5) and found.count == 24
+    assert [watch.seen.statistics[path].count for path in ("some", "more")] == [4, 10]
+
+
+def test_experts_in_a_list_are_made_beside_corrected_layers(tmp_path, text):
+    source = write("dbrx", tmp_path / "source")
+    mlxquant.quantize(str(source), tmp_path / "made", job(
+        text, samples=2, length=16, bits=3, refine=0, propagation="corrected"))
+    logits = mlxquant.load(str(tmp_path / "made")).network(mx.array([[3, 17, 29]]))
+    assert mx.isfinite(logits).all()

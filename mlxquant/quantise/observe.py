@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -103,6 +105,7 @@ class Watch:
 
     def __init__(self, block: nn.Module):
         self._modules = linears(block)
+        self._apart = set[str]()  # what was once not called alike in both models
         self.seen = Observation(unseen=list(self._modules))
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, Inputs]:
@@ -114,16 +117,23 @@ class Watch:
         return output, inputs
 
     def take(self, inputs: Inputs, target: Inputs | None = None) -> None:
-        """Add one run's inputs to the statistics; ``target`` are the float model's in that run."""
-        seen = self.seen
+        """Add one run's inputs to the statistics; ``target`` are the float model's in that run.
+        Layers that are not given the same tokens in both models, such as experts in a list, are
+        not told of the float model's inputs at all."""
+        seen, tokens = self.seen, sum(map(_rows, next(iter(inputs.values()), ())))
         self._group({path: inputs[path] for path in seen.unseen if path in inputs})
         for first in seen.groups:
-            statistics = seen.statistics[first]
-            for call, args in enumerate(inputs.get(first, ())):
+            statistics, calls = seen.statistics[first], inputs.get(first, [])
+            beside = [] if target is None else target.get(first, [])
+            if not _alike(calls, beside, tokens):
+                self._apart.add(first)
+            for args, other in zip_longest(calls, [] if first in self._apart else beside):
                 if isinstance(statistics, Routed):
                     statistics.add(args[0], args[1])
                 else:
-                    statistics.add(args[0], None if target is None else target[first][call][0])
+                    statistics.add(args[0], None if other is None else other[0])
+            if first in self._apart and isinstance(statistics, Statistics):
+                statistics.cross = None
         seen.unseen = [path for path in seen.unseen if path not in inputs]
         mx.eval(seen.arrays())
 
@@ -138,3 +148,16 @@ class Watch:
             if first == path:
                 self.seen.statistics[path] = (Routed.empty(experts, x.shape[-1]) if experts
                                               else Statistics.empty(x.shape[-1]))
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    return prod(args[0].shape[:-1])
+
+
+def _alike(calls: list[tuple[Any, ...]], beside: list[tuple[Any, ...]], tokens: int) -> bool:
+    """Whether a layer was given the same tokens in both models: in equal calls, which either keep
+    the axes of sequences and tokens or have all ``tokens``. One picks out some of them otherwise,
+    and equally many need not be the same."""
+    shapes = [args[0].shape for args in calls]
+    return shapes == [args[0].shape for args in beside] and (
+        all(len(shape) > 2 for shape in shapes) or sum(map(_rows, calls)) % tokens == 0)
