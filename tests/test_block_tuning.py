@@ -169,6 +169,16 @@ def test_codes_end_in_other_cells(tmp_path, tiny_folder, text, made):
     assert all(tuned[path].dtype == plain[path].dtype for path in plain)
 
 
+def test_mirrored_levels_stay_mirrored(tmp_path, tiny_folder, text):
+    made = quantise(tiny_folder, tmp_path / "out", text, bits=2, symmetric=True, refine=0,
+                    tune_steps=8, samples=4)
+    assert all(found["after"] < found["before"] for found in made.tuned.values())
+    found = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    for path in [path for path in found if path.endswith(".scales")]:
+        biases = found[path.replace("scales", "biases")]
+        assert mx.allclose(biases, -1.5 * found[path], rtol=4e-3), path
+
+
 def test_training_that_spoils_a_block_leaves_it_as_it_was(tmp_path, tiny_folder, text, made,
                                                           monkeypatch):
     plain, _ = made("groups", tuned=False)

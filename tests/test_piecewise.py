@@ -9,6 +9,7 @@ import pytest
 from architectures import network_of
 from conftest import CONFIG, random_bytes, random_network, replicated
 from mlx.utils import tree_map
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import head
@@ -42,7 +43,7 @@ def affine(name):
     """A tiny network of an architecture, its linear layers in affine codes."""
     network = network_of(name)
     nn.quantize(network, 32, 4, class_predicate=lambda _, module: (
-        isinstance(module, nn.Linear) and module.weight.shape[-1] % 32 == 0))
+        isinstance(module, (nn.Linear, SwitchLinear)) and module.weight.shape[-1] % 32 == 0))
     return network
 
 
@@ -77,7 +78,10 @@ def gradients(network, parts, compiled):
         "qwen3_moe", "gemma3n", "cohere2", "mamba2", "deepseek_v3", "rwkv7", "iquestloopcoder"))])
 def test_gradients_in_pieces_are_those_of_the_whole(monkeypatch, make, parts, compiled):
     monkeypatch.setattr(head, "AT_ONCE", 384 * 11)  # chunks with an end that is shorter
-    (loss, whole), (same, pieces) = gradients(make(), parts, compiled)
+    network = make()
+    experts = any(isinstance(module, QuantizedSwitchLinear) for module in network.modules())
+    (loss, whole), (same, pieces) = gradients(network, parts, compiled)
+    assert any("switch_mlp" in path for path in whole) == experts
     assert same.item() == pytest.approx(loss.item(), rel=1e-5)
     largest = max(mx.abs(g).max().item() for g in whole.values())
     assert largest > 0

@@ -6,6 +6,9 @@ import pytest
 from conftest import CONFIG, random_network
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxquant.codes import rtn
+from mlxquant.codes.affine import unpack
+from mlxquant.codes.spec import Spec
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.layers.unpacked import AffineCodes
 
@@ -78,3 +81,23 @@ def test_what_is_measured_is_what_is_stored(bits, dtype):
     for path, matrix in weights(stored).items():
         assert mx.abs(measured[path] - matrix).max() < 1e-6 * mx.abs(matrix).max(), path
     assert {array.dtype for _, array in tree_flatten(stored.parameters())} == {dtype, mx.uint32}
+
+
+@pytest.mark.parametrize("spec", [Spec(bits="ternary"), Spec(bits=2, symmetric=True)], ids=str)
+def test_levels_stay_those_that_were_asked_for(spec):
+    """No fourth one beside ternary ones, and none off the mirror."""
+    network, top = quantised(2), spec.bits.levels - 1
+    matrices = {path: module for path, module in network.named_modules()
+                if isinstance(module, nn.QuantizedLinear)}
+    for path, weight in weights(network).items():
+        matrices[path].update(rtn.quantise(weight, spec).tensors(mx.float16))
+    before = dict(tree_flatten(network.parameters()))
+    student = Trainable(network, mx.float32, Parts(codes=5.0, specs=dict.fromkeys(matrices, spec)))
+    made = student.tensors({path: 0.1 * mx.random.normal(u.shape)
+                            for path, u in student.start().items()})
+    for path in matrices:
+        old, new = (unpack(found[f"{path}.weight"], 2, 64) for found in (before, made))
+        assert new.max() == top and (old != new).any()
+        scales, biases = (made[f"{path}.{name}"] for name in ("scales", "biases"))
+        assert mx.allclose(biases, -top / 2 * scales, rtol=4e-3)
+        assert not mx.allclose(scales, before[f"{path}.scales"], rtol=0.01)

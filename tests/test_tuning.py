@@ -14,6 +14,7 @@ from conftest import CONFIG, job, replicated, write_telling
 import mlxquant  # first: it loads the BLAS before MLX
 from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
 from mlxquant.base.storage import save_arrays
+from mlxquant.codes.affine import unpack
 from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers.trainable import Trainable
 from mlxquant.layers.transformed import ActivationSpec
@@ -255,6 +256,19 @@ def test_what_the_teacher_writes_is_made_once_and_trained_on(
     assert told[1:] == [(4 * done, 52, "predictions") for done in range(1, 14)]
     with_them, without = tensors(tmp_path / "out"), tensors(tmp_path / "without")
     assert any(not mx.array_equal(array, without[path]) for path, array in with_them.items())
+
+
+def test_ternary_codes_stay_ternary(places, tmp_path):
+    """In training block by block and in tuning, which reads config.json's record."""
+    source, text = places / "source", places / "text.txt"
+    mlxquant.quantize(str(source), tmp_path / "blocks", job(
+        text, 4, 32, bits="ternary", refine=0, tune_blocks=True, tune_steps=24))
+    tune(str(tmp_path / "blocks"), tmp_path / "tuned", Tuning(
+        str(source), [str(text)], Schedule(60, 2, 1e-3, 20), 32, codes=0.15))
+    found = [{path: unpack(array, 2, 64) for path, array in tensors(tmp_path / name).items()
+              if array.dtype == mx.uint32} for name in ("blocks", "tuned")]
+    assert [max(codes.max().item() for codes in folder.values()) for folder in found] == [2, 2]
+    assert any((codes != found[1][path]).any() for path, codes in found[0].items())
 
 
 def test_what_training_spoils_is_not_written(places, tmp_path):

@@ -18,9 +18,11 @@ from mlxquant.layers.packed_experts import PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
+from mlxquant.layers.unpacked import UnpackedExperts
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-_EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedSwitchLinear)
+_EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedSwitchLinear,
+            UnpackedExperts)
 # How configurations and routers call the number of experts that a token is sent to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k", "top_k_experts", "moe_topk",
            "moe_top_k", "moe_k")

@@ -6,6 +6,7 @@ matrices are expanded from them in every step, which for hundreds of tokens cost
 products.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxquant.base.errors import Unsupported
+from mlxquant.codes.spec import Spec
 from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.grouped import GroupedLinear
@@ -31,13 +33,12 @@ from mlxquant.layers.unpacked import (
 class Parts:
     """What is trained beside scales. ``norms``: the weights of normalisation layers. ``codes``: how
     many levels u = 1 moves a code (0: codes stay); ``starts``: by layer path, where codes start, in
-    levels from the middle of their cell (default 0). ``experts``: the scales of affine experts,
-    whose matrices are then expanded in every step."""
+    levels from the middle of their cell (default 0). ``specs``: by layer path, what was asked."""
 
     norms: bool = True
     codes: float = 0.0
     starts: dict[str, mx.array] = field(default_factory=dict)
-    experts: bool = False
+    specs: Mapping[str, Spec] = field(default_factory=dict)
 
 
 class Trainable:
@@ -121,7 +122,8 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
     """Replace quantised layers of ``blocks`` by ones with a gradient, others by dense ones."""
     inside, made = tuple(block.full("") for block in blocks), []
     for path, module in network.named_modules():
-        start = parts.starts.get(path.removesuffix(".linear"), mx.zeros(1)) if parts.codes else None
+        layer = path.removesuffix(".linear")
+        start = parts.starts.get(layer, mx.zeros(1)) if parts.codes else None
         if isinstance(module, TransformedLinear) and module.activation:
             raise Unsupported(f"{path} rounds activations, which tuning does not cover")
         if isinstance(module, ReplicatedLinear) and start is not None:
@@ -129,22 +131,24 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
         elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
               and not path.startswith(inside)):
             made.append((path, dense_layer(module)))
+        elif getattr(module, "mode", "affine") != "affine":
+            continue  # fixed levels, with scales of few bits: it stays as it is
         elif isinstance(module, (nn.QuantizedLinear, GroupedLinear)):
-            made.append((path, UnpackedAffine(module, start)))
-        elif isinstance(module, QuantizedSwitchLinear) and parts.experts:
-            made.append((path, UnpackedExperts(module)))
+            made.append((path, UnpackedAffine(module, start, parts.specs.get(layer))))
+        elif isinstance(module, QuantizedSwitchLinear):
+            made.append((path, UnpackedExperts(module, spec=parts.specs.get(layer))))
     network.update_modules(tree_unflatten(made))
 
 
 def _trained(network: nn.Module, parts: Parts
              ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """θ₀ and s by path. The unit s of a group's scale is itself; of its centre, a quarter of what
-    its levels span; of an input's or output's scaling, its replica's root mean square; of a column
-    scale, itself; of a norm, its root mean square; of a gate, which starts at 0, one."""
+    """θ₀ and s by path. The unit s of a group's scale is itself; of its centre, ``centre_steps``;
+    of an input's or output's scaling, its replica's root mean square; of a column scale, itself; of
+    a norm, its root mean square; of a gate, which starts at 0, one."""
     base, size = {}, {}
     for path, module in network.named_modules():
         if isinstance(module, AffineCodes):
-            names = {"scales": mx.abs(module.scales), "centres": mx.abs(module.spans()) / 4}
+            names = {"scales": mx.abs(module.scales), "centres": module.centre_steps()}
         elif isinstance(module, (Replicated, MovingReplica)):
             names = {"replica_out": _rms(module.replica_out, -2)}
         elif isinstance(module, ReplicaInput):

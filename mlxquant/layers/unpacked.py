@@ -16,6 +16,8 @@ import mlx.nn as nn
 
 from mlxquant.codes import affine
 from mlxquant.codes.packing import pack_codes, unpack_codes
+from mlxquant.codes.spec import Spec
+from mlxquant.codes.width import Width
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.memo import Elsewhere
 from mlxquant.layers.replicated import ReplicatedLinear
@@ -101,10 +103,11 @@ class AffineCodes(MovableCodes):
     """W = scale·q + bias by groups of inputs. ``centres``, bias + scale·top/2, the value of the
     middle level, replace ``biases``; other parameters keep their names. It is differentiable by
     scales and centres. With biases, a change of a scale would move all weights of its group by up
-    to 255 times as much, and a 16-bit type would round off the levels.
+    to 255 times as much, and a 16-bit type would round off the levels. Levels stay as ``spec``
+    asks, where it is known: no fourth one beside ternary ones, and mirrored ones stay mirrored.
     """
 
-    def __init__(self, layer: nn.Module, start: mx.array | None = None):
+    def __init__(self, layer: nn.Module, start: mx.array | None = None, spec: Spec | None = None):
         grouped = isinstance(layer, GroupedLinear)
         packed = layer.codes if grouped else layer.weight
         columns = layer.shape[1] if grouped else packed.shape[-1] * 32 // layer.bits
@@ -114,7 +117,9 @@ class AffineCodes(MovableCodes):
             codes = affine.unpack(packed.reshape(-1, packed.shape[-1]), bits, columns)
             return codes.reshape(*packed.shape[:-1], columns)
 
-        super().__init__(packed, unpack, columns, (1 << bits) - 1, start)
+        asked = spec if spec and spec.bits.code_bits == bits else Spec(bits=Width.of(bits))
+        super().__init__(packed, unpack, columns, asked.bits.levels - 1, start)
+        self._mirrored = asked.mirrored
         self._bits, self.stored_as = bits, "codes" if grouped else "weight"
         self.scales = layer.scales
         self.centres = self.centres_of(layer.scales, layer.biases)
@@ -128,9 +133,11 @@ class AffineCodes(MovableCodes):
     def _middle(self) -> float:
         return self._top / 2
 
-    def spans(self) -> mx.array:
-        """What the levels of each group span, with the sign of its scale, float32."""
-        return (self._top + 1) * self.scales.astype(mx.float32)
+    def centre_steps(self) -> mx.array:
+        """How far a step moves the centre of each group, relatively: a quarter of what its levels
+        span, float32; 0 where they are mirrored around it."""
+        span = mx.abs((self._top + 1) * self.scales.astype(mx.float32))
+        return span * (0.0 if self._mirrored else 0.25)
 
     def centres_of(self, scales: mx.array, biases: mx.array) -> mx.array:
         """What the middle level of each group stands for, float32."""
@@ -160,6 +167,10 @@ class UnpackedAffine(AffineCodes):
 
 class UnpackedExperts(AffineCodes):
     """The same for a stack of experts, in the place of mlx-lm's ``QuantizedSwitchLinear``."""
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.codes.shape[0])
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = mx.gather_mm(x, self.dense(x.dtype).swapaxes(-1, -2), rhs_indices=indices,

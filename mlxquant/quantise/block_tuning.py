@@ -72,29 +72,30 @@ class BlockTuner:
             reason = "it is called more than once"
         elif not block.path:
             reason = "the network is one block"
-        reason = reason or self._tried(block, result, calls, OUTPUTS)
+        reason = reason or self._tried(block, plan, result, calls, OUTPUTS)
         result.remainders.clear()
         if reason is None and block.path in self.aims:  # where that fails, it is trained already
-            self._tried(block, result, calls, self.aims[block.path])
+            self._tried(block, plan, result, calls, self.aims[block.path])
         if reason is not None:
             result.tuned = {"left": reason}
             print(f"{block.path or 'the block'} is left untuned: {reason}", file=sys.stderr)
 
-    def _tried(self, block: Block, result: BlockResult, calls: list[Call],
+    def _tried(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call],
                aim: Outputs) -> str | None:
         """Train a block; returns None, or the reason why it cannot be trained."""
         try:
             aim.prepare()
-            self._train(block, result, calls, aim)
+            self._train(block, plan, result, calls, aim)
         except _UNTRAINABLE as error:
             mx.clear_cache()  # what ran out of memory must not cost the next block its own
             return first_line(error)
         return None
 
-    def _train(self, block: Block, result: BlockResult, calls: list[Call], aim: Outputs) -> None:
+    def _train(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call],
+               aim: Outputs) -> None:
         with _as_stored(block.module, result):
             remainders = result.remainders
-            parts = Parts(codes=CODES_RATE / self._rate, experts=True, starts={  # exact in 16 bits
+            parts = Parts(codes=CODES_RATE / self._rate, specs=plan.specs, starts={  # exact in fp16
                 path: remainders.pop(path).astype(mx.float16) / 256 for path in list(remainders)})
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised

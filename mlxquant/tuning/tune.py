@@ -5,19 +5,23 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
+from mlxquant.codes.spec import Spec
 from mlxquant.layers.trainable import Parts, Trainable
 from mlxquant.model import loading
 from mlxquant.quantise import card
 from mlxquant.quantise.calibration import Calibration, held_apart
 from mlxquant.quantise.conversations import converse
+from mlxquant.quantise.job import Job
 from mlxquant.quantise.self_written import at_once, self_written
 from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
@@ -81,7 +85,8 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
-    student = Trainable(network, dtype, Parts(tuning.norms, tuning.code_unit))
+    student = Trainable(network, dtype, Parts(tuning.norms, tuning.code_unit,
+                                              specs=_asked(network, config)))
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
@@ -106,6 +111,17 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
                      finish=lambda made: card.write(made, output.name))
     shutil.rmtree(unfinished)
     return TuningResult(output, before, after, time.perf_counter() - start, mx.get_peak_memory())
+
+
+def _asked(network: nn.Module, config: dict[str, Any]) -> dict[str, Spec]:
+    """What ``quantize`` was asked to make of layers, by path, where config.json has its record."""
+    record = config.get("mlxquant_record", {})
+    try:
+        job = Job(Spec(**{field.name: record[field.name] for field in fields(Spec)}),
+                  tuple((glob, changes) for glob, changes in record["overrides"]))
+        return {path: job.ruled(path) or job.spec for path, _ in network.named_modules()}
+    except (KeyError, TypeError, ValueError, BadValue):  # of another version, or none
+        return {}
 
 
 def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinished: Path,
