@@ -6,6 +6,7 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 
+from mlxquant.codes.spec import MOST_REPLICAS, REPLICA_GROUPS, ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.kernels import replicated_matvec
 from mlxquant.kernels.cases import Case
@@ -53,13 +54,18 @@ def test_a_weight_costs_what_the_model_says(emulation, monkeypatch, bits, replic
     integer = sum(found[name] for name in ("and", "or", "xor", "add", "sub"))
     integer += 4 * sum(found[name] for name in ("lshr", "ashr", "shl", "mul"))
     said = lanes.replicated(bits, replicas, group)
-    rows = replicated_matvec.rows_together(case.shape, 1)
-    assert said.fetched == pytest.approx(4 / rows * (
-        1 + (1 + replicas) / group if group else replicas * 33 / 32))
     assert floating == pytest.approx(said.operations, rel=0.02)
     assert integer == pytest.approx(said.integer, rel=0.1)
     # A half is read as a float by the operation that uses it: no operation of its own.
     assert not {"uitofp", "sitofp", "zext"} & {name for name, count in found.items() if count > 0.1}
+
+
+@pytest.mark.parametrize("group", REPLICA_GROUPS)
+def test_as_many_rows_share_a_fetch_as_in_the_kernel(group):
+    for replicas in range(1, MOST_REPLICAS + 1):
+        rows = replicated_matvec.rows_together(ReplicaShape(2, replicas, group), 1)
+        assert lanes.replicated(2, replicas, group).fetched == pytest.approx(4 / rows * (
+            1 + (1 + replicas) / min(group, 32) if group else replicas * 33 / 32))
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 8])

@@ -27,7 +27,6 @@ from mlxquant.codes.spec import ReplicaShape
 from mlxquant.kernels import backend, code_order
 from mlxquant.kernels.matrix import NOTHING, Added, Matrix, sizes
 from mlxquant.kernels.prepare_input import Layout
-from mlxquant.machine import lanes
 
 _HEADER = code_order.DECODE + """
 template <int BITS>
@@ -208,6 +207,8 @@ def folds(spec: ReplicaShape, tokens: int) -> bool:
 
 
 def rows_together(spec: ReplicaShape, tokens: int) -> int:
-    """How many rows a simdgroup computes from one read of X."""
+    """How many rows a simdgroup computes from one read of X: as many as its registers can hold,
+    with sums and scales for each row (``benchmarks/LOG.md``)."""
     apart = bool(spec.replica_group) or folds(spec, tokens)
-    return lanes.rows_together(tokens * (1 if apart else spec.replicas), spec.replicas * apart)
+    held = 2 * tokens + spec.replicas if apart else 2 * tokens * spec.replicas
+    return 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2

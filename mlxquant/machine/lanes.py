@@ -77,17 +77,11 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     rows of a simdgroup. G counts as at most 32."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
-    rows = rows_together(vectors, replicas if group else 0)
+    held = 2 + replicas if group else 2 * replicas
+    rows = 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2  # as the kernel does
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
     fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
     return Cost(products, _DECODING[_stored_bits(bits)], fetched)
-
-
-def rows_together(sums: int, scales: int) -> int:
-    """Rows that a simdgroup of ``replicated_matvec.py`` computes from one fetch of X: as many as
-    its registers can hold, with ``sums`` and ``scales`` for each row (``benchmarks/LOG.md``)."""
-    held = 2 * sums + scales
-    return 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
