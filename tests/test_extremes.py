@@ -109,12 +109,12 @@ def test_a_source_in_any_mode_can_be_turned_and_its_embedding_rounded(
     (80, None, "80 inputs divide into no group: kept as stored"),
     (80, "fused", "80 inputs divide into no group: stored dense")])
 def test_what_no_group_divides_is_rounded_as_far_as_it_can_be_and_says_so(
-        hidden, rotation, note, text, tmp_path):
+        hidden, rotation, note, tmp_path):
     """In the embedding and in the blocks, which a fused rotation turns all the same."""
     config = CONFIG | {"hidden_size": hidden, "intermediate_size": 176}
     source = write_folder(tmp_path / "in", random_network(config), config)
     made = mlxquant.quantize(str(source), tmp_path / "out", job(
-        text, bits=8, samples=1, length=16, embedding_bits=8, rotation=rotation))
+        method="rtn", bits=8, embedding_bits=8, rotation=rotation))
     for name in ("embed_tokens", "q_proj"):
         assert any(name in said and said.endswith(note) for said in made.notes)
     assert any("down_proj: 176 inputs divide" in said for said in made.notes)
@@ -125,16 +125,16 @@ def test_what_no_group_divides_is_rounded_as_far_as_it_can_be_and_says_so(
 
 @pytest.mark.parametrize("rounded", ["embed_tokens", "lm_head", ""])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_a_source_in_groups_of_32_can_be_turned(rounded, bits, text, tmp_path):
+def test_a_source_in_groups_of_32_can_be_turned(rounded, bits, tmp_path):
     """Of embedding and head both may be rounded there, or one."""
     config = CONFIG | {"hidden_size": 96, "tie_word_embeddings": False}
     network = random_network(config)
-    nn.quantize(network, 32, 8, class_predicate=lambda path, _: path.endswith(rounded)
-                and hasattr(_, "to_quantized"))
+    nn.quantize(network, 32, 8, class_predicate=lambda path, module: path.endswith(rounded)
+                and hasattr(module, "to_quantized"))
     own = {"group_size": 32, "bits": 8}
     held = {path: isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and own
             for path, m in network.named_modules() if hasattr(m, "weight") and m.weight.ndim > 1}
     source = write_folder(tmp_path / "in", network, config | {"quantization": own | held})
     mlxquant.quantize(str(source), tmp_path / "out", job(
-        text, bits=8, samples=1, length=16, rotation="fused", embedding_bits=bits))
+        method="rtn", bits=8, rotation="fused", embedding_bits=bits))
     assert distance(logits(tmp_path / "out"), logits(source)) < 0.002
