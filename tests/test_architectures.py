@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 from architectures import CONFIGURATIONS, FEW, METHODS, REFUSED, attempt, slow_unless, write
+from conftest import job
 
+import mlxquant
 from mlxquant import MlxquantError
+from mlxquant.quantise.job import Target
 
 # Replicas need GPTQ's statistics and sweep too: it runs itself on a mixture, on shared caches, on
 # recurrent states and on blocks that are called in parts.
@@ -28,6 +31,17 @@ def test_each_method_makes_a_model_that_runs_as_it_was_made(name, method, tmp_pa
     made = attempt(write(name, tmp_path / "source"), method, tmp_path / "made", text)
     assert made.from_dense < 1e-4, f"packed and dense weights differ: {made}"
     assert made.from_source < (0.05 if method != "replica" else 2), made
+
+
+def test_a_budget_leaves_what_the_architecture_keeps(tmp_path, text):
+    source, keeping = write("granite", tmp_path / "source"), ("o_proj", "down_proj")
+    mlxquant.quantize(str(source), tmp_path / "made", job(
+        text, samples=2, length=32, target=Target(bits_per_weight=4), **METHODS["replica"]))
+    made = mlxquant.inspect(str(tmp_path / "made"))
+    assert made.bits_per_weight <= 4
+    layers = [layer for layer in made.layers if ".layers." in layer.path]
+    assert {layer.bits for layer in layers if layer.path.endswith(keeping)} == {8}
+    assert all("replicas" in layer.format for layer in layers if not layer.path.endswith(keeping))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -69,6 +69,26 @@ def test_what_a_rule_stores_in_groups_stands_beside_rotated_replicas(tmp_path, t
     assert mx.abs(logits - wanted).max() < 1e-3 * mx.abs(wanted).max()
 
 
+def test_a_rule_that_asks_for_no_more_than_the_job_does_fixes_no_siblings(tmp_path, tiny_folder,
+                                                                         text):
+    """q is the first that is called of its siblings, up is not."""
+    quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=3.6), refine=0,
+             method="replica", rules=(("*.q_proj", {"bits": 4}), ("*.up_proj", {"bits": 4})))
+    result = inspect(str(tmp_path / "out"))
+    assert result.bits_per_weight <= 3.6
+    assert all((layer.bits == 4) == layer.path.endswith(("q_proj", "up_proj"))
+               for layer in result.layers if ".layers." in layer.path)
+
+
+def test_what_was_weighed_for_other_bits_is_not_taken_for_a_ruled_layer(tmp_path, tiny_folder,
+                                                                       text):
+    rules = (("*.down_proj", {"group_size": 32}),)
+    for bits in (2, 4):
+        quantise(tiny_folder, tmp_path / f"{bits}", text, target=Target(bits_per_weight=3.7),
+                 rules=rules, method="rtn", bits=bits)
+        assert inspect(str(tmp_path / f"{bits}")).bits_per_weight <= 3.7
+
+
 def test_a_target_out_of_reach_names_the_least(tmp_path, tiny_folder, text):
     with pytest.raises(BadValue, match="at least 2.5 bits per weight"):
         quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=1.5))

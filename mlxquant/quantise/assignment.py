@@ -8,6 +8,7 @@ predictions depend more on one of them, it may be worth scales of its own.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,7 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
-from mlxquant.codes.width import Width
-from mlxquant.layers.blocks import release
+from mlxquant.layers.blocks import Block, release
 from mlxquant.layers.dense import lazily_dense
 from mlxquant.layers.traffic import weight_count
 from mlxquant.model.original import open_original
@@ -30,6 +30,7 @@ from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.ends import WIDTHS as ENDS
 from mlxquant.quantise.ends import divergences
 from mlxquant.quantise.job import Job, Progress, Target
+from mlxquant.quantise.observe import Observation
 from mlxquant.quantise.plans import Plan, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
@@ -37,8 +38,9 @@ from mlxquant.quantise.trials import Trial
 from mlxquant.quantise.walk import batch_size, float_walk, identity
 from mlxquant.sources import checkpoint
 
-WIDTHS = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
-REPLICATED = [{"bits": bits, "replicas": replicas} for bits, choices in (
+Way = dict[str, Any]  # the fields of a layer's spec that it changes
+AFFINE_WAYS: list[Way] = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
+REPLICA_WAYS: list[Way] = [{"bits": bits, "replicas": replicas} for bits, choices in (
     (1, (4, 8)), ("ternary", (2, 4, 8)), (2, (1, 2, 4, 8, 16)), (3, (2, 4, 8)), (4, (4,)))
     for replicas in choices]
 _SEQUENCES = 16  # for the gradients
@@ -63,8 +65,7 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
                    for paths, ways in options.items()}
     ends, chosen = measure.spend(options, job.target)
     rules = tuple((path, dict(way)) for paths, option in chosen.items()
-                  for path, way in zip(paths.split(","), option.choice)
-                  if job.ruled(path) is None)
+                  for path, way in zip(paths.split(","), option.choice) if way)
     return replace(job, rules=job.rules + rules, embedding_bits=ends)
 
 
@@ -89,10 +90,9 @@ class _Measure:
     def options(self, progress: Progress) -> dict[str, list[Option]]:
         """The ways to store every layer, or siblings (their paths joined by commas, the choice
         having one part for each), with the bits they take and the nats they cost."""
-        job = self.job
-        plain = replace(job.spec, bits=Width.FOUR, replicas=4)  # fields that the ways set anyway
-        setting = identity(self.folder, self.tokens.digest, plain.as_dict(), job.rules, job.seed,
-                           WIDTHS, REPLICATED, "apart, by block")
+        specs = [(plan.specs, sorted(plan.fixed)) for plan in self.plans]
+        setting = identity(self.folder, self.tokens.digest, specs, self.job.seed, AFFINE_WAYS,
+                           REPLICA_WAYS, "apart, by block")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
         return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
                         for choice, stored, damage in ways]
@@ -106,11 +106,9 @@ class _Measure:
         walk = float_walk(network, blocks, self.folder, self.tokens, Shelf())
         for done, (index, seen) in enumerate(walk, 1):
             block, plan = blocks[index], self.plans[index]
-            for paths, statistics in seen.siblings() if seen else ():
-                for group in self._together([p for p in paths if p in plan.specs], plan):
-                    found |= self._ways(Trial(block, group, plan.specs[group[0]], statistics,
-                                              self.job.seed), importance)
             if seen:
+                for trial, ways in self._trials(block, plan, seen):
+                    found |= self._ways(trial, ways, importance)
                 seen.statistics.clear()  # before those of the next block are taken
             release(block.module)
             progress(done, len(blocks), time.perf_counter() - start, "weighing")
@@ -121,23 +119,26 @@ class _Measure:
         return output_importance(lambda: lazily_dense(open_original(self.folder)[0]),
                                  list(map(mx.array, batches)), self.job.seed)
 
-    def _together(self, paths: list[str], plan: Plan) -> list[list[str]]:
-        """Siblings that share scales where they are stored alike: replicated ones of one spec;
-        others each by itself."""
-        kinds: dict[Spec | str, list[str]] = {}
-        for path in paths:
-            spec = plan.specs[path]
-            kinds.setdefault(spec if spec.method == "replica" else path, []).append(path)
-        return list(kinds.values())
+    def _trials(self, block: Block, plan: Plan,
+                seen: Observation) -> Iterator[tuple[Trial, list[Way]]]:
+        """What is weighed together, and in which ways: replicated siblings of one spec, which share
+        scales where they are stored alike; others each by itself. What is fixed has one way, which
+        changes nothing."""
+        for paths, statistics in seen.siblings():
+            kinds: dict[tuple[Spec, bool, str], list[str]] = {}
+            for path in filter(plan.specs.__contains__, paths):
+                spec = plan.specs[path]
+                alone = "" if spec.method == "replica" else path
+                kinds.setdefault((spec, path in plan.fixed, alone), []).append(path)
+            for (spec, fixed, _), alike in kinds.items():
+                yield (Trial(block, alike, spec, statistics, self.job.seed),
+                       [{}] if fixed else REPLICA_WAYS if spec.method == "replica" else AFFINE_WAYS)
 
-    def _ways(self, trial: Trial, importance: dict[str, mx.array]) -> Ways:
-        """The ways to store siblings, by their joined paths: that of their rule, or else those of
-        the method, the same for all siblings or one for each, chosen at a common price per bit. A
-        sibling's damage is measured in the fit of all together, whose scales suit it less well."""
+    def _ways(self, trial: Trial, ways: list[Way], importance: dict[str, mx.array]) -> Ways:
+        """The ways to store siblings, by their joined paths: the same of ``ways`` for all siblings
+        or one for each, chosen at a common price per bit. A sibling's damage is measured in the
+        fit of all together, whose scales suit it less well."""
         felt = [importance[path] for path in trial.full()]
-        ways: list[dict[str, Any]] = REPLICATED if trial.spec.method == "replica" else WIDTHS
-        if self.job.ruled(trial.full()[0]) is not None:
-            ways = [{}]
         single: list[list[Option]] = [[] for _ in trial.paths]
         shared = []
         for way, (stored, common, damages) in enumerate(trial.results(ways, felt)):

@@ -33,12 +33,14 @@ Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 @dataclass
 class Plan:
-    """The spec of each layer of a block by its path there. ``kept`` are the tensors, and
+    """The spec of each layer of a block by its path there; in those that are ``fixed`` a rule or
+    the architecture set it, and a budget leaves it as it is. ``kept`` are the tensors, and
     ``entries`` the config's, of what stays as stored: layers that are not quantised, and numbers
     that the architecture wants in their own type. ``notes`` say where a layer could not take what
     was asked."""
 
     specs: dict[str, Spec] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
     kept: dict[str, mx.array] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -90,12 +92,14 @@ def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
         if type(module) not in LAYERS:
             continue
         full = block.full(path)
-        spec = _asked(module, full, job, getattr(network, "quant_predicate", None))
-        spec, note = (None, None) if spec is None else _fitted(spec, module, job)
+        asked = _asked(module, full, job, getattr(network, "quant_predicate", None))
+        spec, note = (None, None) if asked is None else _fitted(asked, module, job)
         if note:
             plan.notes.append(f"{full}: {note}")
         if spec is not None:
             plan.specs[path] = spec
+            if asked is not job.spec:  # though it may be equal
+                plan.fixed.add(path)
         if spec is not None or job.spec.rotation == "fused":  # what is turned is not as stored
             continue
         plan.kept |= {f"{path}.{name}": array for name, array in tree_flatten(module.parameters())}
