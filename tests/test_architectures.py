@@ -54,6 +54,15 @@ def test_what_cannot_be_made_is_refused_before_any_work(name, tmp_path, text):
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("name,reason", [("iquestloopcoder", "not called one by one"),
+                                         ("deepseek_v41", "VJP with respect to indices")])
+def test_a_budget_without_gradients_is_refused_before_any_work(name, reason, tmp_path, text):
+    source = write(name, tmp_path / "source")
+    with pytest.raises(MlxquantError, match=f"{name} takes no target: .*{reason}"):
+        mlxquant.quantize(str(source), tmp_path / "made", job(text, target=Target(4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_the_page_of_models_names_every_type():
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     listed = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}

@@ -44,6 +44,7 @@ from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.self_written import self_written
+from mlxquant.quantise.sensitivity import check_gradients
 from mlxquant.quantise.settings import Settings
 from mlxquant.quantise.shelf import shelf
 from mlxquant.quantise.sweep import CORRECTION
@@ -125,6 +126,8 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
         raise Unsupported("the model is already quantised by mlxquant; start from the original")
     if job.spec.rotation == "fused":
         rotation.check(config)
+    if job.target is not None:
+        check_gradients(network, blocks, config["model_type"])
     repeated.check_repeats(network, job.repeats)
     paths = [block.full(path) for block in blocks for path, module in leaf_modules(block.module)
              if type(module) in LAYERS]

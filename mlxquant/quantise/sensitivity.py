@@ -18,13 +18,34 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxquant.base.errors import Unsupported, first_line
 from mlxquant.base.trees import floats, with_floats
-from mlxquant.layers.blocks import find_blocks
+from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.layers.head import Judge
 from mlxquant.layers.hooks import intercepted
 from mlxquant.quantise.backward import Backward, Call
 from mlxquant.quantise.observe import linears
 from mlxquant.quantise.profile import step
+
+
+def check_gradients(network: nn.Module, blocks: list[Block], architecture: str) -> None:
+    """Raises ``Unsupported`` where gradients cannot go back through the ``blocks`` that are to be
+    weighed. Nothing is computed."""
+    if not blocks[0].path:
+        raise Unsupported(f"{architecture} takes no target: its blocks are not called one by one")
+
+    def total(moved: mx.array) -> mx.array:
+        def through(_: nn.Module, own: Callable[..., Any], *given: Any) -> Any:
+            args, kwargs = with_floats(given, [x + moved.astype(x.dtype) for x in floats(given)])
+            return own(*args, **kwargs)
+
+        with intercepted((block.module for block in blocks), through):
+            return network(mx.zeros((1, 4), mx.int32)).sum()
+
+    try:
+        mx.grad(total)(mx.array(0.0))
+    except (ValueError, RuntimeError) as error:
+        raise Unsupported(f"{architecture} takes no target: {first_line(error)}") from error
 
 
 @step("gradients")
