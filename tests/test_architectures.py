@@ -8,6 +8,10 @@ from conftest import job
 
 import mlxquant
 from mlxquant import MlxquantError
+from mlxquant.layers.traffic import body_bits
+from mlxquant.model.loading import open_lazily
+from mlxquant.quantise import assignment
+from mlxquant.quantise.budget import choose
 from mlxquant.quantise.job import Target
 
 # Replicas need GPTQ's statistics and sweep too: it runs itself on a mixture, on shared caches, on
@@ -52,6 +56,22 @@ def test_what_cannot_be_made_is_refused_before_any_work(name, tmp_path, text):
             attempt(source, method, tmp_path / method, text)
         assert "\n" not in str(refused.value)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name,rules", [
+    ("afm7", ()), ("mamba2", ()), ("deepseek_v3", ()),
+    ("starcoder2", (("*.c_fc", {"method": "awq", "bits": 4}),))])
+def test_a_budget_counts_what_it_does_not_choose(name, rules, tmp_path, text, monkeypatch):
+    """Matrices that stay as they are, convolutions, matrices by head, and inputs' scales."""
+    taken = []
+    monkeypatch.setattr(assignment, "choose", lambda *given: taken.append(
+        (given[1], choose(*given))) or taken[-1][1])
+    mlxquant.quantize(str(write(name, tmp_path / "source")), tmp_path / "made", job(
+        text, samples=2, length=32, target=Target(4.5), rules=rules, **METHODS["rtn"]))
+    bits, weights = body_bits(open_lazily(tmp_path / "made")[0])
+    ((budget, chosen),) = taken
+    assert bits <= 4.5 * weights
+    assert 4.5 * weights - bits == budget - sum(option.bits for option in chosen.values())
 
 
 @pytest.mark.parametrize("name,reason", [("iquestloopcoder", "not called one by one"),

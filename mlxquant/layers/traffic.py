@@ -1,7 +1,7 @@
 """What decoding one token moves and computes: weights, once for each time they are used, and the
 KV cache."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -117,12 +117,22 @@ def active_parameters(network: nn.Module) -> int:
 def body_bits_per_weight(network: nn.Module) -> float:
     """Stored bits per weight of the blocks' matrices, with scales and all that goes with them;
     biases, embedding and head apart."""
-    body = [module for block in blocks_or_itself(network) for module in block.module.modules()]
-    matrices = [m for m in body if weight_count(m) and ("weight" not in m or m.weight.ndim >= 2)]
-    stored = [array.nbytes for module in matrices for name, array in own_arrays(module).items()
+    bits, weights = body_bits(network)
+    return bits / weights
+
+
+def body_bits(network: nn.Module, apart: Container[str] = ()) -> tuple[int, int]:
+    """The bits that the blocks' matrices store so, but for those at the paths ``apart``; and the
+    number of weights of all."""
+    body = [(block.full(path), module) for block in blocks_or_itself(network)
+            for path, module in block.module.named_modules()]
+    matrices = [(path, m) for path, m in body
+                if weight_count(m) and ("weight" not in m or m.weight.ndim >= 2)]
+    stored = [array.nbytes for path, module in matrices if path not in apart
+              for name, array in own_arrays(module).items()
               if name != "bias" and not ("weight" in module and array.ndim == 1)]
-    stored += [own_bytes(m) for m in body if isinstance(m, (ReplicaInput, TransformedLinear))]
-    return 8 * sum(stored) / sum(map(weight_count, matrices))
+    stored += [own_bytes(m) for _, m in body if isinstance(m, (ReplicaInput, TransformedLinear))]
+    return 8 * sum(stored), sum(weight_count(m) for _, m in matrices)
 
 
 def weight_bytes(network: nn.Module, *, dense: bool = False, batch: int = 1) -> int:

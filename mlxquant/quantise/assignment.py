@@ -20,9 +20,10 @@ from mlx.utils import tree_flatten
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import cache_dir, cached
 from mlxquant.codes.spec import Spec
-from mlxquant.layers.blocks import Block, release
+from mlxquant.layers.blocks import Block, release, shape_of
 from mlxquant.layers.dense import lazily_dense
-from mlxquant.layers.traffic import weight_count
+from mlxquant.layers.siblings import find_siblings
+from mlxquant.layers.traffic import body_bits
 from mlxquant.model.original import open_original
 from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
@@ -31,10 +32,10 @@ from mlxquant.quantise.ends import WIDTHS as ENDS
 from mlxquant.quantise.ends import divergences
 from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import Observation
-from mlxquant.quantise.plans import Plan, plan_blocks
+from mlxquant.quantise.plans import STACKS, Plan, inputs_of, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
-from mlxquant.quantise.trials import Trial
+from mlxquant.quantise.trials import Trial, stored_bits
 from mlxquant.quantise.walk import batch_size, float_walk, identity
 from mlxquant.sources import checkpoint
 
@@ -186,28 +187,61 @@ class _Measure:
         """Bits that the layers may store together where embedding and head have ``ends`` bits;
         raises ``BadValue`` where that is too few."""
         least = sum(min(option.bits for option in ways) for ways in options.values())
+        beside = self._beside(set(",".join(options).split(",")))
         if target.bits_per_weight is not None:
-            modules = dict(self.network.named_modules())
-            weights = sum(weight_count(modules[path]) for p in options for path in p.split(","))
-            if target.bits_per_weight * weights < least:
+            kept, weights = body_bits(self.network, self._planned)
+            left = target.bits_per_weight * weights - kept - beside
+            if left < least:
                 raise BadValue(f"the target is {target.bits_per_weight:g} bits per weight; with "
                                f"these groups the smallest widths take at least "
-                               f"{least / weights:.4g} bits per weight")
-            return target.bits_per_weight * weights
-        fixed, wanted = self._fixed_bytes(options, ends), target.gigabytes or 0.0
+                               f"{(least + kept + beside) / weights:.4g} bits per weight")
+            return left
+        fixed, wanted = self._fixed_bytes(ends) + beside / 8, target.gigabytes or 0.0
         if 8 * (wanted * 1e9 - fixed) < least:
             raise BadValue(f"the target is {wanted:g} GB; the smallest widths take at least "
                            f"{(fixed + least / 8) / 1e9:.4g} GB, {fixed / 1e9:.4g} of them outside "
                            "the body")
         return 8 * (wanted * 1e9 - fixed)
 
-    def _fixed_bytes(self, options: dict[str, list[Option]], ends: int | None) -> int:
+    @cached_property
+    def _planned(self) -> dict[str, Spec]:
+        """The specs of all layers, by their paths in the network."""
+        return {block.full(path): spec for block, plan in zip(self.blocks, self.plans)
+                for path, spec in plan.specs.items()}
+
+    def _beside(self, weighed: set[str]) -> float:
+        """Bits of layers that no text reaches, which stay as the job says; and of the scales of
+        inputs that AWQ and SmoothQuant store where nothing before a layer can take them, at
+        most."""
+        modules, bits = dict(self.network.named_modules()), 0
+        for path, spec in self._planned.items():
+            if path not in weighed:
+                bits += stored_bits(spec, shape_of(modules[path]))
+            elif path in self._scaled and not isinstance(modules[path], STACKS):
+                bits += 16 * inputs_of(modules[path])
+        return bits
+
+    @cached_property
+    def _scaled(self) -> set[str]:
+        """The layers beside which AWQ and SmoothQuant may store the scales of their input, as
+        neither a norm nor a layer before them takes it from all siblings."""
+        balanced = {path for path, spec in self._planned.items()
+                    if spec.method in ("awq", "smoothquant")}
+        taken = set[str]()
+        for known in find_siblings(self.network) if balanced else ():
+            specs = [self._planned.get(path) for path in known.paths]
+            alike = len({spec and (spec.method, spec.rotation) for spec in specs}) == 1
+            if alike and (known.norm or known.before):
+                taken |= set(known.paths)
+        return balanced - taken
+
+    def _fixed_bytes(self, ends: int | None) -> int:
         """Bytes of a result's folder beside the layers' weights, at most."""
         job = replace(self.job, embedding_bits=ends)
         tensors = outside(self.network, self.config, job).tensors
-        weighed = tuple(f"{path}." for paths in options for path in paths.split(","))
+        layers = tuple(f"{path}." for path in self._planned)
         loose = [array for block in self.blocks for path, array in
                  tree_flatten(block.module.parameters())
-                 if not block.full(path).startswith(weighed)]
+                 if not block.full(path).startswith(layers)]
         stored = sum(array.nbytes for array in [*tensors.values(), *loose])
-        return stored + self._side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(weighed))
+        return stored + self._side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(layers))

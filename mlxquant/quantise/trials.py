@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, groupby
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from mlxquant.codes import hadamard
+from mlxquant.codes.affine import Affine
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.blocks import Block
@@ -86,6 +88,21 @@ def weigh(weights: list[mx.array], specs: list[Spec], statistics: Statistics,
         errors = mx.split(made.dequantise() - weight, list(accumulate(rows))[:-1])
         yield bits, shared, [expected_divergence(error, moments, importance)
                              for error, importance in zip(errors, felt)]
+
+
+def stored_bits(spec: Spec, shape: tuple[int, ...]) -> int:
+    """Bits of a layer (m, n), or of a stack (…, m, n), that shares nothing with siblings."""
+    *stack, rows, columns = shape
+    codes = mx.zeros((rows, columns), mx.uint8)  # of which nothing is computed
+    if spec.method == "replica":
+        group = spec.replica_group or 1
+        made = Replicas(codes, mx.zeros((rows, spec.replicas)), mx.zeros(
+            (columns // group, spec.replicas)), mx.zeros(columns) if group > 1 else None, spec.bits)
+        bits = made.own_bits() + made.shared_bits()
+    else:
+        scales = mx.zeros((rows, columns // spec.group_for(columns)))
+        bits = Affine(codes, scales, scales, spec).own_bits()
+    return prod(stack) * bits + (columns if spec.rotation == "online" else 0)
 
 
 def _standing_for(every: mx.array, step: int) -> mx.array:
