@@ -12,9 +12,8 @@ import mlxquant
 from mlxquant.base.errors import BadValue, MlxquantError
 from mlxquant.model.inspection import inspect
 from mlxquant.model.loading import open_lazily
-from mlxquant.quantise import assignment
+from mlxquant.quantise import assignment, ends
 from mlxquant.quantise.budget import choose
-from mlxquant.quantise.ends import WIDTHS, divergences
 from mlxquant.quantise.job import Target
 
 
@@ -107,8 +106,8 @@ def telling(tmp_path_factory):
 
 def test_narrow_embeddings_and_heads_cost_what_the_predictions_lose(telling):
     tokens = np.random.default_rng(0).integers(0, 100, (4, 16))
-    found = dict(divergences(telling, tokens))
-    assert list(found) == list(WIDTHS) and list(found.values()) == sorted(found.values())[::-1]
+    found = dict(ends.divergences(telling, tokens))
+    assert list(found) == list(ends.WIDTHS) and list(found.values()) == sorted(found.values())[::-1]
     network, _ = open_lazily(telling)
     network.set_dtype(mx.float32)
     right = nn.log_softmax(network(mx.array(tokens)))
@@ -120,7 +119,7 @@ def test_narrow_embeddings_and_heads_cost_what_the_predictions_lose(telling):
 
 
 def test_a_folders_size_is_spent_on_embedding_and_head_too(tmp_path, telling, text):
-    def ends(gigabytes, **options):
+    def width_of(gigabytes, **options):
         folder = tmp_path / f"{gigabytes}{options}"
         notes = quantise(telling, folder, text, target=Target(gigabytes=gigabytes), **options).notes
         made = inspect(str(folder))
@@ -130,16 +129,16 @@ def test_a_folders_size_is_spent_on_embedding_and_head_too(tmp_path, telling, te
             width < 32 and not options)
         return width
 
-    assert ends(0.0001) < 8
+    assert width_of(0.0001) < 8
     with pytest.raises(BadValue, match="7.8.*e-05 of them outside the body"):
-        ends(0.0001, embedding_bits=8)
-    assert ends(0.00012, embedding_bits=5) == 5
-    assert ends(1) == 32  # as they are, where there is room
+        width_of(0.0001, embedding_bits=8)
+    assert width_of(0.00012, embedding_bits=5) == 5
+    assert width_of(1) == 32  # as they are, where there is room
 
 
 def test_what_nothing_is_gained_by_stays_as_it_is(tmp_path, telling, text, monkeypatch):
     """Some networks are one block, with embedding and head in it."""
-    monkeypatch.setattr(assignment, "divergences", lambda *_: [(bits, 0.0) for bits in WIDTHS])
+    monkeypatch.setattr(ends, "divergences", lambda *_: [(bits, 0.0) for bits in ends.WIDTHS])
     made = quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))
     assert not made.notes
     assert inspect(str(tmp_path / "out")).layers[0].bits == 32

@@ -25,11 +25,10 @@ from mlxquant.layers.dense import lazily_dense
 from mlxquant.layers.siblings import find_siblings
 from mlxquant.layers.traffic import body_bits
 from mlxquant.model.original import open_original
+from mlxquant.quantise import ends
 from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
-from mlxquant.quantise.ends import WIDTHS as ENDS
-from mlxquant.quantise.ends import divergences
 from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import Observation
 from mlxquant.quantise.plans import STACKS, Plan, inputs_of, plan_blocks
@@ -64,10 +63,10 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     if job.target.alike:
         options = {paths: [way for way in ways if len(set(way.choice)) == 1]
                    for paths, ways in options.items()}
-    ends, chosen = measure.spend(options, job.target)
+    width, chosen = measure.spend(options, job.target)
     rules = tuple((path, dict(way)) for paths, option in chosen.items()
                   for path, way in zip(paths.split(","), option.choice) if way)
-    return replace(job, rules=job.rules + rules, embedding_bits=ends)
+    return replace(job, rules=job.rules + rules, embedding_bits=width)
 
 
 @dataclass
@@ -160,13 +159,13 @@ class _Measure:
         the target; raises ``BadValue`` where nothing is small enough."""
         found: list[tuple[float, int | None, dict[str, Option]]] = []
         refusals: list[BadValue] = []
-        for ends, nats in self._ends(target):
+        for width, nats in self._ends(target):
             try:
-                chosen = choose(options, self.budget(options, target, ends))
+                chosen = choose(options, self.budget(options, target, width))
             except BadValue as error:
                 refusals.append(error)
                 continue
-            found.append((nats + sum(option.damage for option in chosen.values()), ends, chosen))
+            found.append((nats + sum(option.damage for option in chosen.values()), width, chosen))
         if not found:
             raise refusals[0]  # of the narrowest
         return min(found, key=lambda way: (way[0], way[1] is not None))[1:]
@@ -177,14 +176,14 @@ class _Measure:
         if (target.gigabytes is None or self.job.embedding_bits is not None
                 or self.job.spec.rotation == "fused"):
             return [(self.job.embedding_bits, 0.0)]
-        setting = identity(self.folder, self.tokens.digest, ENDS)
+        setting = identity(self.folder, self.tokens.digest, ends.WIDTHS)
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
-        measured = cached(file, lambda: divergences(self.folder, self.tokens.tokens))
+        measured = cached(file, lambda: ends.divergences(self.folder, self.tokens.tokens))
         return [*map(tuple, measured), (None, 0.0)]
 
     def budget(self, options: dict[str, list[Option]], target: Target,
-               ends: int | None) -> float:
-        """Bits that the layers may store together where embedding and head have ``ends`` bits;
+               width: int | None) -> float:
+        """Bits that the layers may store together where embedding and head have ``width`` bits;
         raises ``BadValue`` where that is too few."""
         least = sum(min(option.bits for option in ways) for ways in options.values())
         beside = self._beside(set(",".join(options).split(",")))
@@ -196,7 +195,7 @@ class _Measure:
                                f"these groups the smallest widths take at least "
                                f"{(least + kept + beside) / weights:.4g} bits per weight")
             return left
-        fixed, wanted = self._fixed_bytes(ends) + beside / 8, target.gigabytes or 0.0
+        fixed, wanted = self._fixed_bytes(width) + beside / 8, target.gigabytes or 0.0
         if 8 * (wanted * 1e9 - fixed) < least:
             raise BadValue(f"the target is {wanted:g} GB; the smallest widths take at least "
                            f"{(fixed + least / 8) / 1e9:.4g} GB, {fixed / 1e9:.4g} of them outside "
@@ -209,7 +208,7 @@ class _Measure:
         return {block.full(path): spec for block, plan in zip(self.blocks, self.plans)
                 for path, spec in plan.specs.items()}
 
-    def _beside(self, weighed: set[str]) -> float:
+    def _beside(self, weighed: set[str]) -> int:
         """Bits of layers that no text reaches, which stay as the job says; and of the scales of
         inputs that AWQ and SmoothQuant store where nothing before a layer can take them, at
         most."""
@@ -235,9 +234,9 @@ class _Measure:
                 taken |= set(known.paths)
         return balanced - taken
 
-    def _fixed_bytes(self, ends: int | None) -> int:
+    def _fixed_bytes(self, width: int | None) -> int:
         """Bytes of a result's folder beside the layers' weights, at most."""
-        job = replace(self.job, embedding_bits=ends)
+        job = replace(self.job, embedding_bits=width)
         tensors = outside(self.network, self.config, job).tensors
         layers = tuple(f"{path}." for path in self._planned)
         loose = [array for block in self.blocks for path, array in
