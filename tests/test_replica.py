@@ -162,6 +162,15 @@ def test_dead_rows_and_inputs_give_finite_scales():
         assert np.isfinite(np.array(found.dequantise())).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_fewer_rows_than_replicas_are_met(rows):
+    """A router has a row for each expert."""
+    for key in map(mx.random.key, range(4)):
+        weight = mx.random.normal((rows, 128), key=key)
+        found = envelope.fit(weight, ReplicaShape(2, 16), mx.ones(128), rounds=2)
+        assert mx.allclose(found.dequantise(), weight, atol=1e-3)
+
+
 def test_stacked_siblings_split_into_their_rows():
     weight, statistics = problem()
     found = REPLICA.quantise(weight, statistics, spec(), Settings())

@@ -159,7 +159,9 @@ def _orthonormal(columns: mx.array) -> mx.array:
     for _ in range(2):
         columns = columns / mx.maximum(mx.linalg.norm(columns, axis=0), 1e-20)
         inner = np.array(_outer(columns).sum(0), np.float64).reshape(columns.shape[1], -1)
-        lower = np.linalg.cholesky(inner + 1e-6 * np.eye(len(inner)))
+        # With fewer rows than columns an eigenvalue is zero, and rounding takes it below.
+        ridge = max(1e-6, -10 * np.linalg.eigvalsh(inner)[0])
+        lower = np.linalg.cholesky(inner + ridge * np.eye(len(inner)))
         upper = np.linalg.inv(lower).T.astype(np.float32)
         columns = (columns[:, :, None] * mx.array(upper)).sum(1)
     return columns
