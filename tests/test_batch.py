@@ -2,14 +2,18 @@
 
 import copy
 
+import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 import mlxquant
-from mlxquant import Sampling
+from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.runtime.batch import Batch
 from mlxquant.runtime.prompt import Request
+from mlxquant.runtime.prompt_cache import PromptCaches
 
 PROMPTS = ["Once upon", [5, 6, 7, 8], [{"role": "user", "content": "tell me"}], "x"]
 
@@ -149,3 +153,26 @@ def test_a_prompt_that_is_kept_stays_what_it_is_as_others_join(tiny_folder):
     begin(batch, model, [6] * 30, 6)
     batch.step()
     assert len(kept[0].tokens) == kept[0].layers[0].offset == 19
+
+
+def arrays(cache):
+    return [array for _, array in tree_flatten([layer.state for layer in cache.layers])
+            if isinstance(array, mx.array)]
+
+
+@pytest.mark.parametrize("make", [
+    KVCache, InPlaceCache, lambda: QuantizedKVCache(32, 4), lambda: RotatingKVCache(8),
+    lambda: ArraysCache(2), lambda: CacheList(KVCache(), RotatingKVCache(8))],
+    ids=["plain", "in place", "quantised", "window", "state", "list"])
+def test_what_is_kept_is_not_changed_by_a_conversation_that_begins_alike(make):
+    kept, told = PromptCache([5, 6, 7], [make()]), mx.random.normal((1, 2, 3, 32))
+    for layer in getattr(kept.layers[0], "caches", kept.layers):
+        if isinstance(layer, ArraysCache):
+            layer[0], layer[1] = told, told + 1
+        else:
+            layer.update_and_fetch(told, told + 1)
+    before, caches = [array.tolist() for array in arrays(kept)], PromptCaches(3)
+    caches.keep(kept)
+    for array in arrays(caches.nearest([5, 6, 7, 8])):
+        array[..., :2, :] = 9  # as a layer writes that was cut back
+    assert [array.tolist() for array in arrays(caches.nearest([5, 6, 7, 9]))] == before

@@ -9,6 +9,7 @@ openai = pytest.importorskip("openai", reason="OpenAI's client is not installed"
 
 import served
 import test_reply
+from conftest import CONFIG, random_network, write_folder
 from scripted import scripted
 from served import CHAT, client_of, post, running
 from test_reply import TOOLS
@@ -147,6 +148,23 @@ def test_a_conversation_goes_on_from_its_keys_and_values(client):
     again = client.chat.completions.create(model="any", messages=more, max_tokens=6)
     assert again.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
     assert again.choices[0].message.content == second.choices[0].message.content
+
+
+def test_conversations_that_begin_alike_do_not_change_each_other(tmp_path):
+    """By log-probabilities that depend on all that was said."""
+    config = CONFIG | {"tie_word_embeddings": False}
+    model = mlxquant.load(str(write_folder(tmp_path / "model", random_network(config), config)))
+    begun = {text: [{"role": "user", "content": text}] for text in ("a fish", "a cat", "dogs" * 9)}
+    with running(model) as (_, address), client_of(address) as client:
+        for text in [*begun] * 3:
+            reply = client.chat.completions.create(model="any", messages=begun[text], max_tokens=6,
+                                                   logprobs=True)
+            alone = mlxquant.generate(model, begun[text], max_tokens=6, logprobs=0)
+            assert [token.logprob for token in reply.choices[0].logprobs.content] == pytest.approx(
+                [token.logprob for token in alone.scored], abs=1e-4)
+            begun[text] += [{"role": "assistant", "content": alone.text},
+                            {"role": "user", "content": f"{text}?"}]
+    assert reply.usage.prompt_tokens_details.cached_tokens > reply.usage.prompt_tokens / 2
 
 
 def test_tools_are_offered_called_and_withheld(caller):

@@ -1,8 +1,8 @@
 """A KV cache whose arrays a kernel may write to.
 
-MLX's arrays are immutable: an assignment makes a new array, which reuses the old memory if nothing
-else refers to it. A kernel that writes to its inputs (``kernels/rotary.py``) cannot check this, so
-its arrays are made here and given to nothing else.
+An assignment to a part of an MLX array gives the object new contents, which reuse the old memory if
+nothing else refers to it. A kernel that writes to its inputs (``kernels/rotary.py``) cannot check
+this, so its arrays are made here and given to nothing else.
 
 In mlx-lm's batches, too, a sequence keeps this cache for as long as it is the only one. When others
 join or leave, the cache changes its class, because a batch keeps the object.
@@ -61,9 +61,10 @@ class InPlaceCache(KVCache):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlaceCache":
-        """Both hold the same arrays, and each copies them before it writes to them."""
+        """Each has arrays of its own on memory that both share: MLX copies it before an assignment,
+        and ``room`` before a kernel writes."""
         self._own, made = None, InPlaceCache()
-        made.state = self.state
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
         return made
 
     @classmethod
