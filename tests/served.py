@@ -82,7 +82,7 @@ def refusal(address, body, headers=None, path="/v1/chat/completions"):
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(address, body, headers, path)
     with refused.value as answer:
-        return answer.code, json.loads(answer.read())["error"]
+        return answer.code, json.loads(answer.read())["error"]["message"]
 
 
 def raw(address, request):

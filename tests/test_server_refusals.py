@@ -11,7 +11,7 @@ from test_reply import TOOLS
 
 from mlxquant.server.forms import BODY_LIMIT
 
-address, heard = served.address, served.heard  # fixtures
+address, client, heard = served.address, served.client, served.heard  # fixtures
 
 
 @pytest.mark.parametrize("body, message", [
@@ -79,6 +79,17 @@ def test_wrong_chats_are_refused_by_name(address, body, message):
 def test_wrong_completions_are_refused_by_name(address, body, message):
     status, reason = refusal(address, body, path="/v1/completions")
     assert status == 400 and message in reason and "\n" not in reason
+
+
+def test_openais_client_tells_the_reason(client):
+    for ask, status, reason in (
+            (lambda: client.completions.create(model="any", prompt=""), 400, "the prompt is empty"),
+            (lambda: client.models.retrieve("another"), 404, "there is no model of this name"),
+            (lambda: client.get("/nowhere", cast_to=object), 404, "Not Found")):
+        with pytest.raises(Exception, match=reason) as refused:
+            ask()
+        assert refused.value.status_code == status and refused.value.body["message"] in str(
+            refused.value) and refused.value.type == "invalid_request_error"
 
 
 def test_null_is_absent_and_prompts_of_one_kind_each_are_fine(address):

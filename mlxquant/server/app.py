@@ -5,7 +5,7 @@ import ipaddress
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
@@ -149,7 +149,7 @@ class _Service:
                     elif made := choices[index].take(event):
                         yield _event({**head, "choices": [made]})
         except HTTPException as failure:
-            yield _event({"error": failure.detail})
+            yield _event(_refusal(failure.status_code, failure.detail))
             return
         if form.stream_options.include_usage:
             yield _event({**head, "choices": [], "usage": answers.usage(jobs)})
@@ -238,13 +238,19 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _error(status: int, reason: str) -> Response:
-    return JSONResponse({"error": reason}, status)
+def _refusal(status: int, reason: str) -> dict[str, Any]:
+    """What went wrong as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": reason, "type": kind, "param": None, "code": None}}
+
+
+def _error(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(_refusal(status, reason), status, headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        return _error(error.status_code, error.detail, error.headers)
     if isinstance(error, MlxquantError):
         return _error(400, str(error))
     return _error(500, f"the server failed over this request: {type(error).__name__}")
