@@ -33,6 +33,14 @@ def test_what_is_no_prompt_is_refused_in_one_line(tiny, wrong, message):
     assert "\n" not in str(refused.value)
 
 
+def test_the_tokenizer_itself_says_nothing_of_a_long_prompt(tiny_folder, monkeypatch):
+    model, said = mlxquant.load(str(tiny_folder)), []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning",
+                        lambda *told: said.append(told))
+    model.tokenizer._tokenizer.model_max_length = 5
+    assert len(encode(model, "longer than five")) == 16 and not said
+
+
 @pytest.mark.parametrize("options", [
     dict(max_tokens=1.5), dict(max_tokens="5"), dict(max_tokens=True), dict(stop=[1]),
     dict(stop=["a", ""]), dict(kv_bits=4.0), dict(lookup=100), dict(lookup="2"), dict(logprobs=99),

@@ -198,7 +198,7 @@ class _TimeUp(BaseException):
 
 def _tokenised(model: LanguageModel, text: str, *, special: bool) -> list[int]:
     try:
-        return list(model.tokenizer.encode(text, add_special_tokens=special))
+        return list(model.tokenizer.encode(text, add_special_tokens=special, verbose=False))
     except (TypeError, ValueError) as error:  # half of a surrogate pair, for one
         raise BadValue("the prompt is no text that can be tokenised") from error
 
