@@ -196,9 +196,19 @@ def test_reasoning_has_its_own_field(tiny_folder):
     assert text == "<think>Hm.</think>Yes."
 
 
+def test_a_stream_has_no_character_at_which_readers_cut_lines(tiny_folder):
+    said = "one\u2028two\x85three"
+    with running(scripted(tiny_folder, [said])) as (_, address), \
+            post(address, {"messages": CHAT, "stream": True}) as answer:
+        lines = answer.read().decode().splitlines()
+    told = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert "".join(choice["delta"].get("content", "") for choice in told) == said
+    assert all(line.startswith(("data: ", ": keepalive ")) for line in lines if line)
+
+
 def test_only_the_one_model_is_listed_and_served(client, tiny_folder):
     assert [model.id for model in client.models.list()] == [str(tiny_folder)]
     reply = client.completions.create(model="../../etc", prompt="Once", max_tokens=2)
-    assert reply.model == "../../etc"
+    assert reply.model == str(tiny_folder)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")

@@ -17,13 +17,13 @@ from mlxquant.server.forms import ChatForm, Form, TextForm
 _FINGERPRINT = f"mlxquant-{__version__}-mlx-{mx.__version__}"
 
 
-def head(form: Form) -> dict[str, Any]:
+def head(form: Form, model: LanguageModel) -> dict[str, Any]:
     """The fields that an answer to a request, and each part of a streamed answer, begin with."""
     chat = isinstance(form, ChatForm)
     kind = "chat.completion" if chat else "text_completion"
     return {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4()}",
             "object": kind + ".chunk" * (form.stream and chat), "created": int(time.time()),
-            "model": form.model, "system_fingerprint": _FINGERPRINT}
+            "model": model.name, "system_fingerprint": _FINGERPRINT}
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:

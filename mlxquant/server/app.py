@@ -135,12 +135,12 @@ class _Service:
         choices = [answers.Choice(i, form, self._model).take(joined(reply), "message")
                    for i, reply in enumerate(chunks)]
         return JSONResponse(
-            {**answers.head(form), "choices": choices, "usage": answers.usage(jobs)})
+            {**answers.head(form, self._model), "choices": choices, "usage": answers.usage(jobs)})
 
     async def _streamed(self, form: forms.AnyForm, wanted: Sequence[Wanted]) -> AsyncGenerator[str]:
         jobs: list[Job] = []
         choices = [answers.Choice(i, form, self._model) for i in range(len(wanted))]
-        head = answers.head(form)
+        head = answers.head(form, self._model)
         try:
             async with aclosing(self._told(wanted, jobs)) as told:
                 async for index, event in told:
@@ -235,7 +235,7 @@ def _without_port(host: str) -> str:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value)}\n\n"  # ASCII: some readers cut lines at U+2028
 
 
 def _refusal(status: int, reason: str) -> dict[str, Any]:
