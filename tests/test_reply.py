@@ -66,10 +66,28 @@ def test_tool_calls_are_found_and_parsed(caller):
     assert reply.report.prompt_tokens > len(json.dumps(TOOLS))
 
 
+@pytest.mark.parametrize("written", [
+    "6", '["weather", "Oslo"]', "null", '{"city": "Oslo"}', '{"name": null}', '{"name": ""}',
+    '[{"name": "weather"}, 6]', '{"name": "weather", "arguments": {"city": Oslo}}', "{1: 2}", "\n",
+    '{"name": "weather", "arguments": {"city": "\\ud800"}}'])
+def test_what_is_no_call_is_part_of_the_answer(caller, written):
+    reply = mlxquant.generate(caller(f"Look. <tool_call>{written}</tool_call>!"), CHAT, tools=TOOLS)
+    assert reply.tool_calls == () and reply.answer == f"Look. {written}!"
+
+
 def test_a_call_that_was_cut_off_is_none(caller):
-    reply = mlxquant.generate(caller('<tool_call>{"name": "weat'), CHAT, tools=TOOLS,
-                              max_tokens=200)
-    assert reply.tool_calls == () and reply.answer == ""
+    call, tools = '{"name": "weather"}', dict(tools=TOOLS, max_tokens=len('<tool_call>{"name": '))
+    reply = mlxquant.generate(caller(f"<tool_call>{call}"), CHAT, **tools)
+    assert (reply.tool_calls, reply.answer, reply.finish_reason) == ((), '{"name": ', "length")
+    tools["max_tokens"] = len(f"<tool_call>{call}")
+    assert mlxquant.generate(caller(f"<tool_call>{call}."), CHAT, **tools).tool_calls == ()
+    tools["max_tokens"] += len("</tool_call>")
+    assert mlxquant.generate(caller(f"<tool_call>{call}</tool_call>."), CHAT, **tools).tool_calls
+
+
+def test_without_tools_what_looks_like_a_call_is_text_in_a_batch_too(caller):
+    reply = mlxquant.batch_generate(caller("a<tool_call>6</tool_call>"), [CHAT])
+    assert reply.answers == ("a6",)
 
 
 def test_tools_need_a_template_with_a_place_for_them(tiny, caller):

@@ -186,6 +186,28 @@ def test_tools_are_offered_called_and_withheld(caller):
     assert [c.index for c in streamed] == [0, 1] and chunks[-1].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("written", ["6", '{"city": "Oslo"}', '{"name": "weather", "argu'])
+def test_what_is_no_call_reaches_the_client_as_text(caller, written):
+    options = dict(model="any", messages=CHAT, tools=TOOLS, max_tokens=90)
+    with running(caller(*[f"<tool_call>{written}</tool_call>"] * 2)) as (_, address), \
+            client_of(address) as client:
+        whole = client.chat.completions.create(**options).choices[0]
+        deltas = [c.choices[0] for c in client.chat.completions.create(stream=True, **options)]
+    assert whole.finish_reason == deltas[-1].finish_reason == "stop"
+    assert whole.message.content == "".join(c.delta.content or "" for c in deltas) == written
+    assert whole.message.tool_calls is None and not any(c.delta.tool_calls for c in deltas)
+
+
+def test_each_choice_of_a_stream_tells_its_role_once(client):
+    chunks = client.chat.completions.create(model="any", messages=CHAT, n=2, max_tokens=6,
+                                            stream=True)
+    roles = {0: [], 1: []}
+    for choice in (chunk.choices[0] for chunk in chunks):
+        roles[choice.index].append(choice.delta.role)
+    assert all(told[0] == "assistant" and not any(told[1:]) for told in roles.values())
+    assert all(len(told) > 1 for told in roles.values())
+
+
 def test_reasoning_has_its_own_field(tiny_folder):
     with running(scripted(tiny_folder, ["<think>Hm.</think>Yes."] * 2)) as (_, address):
         with post(address, {"messages": CHAT}) as answer:

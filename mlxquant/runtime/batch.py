@@ -76,7 +76,8 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
     batch.close()
     replies = [joined(row) for row in chunks.values()]
     return BatchResponse(
-        tuple(reply.text for reply in replies), tuple(reply.text_of("answer") for reply in replies),
+        tuple(reply.text for reply in replies),
+        tuple(reply.text_of("answer", "tool") for reply in replies),
         tuple(reply.finish_reason or "stop" for reply in replies), speed.make(
             prompt_tokens=sum(len(request.prompt) for request in requests), cached_tokens=0,
             generation_tokens=made, ttft_s=stats.prompt_time, decode_s=stats.generation_time,

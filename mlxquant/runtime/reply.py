@@ -1,5 +1,6 @@
 """What a reply is made of: the answer, the reasoning before it, and calls of tools."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -109,10 +110,9 @@ class Response:
         whole = joined(list(chunks))
         if whole.finish_reason is None or whole.report is None:
             raise ValueError("the chunks of a reply end with the one that carries its report")
-        calls = CallReader(parse, tools)
-        found = [call for part in whole.parts for call in calls.feed(part)] + calls.finish()
+        answer, calls = CallReader(parse, tools).read(whole)
         return cls(whole.text, whole.finish_reason, whole.report, whole.stopped_by,
-                   whole.text_of("answer"), whole.text_of("thought"), tuple(found), whole.scored)
+                   answer, whole.text_of("thought"), tuple(calls), whole.scored)
 
 
 def joined(chunks: Sequence[Chunk]) -> Chunk:
@@ -125,27 +125,40 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 class CallReader:
     """Finds calls of tools in the parts of a reply, whatever pieces they come in.
 
-    ``parse`` reads the text between a call's markers, given the ``tools`` that were offered; a
-    call cut off in the middle is none.
+    ``parse`` reads the text between a call's markers, given the ``tools`` that were offered. What
+    is no call with a name, was cut off at the end, or is not to be parsed (None) is answer text.
     """
 
     def __init__(self, parse: ToolParser | None, tools: Any):
         self._parse, self._tools, self._written = parse, tools, ""
 
-    def feed(self, part: Part) -> list[dict[str, Any]]:
-        """The calls that ``part`` completes: one text may hold several."""
-        if part.kind == "tool":
-            self._written += part.text
-            return []
-        return self.finish()
+    def read(self, chunk: Chunk) -> tuple[str, list[dict[str, Any]]]:
+        """The answer in ``chunk``, and the calls that it completes: one text may hold several."""
+        answer, calls = "", list[dict[str, Any]]()
+        for part in chunk.parts:
+            if part.kind == "tool" and self._parse is not None:
+                self._written += part.text
+            else:
+                answer += self._end_call(calls) + part.text * (part.kind != "thought")
+        if chunk.finish_reason:
+            answer += self._end_call(calls, cut=chunk.finish_reason == "length")
+        return answer, calls
 
-    def finish(self) -> list[dict[str, Any]]:
-        """The calls in the text between markers that was read last."""
+    def _end_call(self, calls: list[dict[str, Any]], cut: bool = False) -> str:
+        """Add what was called between the last markers to ``calls``; their text if that is none."""
         written, self._written = self._written, ""
-        if self._parse is None or not written.strip():
+        found = [] if cut else self._calls_in(written)
+        calls += found
+        return "" if found else written
+
+    def _calls_in(self, written: str) -> list[dict[str, Any]]:
+        if self._parse is None or not written:
             return []
         try:
             found = self._parse(written, self._tools)
+            calls = found if isinstance(found, list) else [found]
+            json.dumps(calls, ensure_ascii=False).encode()  # no set, nor half a surrogate pair
         except Exception:  # a model wrote it, and mlx-lm's parsers raise whatever they meet
             return []
-        return list(found) if isinstance(found, list) else [found]
+        named = (isinstance(call, dict) and call.get("name") for call in calls)
+        return calls if all(name and isinstance(name, str) for name in named) else []

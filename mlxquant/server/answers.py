@@ -37,15 +37,16 @@ class Choice:
     """Puts one reply to a request into the protocol's form, chunk by chunk or all chunks joined.
 
     A completion gets the raw text. A chat gets answer, reasoning and calls of the functions
-    it offered; where it offered none, what looks like a call is part of the answer.
+    it offered; where it offered none, what looks like a call is part of the answer. Its role
+    is told once.
     """
 
     def __init__(self, index: int, form: Form, model: LanguageModel):
         self._index, self._form = index, form
-        self._offered = form.offered if isinstance(form, ChatForm) else []
-        parse = model.tokenizer.tool_parser if self._offered else None
-        self._calls = CallReader(parse, self._offered)
+        offered = form.offered if isinstance(form, ChatForm) else []
+        self._calls = CallReader(model.tokenizer.tool_parser if offered else None, offered)
         self._called = self._offset = 0
+        self._begun = False
 
     def take(self, chunk: Chunk, key: str = "delta") -> dict[str, Any] | None:
         """What ``chunk`` adds, None for nothing; ``key`` is "message" for a whole reply."""
@@ -54,24 +55,24 @@ class Choice:
             scoring = self._form.logprobs is not None
             return made | {"text": chunk.text,
                            "logprobs": self._columns(chunk.scored) if scoring else None}
-        told: dict[str, Any] = {"role": "assistant"}
-        text = chunk.text_of("answer") if self._offered else chunk.text_of("answer", "tool")
+        told: dict[str, Any] = {}
+        text, calls = self._calls.read(chunk)
         if text or key == "message":
             told["content"] = text or None
         if thoughts := chunk.text_of("thought"):
             told["reasoning"] = thoughts
-        if calls := self._new_calls(chunk):
+        if calls := self._wanted(calls):
             told["tool_calls"] = calls
         if chunk.finish_reason == "stop" and self._called:
             made["finish_reason"] = "tool_calls"
-        if len(told) == 1 and not (chunk.scored or chunk.finish_reason):
+        if not (told or chunk.scored or chunk.finish_reason):
             return None
+        if not self._begun:
+            told, self._begun = {"role": "assistant", **told}, True
         return made | {key: told, "logprobs": {
             "content": [_token(token) for token in chunk.scored]} if chunk.scored else None}
 
-    def _new_calls(self, chunk: Chunk) -> list[dict[str, Any]]:
-        found = [call for part in chunk.parts for call in self._calls.feed(part)]
-        found += self._calls.finish() if chunk.finish_reason else []
+    def _wanted(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(self._form, ChatForm) and not self._form.parallel_tool_calls:
             found = found[:max(0, 1 - self._called)]
         calls = [_call(call, self._called + i) for i, call in enumerate(found)]
@@ -96,7 +97,7 @@ def _token(token: Scored) -> dict[str, Any]:
 
 
 def _call(call: dict[str, Any], index: int) -> dict[str, Any]:
-    arguments = call.get("arguments")
+    arguments = call.get("arguments") or {}
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"index": index, "id": call.get("id") or str(uuid.uuid4()), "type": "function",
-            "function": {"name": call.get("name"), "arguments": written}}
+    return {"index": index, "id": str(call.get("id") or uuid.uuid4()), "type": "function",
+            "function": {"name": call["name"], "arguments": written}}
