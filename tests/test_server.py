@@ -75,11 +75,26 @@ def test_log_probabilities_are_those_of_the_api(client, tiny):
     assert [token.token for token in content] == [token.text for token in expected]
     for token, other in zip(content, expected):
         assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
-        assert [t.token for t in token.top_logprobs] == [text for text, _ in other.likeliest]
+        assert [t.token for t in token.top_logprobs] == [t.text for t in other.likeliest]
     older = client.completions.create(model="any", prompt="Once", max_tokens=3, logprobs=1)
     columns = older.choices[0].logprobs
     assert "".join(columns.tokens) == older.choices[0].text and columns.text_offset[0] == 0
     assert list(columns.top_logprobs[0]) == [columns.tokens[0]]
+
+
+def test_tokens_that_are_part_of_a_character_are_told_in_bytes(tiny_folder):
+    said = "é 日"
+    options = dict(model="any", max_tokens=20)
+    with running(scripted(tiny_folder, [said] * 2)) as (_, address), client_of(address) as client:
+        chat = client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=3,
+                                              **options).choices[0]
+        older = client.completions.create(prompt="Once", logprobs=3, **options).choices[0].logprobs
+    assert bytes(b for token in chat.logprobs.content for b in token.bytes) == said.encode()
+    assert [token.token for token in chat.logprobs.content] == older.tokens == [
+        *(f"bytes:\\x{byte:02x}" for byte in "é".encode()), " ",
+        *(f"bytes:\\x{byte:02x}" for byte in "日".encode())]
+    assert older.text_offset == [0, 0, 1, 2, 2, 2]
+    assert [len(others) for others in older.top_logprobs] == [3] * 6
 
 
 @pytest.mark.parametrize("sampling", [

@@ -12,7 +12,7 @@ from test_prompt import sentencepiece
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import MlxquantError, Unsupported
-from mlxquant.runtime.writer import Detokenizer, StopStrings
+from mlxquant.runtime.writer import Detokenizer, StopStrings, spell
 
 
 def stopped(stops, pieces):
@@ -83,6 +83,16 @@ def test_raw_text_goes_on_with_its_space():
     assert text_of(tokenizer, split[1:], before=[once, split[0]]) == "é"
 
 
+def test_a_token_is_spelled_in_bytes_with_its_space(tiny):
+    written = " née — 日本 �😀"
+    tokens = tiny.tokenizer.encode(written, add_special_tokens=False)
+    assert b"".join(spell(tiny.tokenizer, token) for token in tokens) == written.encode()
+    tokenizer = sentencepiece(bos=True)
+    words = ["▁Once", "▁", "a", "<0xC3>", "<0xA9>", "<0x0A>", "</s>"]
+    assert [spell(tokenizer, tokenizer.convert_tokens_to_ids(word)) for word in words] == [
+        b" Once", b" ", b"a", b"\xc3", b"\xa9", b"\n", b"</s>"]
+
+
 def test_the_first_space_is_kept_by_all(tiny_folder):
     raw = mlxquant.generate(scripted(tiny_folder, [" in a land"]), "Once upon a time")
     assert raw.text == " in a land"
@@ -139,9 +149,10 @@ def test_log_probabilities(tiny):
         reply = mlxquant.generate(tiny, "Once", max_tokens=6, logprobs=3, **options)
         assert reply.text == plain.text and len(reply.scored) == 6
         for token in reply.scored:
-            assert [pair[1] for pair in token.likeliest] == sorted(
-                (pair[1] for pair in token.likeliest), reverse=True)
-            assert token.likeliest[0] == (token.text, pytest.approx(token.logprob, abs=1e-5))
+            ranked = [other.logprob for other in token.likeliest]
+            assert ranked == sorted(ranked, reverse=True)
+            assert ranked[0] == pytest.approx(token.logprob, abs=1e-5)
+            assert token.likeliest[0].spelled == token.spelled
     assert plain.scored == ()
     assert mlxquant.generate(tiny, "Once", max_tokens=2, logprobs=0).scored[0].likeliest == ()
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
@@ -53,12 +53,23 @@ class Splitter:
         return [Part(_KINDS.get(state, "answer"), rest)] if rest else []
 
 
-class Scored(NamedTuple):
-    """A token as text, its log-probability, and the likeliest tokens with theirs."""
+@dataclass(frozen=True)
+class Scored:
+    """A token's bytes, which may be part of a character, its log-probability, how many characters
+    of the reply come before it, and the ``likeliest`` tokens in its place."""
 
-    text: str
+    spelled: bytes
     logprob: float
-    likeliest: tuple[tuple[str, float], ...]
+    offset: int
+    likeliest: tuple["Scored", ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The token as text; as ``bytes:\\xf0\\x9f``, in OpenAI's way, where it is none."""
+        try:
+            return self.spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.spelled)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """From tokens to the pieces of a reply: one way for a single prompt, a batch and the server."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import TextStateMachine
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
@@ -13,6 +16,7 @@ from mlxquant.runtime.reply import Chunk, FinishReason, Scored, Splitter
 
 _CONTEXT = 6  # tokens before the new ones, which decide about spaces between words
 _PENDING = 64  # tokens that are held back at most until a character is whole
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level vocabularies
 
 
 class Writer:
@@ -20,6 +24,7 @@ class Writer:
 
     def __init__(self, model: LanguageModel, request: Request):
         self.count = 0  # tokens taken, an end of turn among them
+        self._length = 0  # characters made
         self._name, self._ends = model.name, model.tokenizer.eos_token_ids
         self._request, self._tokenizer = request, model.tokenizer
         self._text = Detokenizer(model.tokenizer, request.prompt if request.continues else ())
@@ -41,9 +46,10 @@ class Writer:
         reason: FinishReason | None = "stop" if token in self._ends else None
         piece = ""
         if reason is None:
-            piece = self._text.add(token)
-            reason = "length" if self.count == self._request.max_tokens else None
             self._score(token, logprobs)
+            piece = self._text.add(token)
+            self._length += len(piece)
+            reason = "length" if self.count == self._request.max_tokens else None
         text, stopped_by = self._stops.feed(piece + (self._text.finish() if reason else ""))
         if stopped_by is not None:
             reason = "stop"
@@ -61,10 +67,23 @@ class Writer:
             return
         best = mx.argpartition(-logprobs, count - 1)[:count].tolist() if count else []
         values = logprobs[mx.array([token, *best])].tolist()
-        texts = [self._tokenizer.decode([t], clean_up_tokenization_spaces=False)
-                 for t in (token, *best)]
-        ranked = sorted(zip(texts[1:], values[1:]), key=lambda pair: -pair[1])
-        self._scored.append(Scored(texts[0], values[0], tuple(ranked)))
+        made, *others = (Scored(spell(self._tokenizer, each), value, self._length)
+                         for each, value in zip([token, *best], values))
+        ranked = sorted(others, key=lambda scored: -scored.logprob)
+        self._scored.append(replace(made, likeliest=tuple(ranked)))
+
+
+def spell(tokenizer: Any, token: int) -> bytes:
+    """The bytes of a token, with the space before a word."""
+    once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False)
+                   for n in (1, 2))  # a text's first space may be dropped
+    entry = tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" in twice and isinstance(entry, str):  # it may be part of a character
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", entry):
+            return bytes.fromhex(fallback[1])
+        if _BYTES.keys() >= set(entry):
+            return bytes(_BYTES[letter] for letter in entry)
+    return str(twice[len(once):]).encode()
 
 
 class Detokenizer:

@@ -45,8 +45,7 @@ class Choice:
         self._index, self._form = index, form
         offered = form.offered if isinstance(form, ChatForm) else []
         self._calls = CallReader(model.tokenizer.tool_parser if offered else None, offered)
-        self._called = self._offset = 0
-        self._begun = False
+        self._called, self._begun = 0, False
 
     def take(self, chunk: Chunk, key: str = "delta") -> dict[str, Any] | None:
         """What ``chunk`` adds, None for nothing; ``key`` is "message" for a whole reply."""
@@ -54,7 +53,7 @@ class Choice:
         if isinstance(self._form, TextForm):
             scoring = self._form.logprobs is not None
             return made | {"text": chunk.text,
-                           "logprobs": self._columns(chunk.scored) if scoring else None}
+                           "logprobs": _columns(chunk.scored) if scoring else None}
         told: dict[str, Any] = {}
         text, calls = self._calls.read(chunk)
         if text or key == "message":
@@ -79,20 +78,21 @@ class Choice:
         self._called += len(calls)
         return calls
 
-    def _columns(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        """Log-probabilities as the older endpoint has them."""
-        offsets = []
-        for token in scored:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
-        return {"tokens": [token.text for token in scored], "text_offset": offsets,
-                "token_logprobs": [token.logprob for token in scored],
-                "top_logprobs": [dict(token.likeliest) for token in scored]}
+
+def _columns(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Log-probabilities as the older endpoint has them."""
+    return {"tokens": [token.text for token in scored],
+            "text_offset": [token.offset for token in scored],
+            "token_logprobs": [token.logprob for token in scored],
+            "top_logprobs": [  # of two with the same text the likelier one
+                {other.text: other.logprob for other in reversed(token.likeliest)}
+                for token in scored]}
 
 
 def _token(token: Scored) -> dict[str, Any]:
-    made, *likeliest = ({"token": text, "logprob": logprob, "bytes": list(text.encode())}
-                        for text, logprob in (token[:2], *token.likeliest))
+    made, *likeliest = (
+        {"token": each.text, "logprob": each.logprob, "bytes": list(each.spelled)}
+        for each in (token, *token.likeliest))
     return {**made, "top_logprobs": likeliest}
 
 
