@@ -19,6 +19,13 @@ def test_report_arithmetic():
         "2.000 GB/token, 20.0 GB/s = 20 % of 100.0 GB/s measured here · peak 3.00 GB")
 
 
+def test_a_line_of_guesses_with_and_without_a_known_speed():
+    assert ("reply 21 tokens, 4 guessed right, at 10.0 tokens/s"
+            in make(guessed_tokens=4).line())
+    assert ("reply 5 tokens, 4 guessed right · peak"
+            in make(guessed_tokens=4, generation_tokens=5, passes=1).line())
+
+
 def test_a_mac_shows_its_headline_too(monkeypatch):
     monkeypatch.setattr(chips, "detect", lambda: chips.Chip("Apple M1 Pro", 14, 200))
     assert "20 % of 100.0 GB/s measured here, 10 % of 200 GB/s stated" in make().line()

@@ -35,12 +35,11 @@ class Report:
     def line(self) -> str:
         """One line for people."""
         cached = f" (+{self.cached_tokens} cached)" if self.cached_tokens else ""
+        guessed = "" if self.guessed_tokens is None else f", {self.guessed_tokens} guessed right"
         line = (f"prompt {self.prompt_tokens} tokens{cached} at {self.prompt_tps:.1f} tokens/s · "
-                f"reply {self.generation_tokens} tokens")
-        if self.guessed_tokens is not None:
-            line += f", {self.guessed_tokens} guessed right,"
+                f"reply {self.generation_tokens} tokens{guessed}")
         if self.generation_tps is not None and self.gb_per_s is not None:
-            line += (f" at {self.generation_tps:.1f} tokens/s · "
+            line += (f"{guessed and ','} at {self.generation_tps:.1f} tokens/s · "
                      f"{self.bytes_per_token / 1e9:.3f} GB/token, {self.gb_per_s:.1f} GB/s = "
                      f"{self.percent_of_ceiling:.0f} % of {self.ceiling_gb_per_s:.1f} GB/s "
                      "measured here")
