@@ -15,14 +15,14 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
-from mlxquant.runtime.prompt import Request as Wanted
+from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.reply import Chunk, joined
 from mlxquant.server import answers, forms
 from mlxquant.server.engine import Engine, Job, Told
@@ -91,12 +91,12 @@ class _Service:
         # One at a time: a tokenizer is not made for several threads.
         self._tokenizing = ThreadPoolExecutor(1)
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, request: HttpRequest) -> Response:
         healthy = self._engine.healthy
         return JSONResponse({"status": "ok" if healthy else "unavailable"},
                             200 if healthy else 503)
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: HttpRequest) -> Response:
         model = {"id": self._model.name, "object": "model", "created": self._created,
                  "owned_by": "mlxquant"}
         name = request.path_params.get("name")
@@ -106,7 +106,7 @@ class _Service:
             raise HTTPException(404, f"there is no model of this name, only {self._model.name}")
         return JSONResponse(model)
 
-    async def answer(self, kind: type[forms.AnyForm], request: Request) -> Response:
+    async def answer(self, kind: type[forms.AnyForm], request: HttpRequest) -> Response:
         """A completion of either kind, whole or as a stream."""
         form = forms.read(kind, await _body(request))
         wanted = await asyncio.get_running_loop().run_in_executor(
@@ -125,7 +125,7 @@ class _Service:
         finally:
             watch.cancel()
 
-    async def _whole(self, form: forms.AnyForm, wanted: Sequence[Wanted]) -> Response:
+    async def _whole(self, form: forms.AnyForm, wanted: Sequence[Request]) -> Response:
         jobs: list[Job] = []
         chunks: list[list[Chunk]] = [[] for _ in wanted]
         async with aclosing(self._told(wanted, jobs)) as told:
@@ -137,7 +137,8 @@ class _Service:
         return JSONResponse(
             {**answers.head(form, self._model), "choices": choices, "usage": answers.usage(jobs)})
 
-    async def _streamed(self, form: forms.AnyForm, wanted: Sequence[Wanted]) -> AsyncGenerator[str]:
+    async def _streamed(self, form: forms.AnyForm,
+                        wanted: Sequence[Request]) -> AsyncGenerator[str]:
         jobs: list[Job] = []
         choices = [answers.Choice(i, form, self._model) for i in range(len(wanted))]
         head = answers.head(form, self._model)
@@ -155,7 +156,7 @@ class _Service:
             yield _event({**head, "choices": [], "usage": answers.usage(jobs)})
         yield "data: [DONE]\n\n"
 
-    async def _told(self, wanted: Sequence[Wanted], jobs: list[Job]
+    async def _told(self, wanted: Sequence[Request], jobs: list[Job]
                     ) -> AsyncGenerator[tuple[int, Chunk | tuple[int, int]]]:
         """(index of a request, chunk or prompt progress), until all are answered or the caller
         stops; raises ``HTTPException`` with status 500 where one fails. Puts the jobs, which count
@@ -195,7 +196,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: HttpRequest) -> bytes:
     """The body, within its limits of size and time."""
     length = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
@@ -215,7 +216,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: HttpRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -248,7 +249,7 @@ def _error(status: int, reason: str, headers: Mapping[str, str] | None = None) -
     return JSONResponse(_refusal(status, reason), status, headers)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _failed(request: HttpRequest, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return _error(error.status_code, error.detail, error.headers)
     if isinstance(error, MlxquantError):
