@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from measured import STAGES, method_rows, original_perplexity, replica_rows
 from record import RESULTS, Rows
 
-from mlxquant.report.comparison import Row, plot
+from mlxquant.report.comparison import ComparedRow, plot
 
 # Names in the legend, and the rows that belong to them.
 KINDS = {"replicas under a budget": r"budget-[\d.]+",
@@ -17,10 +17,10 @@ KINDS = {"replicas under a budget": r"budget-[\d.]+",
 
 def draw_methods() -> None:
     """Perplexity over whole-folder bytes of the rows that were saved as folders."""
-    fields = Row.__dataclass_fields__
+    fields = ComparedRow.__dataclass_fields__
     rows: Rows = [{"tasks": (), **row} for row in method_rows() if row["bits"] in (2, 3, 4)]
     rows = [row for row in rows if set(fields) <= set(row)]
-    plot([Row(**{name: row[name] for name in fields}) for row in rows],
+    plot([ComparedRow(**{name: row[name] for name in fields}) for row in rows],
          RESULTS / "methods-h200.png")
 
 

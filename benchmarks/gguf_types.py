@@ -63,7 +63,7 @@ def error(values: np.ndarray, reference: np.ndarray) -> float:
     return float(np.square(values - reference).sum() / np.square(reference).sum())
 
 
-def imported(type_: Type, blocks: np.ndarray, plan: weights.Plan) -> np.ndarray:
+def imported(type_: Type, blocks: np.ndarray, plan: weights.TensorPlan) -> np.ndarray:
     """What MLX makes of the import, in float32."""
     if plan.plain:
         dtype = {Type.F32: mx.float32, Type.BF16: mx.bfloat16}.get(type_, mx.float16)

@@ -15,7 +15,7 @@ from record import RESULTS, parser, save
 
 from mlxquant.codes.width import Width
 from mlxquant.quantise.job import Job, Text
-from mlxquant.report.comparison import Evaluation, Row, compare, plot
+from mlxquant.report.comparison import ComparedRow, Evaluation, compare, plot
 from mlxquant.sources.names import DEFAULT_MODEL
 
 PLAN = ["rtn,w8a8,smoothquant,gptq:8",
@@ -34,7 +34,7 @@ def main() -> None:
     options.add_argument("--no-original", dest="original", action="store_false")
     options.add_argument("--plan", nargs="+", default=PLAN)
     arguments = options.parse_args()
-    rows: list[Row] = []
+    rows: list[ComparedRow] = []
     for step in arguments.plan:
         methods, _, bits = step.partition(":")
         try:

@@ -35,7 +35,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline
 from mlxquant.layers.by_block import judged
-from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.trainable import Trainable, TrainedParts
 from mlxquant.model.loading import load, open_lazily
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.job import Job
@@ -78,8 +78,9 @@ def foretold(a: argparse.Namespace, tuning: Tuning) -> dict[str, float]:
     """GB that the formula gives for each stage."""
     network, config = open_lazily(resolve(a.folder))
     teacher = Teacher(a.teacher, DTYPE)
-    return gigabytes(Room(Trainable(network, DTYPE, Parts(codes=tuning.codes)), teacher.network,
-                          config["vocab_size"], teacher.whole), Step.of(tuning, config))
+    student = Trainable(network, DTYPE, TrainedParts(codes=tuning.codes))
+    return gigabytes(Room(student, teacher.network, config["vocab_size"], teacher.whole),
+                     Step.of(tuning, config))
 
 
 def gigabytes(room: Room, step: Step) -> dict[str, float]:
@@ -122,7 +123,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
                                                 (a.steps + 1, a.batch_size, a.length))
     kept = predictions.Predictions(folder, list(batches), config["vocab_size"])
     small = planned(outline.network_of(config), config, QUANTISED)
-    said = gigabytes(Room(Trainable(small, DTYPE, Parts(codes=a.codes)),
+    said = gigabytes(Room(Trainable(small, DTYPE, TrainedParts(codes=a.codes)),
                           outline.network_of(config), config["vocab_size"], True), step)
     del small
     stages = Stages()
@@ -134,7 +135,7 @@ def measure(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     gc.collect()
     mx.clear_cache()
     student = Trainable(filled(planned(outline.network_of(config), config, QUANTISED), mx.float16),
-                        DTYPE, Parts(codes=a.codes))
+                        DTYPE, TrainedParts(codes=a.codes))
     mx.reset_peak_memory()
     Distillation(student, kept, Schedule(a.steps, a.batch_size, check_every=a.steps)).run(
         lambda done, total, loss: stages.note("training", done, total, loss))
@@ -176,8 +177,8 @@ def known_shapes() -> None:
     for name, config in SHAPES.items():
         teacher = outline.network_of(config)
         rooms = [Room(Trainable(planned(outline.network_of(config), config, QUANTISED),
-                                mx.bfloat16, Parts(codes=codes)), teacher, config["vocab_size"],
-                      whole=True) for codes in (0.0, 0.2)]
+                                mx.bfloat16, TrainedParts(codes=codes)), teacher,
+                      config["vocab_size"], whole=True) for codes in (0.0, 0.2)]
         for size in (1, 8):
             still, moving = (Step(size, 512, config["num_attention_heads"], moves)
                              for moves in (False, True))

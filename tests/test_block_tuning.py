@@ -137,7 +137,7 @@ def test_the_last_block_trained_on_predictions_predicts_better(tmp_path, tiny_fo
 @pytest.mark.parametrize("found", ["no number", "an error in a compiled step"])
 def test_predictions_that_cannot_be_trained_for_leave_it_at_outputs(
         tmp_path, tiny_folder, text, monkeypatch, found):
-    training, error, calls = block_tuning.Training, aims.Predictions.error, []
+    training, error, calls = block_tuning.Training, aims.PredictionLoss.error, []
 
     def failing(*given):
         calls.append(given)
@@ -148,7 +148,7 @@ def test_predictions_that_cannot_be_trained_for_leave_it_at_outputs(
         return error(*given)
 
     monkeypatch.setattr(block_tuning, "Training", lambda *given, **_: training(*given))
-    monkeypatch.setattr(aims.Predictions, "error", failing)
+    monkeypatch.setattr(aims.PredictionLoss, "error", failing)
     made = quantise(tiny_folder, tmp_path / "out", text, **KINDS["groups"])
     assert not any("nats" in error for error in made.tuned.values())
     assert all(error["after"] < error["before"] for error in made.tuned.values()) and not made.notes
@@ -256,7 +256,7 @@ def test_a_block_that_cannot_be_trained_is_noted_and_made(tmp_path, tiny_folder,
 
 def test_a_block_whose_error_is_no_number_does_not_end_the_job(tmp_path, tiny_folder, text,
                                                                monkeypatch):
-    for aim in (aims.Outputs, aims.Predictions):
+    for aim in (aims.OutputLoss, aims.PredictionLoss):
         monkeypatch.setattr(aim, "error", lambda *_: mx.array(float("nan")))
     made = quantise(tiny_folder, tmp_path / "out", text, **KINDS["groups"])
     assert not made.tuned and "its error is not a finite number" in made.notes[0]
@@ -265,7 +265,7 @@ def test_a_block_whose_error_is_no_number_does_not_end_the_job(tmp_path, tiny_fo
 def test_a_token_that_dwarfs_all_others_cannot_be_given_up_for_them():
     """SmolLM2's block 11 makes the first token of a text 170 times as large as the rest."""
     wanted = mx.concatenate([mx.full((1, 1, 8), 170.0), mx.ones((1, 511, 8))], axis=1)
-    call = aims.Call(Halt(nn.Identity(), lambda x: x, (wanted,), {}), wanted)
+    call = aims.BlockCall(Halt(nn.Identity(), lambda x: x, (wanted,), {}), wanted)
     without, coarse = mx.ones_like(wanted), mx.where(wanted > 1, wanted, 0.8)
     assert aims.OUTPUTS.error(call, wanted, wanted).item() == 0
     assert aims.OUTPUTS.error(call, without, wanted) > 10 * aims.OUTPUTS.error(

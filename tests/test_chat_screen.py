@@ -20,7 +20,7 @@ from scripted import chat_here
 from mlxquant.base.text import clean
 from mlxquant.chat import markdown, session, terminal
 from mlxquant.chat.screen import LiveScreen
-from mlxquant.runtime.reply import Part
+from mlxquant.runtime.reply import ReplyPart
 
 TEXT = ("# Title\n\nA paragraph with **bold** text that is longer than forty columns are wide.\n\n"
         "1. one\n2. two\n\n   more of two\n\n```python\nx = 1  # [not markup]\n\ny = 2\n```\n\n"
@@ -61,15 +61,15 @@ def show(monkeypatch, parts, width, height=24, pause=0.0, **options):
     live.begin()
     for part in parts:
         for start in range(0, len(part.text), 3):
-            live.feed((Part(part.kind, part.text[start:start + 3]),))
+            live.feed((ReplyPart(part.kind, part.text[start:start + 3]),))
     live.end()
     return window
 
 
 @pytest.mark.parametrize("width", [80, 40, 20])
 def test_a_streamed_reply_ends_as_if_it_had_been_there_at_once(monkeypatch, width):
-    streamed = show(monkeypatch, [Part("answer", TEXT)], width)
-    at_once = show(monkeypatch, [Part("answer", TEXT)], width, pause=1e9)
+    streamed = show(monkeypatch, [ReplyPart("answer", TEXT)], width)
+    at_once = show(monkeypatch, [ReplyPart("answer", TEXT)], width, pause=1e9)
     assert streamed.lines() == at_once.lines()
     text = "\n".join(streamed.lines())
     assert "tokens/s" not in text and "**" not in text and "```" not in text
@@ -80,26 +80,26 @@ def test_a_streamed_reply_ends_as_if_it_had_been_there_at_once(monkeypatch, widt
 def test_a_reply_longer_than_the_window_is_whole_in_the_scrollback(monkeypatch):
     code = "\n".join(f"line_{i} = {i}" for i in range(60))
     text = f"Before.\n\n```python\n{code}\n```\n\nAfter."
-    window = show(monkeypatch, [Part("answer", text)], 60, 12)
+    window = show(monkeypatch, [ReplyPart("answer", text)], 60, 12)
     found = [line.strip() for line in window.lines() if line.strip()]
     assert found == ["Before.", *code.splitlines(), "After."]
 
 
 def test_only_lines_that_changed_are_written_again(monkeypatch):
-    window = show(monkeypatch, [Part("answer", "word " * 400)], 60, 40)
+    window = show(monkeypatch, [ReplyPart("answer", "word " * 400)], 60, 40)
     assert len(window.written) < 40 * 2000  # drawing all each time takes some 800,000
 
 
 def test_reasoning_is_one_line(monkeypatch):
-    parts = [Part("thought", "Let me see. " * 30), Part("answer", "\n\nYes.")]
+    parts = [ReplyPart("thought", "Let me see. " * 30), ReplyPart("answer", "\n\nYes.")]
     lines = [line for line in show(monkeypatch, parts, 60).lines() if line]
     assert lines == ["thought, 90 words (/show thoughts)", "Yes."]
 
 
 def test_without_colour_nothing_is_coloured(monkeypatch):
-    coloured = show(monkeypatch, [Part("answer", TEXT)], 60).written
+    coloured = show(monkeypatch, [ReplyPart("answer", TEXT)], 60).written
     monkeypatch.setenv("NO_COLOR", "1")
-    plain = show(monkeypatch, [Part("answer", TEXT)], 60).written
+    plain = show(monkeypatch, [ReplyPart("answer", TEXT)], 60).written
     colour = re.compile(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38)[;m]")
     assert colour.search(coloured) and not colour.search(plain)
 
@@ -107,7 +107,7 @@ def test_without_colour_nothing_is_coloured(monkeypatch):
 def test_a_reply_cannot_steer_the_terminal(monkeypatch):
     attack = ("a\x1b[2Jb\x07c\r\x9bd\u202e &#x202e;&#12; `&#27;`\n\n    \x1b]0;t\u2066\n\n"
               "| \x1b |\n|---|\n")
-    window = show(monkeypatch, [Part("thought", attack), Part("answer", attack)], 60)
+    window = show(monkeypatch, [ReplyPart("thought", attack), ReplyPart("answer", attack)], 60)
     assert not re.search("[\x07\x0c\x9b\u202e\u2066]|\x1b[^[]|\x1b\\[2J", window.written)
     assert clean("a\x1b]0;t\x07b\tc\n") == "a]0;tb\tc\n"
 

@@ -64,7 +64,7 @@ def test_other_types_are_decoded_and_cost_what_is_said(type_):
         assert made.bits == bits and errors[-1] == pytest.approx(made.lost / made.whole, rel=1e-2)
     assert errors[1] < 3e-4 and errors[1] <= errors[0] < 0.3
     kept, lost, whole = weights.plain(type_, data, mx.float16)
-    assert weights.plan("w", type_, True, 16) == weights.Plan()
+    assert weights.plan("w", type_, True, 16) == weights.TensorPlan()
     error = relative(np.array(kept.astype(mx.float32)), expected)
     assert error < 1e-6 and error == pytest.approx(lost / (whole or 1), rel=1e-2)
 
@@ -74,10 +74,10 @@ def test_default_widths_hold_a_types_bits():
     assert widths == {"Q2_K": 3, "Q3_K": 4, "Q6_K": 8, "IQ2_XXS": 3, "IQ2_XS": 3, "IQ2_S": 3,
                       "IQ3_XXS": 4,
                       "IQ3_S": 4, "IQ1_M": 2, "NVFP4": 5}
-    assert weights.plan("w", Type.IQ4_NL, True) == weights.Plan(5)
-    assert weights.plan("w", Type.IQ4_NL, True, 8) == weights.Plan(8, repacked=True)
+    assert weights.plan("w", Type.IQ4_NL, True) == weights.TensorPlan(5)
+    assert weights.plan("w", Type.IQ4_NL, True, 8) == weights.TensorPlan(8, repacked=True)
     own = weights.plan("w", Type.Q4_K, True, 8)
-    assert own == weights.Plan(4, repacked=True)  # the file's codes stay
+    assert own == weights.TensorPlan(4, repacked=True)  # the file's codes stay
 
 
 @pytest.mark.parametrize("type_", [Type.Q8_K, Type.Q8_1, Type.F64, Type.I32, Type.Q1_0])

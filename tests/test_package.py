@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import commands
@@ -50,6 +51,13 @@ def test_type_checkers_see_every_public_name():
     source = (PACKAGE / "__init__.py").read_text()
     listed = set(re.findall(r" as (\w+)$", source, re.MULTILINE))
     assert listed == {*mlxquant.__all__, "__version__"} and (PACKAGE / "py.typed").exists()
+
+
+def test_a_public_class_has_a_name_of_its_own():
+    """So that a name found anywhere in the code means one thing."""
+    found = Counter(name for file in PACKAGE.rglob("*.py")
+                    for name in re.findall(r"^class ([A-Za-z]\w*)", file.read_text(), re.MULTILINE))
+    assert [name for name, times in found.items() if times > 1] == []
 
 
 def test_imports_go_one_way():

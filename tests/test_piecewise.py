@@ -16,7 +16,7 @@ from mlxquant.layers import head
 from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.by_block import judged
 from mlxquant.layers.head import foreseen
-from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.trainable import Trainable, TrainedParts
 from mlxquant.report.divergence import position_kl
 from mlxquant.tuning import predictions
 from mlxquant.tuning.piecewise import Pieces
@@ -72,9 +72,9 @@ def gradients(network, parts, compiled):
 
 
 @pytest.mark.parametrize("make, parts, compiled", [
-    (lambda: replicas(ReplicaShape(2, 2, rotation_block=32)), Parts(), True),
-    (lambda: replicas(ReplicaShape(2, 2, replica_group=16)), Parts(codes=0.1), False),
-    *((lambda name=name: affine(name), Parts(), False) for name in (
+    (lambda: replicas(ReplicaShape(2, 2, rotation_block=32)), TrainedParts(), True),
+    (lambda: replicas(ReplicaShape(2, 2, replica_group=16)), TrainedParts(codes=0.1), False),
+    *((lambda name=name: affine(name), TrainedParts(), False) for name in (
         "qwen3_moe", "gemma3n", "cohere2", "mamba2", "deepseek_v3", "rwkv7", "iquestloopcoder"))])
 def test_gradients_in_pieces_are_those_of_the_whole(monkeypatch, make, parts, compiled):
     monkeypatch.setattr(head, "AT_ONCE", 384 * 11)  # chunks with an end that is shorter

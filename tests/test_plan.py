@@ -103,7 +103,7 @@ def row(**changes):
         file_bytes=1, kv_bytes=1, total_bytes=10, bytes_per_token=1, fits=True, tps=10.0,
         tps_source="predicted", free_replicas=None, quality=1.1, quality_source="x",
         quality_rank=1, command="c")
-    return plan.Row(**values | changes)
+    return plan.PlanRow(**values | changes)
 
 
 def test_what_is_recommended():

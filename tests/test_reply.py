@@ -7,7 +7,7 @@ from scripted import scripted
 
 import mlxquant
 from mlxquant.base.errors import Unsupported
-from mlxquant.runtime.reply import Part, Splitter
+from mlxquant.runtime.reply import ReplyPart, ReplySplitter
 
 TOOLS = [{"type": "function", "function": {
     "name": "weather", "parameters": {"type": "object",
@@ -16,14 +16,14 @@ CHAT = [{"role": "user", "content": "Is it raining in Oslo?"}]
 
 
 def split(tokenizer, text, size):
-    splitter = Splitter(tokenizer)
+    splitter = ReplySplitter(tokenizer)
     parts = [p for start in range(0, len(text), size)
              for p in splitter.feed(text[start:start + size])]
     parts += splitter.finish()
     joined = []
     for part in parts:
         if joined and joined[-1].kind == part.kind:
-            part = Part(part.kind, joined.pop().text + part.text)
+            part = ReplyPart(part.kind, joined.pop().text + part.text)
         joined.append(part)
     return [(part.kind, part.text) for part in joined if part.text]
 

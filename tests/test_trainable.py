@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxquant.codes import rtn
 from mlxquant.codes.affine import unpack
 from mlxquant.codes.spec import Spec
-from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.trainable import Trainable, TrainedParts
 from mlxquant.layers.unpacked import AffineCodes
 
 STEP = 2.0 ** -6  # of u
@@ -71,7 +71,7 @@ def test_bfloat16_takes_less_than_rounding_to_levels_did(bits):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_what_is_measured_is_what_is_stored(bits, dtype):
     network = quantised(bits, dtype)
-    student = Trainable(network, mx.float32, Parts(codes=0.5))
+    student = Trainable(network, mx.float32, TrainedParts(codes=0.5))
     moved = {path: 0.3 * mx.random.normal(u.shape, key=mx.random.key(1))
              for path, u in student.start().items()}
     measured = matrices(student, student.stored_values(moved))
@@ -92,7 +92,8 @@ def test_levels_stay_those_that_were_asked_for(spec):
     for path, weight in weights(network).items():
         matrices[path].update(rtn.quantise(weight, spec).tensors(mx.float16))
     before = dict(tree_flatten(network.parameters()))
-    student = Trainable(network, mx.float32, Parts(codes=5.0, specs=dict.fromkeys(matrices, spec)))
+    specs = dict.fromkeys(matrices, spec)
+    student = Trainable(network, mx.float32, TrainedParts(codes=5.0, specs=specs))
     made = student.tensors({path: 0.1 * mx.random.normal(u.shape)
                             for path, u in student.start().items()})
     for path in matrices:

@@ -14,7 +14,7 @@ from mlxquant.base.errors import TooLarge
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.by_block import judged
 from mlxquant.layers.dense import lazily_dense, to_dense
-from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.trainable import Trainable, TrainedParts
 from mlxquant.model.loading import open_lazily
 from mlxquant.tuning import room
 from mlxquant.tuning.predictions import likeliest
@@ -42,7 +42,7 @@ def asked(folder, codes=0.0, size=2, length=128):
 
 def room_of(folder, tuning):
     network, config = open_lazily(folder / "small")
-    student = Trainable(network, mx.float32, Parts(codes=tuning.codes))
+    student = Trainable(network, mx.float32, TrainedParts(codes=tuning.codes))
     teacher = Teacher(tuning.teacher, mx.float32)
     return (Room(student, teacher.network, config["vocab_size"], teacher.whole),
             Step.of(tuning, config))

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlxquant.base.text import clean
 from mlxquant.chat import markdown
-from mlxquant.runtime.reply import Part
+from mlxquant.runtime.reply import ReplyPart
 
 _PAUSE_S = 0.05  # between two drawings of a growing end
 
@@ -27,7 +27,7 @@ class PlainScreen:
     def begin(self) -> None:
         self._thoughts, self._after_thoughts = "", False
 
-    def feed(self, parts: tuple[Part, ...]) -> None:
+    def feed(self, parts: tuple[ReplyPart, ...]) -> None:
         for part in parts:
             if part.kind == "thought":
                 self._thoughts += part.text
@@ -63,7 +63,7 @@ class LiveScreen:
         self._drawn = 0.0
         self._draw()
 
-    def feed(self, parts: tuple[Part, ...]) -> None:
+    def feed(self, parts: tuple[ReplyPart, ...]) -> None:
         for part in parts:
             text = clean(part.text)
             if part.kind == "thought":

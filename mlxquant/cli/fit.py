@@ -14,7 +14,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.cli.common import given, print_json, remark
 
 if TYPE_CHECKING:
-    from mlxquant.report.plan import Row
+    from mlxquant.report.plan import PlanRow
 
 _FORM = {"method", "bits", "group_size", "rotate", "replicas", "replica_group"}
 # Options that are printed even at their default, beside those of the form.
@@ -62,7 +62,7 @@ def chosen(ctx: Context) -> tuple[dict[str, Any], str]:
     return wanted, chat
 
 
-def _filling(row: "Row", memory: int) -> dict[str, Any]:
+def _filling(row: "PlanRow", memory: int) -> dict[str, Any]:
     """The arguments that fill the memory where the form is below 4 bits; none elsewhere."""
     from mlxquant.codes.width import Width
 

@@ -13,7 +13,7 @@ from mlxquant.cli import options as option
 from mlxquant.cli.common import app, print_json, print_table, progress, remark
 
 if TYPE_CHECKING:
-    from mlxquant.report.plan import Plan, Row
+    from mlxquant.report.plan import Plan, PlanRow
 
 
 @app.command(epilog="Example: mlxquant plan Qwen/Qwen3-32B --chip 'M1 Pro' --context 8192")
@@ -44,7 +44,7 @@ def plan(
     print(f"{result.model}: {result.parameters / 1e9:.2f} billion parameters{active}, for "
           f"{result.machine} with {result.memory_bytes / 1e9:.1f} GB for a model and "
           f"{result.context:,} tokens, at the end of which speeds are\n")
-    best: dict[tuple[Any, ...], Row] = {}
+    best: dict[tuple[Any, ...], PlanRow] = {}
     for row in result.rows:  # of each form the most bits of keys and values that fit, or the fewest
         key = row.method, row.bits, row.replicas, row.group
         if key not in best or not best[key].fits:
@@ -57,7 +57,7 @@ def plan(
     print(f"\nRecommended: {_recommendation(result)}")
 
 
-def _plan_line(row: "Row") -> list[str]:
+def _plan_line(row: "PlanRow") -> list[str]:
     quality, source = ("", "not measured") if row.quality is None else (
         f"× {row.quality:.2f}", row.quality_source or "")
     slower = "" if row.free_replicas is not False else ", replicas not free"

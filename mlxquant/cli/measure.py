@@ -20,7 +20,7 @@ from mlxquant.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from mlxquant.report.tasks import Task
+    from mlxquant.report.tasks import BuiltTask
 
 
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
@@ -119,7 +119,7 @@ def _predict(models: list[str], chip: str, depths: list[int], form: str,
         remark(f"- {line}")
 
 
-def _prepared(tasks: list[str] | None, questions: int | None) -> "list[Task]":
+def _prepared(tasks: list[str] | None, questions: int | None) -> "list[BuiltTask]":
     """What ``--tasks`` names, ready to be asked."""
     if not tasks:
         if questions is not None:
@@ -225,7 +225,7 @@ def compare(
               text=Text(tuple(data or ()), samples, sequence_length))
     names = [name.strip() for name in methods.split(",")]
     widths = [Width.of(width) for width in bits or ("4", "3", "2")]
-    rows: list[comparison.Row] = []
+    rows: list[comparison.ComparedRow] = []
     with progress("models compared:") as advance:
         for row in comparison.compare(model, evaluation, methods=names, bits=widths, job=job,
                                       progress=remark):

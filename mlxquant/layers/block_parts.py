@@ -23,7 +23,7 @@ from mlx_lm.models.cache import KVCache
 from mlxquant.kernels.first_step import Norm
 from mlxquant.kernels.rotary import Rotary
 from mlxquant.layers.blocks import shape_of
-from mlxquant.layers.graph import Call, Graph
+from mlxquant.layers.graph import Graph, GraphCall
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.replicated import ReplicatedLinear
 
@@ -43,7 +43,7 @@ class Mlp:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class BlockParts:
     """The parts of attention on hidden states of ``inputs`` channels: linear layers by their paths
     in the module, ``rotary``, whose ``starts`` are set later (``fused_block.fuse``), and
     attention's ``scale``; for a whole block its ``norm`` and ``mlp`` too."""
@@ -66,7 +66,8 @@ def _need(holds: bool) -> None:
         raise _Another
 
 
-def read_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
+def read_parts(module: nn.Module, args: tuple[Any, ...],
+               kwargs: dict[str, Any]) -> BlockParts | None:
     """The parts of ``module``, a block or a block's attention. ``args`` and ``kwargs`` are what it
     is called with for one token: the hidden state, a cache, and nothing else. None where it is not
     the plain one."""
@@ -78,7 +79,7 @@ def read_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-          position: int) -> Parts:
+          position: int) -> BlockParts:
     arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
     _need(len(arrays) == 1)
     modules = [(path, m) for path, m in module.named_modules() if type(m) in _MARKED]
@@ -137,7 +138,7 @@ class _Block(Graph):
         super().__init__()
         self.paths, self.position = paths, position
 
-    def parts(self) -> Parts:
+    def parts(self) -> BlockParts:
         _need(all(len(set(node.shapes)) == 1 for node in self.makers.values()))
         attention, cache = (next(call for call in self.calls if call.kind == kind)
                             for kind in ("attention", "cache"))
@@ -156,7 +157,7 @@ class _Block(Graph):
         how = {key: value for key, value in attention.what.items() if value is not None}
         _need(how.keys() == {"scale"})
         q, k, v = map(self.path, qkv)
-        parts = Parts(shape_of(qkv[0].what)[-1], (q, k, v),
+        parts = BlockParts(shape_of(qkv[0].what)[-1], (q, k, v),
                       _rotary(ropes, heads, qkv, self.position), how["scale"], self.path(out))
         used = 8 + len(heads)
         if (z, self.y) == (self.x, out.outputs[0]):
@@ -185,21 +186,22 @@ class _Block(Graph):
                           gated: ("Multiply", {activated, *up.outputs})})
         return Mlp(_as_step(norm), (self.path(gate), self.path(up)), self.path(down))
 
-    def maker(self, kind: str, name: str) -> Call:
+    def maker(self, kind: str, name: str) -> GraphCall:
         """The call that made an array, which must be of such a kind."""
         call = next(call for call in self.calls if name in call.outputs)
         _need(call.kind == kind)
         return call
 
-    def path(self, call: Call) -> str:
+    def path(self, call: GraphCall) -> str:
         return self.paths[id(call.what)]
 
 
-def _as_step(norm: Call) -> Norm:
+def _as_step(norm: GraphCall) -> Norm:
     return Norm(norm.what.weight, norm.what.eps)
 
 
-def _rotary(ropes: list[Call], norms: list[Call], qkv: list[Call], position: int) -> Rotary:
+def _rotary(ropes: list[GraphCall], norms: list[GraphCall], qkv: list[GraphCall],
+            position: int) -> Rotary:
     (_, queries, _, size), (_, stored, _, key_size) = (rope.made.shape for rope in ropes)
     _need(size == key_size and size % 2 == 0 and 8 <= size <= 1024)
     _need([shape_of(call.what)[-2] for call in qkv]

@@ -33,14 +33,14 @@ from mlxquant.kernels.check import trusted
 from mlxquant.kernels.first_step import Gate
 from mlxquant.kernels.matrix import sizes
 from mlxquant.kernels.rotary import Rotary
-from mlxquant.layers.block_parts import Parts, read_parts
+from mlxquant.layers.block_parts import BlockParts, read_parts
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.layers.joined import Joined, join
 
 
-def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module, Parts]]:
+def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module, BlockParts]]:
     """(module, parts) of each of a network's ``blocks`` that is plain, or of its attention where
     only that is plain."""
     calls: dict[int, tuple[Any, ...]] = {}
@@ -64,7 +64,7 @@ def read_plain(network: nn.Module, blocks: list[Block]) -> list[tuple[nn.Module,
     return found
 
 
-def fuse(module: nn.Module, parts: Parts) -> "OneToken | None":
+def fuse(module: nn.Module, parts: BlockParts) -> "OneToken | None":
     """Let ``module`` run single tokens in few dispatches, packed or not; None where its layers
     cannot be joined or a GPU's rotary kernel is not trusted. Call ``watch`` once the module is
     final."""
@@ -100,7 +100,7 @@ class _Halves:
     """What runs before attention and after it; ``mlp`` are the products of a block's second half,
     empty where only attention is fused."""
 
-    parts: Parts
+    parts: BlockParts
     how: Rotary
     qkv: Joined
     out: Joined

@@ -29,7 +29,7 @@ class Node:
 
 
 @dataclass(eq=False)
-class Call:
+class GraphCall:
     """A call of ``what``, the first array that it ``made``, and the names of its inputs and
     outputs."""
 
@@ -46,16 +46,16 @@ class Graph:
     the readers of the result."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[GraphCall] = []
         self.makers: dict[str, Node] = {}
-        self.readers: dict[str, set[Node | Call | None]] = defaultdict(set)
+        self.readers: dict[str, set[Node | GraphCall | None]] = defaultdict(set)
 
     def note(self, kind: str, what: Any, handed: list[mx.array],
              shapes: list[tuple[int, ...]]) -> list[mx.array]:
         """Record a call that reads ``handed``. It returns arrays of ``shapes`` that depend on
         these inputs and stand for its results; their values mean nothing."""
         made = mx.depends([mx.zeros(shape, handed[0].dtype) for shape in shapes], handed)
-        self.calls.append(Call(kind, what, made[0]))
+        self.calls.append(GraphCall(kind, what, made[0]))
         return made
 
     def through(self, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...],

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.errors import Unsupported
-from mlxquant.layers.graph import Call, Graph, Node
+from mlxquant.layers.graph import Graph, GraphCall, Node
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.hooks import intercepted
 from mlxquant.layers.replicated import ReplicatedLinear, ReplicatedSwitchLinear
@@ -97,7 +97,7 @@ class _Traced(Graph):
                 raise Unsupported(" ".join(str(error).split()) or type(error).__name__) from error
             finally:
                 network.update(tree_unflatten(weights))
-        self.of: dict[str, list[Call]] = defaultdict(list)  # the calls by their layers' paths
+        self.of: dict[str, list[GraphCall]] = defaultdict(list)  # the calls by their layers' paths
         self.layers: dict[str, str] = {}  # the linear layers by what they make
         paths = {id(module): path for path, module in modules.items()}
         for call in self.calls:

@@ -30,7 +30,7 @@ from mlxquant.layers.unpacked import (
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainedParts:
     """What is trained beside scales. ``norms``: the weights of normalisation layers. ``codes``: how
     many levels u = 1 moves a code (0: codes stay); ``starts``: by layer path, where codes start, in
     levels from the middle of their cell (default 0). ``specs``: by layer path, what was asked."""
@@ -50,7 +50,7 @@ class Trainable:
     the network has scales.
     """
 
-    def __init__(self, network: nn.Module, dtype: mx.Dtype, parts: Parts = Parts(),
+    def __init__(self, network: nn.Module, dtype: mx.Dtype, parts: TrainedParts = TrainedParts(),
                  blocks: list[Block] | None = None):
         self.network, self.dtype = network, dtype
         self.stored = {path: array.dtype for path, array in tree_flatten(network.parameters())}
@@ -118,7 +118,7 @@ class Trainable:
         return self.network
 
 
-def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
+def _unpack(network: nn.Module, parts: TrainedParts, blocks: list[Block]) -> None:
     """Replace quantised layers of ``blocks`` by ones with a gradient, others by dense ones."""
     inside, made = tuple(block.full("") for block in blocks), []
     for path, module in network.named_modules():
@@ -140,7 +140,7 @@ def _unpack(network: nn.Module, parts: Parts, blocks: list[Block]) -> None:
     network.update_modules(tree_unflatten(made))
 
 
-def _trained(network: nn.Module, parts: Parts
+def _trained(network: nn.Module, parts: TrainedParts
              ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """θ₀ and s by path. The unit s of a group's scale is itself; of its centre, ``centre_steps``;
     of an input's or output's scaling, its replica's root mean square; of a column scale, itself; of

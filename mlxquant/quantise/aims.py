@@ -22,7 +22,7 @@ PREDICTED = 512  # tokens of a step whose predictions are compared
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """A call of a block for one batch, with inputs computed by quantised blocks (``halt``), and the
     output that the float block gave for the same batch in the float model (``wanted``)."""
 
@@ -41,7 +41,7 @@ class Call:
         return floats(self.halt.own(*args, **kwargs))
 
 
-class Outputs:
+class OutputLoss:
     """The loss on the float block's outputs. ``told`` is recorded with errors to name their unit:
     empty for shares of the output's energy."""
 
@@ -50,12 +50,12 @@ class Outputs:
     def prepare(self) -> None:
         """Called once before training."""
 
-    def data(self, call: Call, random: np.random.Generator | None = None) -> list[mx.array]:
+    def data(self, call: BlockCall, random: np.random.Generator | None = None) -> list[mx.array]:
         """All arrays of a call's arguments, then the arrays that ``error`` compares with. Where
         only some tokens are compared, ``random`` draws them; without it they stay the same."""
         return [*arrays(call.halt.given()), *floats(call.halt.shelf.read(call.wanted))]
 
-    def error(self, call: Call, *data: mx.array) -> mx.array:
+    def error(self, call: BlockCall, *data: mx.array) -> mx.array:
         """The error of the block's outputs ŷ against the float block's y: half the mean over tokens
         of ‖y − ŷ‖² / ‖y‖², half Σ‖y − ŷ‖² / Σ‖y‖². The first half weights all tokens alike, as the
         next block's norm does. The hidden states of a few tokens are hundreds of times as large as
@@ -70,11 +70,11 @@ class Outputs:
         return mx.stack(errors).mean()
 
 
-OUTPUTS = Outputs()
+OUTPUTS = OutputLoss()
 
 
 @dataclass(frozen=True)
-class Predictions(Outputs):
+class PredictionLoss(OutputLoss):
     """The loss on the predictions that ``head``, the source model's own, makes from the float
     block's output. ``turn`` (n, n) is the fused rotation of the blocks' outputs, which the head
     does not have."""
@@ -86,7 +86,7 @@ class Predictions(Outputs):
     def prepare(self) -> None:
         self.head.expand()
 
-    def data(self, call: Call, random: np.random.Generator | None = None) -> list[mx.array]:
+    def data(self, call: BlockCall, random: np.random.Generator | None = None) -> list[mx.array]:
         wanted, = floats(call.halt.shelf.read(call.wanted))
         tokens = wanted.size // wanted.shape[-1]
         places = mx.array(np.arange(0, tokens, math.ceil(tokens / PREDICTED)) if random is None
@@ -97,7 +97,7 @@ class Predictions(Outputs):
         mx.eval(found[-3:])  # so that the head's temporaries are freed before a step
         return found
 
-    def error(self, call: Call, *data: mx.array) -> mx.array:
+    def error(self, call: BlockCall, *data: mx.array) -> mx.array:
         """The mean over tokens of KL(float ‖ quantised) in nats."""
         left = iter(data)
         y, = call.outputs(left)

@@ -31,7 +31,7 @@ from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
 from mlxquant.quantise.observe import Observation
-from mlxquant.quantise.plans import STACKS, Plan, inputs_of, plan_blocks
+from mlxquant.quantise.plans import STACKS, BlockPlan, inputs_of, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import Trial, stored_bits
@@ -119,7 +119,7 @@ class _Measure:
         return output_importance(lambda: lazily_dense(open_original(self.folder)[0]),
                                  list(map(mx.array, batches)), self.job.seed)
 
-    def _trials(self, block: Block, plan: Plan,
+    def _trials(self, block: Block, plan: BlockPlan,
                 seen: Observation) -> Iterator[tuple[Trial, list[Way]]]:
         """What is weighed together, and in which ways: replicated siblings of one spec, which share
         scales where they are stored alike; others each by itself. What is fixed has one way, which

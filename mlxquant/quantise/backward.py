@@ -23,7 +23,7 @@ from mlxquant.layers.hooks import call_order, intercepted
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class BackwardCall:
     """A block's call: its positional and keyword arguments (``given``), its output, and the
     gradients by the output's floating-point arrays (``cotangents``)."""
 
@@ -66,7 +66,7 @@ class Backward:
         self.network, self.tokens, self._opened = opened(), tokens, opened
         self.blocks = find_blocks(self.network)
         self._order = call_order(self.network, self.blocks)
-        self._calls: list[Call] = []
+        self._calls: list[BackwardCall] = []
         weights = find_blocks(opened())
         places = {id(block.module): index for index, block in enumerate(self.blocks)}
 
@@ -75,12 +75,13 @@ class Backward:
             with _read(module, weights[index], index in self._order[len(self._calls) + 1:]):
                 output = own(*args, **kwargs)
                 mx.eval(floats((output, given)))
-            self._calls.append(Call(self.blocks[index], given, output, []))
+            self._calls.append(BackwardCall(self.blocks[index], given, output, []))
             return output
 
         self.head = Head(self.network, self.blocks, tokens, through)
 
-    def calls(self, judge: Judge) -> Iterator[tuple[Call, Callable[[list[mx.array]], None]]]:
+    def calls(self, judge: Judge
+              ) -> Iterator[tuple[BackwardCall, Callable[[list[mx.array]], None]]]:
         """The blocks' calls, the last first, each with the gradients of the summed ``judge`` by its
         outputs; meanwhile its block holds its weights. The function yielded with a call must be
         given the gradients by the call's float arguments."""

@@ -26,11 +26,11 @@ from mlx_lm.utils import dequantize_model
 from mlxquant.base.errors import MlxquantError, first_line
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.traffic import leaf_modules
-from mlxquant.layers.trainable import Parts, Trainable
-from mlxquant.quantise.aims import OUTPUTS, Call, Outputs
+from mlxquant.layers.trainable import Trainable, TrainedParts
+from mlxquant.quantise.aims import OUTPUTS, BlockCall, OutputLoss
 from mlxquant.quantise.blocks import restore
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import Plan
+from mlxquant.quantise.plans import BlockPlan
 from mlxquant.quantise.results import BlockResult
 from mlxquant.quantise.training import Rate, State, Training
 
@@ -55,14 +55,15 @@ class BlockTuner:
     job: Job
     report: Report
     untrained: dict[str, str] = field(default_factory=dict)
-    aims: Mapping[str, Outputs] = field(default_factory=dict)
+    aims: Mapping[str, OutputLoss] = field(default_factory=dict)
 
     @property
     def _rate(self) -> float:
         """The learning rate of scales at the first step."""
         return RATE * min(2.0, max(1.0, math.sqrt(_FULL / self.job.tuning.steps)))
 
-    def tune(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call]) -> None:
+    def tune(self, block: Block, plan: BlockPlan, result: BlockResult,
+             calls: list[BlockCall]) -> None:
         """Train the quantised layers of a block in ``result``, and record there the errors before
         and after, or why it cannot be trained. The block's module keeps its structure."""
         if not plan.specs or not self.job.tunes(plan.specs.values()):
@@ -80,8 +81,8 @@ class BlockTuner:
             result.tuned = {"left": reason}
             print(f"{block.path or 'the block'} is left untuned: {reason}", file=sys.stderr)
 
-    def _tried(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call],
-               aim: Outputs) -> str | None:
+    def _tried(self, block: Block, plan: BlockPlan, result: BlockResult, calls: list[BlockCall],
+               aim: OutputLoss) -> str | None:
         """Train a block; returns None, or the reason why it cannot be trained."""
         try:
             aim.prepare()
@@ -91,12 +92,13 @@ class BlockTuner:
             return first_line(error)
         return None
 
-    def _train(self, block: Block, plan: Plan, result: BlockResult, calls: list[Call],
-               aim: Outputs) -> None:
+    def _train(self, block: Block, plan: BlockPlan, result: BlockResult, calls: list[BlockCall],
+               aim: OutputLoss) -> None:
         with _as_stored(block.module, result):
             remainders = result.remainders
-            parts = Parts(codes=CODES_RATE / self._rate, specs=plan.specs, starts={  # exact in fp16
-                path: remainders.pop(path).astype(mx.float16) / 256 for path in list(remainders)})
+            starts = {path: remainders.pop(path).astype(mx.float16) / 256  # exact
+                      for path in list(remainders)}
+            parts = TrainedParts(codes=CODES_RATE / self._rate, specs=plan.specs, starts=starts)
             student = Trainable(block.module, mx.float32, parts, [Block("", block.module)])
             dequantize_model(block.module)  # what else is quantised
             state = self._best(student, calls, aim)
@@ -109,7 +111,7 @@ class BlockTuner:
         result.tuned = aim.told | {"before": state.first_loss, "after": state.best_loss,
                                    "moved": moved + result.tuned.get("moved", 0)}
 
-    def _best(self, student: Trainable, calls: list[Call], aim: Outputs) -> State:
+    def _best(self, student: Trainable, calls: list[BlockCall], aim: OutputLoss) -> State:
         """Train on the calls in random order, repeatedly; returns the final state, which includes
         the best one."""
         held = max(1, len(calls) // _HELD_OUT)
@@ -162,7 +164,7 @@ def summary(tuned: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
     return gains, notes
 
 
-def _alike(calls: list[Call]) -> bool:
+def _alike(calls: list[BlockCall]) -> bool:
     """Whether calls differ only in arrays, which are a compiled step's inputs."""
     numbers = calls[0].numbers()
     return all(isinstance(n, (type(None), str, int, float)) for n in numbers) and all(

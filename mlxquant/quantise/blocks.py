@@ -21,7 +21,7 @@ from mlxquant.quantise.experts import quantise_experts, quantise_stacks
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
 from mlxquant.quantise.methods import METHODS, Balance, Codes
 from mlxquant.quantise.observe import Observation, Routed, linears
-from mlxquant.quantise.plans import STACKS, Plan
+from mlxquant.quantise.plans import STACKS, BlockPlan
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult, Work
 from mlxquant.quantise.settings import Settings
@@ -30,7 +30,8 @@ from mlxquant.quantise.storing import Around, store
 _INSIDE = 0.45  # of a level: as far from the middle of its cell as training starts a code
 
 
-def quantise_block(block: Block, plan: Plan, seen: Observation, settings: Settings) -> BlockResult:
+def quantise_block(block: Block, plan: BlockPlan, seen: Observation,
+                   settings: Settings) -> BlockResult:
     """Quantise the layers of a block that is dense in float32, as its plan says. Raises
     ``BadValue`` for a weight so large that its scale would be infinite."""
     work = Work(block, plan, settings, BlockResult(dict(plan.entries), tensors=dict(plan.kept)))

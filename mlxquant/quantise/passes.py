@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.layers.blocks import Block
-from mlxquant.quantise.aims import Call
+from mlxquant.quantise.aims import BlockCall
 from mlxquant.quantise.block_tuning import BlockTuner
 from mlxquant.quantise.blocks import quantise_block, rebuild
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.observe import Observation, Watch
-from mlxquant.quantise.plans import Plan
+from mlxquant.quantise.plans import BlockPlan
 from mlxquant.quantise.profile import step
 from mlxquant.quantise.results import BlockResult
 from mlxquant.quantise.settings import Settings
@@ -30,7 +30,7 @@ class Passes:
 
     network: nn.Module
     blocks: list[Block]
-    plans: list[Plan]
+    plans: list[BlockPlan]
     files: list[Path]
     turn: mx.array | None
     settings: Settings
@@ -59,13 +59,13 @@ class Passes:
             index, block = visit.index, self.blocks[visit.index]
             first, idle = index not in seen, self.files[index].exists()
             watch = Watch(dense_block(block, self.turn) if first else block.module)
-            calls = list[Call]()
+            calls = list[BlockCall]()
             for task, beside in zip_longest(visit.quantised, visit.floats):
                 target = None
                 if beside is not None:
                     with step("float pass"):
                         output, target = watch.run(beside.stand.run)
-                        calls += [Call(task.stand, output)] if self.tuner and first else []
+                        calls += [BlockCall(task.stand, output)] if self.tuner and first else []
                         beside.go_on(output)
                 if first and not idle:
                     with step("observing"):
@@ -87,7 +87,7 @@ class Passes:
                 yield index, self._result(index, Watch(dense_block(block, self.turn)).seen)
 
     def _result(self, index: int, seen: Observation | None,
-                calls: list[Call] | None = None) -> BlockResult:
+                calls: list[BlockCall] | None = None) -> BlockResult:
         """A block's result: read from its file or, where there is none, computed and written."""
         block, file = self.blocks[index], self.files[index]
         if file.exists() or seen is None:

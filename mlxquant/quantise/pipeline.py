@@ -32,14 +32,14 @@ from mlxquant.layers.traffic import leaf_modules
 from mlxquant.model.loading import LanguageModel, load, open_tokenizer, vocabulary_of
 from mlxquant.model.original import open_original
 from mlxquant.quantise import assembly, calibration, card, room, rotation
-from mlxquant.quantise.aims import Predictions
+from mlxquant.quantise.aims import PredictionLoss
 from mlxquant.quantise.assignment import assign
 from mlxquant.quantise.block_tuning import BlockTuner, summary
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.job import Job, Made, Progress, Text
 from mlxquant.quantise.passes import Passes
-from mlxquant.quantise.plans import LAYERS, Plan, plan_blocks, plan_ends
+from mlxquant.quantise.plans import LAYERS, BlockPlan, plan_blocks, plan_ends
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.results import BlockResult, Body
@@ -216,12 +216,12 @@ class Run:
                          finish=finish)
         return config
 
-    def _tuner(self, plans: list[Plan], turn: mx.array | None,
+    def _tuner(self, plans: list[BlockPlan], turn: mx.array | None,
                progress: Progress) -> BlockTuner | None:
         """What trains the blocks, where there is text and any is to be trained."""
         job = self.job
         wanted = job.calibrated and any(job.tunes(plan.specs.values()) for plan in plans)
-        aims = {path: Predictions(head, turn) for path, head in self.needs.predicting.items()}
+        aims = {path: PredictionLoss(head, turn) for path, head in self.needs.predicting.items()}
         return BlockTuner(job, lambda done, steps, error: progress(
             done, steps, error, "tuning"), self.needs.untrained, aims) if wanted else None
 

@@ -32,7 +32,7 @@ Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
 @dataclass
-class Plan:
+class BlockPlan:
     """The spec of each layer of a block by its path there; in those that are ``fixed`` a rule or
     the architecture set it, and a budget leaves it as it is. ``kept`` are the tensors, and
     ``entries`` the config's, of what stays as stored: layers that are not quantised, and numbers
@@ -46,7 +46,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_blocks(network: nn.Module, blocks: list[Block], job: Job) -> list[Plan]:
+def plan_blocks(network: nn.Module, blocks: list[Block], job: Job) -> list[BlockPlan]:
     """The plans of a network's blocks, whose parameters are still as stored."""
     return [_plan(network, block, job) for block in blocks]
 
@@ -58,10 +58,10 @@ def ends_of(network: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
             if isinstance(module, ENDS) and not path.startswith(inside)}
 
 
-def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> Plan:
+def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> BlockPlan:
     """The specs of the layers outside a network's blocks that are rounded: to the job's width, or,
     where a fused rotation spoils the codes that they have, to the width of these."""
-    plan, ends, fused = Plan(), ends_of(network, blocks), job.spec.rotation == "fused"
+    plan, ends, fused = BlockPlan(), ends_of(network, blocks), job.spec.rotation == "fused"
     own = next((getattr(module, "bits", None) for module in ends.values()), None)
     bits = job.embedding_bits or (own if fused else None)
     if bits is None:
@@ -79,8 +79,8 @@ def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> Plan:
     return plan
 
 
-def _plan(network: nn.Module, block: Block, job: Job) -> Plan:
-    plan, cast = Plan(), getattr(network, "cast_predicate", lambda path: True)
+def _plan(network: nn.Module, block: Block, job: Job) -> BlockPlan:
+    plan, cast = BlockPlan(), getattr(network, "cast_predicate", lambda path: True)
     modules = leaf_modules(block.module)
     layers = tuple(f"{path}." for path, module in modules if type(module) in LAYERS)
     plan.kept = {path: array for path, array in tree_flatten(block.module.parameters())

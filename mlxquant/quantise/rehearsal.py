@@ -19,13 +19,13 @@ from mlxquant.layers.hooks import listened
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.assembly import Outside, blocks_of, result_config
 from mlxquant.quantise.job import Job
-from mlxquant.quantise.plans import EXPERTS, Plan, inputs_of, plan_blocks, plan_ends
+from mlxquant.quantise.plans import EXPERTS, BlockPlan, inputs_of, plan_blocks, plan_ends
 from mlxquant.quantise.results import BlockResult, Body
 from mlxquant.quantise.storing import Around, describe, describe_replicas
 
 
-def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block], plans: list[Plan],
-             job: Job) -> nn.Module:
+def rehearse(network: nn.Module, config: dict[str, Any], blocks: list[Block],
+             plans: list[BlockPlan], job: Job) -> nn.Module:
     """The network that a job makes, without weights; embedding and head are dense unless the job
     rounds them. Raises ``Unsupported`` where it would not load."""
     inputs = given_inputs(network, blocks) if job.calibrated else {}
@@ -80,7 +80,7 @@ def given_inputs(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]
     return found
 
 
-def _described(block: Block, plan: Plan, inputs: dict[str, mx.array], job: Job) -> BlockResult:
+def _described(block: Block, plan: BlockPlan, inputs: dict[str, mx.array], job: Job) -> BlockResult:
     """The entries of one block."""
     result = BlockResult(plain=dict(plan.entries))
     modules = dict(leaf_modules(block.module))

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlxquant.base.storage import save_arrays
 from mlxquant.layers.blocks import Block
 from mlxquant.layers.formats import Entries
-from mlxquant.quantise.plans import Plan
+from mlxquant.quantise.plans import BlockPlan
 from mlxquant.quantise.settings import Settings
 
 
@@ -75,6 +75,6 @@ class Work:
     and the result so far."""
 
     block: Block
-    plan: Plan
+    plan: BlockPlan
     settings: Settings
     result: BlockResult

@@ -23,7 +23,7 @@ from mlxquant.quantise.aims import PREDICTED
 from mlxquant.quantise.ends import bytes_held
 from mlxquant.quantise.job import Job, Target
 from mlxquant.quantise.observe import keeps_experts_apart
-from mlxquant.quantise.plans import EXPERTS, LAYERS, Plan, inputs_of, plan_blocks
+from mlxquant.quantise.plans import EXPERTS, LAYERS, BlockPlan, inputs_of, plan_blocks
 from mlxquant.quantise.rehearsal import given_inputs
 from mlxquant.quantise.replica import AT_ONCE
 from mlxquant.quantise.walk import batch_size
@@ -79,7 +79,7 @@ def _smaller(job: Job) -> Iterator[list[tuple[str, Job]]]:
     """Jobs that take less, by the options that make them so; of each kind the nearest first."""
     if job.calibrated:
         yield [(f"--sequence-length {short.length}", job.changed(length=short.length))
-               for short in _shorter(Batch(1, job.text.length, 0))]
+               for short in _shorter(BatchShape(1, job.text.length, 0))]
     if job.tuning.tune_blocks:
         yield [("--no-tune-blocks", job.changed(tune_blocks=False))]
     if job.propagation == "corrected":
@@ -120,7 +120,7 @@ class _Siblings:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """The tokens that run through a block at once: ``windows`` of ``length`` tokens, in a network
     with so many ``heads`` of attention."""
 
@@ -144,8 +144,8 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     training does not fit are not trained, unless ``tune_blocks`` is set."""
     plans, limit = plan_blocks(network, blocks, job), memory_limit()
     given = given_inputs(network, blocks) if job.calibrated else {}
-    batch = (Batch(min(job.text.samples, batch_size()), job.text.length, heads) if given
-             else Batch(1, 2, heads))
+    batch = (BatchShape(min(job.text.samples, batch_size()), job.text.length, heads) if given
+             else BatchShape(1, 2, heads))
     embeddings = sum(traffic.own_bytes(m) for _, m in network.named_modules()
                      if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
     grouped = [(block, list(_groups(block, plan, given, job)))
@@ -156,7 +156,7 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
     width = next(iter(given.values())).shape[-1] if given else 0
     state = 4 * (1 + bool(tuned or job.propagation == "corrected")) * width
 
-    def trained(block: Block, groups: list[_Siblings], batch: Batch) -> float:
+    def trained(block: Block, groups: list[_Siblings], batch: BatchShape) -> float:
         return state * batch.tokens + _training_bytes(block, groups, batch)
 
     steps, untrained = [_block_bytes(block, plan, groups, job, batch)
@@ -186,14 +186,14 @@ def needs(network: nn.Module, blocks: list[Block], job: Job, heads: int) -> Need
                  spills * waiting, untrained, predicting)
 
 
-def _shorter(batch: Batch) -> list[Batch]:
+def _shorter(batch: BatchShape) -> list[BatchShape]:
     """Batches of shorter windows, the nearest first."""
     return [replace(batch, length=batch.length >> half) for half in (1, 2, 3)
             if batch.length >> half >= _SHORTEST]
 
 
 def _weighing_bytes(network: nn.Module, groups: list[tuple[Block, list[_Siblings]]], width: int,
-                    batch: Batch, target: Target) -> float:
+                    batch: BatchShape, target: Target) -> float:
     """What weighing layers for a budget takes. Its gradients: embedding and head in float32, what
     goes into all blocks of ``width`` numbers a token, and one block, as stored and in float32, or
     some of the logits."""
@@ -211,7 +211,7 @@ def _weighing_bytes(network: nn.Module, groups: list[tuple[Block, list[_Siblings
                + max(_WEIGHED_LOGITS * logits, *blocks))
 
 
-def _training_bytes(block: Block, groups: list[_Siblings], batch: Batch,
+def _training_bytes(block: Block, groups: list[_Siblings], batch: BatchShape,
                     head: Head | None = None) -> float:
     """What training a block takes, with its codes as they are stored; for the predictions of
     ``head``, if any."""
@@ -225,8 +225,8 @@ def _training_bytes(block: Block, groups: list[_Siblings], batch: Batch,
     return _EXPERT * experts + max(begin, end)
 
 
-def _block_bytes(block: Block, plan: Plan, groups: list[_Siblings], job: Job,
-                 batch: Batch) -> float:
+def _block_bytes(block: Block, plan: BlockPlan, groups: list[_Siblings], job: Job,
+                 batch: BatchShape) -> float:
     """What one block takes, at the step that takes the most; training apart."""
     modules = traffic.leaf_modules(block.module)
     weights = sum(traffic.float32_bytes(module) for _, module in modules)
@@ -248,7 +248,8 @@ def _numbers(block: Block, groups: list[_Siblings]) -> int:
     return outputs + sum(run[group.first].chosen * group.inputs for group in groups)
 
 
-def _groups(block: Block, plan: Plan, given: dict[str, mx.array], job: Job) -> Iterator[_Siblings]:
+def _groups(block: Block, plan: BlockPlan, given: dict[str, mx.array],
+            job: Job) -> Iterator[_Siblings]:
     """The block's siblings in the order of their calls; layers by themselves where nothing is
     calibrated."""
     found: dict[int | str, list[str]] = {}
@@ -273,7 +274,7 @@ def _ends(network: nn.Module, blocks: list[Block]) -> int:
     return sum(array.nbytes for array in arrays_outside(network, blocks).values())
 
 
-def _stored_bytes(block: Block, plan: Plan) -> float:
+def _stored_bytes(block: Block, plan: BlockPlan) -> float:
     total = 0.0
     for path, module in traffic.leaf_modules(block.module):
         spec = plan.specs.get(path)

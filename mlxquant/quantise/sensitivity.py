@@ -23,7 +23,7 @@ from mlxquant.base.trees import floats, with_floats
 from mlxquant.layers.blocks import Block, find_blocks
 from mlxquant.layers.head import Judge
 from mlxquant.layers.hooks import intercepted
-from mlxquant.quantise.backward import Backward, Call
+from mlxquant.quantise.backward import Backward, BackwardCall
 from mlxquant.quantise.observe import linears
 from mlxquant.quantise.profile import step
 
@@ -83,7 +83,7 @@ def _log_likelihood(key: mx.array) -> Judge:
     return judge
 
 
-def _squares(call: Call) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
+def _squares(call: BackwardCall) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
     """(path, sums (m,) of its outputs' squared gradients) for each call of a layer in the block;
     and the gradients by the block's float arguments."""
     inputs, shapes = floats(call.given), list[tuple[str, mx.array]]()
@@ -99,7 +99,7 @@ def _squares(call: Call) -> tuple[list[tuple[str, mx.array]], list[mx.array]]:
             for (path, _), slope in zip(shapes, slopes)], slopes[len(zeros):]
 
 
-def _run(call: Call, inputs: list[mx.array],
+def _run(call: BackwardCall, inputs: list[mx.array],
          change: Callable[[str, mx.array], mx.array | None]) -> Any:
     """The block's output for other ``inputs`` in place of its float arguments. ``change(path, y)``
     replaces a layer's output y, unless it returns None."""

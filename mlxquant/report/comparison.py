@@ -21,7 +21,7 @@ from mlxquant.report.divergence import Divergence, divergence
 from mlxquant.report.figure import figure
 
 if TYPE_CHECKING:  # these need lm-eval
-    from mlxquant.report.tasks import Score, Task
+    from mlxquant.report.tasks import BuiltTask, Score
 
 _REPLICAS = dict(method="replica", rotation="online")
 _EIGHT = dict(method="smoothquant", group_size=Whole.ROW, activation=ActivationSpec())
@@ -66,11 +66,11 @@ class Evaluation:
     text: str | Path
     context: int = 1024
     windows: int | None = None
-    tasks: "Sequence[Task]" = ()
+    tasks: "Sequence[BuiltTask]" = ()
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """One method at one width; a value that does not apply is None."""
 
     method: str
@@ -91,7 +91,7 @@ class Row:
 
 def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list[Width],
             job: Job | None = None, original: bool = True,
-            progress: Callable[[str], None] = lambda *_: None) -> Iterator[Row]:
+            progress: Callable[[str], None] = lambda *_: None) -> Iterator[ComparedRow]:
     """Yield a row for the original, unless not asked for, and one for every method and width.
 
     All run densely in float32, so that rows differ by their weights alone. ``job`` says what the
@@ -135,20 +135,20 @@ def _job(method: str, width: Width, common: Job) -> Job:
 
 
 def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job | None = None,
-         made: Made | None = None) -> Row:
+         made: Made | None = None) -> ComparedRow:
     """A row of what was measured, asked and made; only the original's has no ``job``."""
     spec: dict[str, Any] = job.spec.as_dict() if job else {
         "bits": 16, "group_size": None, "rotation": None}
     replicated = spec if spec.get("method") == "replica" else {}
     measured = ("bits_per_weight", "file_bytes", "perplexity", "kl_mean", "top1_agreement")
-    return Row(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
+    return ComparedRow(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
                replicas=replicated.get("replicas"), replica_group=replicated.get("replica_group"),
                **{key: getattr(quality, key) for key in measured},
                seconds=made.seconds if made else None,
                peak_memory_gb=made.peak_memory / 1e9 if made else None, tasks=scores)
 
 
-def table(rows: list[Row]) -> list[list[str]]:
+def table(rows: list[ComparedRow]) -> list[list[str]]:
     """The rows as text for a table, its head first."""
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -168,7 +168,7 @@ def table(rows: list[Row]) -> list[list[str]]:
         for r in rows)]
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[ComparedRow], path: Path) -> None:
     """Draw perplexity over whole-folder bytes, a line for each method, into a PNG or SVG file."""
     with figure(path, (7, 4.5)) as (axes,):
         for method in dict.fromkeys(r.method for r in rows):

@@ -67,7 +67,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Form):
+class PlanRow(Form):
     """A form with one format of keys and values. ``tps`` is for one sequence at the full context:
     predicted or, where ``tps_source`` says "ceiling", what bandwidth allows at most."""
 
@@ -93,8 +93,8 @@ class Plan:
     context: int
     memory_bytes: int
     machine: str
-    rows: list[Row]
-    recommended: Row | None
+    rows: list[PlanRow]
+    recommended: PlanRow | None
     remarks: list[str]
 
 
@@ -146,7 +146,7 @@ def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Predict
                    weights=model.weights, cost=_stored(config)[1])
 
 
-def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
+def recommend(rows: list[PlanRow], min_tps: float = 0.0) -> PlanRow | None:
     """The fastest row whose expected perplexity is within 2 % of the best, of those that fit, are
     fast enough and do not slow down by their replicas. Qualities are compared only where they come
     from one kind of source: this model's, else another's, else published ones."""
@@ -160,7 +160,7 @@ def recommend(rows: list[Row], min_tps: float = 0.0) -> Row | None:
     return max(close, key=lambda row: (row.kv_bits, row.tps or 0, -row.total_bytes), default=None)
 
 
-def choose(result: Plan, rows: list[Row], chip: str | None = None) -> Row:
+def choose(result: Plan, rows: list[PlanRow], chip: str | None = None) -> PlanRow:
     """What ``recommend`` takes of those ``rows`` of a plan that can be made. Raises ``BadValue``
     where nothing is known of the quality of any, ``TooLarge`` where none fits."""
     if (row := recommend(rows)) is not None:
@@ -255,7 +255,7 @@ def _judged(name: str, form: Form) -> Form:
 
 
 def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
-          machine: Host) -> Iterator[Row]:
+          machine: Host) -> Iterator[PlanRow]:
     """A form with each format of keys and values."""
     stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
     held, read = stored, traffic.weight_bytes(network)
@@ -271,6 +271,6 @@ def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
                 weights=model.weights, cost=cost).tps
         elif machine.ceiling is not None:
             source, tps = "ceiling", 1e9 * machine.ceiling / moved
-        yield Row(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
+        yield PlanRow(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
                   kv_bytes=size, total_bytes=total, bytes_per_token=moved,
                   fits=total <= machine.memory, tps=tps, tps_source=source)

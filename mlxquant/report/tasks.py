@@ -76,7 +76,7 @@ def shown(share: float | None, stderr: float | None) -> str:
 class Answers:
     """What a model chose for every question of a task, and how that was marked, from 0 to 1."""
 
-    task: "Task"
+    task: "BuiltTask"
     chosen: list[Any]
     marks: list[float]
 
@@ -87,7 +87,7 @@ class Answers:
         return Score(self.task.name, self.task.metric, len(self.marks), *_mean(self.marks), *beside)
 
 
-class Task:
+class BuiltTask:
     """A task of lm-eval with its prompts built; ``name`` is a file's or lm-eval's own."""
 
     def __init__(self, task: Any, name: str, questions: int | None):
@@ -195,7 +195,7 @@ class _Model(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance],
                               disable_tqdm: bool = True) -> list[float]:
-        raise NotImplementedError  # ``Task`` refuses what would ask for it
+        raise NotImplementedError  # ``BuiltTask`` refuses what would ask for it
 
 
 def _likelihood(logits: mx.array, continuation: list[int]) -> tuple[float, bool]:
@@ -207,7 +207,7 @@ def _likelihood(logits: mx.array, continuation: list[int]) -> tuple[float, bool]
     return -loss.item(), bool(greedy.item())
 
 
-def prepare(names: Sequence[str], questions: int | None = None) -> list[Task]:
+def prepare(names: Sequence[str], questions: int | None = None) -> list[BuiltTask]:
     """The tasks called ``names``, each with its first ``questions`` (None: all).
 
     A name is a file of JSON lines, an lm-eval task in a ``.yaml`` file, or a task or group by
@@ -225,7 +225,7 @@ def prepare(names: Sequence[str], questions: int | None = None) -> list[Task]:
             raise MlxquantError(f"no such file: {name}")
         found = ({Path(name).stem: task_files.read(Path(name))} if name.endswith(".jsonl") else
                  _of_harness(name))
-        tasks += [Task(task, own, questions) for own, task in found.items()]
+        tasks += [BuiltTask(task, own, questions) for own, task in found.items()]
     return tasks
 
 

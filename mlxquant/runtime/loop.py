@@ -37,7 +37,7 @@ MATCHED = (3, 2)  # tokens that must occur before, longest first
 _PREFILL = 2048
 
 
-class Step(NamedTuple):
+class NextToken(NamedTuple):
     """A token, whether it was guessed, and the log-probabilities (vocabulary,) behind it."""
 
     token: int
@@ -90,7 +90,7 @@ class Loop:
                 f"{model.vocabulary}; a draft needs the same vocabulary")
 
     def steps(self, model: LanguageModel, request: Request, cache: PromptCache, cached: int,
-              progress: PromptProgress) -> Generator[Step, None, None]:
+              progress: PromptProgress) -> Generator[NextToken, None, None]:
         """The tokens after a prompt whose first ``cached`` are in ``cache``."""
         sampling, fresh = request.sampling, request.prompt[cached:]
         if self.lookup:
@@ -109,11 +109,11 @@ class Loop:
             logits_processors=sampling.processors(request.prompt[:cached]), **options))
 
 
-def _told(made: Generator[Any, None, None]) -> Generator[Step, None, None]:
+def _told(made: Generator[Any, None, None]) -> Generator[NextToken, None, None]:
     """The results of mlx-lm's loops as steps; one of the loops yields whether it guessed."""
     with closing(made):
         for token, logprobs, *guessed in made:
-            yield Step(token, any(guessed), logprobs)
+            yield NextToken(token, any(guessed), logprobs)
 
 
 def _try_kv_bits(model: LanguageModel, bits: int) -> None:
@@ -132,7 +132,7 @@ def _try_kv_bits(model: LanguageModel, bits: int) -> None:
 
 
 def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,
-                  progress: PromptProgress) -> Generator[Step, None, None]:
+                  progress: PromptProgress) -> Generator[NextToken, None, None]:
     """Tokens after a prompt of which the last ``fresh`` are not in the cache yet."""
     sampler, processors = request.sampling.sampler(model), request.sampling.processors()
     found, pending, left = _Occurrences(request.prompt), request.prompt[-fresh:], request.max_tokens
@@ -163,7 +163,7 @@ def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loo
             left -= right + 1
             for i, token in enumerate(tokens[:right + 1]):
                 found.append(token)
-                yield Step(token, i < right, logprobs[i])
+                yield NextToken(token, i < right, logprobs[i])
             pending = tokens[right:right + 1]
 
 

@@ -17,14 +17,14 @@ _TAGS = {"normal": [("<think>", "reasoning")], "reasoning": [("</think>", "norma
 
 
 @dataclass(frozen=True)
-class Part:
+class ReplyPart:
     """Text of one kind, without the markers around it."""
 
     kind: Kind
     text: str
 
 
-class Splitter:
+class ReplySplitter:
     """Sorts a reply, as it comes, into answer, reasoning and tool calls, by the tokenizer's markers
     or ``<think>``; ``prompt`` tells whether the template has already opened the reasoning."""
 
@@ -38,19 +38,19 @@ class Splitter:
         self._state = machine.make_state(
             tokenizer.response_initial_state or ("reasoning" if opened else "normal"))
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[ReplyPart]:
         """The parts that ``text`` adds; what may yet become a marker is held back.
 
         An empty part stands where a marker ended one kind and began another.
         """
         self._state, segments = TextStateMachine.split(self._state, text)
-        parts = [Part(_KINDS.get(state, "answer"), piece) for state, piece in segments]
+        parts = [ReplyPart(_KINDS.get(state, "answer"), piece) for state, piece in segments]
         return [part for part in parts if part.text or len(parts) > 1]
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ReplyPart]:
         """What was held back and turned out to be no marker."""
         self._state, rest, state = TextStateMachine.flush(self._state)
-        return [Part(_KINDS.get(state, "answer"), rest)] if rest else []
+        return [ReplyPart(_KINDS.get(state, "answer"), rest)] if rest else []
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Chunk:
     """
 
     text: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ReplyPart, ...] = ()
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None
     report: Report | None = None

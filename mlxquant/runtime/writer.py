@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from mlxquant.base.errors import MlxquantError
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt import Request
-from mlxquant.runtime.reply import Chunk, FinishReason, Scored, Splitter
+from mlxquant.runtime.reply import Chunk, FinishReason, ReplySplitter, Scored
 
 _CONTEXT = 6  # tokens before the new ones, which decide about spaces between words
 _PENDING = 64  # tokens that are held back at most until a character is whole
@@ -29,7 +29,7 @@ class Writer:
         self._request, self._tokenizer = request, model.tokenizer
         self._text = Detokenizer(model.tokenizer, request.prompt if request.continues else ())
         self._stops = StopStrings(request.stop)
-        self._splitter = Splitter(model.tokenizer, request.prompt)
+        self._splitter = ReplySplitter(model.tokenizer, request.prompt)
         self._scored: list[Scored] = []
 
     def add(self, token: int, logprobs: mx.array | None = None) -> Chunk:

@@ -11,13 +11,13 @@ import mlx.core as mx
 from mlxquant.base.version import __version__
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.reply import CallReader, Chunk, Scored
-from mlxquant.server.engine import Job
-from mlxquant.server.forms import ChatForm, Form, TextForm
+from mlxquant.server.engine import ServedReply
+from mlxquant.server.forms import ChatForm, CompletionForm, TextForm
 
 _FINGERPRINT = f"mlxquant-{__version__}-mlx-{mx.__version__}"
 
 
-def head(form: Form, model: LanguageModel) -> dict[str, Any]:
+def head(form: CompletionForm, model: LanguageModel) -> dict[str, Any]:
     """The fields that an answer to a request, and each part of a streamed answer, begin with."""
     chat = isinstance(form, ChatForm)
     kind = "chat.completion" if chat else "text_completion"
@@ -26,7 +26,7 @@ def head(form: Form, model: LanguageModel) -> dict[str, Any]:
             "model": model.name, "system_fingerprint": _FINGERPRINT}
 
 
-def usage(jobs: Sequence[Job]) -> dict[str, Any]:
+def usage(jobs: Sequence[ServedReply]) -> dict[str, Any]:
     """The tokens of all replies; a prompt that several share counts once for each."""
     prompt, cached, made = (sum(job.usage[i] for job in jobs) for i in range(3))
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
@@ -41,7 +41,7 @@ class Choice:
     is told once.
     """
 
-    def __init__(self, index: int, form: Form, model: LanguageModel):
+    def __init__(self, index: int, form: CompletionForm, model: LanguageModel):
         self._index, self._form = index, form
         offered = form.offered if isinstance(form, ChatForm) else []
         self._calls = CallReader(model.tokenizer.tool_parser if offered else None, offered)

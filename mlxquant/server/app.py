@@ -25,7 +25,7 @@ from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.reply import Chunk, joined
 from mlxquant.server import answers, forms
-from mlxquant.server.engine import Engine, Job, Told
+from mlxquant.server.engine import Engine, ServedReply, Told
 from mlxquant.server.forms import Options
 
 _BODY_SECONDS = 60.0
@@ -126,7 +126,7 @@ class _Service:
             watch.cancel()
 
     async def _whole(self, form: forms.AnyForm, wanted: Sequence[Request]) -> Response:
-        jobs: list[Job] = []
+        jobs: list[ServedReply] = []
         chunks: list[list[Chunk]] = [[] for _ in wanted]
         async with aclosing(self._told(wanted, jobs)) as told:
             async for index, event in told:
@@ -139,7 +139,7 @@ class _Service:
 
     async def _streamed(self, form: forms.AnyForm,
                         wanted: Sequence[Request]) -> AsyncGenerator[str]:
-        jobs: list[Job] = []
+        jobs: list[ServedReply] = []
         choices = [answers.Choice(i, form, self._model) for i in range(len(wanted))]
         head = answers.head(form, self._model)
         try:
@@ -156,7 +156,7 @@ class _Service:
             yield _event({**head, "choices": [], "usage": answers.usage(jobs)})
         yield "data: [DONE]\n\n"
 
-    async def _told(self, wanted: Sequence[Request], jobs: list[Job]
+    async def _told(self, wanted: Sequence[Request], jobs: list[ServedReply]
                     ) -> AsyncGenerator[tuple[int, Chunk | tuple[int, int]]]:
         """(index of a request, chunk or prompt progress), until all are answered or the caller
         stops; raises ``HTTPException`` with status 500 where one fails. Puts the jobs, which count
@@ -167,7 +167,7 @@ class _Service:
             with suppress(RuntimeError):  # the event loop has ended, so nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, (index, told))
 
-        jobs += [Job(request, partial(tell, i)) for i, request in enumerate(wanted)]
+        jobs += [ServedReply(request, partial(tell, i)) for i, request in enumerate(wanted)]
         try:
             for job in jobs:
                 self._engine.submit(job)

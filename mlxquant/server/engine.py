@@ -28,7 +28,7 @@ Told = Chunk | tuple[int, int] | MlxquantError  # a piece, prompt tokens read, o
 
 
 @dataclass(eq=False)
-class Job:
+class ServedReply:
     """A reply that somebody waits for.
 
     ``tell`` is called in the computing thread. ``gone`` is set when the client no longer waits.
@@ -68,10 +68,10 @@ class Engine(threading.Thread):
         self._caches = PromptCaches(options.prompt_caches)
         self._side_by_side = options.loop == Loop() and batchable(model)
         self._batch = Batch(model, keep=self._caches.keep)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._jobs: dict[int, Job] = {}
-        self._waiting: deque[Job] = deque()
-        self._rows: dict[int, Job] = {}  # by their number in the batch
+        self._inbox: queue.SimpleQueue[ServedReply | None] = queue.SimpleQueue()
+        self._jobs: dict[int, ServedReply] = {}
+        self._waiting: deque[ServedReply] = deque()
+        self._rows: dict[int, ServedReply] = {}  # by their number in the batch
         self._count, self._stopping = 0, False
         self._group = mx.distributed.init()
 
@@ -79,7 +79,7 @@ class Engine(threading.Thread):
     def healthy(self) -> bool:
         return self.is_alive() and not self._stopping
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: ServedReply) -> None:
         """Have ``job`` answered; its ``tell`` hears a failure where the thread has ended."""
         self._inbox.put(job)
         if not self.is_alive():
@@ -112,7 +112,7 @@ class Engine(threading.Thread):
         news = self._shared(self._collect() if self._group.rank() == 0 else _News())
         for number, request in news.requests.items():
             self._waiting.append(self._jobs.setdefault(
-                number, Job(request, lambda told: None, number=number)))
+                number, ServedReply(request, lambda told: None, number=number)))
         for number in news.gone:
             self._drop(number)
         if news.stop:
@@ -167,7 +167,7 @@ class Engine(threading.Thread):
             except Exception as error:
                 self._end(job, error)
 
-    def _answer_alone(self, job: Job, cache: PromptCache) -> None:
+    def _answer_alone(self, job: ServedReply, cache: PromptCache) -> None:
         def unwanted() -> bool:  # several machines go on together, to the end
             return self._group.size() == 1 and (job.gone or self._stopping)
 
@@ -225,7 +225,7 @@ class Engine(threading.Thread):
         self._batch.close()
         self._batch = Batch(self._model, keep=self._caches.keep)
 
-    def _end(self, job: Job, error: Exception) -> None:
+    def _end(self, job: ServedReply, error: Exception) -> None:
         if not isinstance(error, MlxquantError):
             traceback.print_exception(error)
             error = MlxquantError(

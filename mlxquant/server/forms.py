@@ -110,7 +110,7 @@ _FIELDS: dict[str, Any] = {
 _SamplingForm: Any = create_model("_SamplingForm", **_FIELDS)
 
 
-class Form(_SamplingForm, BaseModel):
+class CompletionForm(_SamplingForm, BaseModel):
     """What both kinds of completion take."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -152,7 +152,7 @@ class Form(_SamplingForm, BaseModel):
                 for request in requests for seed in seeds]
 
 
-class TextForm(Form):
+class TextForm(CompletionForm):
     """A body of /v1/completions."""
 
     prompt: str | list[Any]
@@ -171,7 +171,7 @@ class TextForm(Form):
                                  self.max_tokens, logprobs=self.logprobs)
 
 
-class ChatForm(Form):
+class ChatForm(CompletionForm):
     """A body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)

@@ -20,7 +20,7 @@ from mlxquant.layers.blocks import find_blocks, held_bytes, shape_of
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.trainable import Trainable
 from mlxquant.machine.memory import DENSE_SHARE, memory_limit, require_memory
-from mlxquant.quantise.room import Batch
+from mlxquant.quantise.room import BatchShape
 from mlxquant.tuning.predictions import bytes_for
 from mlxquant.tuning.settings import HELD_OUT, Tuning
 
@@ -39,7 +39,7 @@ _WRITING = 1 / 8  # of the memory, which what the original writes may take (``se
 
 
 @dataclass(frozen=True)
-class Step(Batch):
+class Step(BatchShape):
     """The batch of a step, and whether codes move."""
 
     moving: bool

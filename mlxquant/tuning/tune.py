@@ -16,7 +16,7 @@ import numpy as np
 from mlxquant.base.errors import BadValue
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.codes.spec import Spec
-from mlxquant.layers.trainable import Parts, Trainable
+from mlxquant.layers.trainable import Trainable, TrainedParts
 from mlxquant.model import loading
 from mlxquant.quantise import card
 from mlxquant.quantise.calibration import Calibration, held_apart
@@ -85,7 +85,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     record = tuning.record(texts.source, dtype)
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
-    student = Trainable(network, dtype, Parts(tuning.norms, tuning.code_unit,
+    student = Trainable(network, dtype, TrainedParts(tuning.norms, tuning.code_unit,
                                               specs=_asked(network, config)))
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)

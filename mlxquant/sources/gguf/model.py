@@ -30,7 +30,7 @@ class Source:
     and what is added to its values."""
 
     tensor: GGUFTensor
-    plan: weights.Plan
+    plan: weights.TensorPlan
     heads: int = 0
     offset: float = 0.0
 

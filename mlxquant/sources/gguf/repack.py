@@ -210,7 +210,7 @@ def _iq4_xs(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Grouping:
     """How a type becomes groups, and the width that takes."""
 
     bits: int
@@ -218,15 +218,15 @@ class Layout:
 
 
 LAYOUTS = {
-    Type.Q4_0: Layout(4, _nibbled(8)), Type.Q4_1: Layout(4, _nibbled(None)),
-    Type.Q5_0: Layout(5, _nibbled(16, fifth=True)),
-    Type.Q5_1: Layout(5, _nibbled(None, fifth=True)),
-    Type.Q8_0: Layout(8, _q8_0), Type.Q4_K: Layout(4, _q4_k), Type.Q5_K: Layout(5, _q5_k),
-    Type.TQ1_0: Layout(2, _on_grid(Type.TQ1_0, _ternary(52, 54))),
-    Type.TQ2_0: Layout(2, _on_grid(Type.TQ2_0, _ternary(64, 66))),
-    Type.MXFP4: Layout(5, _on_grid(Type.MXFP4, _mxfp4)),
-    Type.IQ1_S: Layout(2, _on_grid(Type.IQ1_S, _iq1_s)),
+    Type.Q4_0: Grouping(4, _nibbled(8)), Type.Q4_1: Grouping(4, _nibbled(None)),
+    Type.Q5_0: Grouping(5, _nibbled(16, fifth=True)),
+    Type.Q5_1: Grouping(5, _nibbled(None, fifth=True)),
+    Type.Q8_0: Grouping(8, _q8_0), Type.Q4_K: Grouping(4, _q4_k), Type.Q5_K: Grouping(5, _q5_k),
+    Type.TQ1_0: Grouping(2, _on_grid(Type.TQ1_0, _ternary(52, 54))),
+    Type.TQ2_0: Grouping(2, _on_grid(Type.TQ2_0, _ternary(64, 66))),
+    Type.MXFP4: Grouping(5, _on_grid(Type.MXFP4, _mxfp4)),
+    Type.IQ1_S: Grouping(2, _on_grid(Type.IQ1_S, _iq1_s)),
     # Their 16 levels are uneven, but whole numbers: 8-bit codes hold them, where 8 bits are asked.
-    Type.IQ4_NL: Layout(8, _on_grid(Type.IQ4_NL, _iq4_nl)),
-    Type.IQ4_XS: Layout(8, _on_grid(Type.IQ4_XS, _iq4_xs)),
+    Type.IQ4_NL: Grouping(8, _on_grid(Type.IQ4_NL, _iq4_nl)),
+    Type.IQ4_XS: Grouping(8, _on_grid(Type.IQ4_XS, _iq4_xs)),
 }

@@ -26,7 +26,7 @@ _CHUNK = 1 << 22  # values that are decoded at once
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """How a tensor will be stored: ``bits`` of codes in groups of 32, or 16 of plain numbers;
     ``repacked`` codes are the file's own, others are found anew."""
 
@@ -55,7 +55,7 @@ def width_for(type_: Type) -> int:
     return next((width for width in WIDTHS if width >= 8 * block_bytes / block), WIDTHS[-1])
 
 
-def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> Plan:
+def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> TensorPlan:
     """How a tensor is stored; ``bits`` is the width asked for where the file's codes cannot stay.
 
     Raises ``Unsupported`` for a type without a decoder and ``BadValue`` for another width.
@@ -67,10 +67,10 @@ def plan(name: str, type_: Type, quantisable: bool, bits: int | None = None) -> 
         raise Unsupported(f"tensor {name} has type {type_.name}; types that can be imported: "
                           f"{', '.join(t.name for t in known())}")
     if type_ in PLAIN or not quantisable:
-        return Plan()
+        return TensorPlan()
     if type_ in repack.LAYOUTS and (type_ not in _UNEVEN or bits == 8):
-        return Plan(repack.LAYOUTS[type_].bits, repacked=True)
-    return Plan(bits or width_for(type_))
+        return TensorPlan(repack.LAYOUTS[type_].bits, repacked=True)
+    return TensorPlan(bits or width_for(type_))
 
 
 def plain(type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0,
@@ -91,7 +91,7 @@ def plain(type_: Type, blocks: np.ndarray, dtype: mx.Dtype, offset: float = 0.0,
     return values, lost, float(mx.square(wide).sum().item()) if lost else 0.0
 
 
-def codes(name: str, type_: Type, blocks: np.ndarray, plan: Plan) -> Packed:
+def codes(name: str, type_: Type, blocks: np.ndarray, plan: TensorPlan) -> Packed:
     """Raw blocks (rows, row bytes) as codes according to ``plan``, with the errors of rounding;
     raises ``Unsupported`` for scales or biases outside float16."""
     if plan.repacked:
