@@ -104,7 +104,7 @@ class AffineCodes(MovableCodes):
     middle level, replace ``biases``; other parameters keep their names. It is differentiable by
     scales and centres. With biases, a change of a scale would move all weights of its group by up
     to 255 times as much, and a 16-bit type would round off the levels. Levels stay as ``spec``
-    asks, where it is known: no fourth one beside ternary ones, and mirrored ones stay mirrored.
+    asks, where it is known: no fourth one beside ternary ones, and symmetric ones stay mirrored.
     """
 
     def __init__(self, layer: nn.Module, start: mx.array | None = None, spec: Spec | None = None):
@@ -119,7 +119,7 @@ class AffineCodes(MovableCodes):
 
         asked = spec if spec and spec.bits.code_bits == bits else Spec(bits=Width.of(bits))
         super().__init__(packed, unpack, columns, asked.bits.levels - 1, start)
-        self._mirrored = asked.mirrored
+        self._mirrored = asked.symmetric  # ternary groups store a bias, so theirs may shift
         self._bits, self.stored_as = bits, "codes" if grouped else "weight"
         self.scales = layer.scales
         self.centres = self.centres_of(layer.scales, layer.biases)

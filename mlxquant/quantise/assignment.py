@@ -176,7 +176,7 @@ class _Measure:
         if (target.gigabytes is None or self.job.embedding_bits is not None
                 or self.job.spec.rotation == "fused"):
             return [(self.job.embedding_bits, 0.0)]
-        setting = identity(self.folder, self.tokens.digest, ends.WIDTHS)
+        setting = identity(self.folder, self.tokens.digest, ends.WIDTHS, "in groups that fit")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
         measured = cached(file, lambda: ends.divergences(self.folder, self.tokens.tokens))
         return [*map(tuple, measured), (None, 0.0)]
