@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 import served
 from commands import Command
+from conftest import CONFIG, random_network, write_folder
 from scripted import scripted
 from served import CHAT, DEADLINE, client_of, post, refusal, running, until
 from test_distributed import free_ports
@@ -82,6 +83,17 @@ def test_a_client_that_leaves_stops_the_computing(tiny_folder, stream, alone):
         assert len(model.network._next) > 100  # most was never computed
         with post(address, {"messages": CHAT, "max_tokens": 1}) as answer:
             assert answer.status == 200
+
+
+def test_a_model_with_constants_beside_its_weights_is_served(tmp_path):
+    """Rotary frequencies, computed by the thread that loads and used by the one that answers."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = CONFIG | {"rope_scaling": scaling}
+    model = mlxquant.load(str(write_folder(tmp_path / "model", random_network(config), config)))
+    with running(model) as (_, address), \
+            post(address, {"messages": CHAT, "max_tokens": 1}) as answer:
+        assert answer.status == 200
 
 
 def test_a_failure_while_computing_fails_its_request_alone(tiny_folder, monkeypatch):

@@ -106,7 +106,9 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     for path, array in tree_flatten(network.parameters()):
         require_finite(f"{path} of {folder}", array)
     tokenizer = open_tokenizer(folder, config, trust_remote_code)
-    return LanguageModel(name, folder, network, tokenizer, config)
+    model = LanguageModel(name, folder, network, tokenizer, config)
+    mx.eval(network)  # any thread may use it: what is no parameter, or was laid out just now, too
+    return model
 
 
 def open_lazily(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
