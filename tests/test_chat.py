@@ -201,7 +201,7 @@ def test_a_message_longer_than_the_context_is_refused_and_loses_nothing(talk, tm
     file = tmp_path / "notes.txt"
     file.write_text("a")
     _, err, conversation = talk("before", f"/read {file}", "x" * 600, "short", f"/read {file}",
-                              "/read", "after")
+                                "/read", "after")
     assert "error: the message has" in err and "the context of" in err
     assert contents(conversation)[::2] == [
         "before", "notes.txt:\n```\na\n```\n\nshort", "after"] and conversation.forgotten == 0

@@ -69,7 +69,7 @@ def test_what_a_rule_stores_in_groups_stands_beside_rotated_replicas(tmp_path, t
 
 
 def test_a_rule_that_asks_for_no_more_than_the_job_does_fixes_no_siblings(tmp_path, tiny_folder,
-                                                                         text):
+                                                                          text):
     """q is the first that is called of its siblings, up is not."""
     quantise(tiny_folder, tmp_path / "out", text, target=Target(bits_per_weight=3.6), refine=0,
              method="replica", rules=(("*.q_proj", {"bits": 4}), ("*.up_proj", {"bits": 4})))
@@ -80,7 +80,7 @@ def test_a_rule_that_asks_for_no_more_than_the_job_does_fixes_no_siblings(tmp_pa
 
 
 def test_what_was_weighed_for_other_bits_is_not_taken_for_a_ruled_layer(tmp_path, tiny_folder,
-                                                                       text):
+                                                                        text):
     rules = (("*.down_proj", {"group_size": 32}),)
     for bits in (2, 4):
         quantise(tiny_folder, tmp_path / f"{bits}", text, target=Target(bits_per_weight=3.7),
@@ -145,7 +145,7 @@ def test_what_nothing_is_gained_by_stays_as_it_is(tmp_path, telling, text, monke
 
 
 def test_another_jobs_unfinished_work_is_refused_before_layers_are_weighed(tmp_path, telling, text,
-                                                                          monkeypatch):
+                                                                           monkeypatch):
     unfinished = tmp_path / "out.partial" / "job.json"
     unfinished.parent.mkdir()
     unfinished.write_text('{"job": "another", "asked": "another"}')

@@ -158,7 +158,7 @@ class _Block(Graph):
         _need(how.keys() == {"scale"})
         q, k, v = map(self.path, qkv)
         parts = BlockParts(shape_of(qkv[0].what)[-1], (q, k, v),
-                      _rotary(ropes, heads, qkv, self.position), how["scale"], self.path(out))
+                           _rotary(ropes, heads, qkv, self.position), how["scale"], self.path(out))
         used = 8 + len(heads)
         if (z, self.y) == (self.x, out.outputs[0]):
             _need(not self.makers and len(self.calls) == used)

@@ -272,5 +272,5 @@ def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
         elif machine.ceiling is not None:
             source, tps = "ceiling", 1e9 * machine.ceiling / moved
         yield PlanRow(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
-                  kv_bytes=size, total_bytes=total, bytes_per_token=moved,
-                  fits=total <= machine.memory, tps=tps, tps_source=source)
+                      kv_bytes=size, total_bytes=total, bytes_per_token=moved,
+                      fits=total <= machine.memory, tps=tps, tps_source=source)

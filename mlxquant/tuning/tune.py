@@ -86,7 +86,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     job = identity(folder, identity(teacher.folder), record, texts.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, TrainedParts(tuning.norms, tuning.code_unit,
-                                              specs=_asked(network, config)))
+                                                     specs=_asked(network, config)))
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
