@@ -74,6 +74,21 @@ def test_a_budget_counts_what_it_does_not_choose(name, rules, tmp_path, text, mo
     assert 4.5 * weights - bits == budget - sum(option.bits for option in chosen.values())
 
 
+def test_a_folders_size_counts_biases(tmp_path, text, monkeypatch):
+    monkeypatch.setitem(CONFIGURATIONS, "wide", CONFIGURATIONS["starcoder2"] | {
+        "hidden_size": 32, "intermediate_size": 4096, "num_hidden_layers": 1})
+    taken = []
+    monkeypatch.setattr(assignment, "choose", lambda *given: taken.append(
+        (given[1], choose(*given))) or taken[-1][1])
+    mlxquant.quantize(str(write("wide", tmp_path / "source")), tmp_path / "made", job(
+        text, samples=2, length=32, embedding_bits=8, target=Target(gigabytes=1),
+        **METHODS["rtn"]))
+    ((budget, chosen),) = taken
+    beside = mlxquant.inspect(str(tmp_path / "made")).file_bytes - sum(
+        option.bits for option in chosen.values()) / 8
+    assert beside <= 1e9 - budget / 8
+
+
 @pytest.mark.parametrize("name,reason", [("iquestloopcoder", "not called one by one"),
                                          ("deepseek_v41", "VJP with respect to indices")])
 def test_a_budget_without_gradients_is_refused_before_any_work(name, reason, tmp_path, text):

@@ -239,8 +239,9 @@ class _Measure:
         job = replace(self.job, embedding_bits=width)
         tensors = outside(self.network, self.config, job).tensors
         layers = tuple(f"{path}." for path in self._planned)
-        loose = [array for block in self.blocks for path, array in
-                 tree_flatten(block.module.parameters())
-                 if not block.full(path).startswith(layers)]
-        stored = sum(array.nbytes for array in [*tensors.values(), *loose])
+        held = {block.full(path): array for block in self.blocks
+                for path, array in tree_flatten(block.module.parameters())}
+        loose = [array for path, array in held.items() if not path.startswith(layers)]
+        biases = [held[f"{layer}bias"] for layer in layers if f"{layer}bias" in held]
+        stored = sum(array.nbytes for array in [*tensors.values(), *loose, *biases])
         return stored + self._side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(layers))
