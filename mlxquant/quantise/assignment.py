@@ -30,7 +30,7 @@ from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
-from mlxquant.quantise.observe import Observation
+from mlxquant.quantise.observe import Observation, linears
 from mlxquant.quantise.plans import STACKS, BlockPlan, inputs_of, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
 from mlxquant.quantise.shelf import Shelf
@@ -124,6 +124,7 @@ class _Measure:
         """What is weighed together, and in which ways: replicated siblings of one spec, which share
         scales where they are stored alike; others each by itself. What is fixed has one way, which
         changes nothing."""
+        modules = linears(block.module)
         for paths, statistics in seen.siblings():
             kinds: dict[tuple[Spec, bool, str], list[str]] = {}
             for path in filter(plan.specs.__contains__, paths):
@@ -132,7 +133,7 @@ class _Measure:
                 kinds.setdefault((spec, path in plan.fixed, alone), []).append(path)
             for (spec, fixed, _), alike in kinds.items():
                 yield (Trial(block, alike, spec, statistics, self.job.seed),
-                       [{}] if fixed else REPLICA_WAYS if spec.method == "replica" else AFFINE_WAYS)
+                       [{}] if fixed else _allowed(spec, inputs_of(modules[alike[0]])))
 
     def _ways(self, trial: Trial, ways: list[Way], importance: dict[str, mx.array]) -> Ways:
         """The ways to store siblings, by their joined paths: the same of ``ways`` for all siblings
@@ -245,3 +246,10 @@ class _Measure:
         biases = [held[f"{layer}bias"] for layer in layers if f"{layer}bias" in held]
         stored = sum(array.nbytes for array in [*tensors.values(), *loose, *biases])
         return stored + self._side + _HEADER_BYTES * (len(tensors) + len(loose) + 4 * len(layers))
+
+
+def _allowed(spec: Spec, inputs: int) -> list[Way]:
+    """The ways for layers of so many inputs that have the job's ``spec``."""
+    if spec.method != "replica":
+        return AFFINE_WAYS
+    return [way for way in REPLICA_WAYS if way["replicas"] <= inputs // (spec.replica_group or 1)]

@@ -142,7 +142,8 @@ def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job |
     replicated = spec if spec.get("method") == "replica" else {}
     measured = ("bits_per_weight", "file_bytes", "perplexity", "kl_mean", "top1_agreement")
     return ComparedRow(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
-                       replicas=replicated.get("replicas"), replica_group=replicated.get("replica_group"),
+                       replicas=replicated.get("replicas"),
+                       replica_group=replicated.get("replica_group"),
                        **{key: getattr(quality, key) for key in measured},
                        seconds=made.seconds if made else None,
                        peak_memory_gb=made.peak_memory / 1e9 if made else None, tasks=scores)
