@@ -34,11 +34,26 @@ def test_a_conversation_comes_back_with_its_keys_and_values(spoken, tiny, tmp_pa
     assert other.sampling == spoken.sampling
     assert other.cache.tokens == spoken.cache.tokens
     for ours, theirs in zip(other.cache.layers, spoken.cache.layers):
-        assert all(mx.array_equal(a, b) for a, b in zip(ours.state, theirs.state))
+        assert all(mx.array_equal(a, b) for a, b in zip(
+            ours.keys_and_values(), theirs.keys_and_values()))
     again = list(other.reply("more"))[-1].report
     assert again.cached_tokens > 20
     assert other.messages == (list(spoken.reply("more")), spoken.messages)[1]
 
+
+def test_what_was_taken_back_or_cleared_is_in_no_file(spoken, tmp_path):
+    """Neither as tokens nor as keys and values in the room behind those that are kept."""
+    list(spoken.reply("a secret"))
+    text = spoken.model.tokenizer.decode
+    assert "a secret" in text(spoken.cache.tokens)
+    spoken.undo()
+    path, cache = saved.save(spoken, tmp_path / "talk")
+    kept = PromptCache.load(cache).tokens
+    assert "hello" in text(kept) and "a secret" not in text(kept)
+    assert {array.shape[2] for array in mx.load(str(cache)).values() if array.ndim == 4} == {
+        len(kept)}
+    spoken.clear()
+    assert saved.save(spoken, tmp_path / "talk") == [path] and not cache.exists()
 
 def test_a_quantised_cache_comes_back(tiny, tmp_path):
     cache = PromptCache()

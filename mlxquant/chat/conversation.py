@@ -98,6 +98,12 @@ class Conversation:
         context = self.model.context_length
         return f"{len(self.cache.tokens)}/{context}" if context else str(len(self.cache.tokens))
 
+    def kept(self) -> PromptCache:
+        """Keys and values of the messages, and of nothing that was cleared or taken back."""
+        if not self.messages:
+            return PromptCache()
+        return self.cache.shared(self._encoded(self.messages, self.forgotten))
+
     def clear(self) -> None:
         """Forget the messages; the cache keeps what the next prompt will share."""
         self.messages, self.forgotten, self.thoughts = [], 0, ""

@@ -33,8 +33,8 @@ def save(conversation: Conversation, path: Path) -> list[Path]:
         "weights": _fingerprint(conversation.model), "system": conversation.system,
         "sampling": asdict(conversation.sampling), "max_tokens": conversation.max_tokens,
         "messages": conversation.messages, "forgotten": conversation.forgotten})
-    if conversation.cache.tokens:
-        conversation.cache.save(beside)
+    if (kept := conversation.kept()).tokens:
+        kept.save(beside)
         return [path, beside]
     with disk_errors(beside):
         beside.unlink(missing_ok=True)  # those of an earlier conversation

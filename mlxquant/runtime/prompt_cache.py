@@ -1,5 +1,6 @@
 """Keys and values of conversations, kept between calls and between sessions."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import (
     CacheList,
+    KVCache,
     LRUPromptCache,
+    QuantizedKVCache,
     can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,
@@ -61,6 +64,16 @@ class PromptCache:
             self.tokens = known[:held]
         else:  # unknown contents: start afresh next time
             self.tokens, self.layers, self.draft_layers = [], [], []
+
+    def shared(self, prompt: list[int]) -> "PromptCache":
+        """A copy with the tokens that ``prompt`` begins with, and nothing of others: it is empty
+        where they cannot be forgotten. It has no layers of a draft model."""
+        length, layers = common_prefix_len(self.tokens, prompt), deepcopy(self.layers)
+        if not length or not cut(layers, len(self.tokens) - length):
+            return PromptCache()
+        for layer in layers:
+            _drop_room(layer)
+        return PromptCache(self.tokens[:length], layers)
 
     def save(self, path: Path) -> None:
         """Write the tokens with their keys and values as safetensors, in one step."""
@@ -123,3 +136,12 @@ def cut(layers: list[Any], surplus: int) -> bool:
     if surplus > 0:
         trim_prompt_cache(layers, surplus)
     return True
+
+
+def _drop_room(layer: Any) -> None:
+    """Drop the room behind a layer's tokens, in which tokens taken back may still be."""
+    if isinstance(layer, CacheList):
+        for part in layer.caches:
+            _drop_room(part)
+    elif isinstance(layer, (KVCache, QuantizedKVCache)) and not layer.empty():
+        layer.keys, layer.values = layer.keys_and_values()
