@@ -9,7 +9,8 @@ demo: install
 	$(BIN)/mlxquant generate smollm2-135m --max-tokens 160 \
 	    --prompt "What is gravity? Answer in three sentences."
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Files in their own order: those with few tests take longest, and would else come last.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST) -m "not slow"
