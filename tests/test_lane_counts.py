@@ -10,7 +10,8 @@ from mlxquant.codes.spec import MOST_REPLICAS, REPLICA_GROUPS, ReplicaShape
 from mlxquant.codes.width import Width
 from mlxquant.kernels import replicated_matvec
 from mlxquant.kernels.cases import Case
-from mlxquant.machine import chips, lanes
+from mlxquant.machine import chips
+from mlxquant.report import lanes
 
 _INSTRUCTION = re.compile(r"\s+(?:%\S+ = )?(\w+) ")
 

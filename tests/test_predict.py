@@ -8,9 +8,9 @@ from mlxquant import MlxquantError
 from mlxquant.cli.quantize import _free_group, _warn_of_slow_replicas
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
-from mlxquant.machine import chips, lanes
+from mlxquant.machine import chips
 from mlxquant.machine.replica_limits import ReplicaLimits
-from mlxquant.report import predict
+from mlxquant.report import lanes, predict
 from mlxquant.runtime import probe
 
 M1_PRO = chips.find("M1 Pro")

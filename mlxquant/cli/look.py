@@ -165,8 +165,7 @@ def _chips(as_json: bool) -> None:
 
 
 def _backtest(as_json: bool) -> None:
-    from mlxquant.machine import lanes
-    from mlxquant.report import predict
+    from mlxquant.report import lanes, predict
 
     summary = predict.backtest_summary()
     if as_json:
@@ -181,7 +180,8 @@ def _backtest(as_json: bool) -> None:
 
 
 def _lanes(as_json: bool) -> None:
-    from mlxquant.machine import chips, lanes
+    from mlxquant.machine import chips
+    from mlxquant.report import lanes
 
     widths = (1, 2, 3, 4)
     found = {chip.label: {str(bits): lanes.free_replicas(chip, bits) for bits in widths}

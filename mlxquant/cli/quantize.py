@@ -223,7 +223,8 @@ def _free_group(chip: str | None, bits: str, replicas: int) -> int:
     where no sharing is needed, or no chip was named."""
     if chip is None:
         return 0
-    from mlxquant.machine import chips, lanes
+    from mlxquant.machine import chips
+    from mlxquant.report import lanes
 
     found = chips.find(chip)
     if (limits := lanes.limits(found)) is None:
@@ -240,7 +241,8 @@ def _free_group(chip: str | None, bits: str, replicas: int) -> int:
 
 def _warn_of_slow_replicas(spec: "Spec") -> None:
     """Say so where these replicas are known to cost time on this machine, measured or predicted."""
-    from mlxquant.machine import chips, lanes
+    from mlxquant.machine import chips
+    from mlxquant.report import lanes
     from mlxquant.runtime.probe import replica_limits
 
     if spec.method != "replica":

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine import chips, lanes, system
+from mlxquant.machine import chips, system
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.memory import memory_limit, parse_size
 from mlxquant.machine.replica_limits import ReplicaLimits
+from mlxquant.report import lanes
 from mlxquant.report.predict import working_set
 from mlxquant.runtime import probe
 

@@ -19,13 +19,13 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import held_bytes
-from mlxquant.machine import lanes
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.memory import DENSE_SHARE
 from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
+from mlxquant.report import lanes
 from mlxquant.report.bench import CHUNK
 from mlxquant.report.host import Host, host, memory_for
 from mlxquant.report.predict import Prediction, predict

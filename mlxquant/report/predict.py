@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from mlxquant.base.errors import BadValue
-from mlxquant.machine import chips, lanes
+from mlxquant.machine import chips
 from mlxquant.machine.chips import Chip
+from mlxquant.report import lanes
 
 ENGINES = ("llama.cpp", "mlx-lm")
 _OURS = "mlx-lm"  # whose generation loop and graphs run here

@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.codes.width import Width
+from mlxquant.kernels.replicated_matvec import rows_together
 from mlxquant.machine import chips
 from mlxquant.machine.chips import Chip
 from mlxquant.machine.replica_limits import ReplicaLimits, search
@@ -77,8 +80,7 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     rows of a simdgroup. G counts as at most 32."""
     shared = min(group or 32, 32)
     vectors = 1 if group else replicas
-    held = 2 + replicas if group else 2 * replicas
-    rows = 8 if held <= 10 else 6 if held <= 12 else 4 if held <= 20 else 2  # as the kernel does
+    rows = rows_together(ReplicaShape(Width.of(bits), replicas, group), 1)
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
     fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
     return Cost(products, _DECODING[_stored_bits(bits)], fetched)
