@@ -30,6 +30,7 @@ from mlxquant.quantise.assembly import blocks_of, outside
 from mlxquant.quantise.budget import Option, at_every_price, choose
 from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.job import Job, Progress, Target
+from mlxquant.quantise.methods import METHODS, treatment
 from mlxquant.quantise.observe import Observation, linears
 from mlxquant.quantise.plans import STACKS, BlockPlan, inputs_of, plan_blocks
 from mlxquant.quantise.sensitivity import output_importance
@@ -225,12 +226,11 @@ class _Measure:
     def _scaled(self) -> set[str]:
         """The layers beside which AWQ and SmoothQuant may store the scales of their input, as
         neither a norm nor a layer before them takes it from all siblings."""
-        balanced = {path for path, spec in self._planned.items()
-                    if spec.method in ("awq", "smoothquant")}
+        balanced = {path for path, spec in self._planned.items() if METHODS[spec.method].balance}
         taken = set[str]()
         for known in find_siblings(self.network) if balanced else ():
             specs = [self._planned.get(path) for path in known.paths]
-            alike = len({spec and (spec.method, spec.rotation) for spec in specs}) == 1
+            alike = len({spec and treatment(spec) for spec in specs}) == 1
             if alike and (known.norm or known.before):
                 taken |= set(known.paths)
         return balanced - taken

@@ -19,7 +19,7 @@ from mlxquant.layers.siblings import Siblings
 from mlxquant.layers.traffic import leaf_modules
 from mlxquant.quantise.experts import quantise_experts, quantise_stacks
 from mlxquant.quantise.matrices import by_spec, codes_of, relative_error, rotated, rotation_of
-from mlxquant.quantise.methods import METHODS, Balance, Codes
+from mlxquant.quantise.methods import METHODS, Codes, treatment
 from mlxquant.quantise.observe import Observation, Routed, linears
 from mlxquant.quantise.plans import STACKS, BlockPlan
 from mlxquant.quantise.profile import step
@@ -44,8 +44,8 @@ def quantise_block(block: Block, plan: BlockPlan, seen: Observation,
             continue
         specs = {path: plan.specs[path] for path in paths if path in plan.specs}
         while specs:  # whose inputs are treated in one way, then in the next
-            way = _way(next(iter(specs.values())))
-            alike = {path: specs.pop(path) for path in [*specs] if _way(specs[path]) == way}
+            way = treatment(next(iter(specs.values())))
+            alike = {path: specs.pop(path) for path in [*specs] if treatment(specs[path]) == way}
             take = seen.statistics.__getitem__ if specs else seen.statistics.pop
             _quantise_siblings(work, alike, cast(Statistics, take(first)))
     seen.statistics.clear()
@@ -64,11 +64,6 @@ def quantise_block(block: Block, plan: BlockPlan, seen: Observation,
     return work.result
 
 
-def _way(spec: Spec) -> tuple[str | None, Balance]:
-    """How the input of a layer is treated: the rotation, and what balances it with the weight."""
-    return spec.rotation, METHODS[spec.method].balance
-
-
 def _require_finite(work: Work) -> None:
     for path, array in work.result.tensors.items():
         if is_float(array) and not mx.isfinite(array).all().item():
@@ -82,10 +77,9 @@ def _quantise_siblings(work: Work, specs: dict[str, Spec], statistics: Statistic
     modules, settings = linears(work.block.module), work.settings
     weights = {path: modules[path].weight for path in specs}
     around, spec = Around(activation=settings.activation), next(iter(specs.values()))
-    if statistics is not None:
+    if statistics is not None and (balance := METHODS[spec.method].balance) is not None:
         with step("balance"):
-            factors = METHODS[spec.method].balance(list(weights.values()), statistics, spec,
-                                                   settings)
+            factors = balance(list(weights.values()), statistics, spec, settings)
         if factors is not None:
             factors, around = _fold(work, list(specs), factors, around)
             weights = {path: weight * factors for path, weight in weights.items()}

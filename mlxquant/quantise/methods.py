@@ -32,12 +32,13 @@ Balance = Callable[[list[mx.array], Statistics, Spec, Settings], mx.array | None
 class Method:
     """``start`` finds scales, and the codes nearest to each weight. A method with ``refine`` then
     moves the codes in a GPTQ sweep and calls ``refine``, which improves codes and scales under a
-    damped H, for each of ``spec.refine`` rounds. ``balance`` gives factors s (n,) for siblings
-    (weight · s, input / s), or None. A method that is not ``calibrated`` uses no statistics."""
+    damped H, for each of ``spec.refine`` rounds. ``balance``, where there is one, gives factors
+    s (n,) for siblings (weight · s, input / s), or None. A method that is not ``calibrated`` uses
+    no statistics."""
 
     start: Start
     refine: Refine | None = None
-    balance: Balance = lambda weights, statistics, spec, settings: None
+    balance: Balance | None = None
     calibrated: bool = True
 
     def quantise(self, weight: mx.array, statistics: Any, spec: Spec, settings: Settings) -> Codes:
@@ -72,3 +73,8 @@ METHODS = {
     "smoothquant": Method(smoothquant.quantise, balance=smoothquant.balance),
     "replica": Method(replica.start, replica.refine),
 }
+
+
+def treatment(spec: Spec) -> tuple[str | None, Balance | None]:
+    """How the input of a layer is treated: the rotation, and what balances it with the weight."""
+    return spec.rotation, METHODS[spec.method].balance
