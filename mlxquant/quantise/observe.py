@@ -125,15 +125,16 @@ class Watch:
         for first in seen.groups:
             statistics, calls = seen.statistics[first], inputs.get(first, [])
             beside = [] if target is None else target.get(first, [])
-            if not _alike(calls, beside, tokens):
+            if target is not None and not _alike(calls, beside, tokens):
                 self._apart.add(first)
-            for args, other in zip_longest(calls, [] if first in self._apart else beside):
-                if isinstance(statistics, Routed):
-                    statistics.add(args[0], args[1])
-                else:
-                    statistics.add(args[0], None if other is None else other[0])
-            if first in self._apart and isinstance(statistics, Statistics):
-                statistics.cross = None
+            if isinstance(statistics, Routed):
+                for x, indices, *_ in calls:
+                    statistics.add(x, indices)
+                continue
+            if first in self._apart:
+                beside, statistics.cross = [], None
+            for args, other in zip_longest(calls, beside):
+                statistics.add(args[0], None if other is None else other[0])
         seen.unseen = [path for path in seen.unseen if path not in inputs]
         mx.eval(seen.arrays())
 
