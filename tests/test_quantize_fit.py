@@ -79,6 +79,13 @@ def test_without_a_text_the_model_writes_one(place):
     assert mlxquant.inspect(str(place / "eight")).bits_per_weight == 8.5
 
 
+def test_an_override_that_only_rounds_reads_no_text_either(place):
+    result = run("quantize", "source", "-o", "rounded", "--fit", "8GB", "--json", *FEW,
+                 "--data", "text.txt", "--override", "*.v_proj:bits=6", cwd=place)
+    assert "--data" not in json.loads(result.stdout.splitlines()[0])["command"]
+    assert 8 < mlxquant.inspect(str(place / "rounded")).bits_per_weight < 8.5
+
+
 def test_an_original_too_large_to_load_leaves_the_perplexity(place, two_bits, monkeypatch):
     original = str(place / "source")
 

@@ -90,8 +90,13 @@ def _settled(wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _only_rounds(wanted: dict[str, Any]) -> bool:
     """Whether no calibration text is read."""
-    return wanted["method"] == "rtn" and not any(
-        wanted[name] for name in ("tune_blocks", "activation_bits", "override"))
+    from mlxquant.codes.spec import Spec, parse_override
+    from mlxquant.quantise.job import Job
+    from mlxquant.quantise.settings import BlockTuning
+
+    return wanted["method"] == "rtn" and not wanted["activation_bits"] and not Job(
+        Spec(method="rtn"), rules=tuple(map(parse_override, wanted["override"] or ())),
+        tuning=BlockTuning(wanted["tune_blocks"])).calibrated
 
 
 def _texts(wanted: dict[str, Any]) -> str:
