@@ -42,6 +42,7 @@ def answers(model: LanguageModel, tokens: int) -> list[dict[str, Any]]:
     given = []
     for prompt in PROMPTS:
         reply = mlxquant.generate(model, [{"role": "user", "content": prompt}], max_tokens=tokens)
+        print(f"  {prompt}\n    {reply.answer!r}", flush=True)
         given.append({"prompt": prompt, "answer": reply.answer, "ended": reply.finish_reason,
                       "tokens_per_s": reply.report.generation_tps,
                       "gb_per_s": reply.report.gb_per_s,
@@ -58,16 +59,17 @@ def quality(model: LanguageModel, teacher: LanguageModel, arguments: Any) -> dic
 
 
 def rows(name: str, arguments: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """The original's row, then one for each step of the plan."""
+    """A row for each folder, asked before it is scored, then the original's, which other runs have
+    too, then one for each step of the plan."""
     teacher = load(name)
-    yield ({"model": name, "method": "original", "bits": 16}
-           | quality(teacher, teacher, arguments) | {"answers": answers(teacher, arguments.tokens)})
     for made in arguments.made:
         student = load(str(made))
         record = json.loads((made / "config.json").read_text())["mlxquant_record"]
-        yield ({"model": name, "method": made.name, "bits": record["bits"]}
-               | quality(student, teacher, arguments)
-               | {"answers": answers(student, arguments.tokens)})
+        said = {"answers": answers(student, arguments.tokens)}
+        yield ({"model": name, "method": made.name, "bits": record["bits"]} | said
+               | quality(student, teacher, arguments))
+    yield ({"model": name, "method": "original", "bits": 16}
+           | quality(teacher, teacher, arguments) | {"answers": answers(teacher, arguments.tokens)})
     text = Text(tuple(arguments.data), arguments.samples, arguments.length)
     for step in arguments.plan:
         method, _, bits = step.partition(":")
