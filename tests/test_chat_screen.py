@@ -112,6 +112,17 @@ def test_a_reply_cannot_steer_the_terminal(monkeypatch):
     assert clean("a\x1b]0;t\x07b\tc\n") == "a]0;tb\tc\n"
 
 
+@pytest.mark.parametrize("text", [
+    "Use std::vector<int> here.", "<div>hello</div>", "<details>\n<br>\n\nx", "# A <b>\n\n<x>",
+    "| <x> |\n|---|\n| <y> |", "<!-- x -->", "[foo]: http://x", "See [foo].\n\n[foo]: http://x",
+    "Look: ![a](http://b)"])
+def test_nothing_the_model_writes_is_left_out(text):
+    blocks, rest = markdown.split(text)
+    console = Console(width=60)
+    shown = "\n".join(line for block in [*blocks, rest] for line in markdown.render(console, block))
+    assert set(re.findall(r"[\w.:/<>]+", text)) <= set(re.findall(r"[\w.:/<>]+", shown))
+
+
 @pytest.mark.parametrize("text,blocks", [
     ("one", 0), ("one\n\ntwo", 1), ("- a\n\n- b", 0), ("```\na\n\nb", 0),
     ("```\na\n```\n\nb", 1), ("", 0), ("1. a\n\n   b\n\n2. c\n\nd", 1)])

@@ -14,7 +14,9 @@ from rich.syntax import Syntax
 
 from mlxquant.base.text import clean
 
-_PARSER = MarkdownIt().enable("table")
+# HTML and link definitions, which Rich shows as nothing, stay text; an image is a link.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(
+    ["table", "strikethrough"]).disable(["reference", "image"])
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -36,7 +38,8 @@ class _Markdown(Markdown):
     elements = Markdown.elements | {"fence": _Code, "code_block": _Code, "heading_open": _Heading}
 
     def __init__(self, markup: str):
-        super().__init__(markup, hyperlinks=False)
+        super().__init__("", hyperlinks=False)
+        self.parsed = _PARSER.parse(markup)
         for token in self.parsed:  # cleaned again: an entity such as &#x202e; is now its character
             for part in (token, *(token.children or ())):
                 part.content = clean(part.content)
