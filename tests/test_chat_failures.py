@@ -7,6 +7,7 @@ import pytest
 import scripted as scripts
 from scripted import contents, scripted
 
+from mlxquant.base.errors import TooLarge
 from mlxquant.chat import terminal
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle, run
@@ -129,6 +130,23 @@ def test_a_conversation_that_cannot_be_kept_hides_no_failure(
     with pytest.raises(ZeroDivisionError):
         run(session)
     assert "cannot be kept: cannot write" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("failure", [TooLarge("too large"), KeyboardInterrupt()])
+def test_a_way_back_that_fails_too_loses_no_conversation(talk, tiny_folder, tmp_path, failure):
+    failing = [failure, failure]
+
+    def load(name):
+        if failing:
+            raise failing.pop()
+        return scripted(name, ["From another."])
+
+    out, err, conversation = talk(
+        "a", f"/model {tiny_folder}", "b", "/bench", f"/save {tmp_path}/talk", "/clear",
+        f"/load {tmp_path}/talk", f"/model {tiny_folder}", "c", load=load)
+    assert err.count("error: no model is loaded; /model NAME loads one") == 2
+    assert "(saved: " in err and out == "One.\nFrom another.\n"
+    assert contents(conversation) == ["a", "One.", "c", "From another."]
 
 
 def test_what_is_not_utf8_is_refused_and_the_chat_goes_on(talk):

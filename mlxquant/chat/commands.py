@@ -195,6 +195,7 @@ def _stats(session: Session, _: str) -> None:
 
 def _bench(session: Session, _: str) -> None:
     talk = session.conversation
+    talk.require_model()
     report = generate(talk.model, [{"role": "user", "content": _BENCH}],
                       max_tokens=_BENCH_TOKENS, kv_bits=talk.loop.kv_bits).report
     session.say(report.line())

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, TooLarge
+from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.generation import answer
 from mlxquant.runtime.loop import Loop, PromptProgress
@@ -44,9 +44,10 @@ class Conversation:
         """The answer to ``text``, streamed; a stopped one stays in the history as far as it came.
 
         Where the context has no room for it, the oldest turns are forgotten before this
-        returns. Raises ``TooLarge`` for a message longer than the context, and what
-        ``stream_generate`` does; the message is then not kept.
+        returns. Raises ``TooLarge`` for a message longer than the context, ``MlxquantError``
+        without a model, and what ``stream_generate`` does; the message is then not kept.
         """
+        self.require_model()
         history: list[Message] = [*self.messages, {"role": "user", "content": text}]
         self.loop.check(self.model, self.cache)
         request = replace(Request.of(self.model, self._prompt(history), sampling=self.sampling,
@@ -93,6 +94,11 @@ class Conversation:
         told: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return encode(self.model, [*told, *history[start:]])
 
+    def require_model(self) -> None:
+        """Raise ``MlxquantError`` where a change of models has left none."""
+        if self.model.network is None:
+            raise MlxquantError("no model is loaded; /model NAME loads one")
+
     def used(self) -> str:
         """How full the context is, in tokens."""
         context = self.model.context_length
@@ -100,7 +106,7 @@ class Conversation:
 
     def kept(self) -> PromptCache:
         """Keys and values of the messages, and of nothing that was cleared or taken back."""
-        if not self.messages:
+        if not self.messages or not self.cache.tokens:
             return PromptCache()
         return self.cache.shared(self._encoded(self.messages, self.forgotten))
 

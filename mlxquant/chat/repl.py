@@ -77,6 +77,6 @@ def _survive(session: Session, text: str) -> None:
         try:
             kept = saved.save(session.conversation, state_dir("kept"))
             session.say(f"(the conversation is kept: /load {kept[0]})")
-        except (MlxquantError, OSError) as error:
+        except Exception as error:
             session.say(f"(the conversation cannot be kept: {error})")
         raise

@@ -108,7 +108,10 @@ def _fingerprint(model: LanguageModel) -> str:
     """A digest of what keys and values depend on: every weight, the configuration, this program.
 
     The weights are read once, as for one token; each counts by its name and the sum of its bytes.
+    Without a network it is empty: no keys and values are saved then.
     """
+    if model.network is None:
+        return ""
     sums = {name: array.view(mx.uint8).sum() if array.size else mx.array(0)
             for name, array in tree_flatten(model.network.parameters(), destination={}).items()}
     mx.eval(sums)

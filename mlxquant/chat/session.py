@@ -107,19 +107,20 @@ class Session:
         return reason
 
     def change_model(self, name: str) -> None:
-        """Continue the conversation with another model; on any failure load the old one again."""
+        """Continue the conversation with another model; on any failure load the old one again.
+        Where that fails too, the old model stays without a network."""
         self._find(name)  # an error here costs nothing
         talk, old, loop = self.conversation, self.conversation.model, self.conversation.loop
-        talk.cache, talk.loop = PromptCache(), replace(loop, draft=None)
+        talk.cache = PromptCache()
         old.network = None  # free before the other comes: it may not fit beside
         try:
             talk.model = self._load(name)
         except BaseException:
-            talk.model, talk.loop = self._load(old.name), loop
+            talk.model = self._load(old.name)
             raise
         finally:
             self._bits = _bits_per_weight(talk.model)
-        talk.last_report = None
+        talk.last_report, talk.loop = None, replace(loop, draft=None)
         if loop.draft:
             self.say(f"(without the draft model {loop.draft.name}, which was for {old.name})")
 
