@@ -125,12 +125,26 @@ def test_asking_again_keeps_the_old_exchange_where_it_cannot_be_asked(talk):
 
 
 def test_edit_alone_begins_the_next_prompt(tiny_folder, monkeypatch):
-    session = Session(Conversation(scripted(tiny_folder, ["One."])))
+    session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
     handle(session, "a question")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     handle(session, "/edit")
-    assert repl.read(session, lambda start: f"{start}, changed") == "a question, changed"
-    assert repl.read(session, lambda start: start) == "" and session.conversation.messages == []
+    assert contents(session.conversation) == ["a question", "One."]  # until the other is sent
+    handle(session, repl.read(session, lambda start: f"{start},\nchanged"))
+    assert contents(session.conversation) == ["a question,\nchanged", "Two."]
+    assert repl.read(session, lambda start: start) == ""
+
+
+def test_files_stay_with_a_message_that_is_edited_or_taken_back(talk, tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    first, second = (f"{name}:\n```\n{name}\n```\n\n" for name in "ab")
+    _, _, conversation = talk(f"/read {tmp_path}/a", "sum up", "/edit in a line", "/retry",
+                              f"/read {tmp_path}/b", "/edit both")
+    assert contents(conversation)[0] == f"{first}{second}both"
+    _, err, conversation = talk(f"/read {tmp_path}/a", "sum up", "/undo", "again", "next")
+    assert contents(conversation)[::2] == [f"{first}again", "next"]
+    assert "(taken back: sum up)" in err and "(what was read goes with the next message" in err
 
 
 def test_edit_alone_takes_nothing_back_where_nobody_can_change_it(talk):

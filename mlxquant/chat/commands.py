@@ -117,21 +117,25 @@ def _clear(session: Session, _: str) -> None:
 
 
 def _ask_again(session: Session, text: str) -> None:
-    """Answer ``text`` or the last message in place of the last exchange; keep that on an error."""
-    talk = session.conversation
+    """Answer the last message, with ``text`` in place of its own, once more; keep the last exchange
+    on an error."""
+    talk, (files, said) = session.conversation, session.last_sent()
     messages, forgotten = talk.messages, talk.forgotten
-    said = talk.undo()
+    talk.undo()
     try:
-        session.answer(text or said)
-    except Exception:
+        session.send(text or said, files)
+    except BaseException:
         if len(talk.messages) < len(messages):
             talk.messages, talk.forgotten = messages, forgotten
         raise
 
 
 def _undo(session: Session, _: str) -> None:
-    said = session.conversation.undo()
+    files, said = session.last_sent()
+    session.conversation.undo()
+    session.attached = [*files, *session.attached]
     session.say(f"(taken back: {' '.join(said.split())[:60]})")
+    session.remind()
 
 
 def _edit(session: Session, text: str) -> None:
@@ -140,7 +144,7 @@ def _edit(session: Session, text: str) -> None:
     elif not sys.stdin.isatty():
         raise BadValue("/edit needs a text where nobody types")
     else:
-        session.prefilled = session.conversation.undo()  # the next prompt begins with it
+        session.prefilled = f"/edit {session.last_sent()[1]}"  # the next prompt begins with it
 
 
 def _save(session: Session, argument: str) -> None:

@@ -114,12 +114,13 @@ class Conversation:
         """Forget the messages; the cache keeps what the next prompt will share."""
         self.messages, self.forgotten, self.thoughts = [], 0, ""
 
-    def undo(self) -> str:
-        """Take the last exchange back and return what the user had said; raises ``BadValue`` where
-        nothing has been said."""
+    def last_said(self) -> str:
+        """The user's last message; raises ``BadValue`` where nothing has been said."""
         if not self.messages:
             raise BadValue("nothing has been said yet")
-        said = self.messages[-2]["content"]
+        return str(self.messages[-2]["content"])
+
+    def undo(self) -> None:
+        """Take the last exchange back."""
         self.messages, self.thoughts = self.messages[:-2], ""
         self.forgotten = min(self.forgotten, len(self.messages))
-        return str(said)

@@ -36,13 +36,13 @@ def handle(session: Session, text: str) -> None:
 
     Raises what may be a bug while answering, and ``BrokenPipeError`` where nobody reads.
     """
-    is_command = text.startswith("/") and "\n" not in text
+    is_command = text.startswith("/edit ") or (text.startswith("/") and "\n" not in text)
     try:
         require_unicode(text, "the message")
         if is_command:
             commands.obey(session, text)
         elif text:
-            _answer(session, text)
+            session.send(text)
     except KeyboardInterrupt:
         session.say("(stopped)")
     except MlxquantError as error:
@@ -55,18 +55,6 @@ def handle(session: Session, text: str) -> None:
         if line is None and not is_command:
             raise
         session.say(f"error: {line or f'{type(error).__name__}: {error}'}")
-
-
-def _answer(session: Session, text: str) -> None:
-    """Answer ``text`` and the attached files, which stay attached where it is not kept."""
-    before = session.conversation.messages
-    try:
-        session.answer("\n".join([*session.attached, text]))
-    finally:
-        if session.conversation.messages is not before:
-            session.attached = []
-        elif session.attached:
-            session.say("(what was read goes with the next message; /read alone drops it)")
 
 
 def _survive(session: Session, text: str) -> None:

@@ -6,7 +6,7 @@ Replies go to stdout, all else to stderr.
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -29,14 +29,16 @@ Find = Callable[[str], object]
 
 
 class Session:
-    """A conversation and what is around it: the screen, attached files, how a name is found and its
-    model loaded; ``prefilled`` is what the next prompt begins with, ``over`` ends the sitting."""
+    """A conversation and what is around it: the screen, files ``attached`` to the next message and
+    in earlier ones, how a name is found and its model loaded; ``prefilled`` is what the next prompt
+    begins with, ``over`` ends the sitting."""
 
     def __init__(self, conversation: Conversation, load: Load = loading.load,
                  find: Find = resolve):
         self.conversation = conversation
         self.thoughts = "folded"
         self.attached: list[str] = []
+        self._sent: dict[str, list[str]] = {}  # the files in a message, by all that it says
         self.prefilled = ""
         self.over = False
         self._load, self._find = load, find
@@ -62,6 +64,29 @@ class Session:
             parts += [f"{report.generation_tps:.1f} tokens/s",
                       f"{report.percent_of_ceiling:.0f} % of ceiling"]
         return fit(parts, width)
+
+    def send(self, text: str, files: Sequence[str] = ()) -> None:
+        """Answer ``text`` after ``files`` and those attached, which stay so if it is not kept."""
+        before, sent = self.conversation.messages, [*files, *self.attached]
+        said = "\n".join([*sent, text])
+        self._sent[said] = sent
+        try:
+            self.answer(said)
+        finally:
+            if self.conversation.messages is not before:
+                self.attached = []
+            self.remind()
+
+    def last_sent(self) -> tuple[list[str], str]:
+        """The files in the last message, and its text; raises ``BadValue`` where there is none."""
+        said = self.conversation.last_said()
+        files = self._sent.get(said, [])
+        return files, said.removeprefix("\n".join([*files, ""]))
+
+    def remind(self) -> None:
+        """Say that files are attached, where any are."""
+        if self.attached:
+            self.say("(what was read goes with the next message; /read alone drops it)")
 
     def answer(self, text: str) -> None:
         """Let the model answer; Ctrl-C ends the reply and keeps what came."""
