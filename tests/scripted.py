@@ -61,8 +61,10 @@ def scripted(folder, replies=REPLIES, seconds: float = 0.0) -> mlxquant.Language
     return model
 
 
-def chat_here(folder, seconds: float) -> None:
-    """A chat in this terminal."""
+def chat_here(folder, seconds: float, log=None, *streams: str) -> None:
+    """A chat in this terminal, but for the ``streams`` that go to the file ``log``."""
+    for name in streams:
+        setattr(sys, name, open(log, "a", buffering=1))  # noqa: SIM115 - until the end
     model = scripted(folder, seconds=seconds)
     run(Session(Conversation(model), scripted))
 

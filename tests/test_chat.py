@@ -5,7 +5,7 @@ import scripted as scripts
 from scripted import contents, scripted
 
 from mlxquant.base.errors import TooLarge
-from mlxquant.chat import repl
+from mlxquant.chat import repl, terminal
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.repl import handle
 from mlxquant.chat.session import Session
@@ -127,7 +127,7 @@ def test_asking_again_keeps_the_old_exchange_where_it_cannot_be_asked(talk):
 def test_edit_alone_begins_the_next_prompt(tiny_folder, monkeypatch):
     session = Session(Conversation(scripted(tiny_folder, ["One.", "Two."])))
     handle(session, "a question")
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr(terminal, "has_editor", lambda: True)
     handle(session, "/edit")
     assert contents(session.conversation) == ["a question", "One."]  # until the other is sent
     handle(session, repl.read(session, lambda start: f"{start},\nchanged"))

@@ -186,14 +186,14 @@ def test_what_was_typed_meanwhile_is_edited_as_on_a_line(typed, text):
 class Chat:
     """The chat in a pseudo-terminal, seen through an emulated one."""
 
-    def __init__(self, folder, width, state: Path, **environment):
+    def __init__(self, folder, width, state: Path, *streams: str, **environment):
         self.window = Window(width)
         self.terminal, self.slave = pty.openpty()
         termios.tcsetwinsize(self.slave, (24, width))
         self.command = Command(
-            program=functools.partial(chat_here, folder, 0.002), terminal=os.ttyname(self.slave),
-            MLXQUANT_STATE=str(state), MLXQUANT_CACHE=str(state / "cache"),
-            **{"TERM": "xterm-256color"} | environment)
+            program=functools.partial(chat_here, folder, 0.002, state / "log", *streams),
+            terminal=os.ttyname(self.slave), MLXQUANT_STATE=str(state),
+            MLXQUANT_CACHE=str(state / "cache"), **{"TERM": "xterm-256color"} | environment)
         self.window.screen.write_process_input = self.type  # where the cursor is, when asked
 
     def type(self, text: str) -> None:
@@ -238,8 +238,8 @@ class Chat:
 def start(tiny_folder, tmp_path):
     chats = []
 
-    def make(width, **environment):
-        chats.append(Chat(tiny_folder, width, tmp_path, **environment))
+    def make(width, *streams, **environment):
+        chats.append(Chat(tiny_folder, width, tmp_path, *streams, **environment))
         return chats[-1]
 
     yield make
@@ -294,6 +294,24 @@ def test_a_chat_that_is_ended_from_outside_leaves_the_terminal_as_it_was(start, 
     while chat.command.process.is_alive() and time.monotonic() < deadline:
         chat.read()  # it may be writing
     assert chat.command.ended(10).returncode == 128 + number and chat.echoes()
+
+
+def test_the_prompt_stays_on_the_terminal_where_replies_go_to_a_file(start, tmp_path):
+    chat = start(60, "stdout")
+    chat.until("^>.*context 0/512")
+    chat.type("hello\r")
+    assert "That is all" not in chat.until("peak.*^>")
+    assert chat.leave() == 0 and chat.echoes()
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("# Hello") and log.endswith("That is all.\n")
+
+
+def test_plain_lines_where_nobody_sees_an_editor(start, tmp_path):
+    chat = start(60, "stdout", "stderr")
+    chat.type("hello\r\x04")
+    assert chat.leave() == 0 and chat.echoes()
+    log = (tmp_path / "log").read_text()
+    assert "That is all." in log and "context" not in log
 
 
 def test_in_a_dumb_terminal(start):

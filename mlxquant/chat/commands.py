@@ -1,13 +1,12 @@
 """What a line that begins with a slash does: one function a command, and a table of them all."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mlxquant.base.errors import BadValue, MlxquantError
-from mlxquant.chat import saved
+from mlxquant.chat import saved, terminal
 from mlxquant.chat.session import Session
 from mlxquant.runtime.generation import generate
 from mlxquant.runtime.sampling import Sampling
@@ -141,7 +140,7 @@ def _undo(session: Session, _: str) -> None:
 def _edit(session: Session, text: str) -> None:
     if text:
         _ask_again(session, text)
-    elif not sys.stdin.isatty():
+    elif not terminal.has_editor():
         raise BadValue("/edit needs a text where nobody types")
     else:
         session.prefilled = f"/edit {session.last_sent()[1]}"  # the next prompt begins with it

@@ -27,7 +27,12 @@ Completions = Mapping[str, Callable[[], list[str]] | None]
 def reader(completions: Completions, status: Callable[[int], str]) -> Read:
     """A function that reads one message; ``status`` gives the line under the prompt for a width,
     ``completions``, by a command's name, the words that may follow it, or None for paths."""
-    return _editor(completions, status) if sys.stdin.isatty() else _lines
+    return _editor(completions, status) if has_editor() else _lines
+
+
+def has_editor() -> bool:
+    """Whether somebody types and sees it, be it on stderr."""
+    return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
 
 
 def unquoted(text: str) -> str:
@@ -58,12 +63,14 @@ def _editor(completions: Completions, status: Callable[[int], str]) -> Read:
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import create_output
     from prompt_toolkit.shortcuts import CompleteStyle
     from prompt_toolkit.styles import Style
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(
+        output=None if sys.stdout.isatty() else create_output(sys.stderr),  # in no file
         history=_history(), completer=_completer(completions), complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE, enable_history_search=True, key_bindings=keys,
         multiline=Condition(lambda: is_open(get_app().current_buffer.text)),
@@ -117,9 +124,9 @@ def quiet() -> Iterator[Callable[[], str]]:
     """Do not echo what is typed; the context gives a function that returns what was, so far.
 
     Ctrl-C keeps its meaning. The terminal's mode is restored however the block ends, also
-    by SIGTERM, SIGHUP or SIGQUIT. Where standard input is no terminal nothing is typed.
+    by SIGTERM, SIGHUP or SIGQUIT. Where there is no editor the terminal stays as it is.
     """
-    if not sys.stdin.isatty():
+    if not has_editor():
         yield lambda: ""
         return
     terminal = sys.stdin.fileno()
