@@ -140,6 +140,7 @@ def test_a_revision_is_that_of_the_first_model_alone(tmp_path):
     (("bench", "TINY", "--chip", "M2", "-d", "-5"), 2, "error: depth is -5, at least 0"),
     (("generate", "TINY", "-p", "x", "--raw", "--system", "y"), 2, "error: --system goes without"),
     (("generate", "TINY", "-p", "x", "--draft-tokens", "7"), 2, "error: --draft-tokens needs --d"),
+    (("generate", "TINY", "-p", "x", "--top-p", "0.9"), 2, "error: --top-p needs --temp above 0"),
     (("evaluate", "TINY", "--text", "TINY/config.json", "--questions", "0"), 2,
      "error: --questions needs --tasks"),
     (("evaluate", "TINY", "--tasks", "x", "--windows", "3"), 2, "error: --windows needs --text"),

@@ -76,6 +76,8 @@ def generate(
         refuse(ctx, "goes without --raw: it has its place in a chat template", "system")
     if draft is None:
         refuse(ctx, "needs --draft", "draft_tokens")
+    if temp == 0:
+        refuse(ctx, "needs --temp above 0", "top_p", "top_k", "min_p", "seed")
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = require_unicode(sys.stdin.read(), "standard input") if prompt is None else prompt
     loaded = load_model(model, revision, memory, trust_remote_code)
