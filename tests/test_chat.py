@@ -2,6 +2,7 @@
 
 import pytest
 import scripted as scripts
+from mlx_lm.models.cache import RotatingKVCache
 from scripted import contents, scripted
 
 from mlxquant.base.errors import TooLarge
@@ -194,6 +195,18 @@ def test_a_draft_is_left_behind_with_its_model_and_not_without_a_word(talk, tiny
     assert "error: too large" in err and "without" not in err and conversation.loop is drafted
     _, err, conversation = talk(f"/model {tiny_folder}", load=load, loop=drafted)
     assert f"(without the draft model {tiny.name}," in err and conversation.loop == Loop()
+
+
+@pytest.mark.parametrize("option", [{"kv_bits": 8}, {"lookup": 4}])
+def test_what_another_model_cannot_do_is_left_out_with_a_word(talk, tiny_folder, option):
+    def load(name):
+        model = scripted(name, ["From another."])
+        model.network.make_cache = lambda: [RotatingKVCache(64) for _ in model.network.layers]
+        return model
+
+    _, err, conversation = talk("a", f"/model {tiny_folder}", "b", load=load, loop=Loop(**option))
+    assert contents(conversation)[::2] == ["a", "b"] and conversation.loop == Loop()
+    assert f"(without {next(iter(option))}: {tiny_folder}" in " ".join(err.split())
 
 
 def test_a_full_context_forgets_whole_turns_and_says_so(talk):

@@ -3,6 +3,7 @@
 import io
 import sys
 
+import jinja2
 import pytest
 import scripted as scripts
 from scripted import contents, scripted
@@ -163,14 +164,19 @@ def test_a_reply_steers_no_terminal_from_a_plain_screen_or_a_remark(talk):
 
 
 def test_a_template_that_refuses_is_one_line(talk, capsys):
-    def refusing(*args, **kwargs):
-        import jinja2
+    def refusing(messages, *args, **kwargs):
+        if messages[0]["role"] == "system":
+            raise jinja2.TemplateError("System role not supported")
+        return "hi"
 
-        raise jinja2.TemplateError("System role not supported")
-
-    conversation = talk("hello", "/system x")[2]
+    conversation = talk("hello")[2]
+    conversation.system = "Be brief."  # as of a model whose template had a place for it
     conversation.model.tokenizer._chat_template = refusing
     session = Session(conversation)
+    before = list(conversation.messages)
     handle(session, "hi")
-    assert conversation.messages == []
+    assert conversation.messages == before
     assert "refuses these messages: System" in capsys.readouterr().err
+    handle(session, "/system none")
+    handle(session, "hi")
+    assert contents(conversation)[::2] == ["hello", "hi"]

@@ -104,6 +104,10 @@ def _system(session: Session, text: str) -> None:
     if not text:
         session.say(session.conversation.system or "(no system prompt)")
         return
+    if text == "none":  # which takes away what a template may refuse
+        session.conversation.system = None
+        session.say("(no system prompt from here on)")
+        return
     session.conversation.system = text
     session.conversation.clear()
     session.say("(system prompt set, conversation cleared)")
@@ -227,7 +231,8 @@ TABLE = {command.name: command for command in (
             _set, lambda: list(_NAMES)),
     Command("/show [thoughts]", "settings, or the reasoning before the last reply", _show,
             lambda: ["thoughts"]),
-    Command("/system [TEXT]", "set the system prompt and start over; alone: show it", _system),
+    Command("/system [TEXT]", "set the system prompt and start over; none: go on without; "
+            "alone: show it", _system, lambda: ["none"]),
     Command("/clear", "forget the conversation, keep the system prompt", _clear),
     Command("/retry", "answer the last message again", lambda session, _: _ask_again(session, "")),
     Command("/undo", "take the last exchange back", _undo),

@@ -13,13 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-from mlxquant.base.errors import MlxquantError
+from mlxquant.base.errors import MlxquantError, Unsupported
 from mlxquant.base.text import clean
 from mlxquant.chat.conversation import Conversation
 from mlxquant.chat.screen import LiveScreen, PlainScreen
 from mlxquant.model import loading
 from mlxquant.model.inspection import inspect_folder
 from mlxquant.model.loading import LanguageModel
+from mlxquant.runtime.loop import Loop
 from mlxquant.runtime.prompt_cache import PromptCache
 from mlxquant.runtime.reply import Chunk
 from mlxquant.sources.names import resolve
@@ -148,6 +149,17 @@ class Session:
         talk.last_report, talk.loop = None, replace(loop, draft=None)
         if loop.draft:
             self.say(f"(without the draft model {loop.draft.name}, which was for {old.name})")
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Set off what the model cannot do, for which it would refuse every message."""
+        talk, off = self.conversation, dict[str, Any](kv_bits=None, lookup=0)
+        for name in off:
+            try:
+                Loop(**{name: getattr(talk.loop, name)}).check(talk.model, talk.cache)
+            except Unsupported as error:
+                talk.loop = replace(talk.loop, **{name: off[name]})
+                self.say(f"(without {name}: {str(error).partition('; ')[0]})")
 
     def _make_screen(self) -> PlainScreen | LiveScreen:
         console = Console(highlight=False, emoji=False)
