@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from architectures import CONFIGURATIONS, FEW, REFUSED, slow_unless
+from architectures import CONFIGURATIONS, FEW, REFUSED, network_of, slow_unless
 from conftest import job
 
 from mlxquant import MlxquantError
+from mlxquant.base.errors import Unsupported
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine import chips
@@ -73,6 +74,19 @@ def test_the_form_that_openai_publishes_is_known():
     bits = 24 * 32 * expert * 4.25 + wide * 16
     assert held_bytes(network) == pytest.approx(bits / 8, rel=1e-3)
     assert held_bytes(network) == pytest.approx(13.76e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name, offered", [
+    ("llama", [16, 8, 4]), ("qwen3_next", [16, 8, 4]), ("gpt_oss", [16]), ("olmo3", [16]),
+    ("deepseek_v3", [16]), ("mamba", [16])])
+def test_only_keys_and_values_that_the_model_takes_are_offered(monkeypatch, name, offered):
+    monkeypatch.setattr(plan, "AFFINE", ())
+    monkeypatch.setattr(plan, "REPLICATED", ())
+    rows = plan.plan("x", config=CONFIGURATIONS[name], chip="M1", context=64).rows
+    assert [row.kv_bits for row in rows] == offered
+    for bits in {8, 4} - set(offered):
+        with pytest.raises(Unsupported, match="leave kv_bits out"):
+            outline.token_cache(network_of(name), bits, computed=True)
 
 
 @pytest.mark.parametrize("name", [

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxquant.base.errors import BadCheckpoint, Unsupported, first_line
@@ -75,19 +76,38 @@ def unquantised(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def kv_bytes(network: nn.Module, context: int, bits: int = 16) -> int:
-    """Bytes of keys, values and other state after ``context`` tokens; with fewer than 16 ``bits``
-    each group of 32 has a scale and an offset of 16 bits as well.
-
-    One token goes through the network as a graph that is never computed, so that the shapes are
-    those of the architecture's own cache.
-    """
-    cache = make_prompt_cache(network)
-    network(mx.zeros((1, 1), mx.int32), cache=cache)
-    share = 1.0 if bits == 16 else (bits + 32 / KV_GROUP) / 16
+    """Bytes of keys, values and other state after ``context`` tokens, the keys and values at
+    ``bits``. Raises ``Unsupported`` as ``token_cache``, from whose shapes it is counted."""
     total = 0.0
-    for layer in cache:
-        grows, most = hasattr(layer, "offset"), getattr(layer, "max_size", None)
-        length = min(context, most or context) if grows else 1
-        total += traffic.kv_bytes([layer]) * length * (
-            share if hasattr(layer, "to_quantized") else 1)
+    for layer in token_cache(network, bits):
+        size = traffic.kv_bytes([layer])
+        if hasattr(layer, "offset"):
+            most = getattr(layer, "max_size", None)
+            size = size * min(context, most or context) / max(layer.offset, 1)
+        total += size
     return round(total)
+
+
+def token_cache(network: nn.Module, bits: int = 16, name: str = "the model",
+                computed: bool = False) -> list[Any]:
+    """The cache of a token that goes through ``network``, as a graph unless it is to be
+    ``computed``; below 16 ``bits`` it is quantised, and a second token reads it.
+
+    Raises ``Unsupported``, which calls the model ``name``, for sliding windows, head sizes that
+    groups do not divide, or an attention that takes no such cache.
+    """
+    layers, token = make_prompt_cache(network), mx.zeros((1, 1), mx.int32)
+    logits = network(token, cache=layers)
+    if bits == 16:
+        return layers
+    try:
+        maybe_quantize_kv_cache(layers, 0, KV_GROUP, bits)
+        logits = network(token, cache=layers)
+        if computed:
+            mx.eval(logits)
+        if not any(hasattr(layer, "bits") for layer in layers):
+            raise NotImplementedError("it keeps no keys and values of this kind")
+    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise Unsupported(f"{name} cannot keep its keys and values at {bits} bits in groups "
+                          f"of {KV_GROUP}: {first_line(error)}; leave kv_bits out") from error
+    return layers

@@ -7,6 +7,7 @@ measurements only.
 
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
+from mlxquant.base.errors import BadValue, MlxquantError, TooLarge, Unsupported
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
@@ -183,15 +184,17 @@ def choose(result: Plan, rows: list[PlanRow], chip: str | None = None) -> PlanRo
 def _model(name: str, config: dict[str, Any], context: int) -> _Model:
     plain = outline.unquantised(without_second(config))
     original = outline.network_of(plain)
-    kv = {bits: outline.kv_bytes(original, context, bits) for bits in KV_BITS}
+    kv = {}
+    for bits in KV_BITS:
+        with suppress(Unsupported):  # what the model refuses when it runs is not offered
+            kv[bits] = outline.kv_bytes(original, context, bits)
     blocks = blocks_of(original)
     inside = tuple(block.full("") for block in blocks)
     widest = max(part.chosen * part.module.weight.shape[-2] for part in traffic.parts(original)
                  if part.path.startswith(inside) and traffic.weight_count(part.module)
                  and part.module.weight.ndim > 1)
-    return _Model(name, plain, original,
-                  {bits: size for bits, size in kv.items() if bits == 16 or size < kv[16]},
-                  traffic.operations_per_token(original) / 2, len(blocks), 6 * CHUNK * widest)
+    return _Model(name, plain, original, kv, traffic.operations_per_token(original) / 2,
+                  len(blocks), 6 * CHUNK * widest)
 
 
 def _candidates(model: _Model, config: dict[str, Any], machine: Host,

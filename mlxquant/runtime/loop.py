@@ -23,8 +23,8 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, Unsupported, first_line
-from mlxquant.layers.outline import KV_GROUP
+from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.layers.outline import KV_GROUP, token_cache
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.prompt_cache import PromptCache, takes_back
@@ -80,7 +80,7 @@ class Loop:
         """Raise ``Unsupported`` where ``model`` cannot do it, and ``BadValue`` for a draft of
         another vocabulary; a ``cache`` at this width has shown that keys and values can be so."""
         if self.kv_bits is not None and self.kv_bits not in cache.bits:
-            _try_kv_bits(model, self.kv_bits)
+            token_cache(model.network, self.kv_bits, model.name, computed=True)
         if self.guesses and not takes_back(cache.layers or make_prompt_cache(model.network)):
             raise Unsupported(f"{model.name} keeps a sliding window or a state that cannot take "
                               "tokens back; run it without a draft model or look-up")
@@ -114,21 +114,6 @@ def _told(made: Generator[Any, None, None]) -> Generator[NextToken, None, None]:
     with closing(made):
         for token, logprobs, *guessed in made:
             yield NextToken(token, any(guessed), logprobs)
-
-
-def _try_kv_bits(model: LanguageModel, bits: int) -> None:
-    """Compute two tokens with quantised keys and values; raises ``Unsupported`` for sliding
-    windows, head sizes that groups do not divide, or an attention that takes no such cache."""
-    layers, token = make_prompt_cache(model.network), mx.array([[0]])
-    try:
-        mx.eval(model.network(token, cache=layers))
-        maybe_quantize_kv_cache(layers, 0, KV_GROUP, bits)
-        mx.eval(model.network(token, cache=layers))
-        if not any(hasattr(layer, "bits") for layer in layers):
-            raise NotImplementedError("it keeps no keys and values of this kind")
-    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise Unsupported(f"{model.name} cannot keep its keys and values at {bits} bits in groups "
-                          f"of {KV_GROUP}: {first_line(error)}; leave kv_bits out") from error
 
 
 def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,
