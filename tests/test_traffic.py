@@ -67,6 +67,17 @@ def test_the_cache_counts_what_it_holds(batch):
     assert outline.kv_bytes(network, 7, 8) == 7 * 2 * 2 * 2 * 32 * 9 / 8
 
 
+@pytest.mark.parametrize("name, grows", [  # of llama4's blocks each fourth sees beyond its chunk
+    ("falcon_h1", 4 * 2 * 2 * 32 * 4), ("llama4", 2 * 2 * 32 * 4)])
+def test_blocks_with_several_caches_or_chunks_count_what_a_token_reads(name, grows):
+    network = network_of(name)
+    cache = make_prompt_cache(network)
+    network(mx.zeros((1, 299), mx.int32), cache=cache)
+    network(mx.zeros((1, 1), mx.int32), cache=cache)  # older chunks are dropped
+    assert outline.kv_bytes(network, 301) - outline.kv_bytes(network, 300) == grows
+    assert traffic.kv_bytes(cache) == pytest.approx(outline.kv_bytes(network, 300), rel=0.02)
+
+
 def test_a_batch_reads_more_of_a_mixtures_experts():
     config = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1,
                        "tie_word_embeddings": False}

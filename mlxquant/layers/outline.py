@@ -79,10 +79,10 @@ def kv_bytes(network: nn.Module, context: int, bits: int = 16) -> int:
     """Bytes of keys, values and other state after ``context`` tokens, the keys and values at
     ``bits``. Raises ``Unsupported`` as ``token_cache``, from whose shapes it is counted."""
     total = 0.0
-    for layer in token_cache(network, bits):
+    for layer in traffic.single(token_cache(network, bits)):
         size = traffic.kv_bytes([layer])
         if hasattr(layer, "offset"):
-            most = getattr(layer, "max_size", None)
+            most = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
             size = size * min(context, most or context) / max(layer.offset, 1)
         total += size
     return round(total)

@@ -180,12 +180,20 @@ def kv_bytes(cache: list[Any]) -> int:
     the part up to the layer's offset counts.
     """
     total = 0.0
-    for layer in cache:
+    for layer in single(cache):
         offset = getattr(layer, "offset", None)
+        if offset is not None:  # a layer that attends in chunks has dropped what lies before
+            offset -= getattr(layer, "start_position", 0)
         for array in arrays(layer.state):
             grown = offset is not None and array.ndim == 4
             total += array.nbytes * (min(offset / array.shape[-2], 1.0) if grown else 1.0)
     return round(total)
+
+
+def single(cache: list[Any]) -> Iterator[Any]:
+    """The caches of a prompt cache one by one: some blocks have several, as one ``CacheList``."""
+    for layer in cache:
+        yield from single(layer.caches) if hasattr(layer, "caches") else [layer]
 
 
 def _experts(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int:
