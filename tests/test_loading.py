@@ -8,12 +8,13 @@ import weakref
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import random_network, write_folder
+from conftest import CONFIG, job, random_network, write_folder
 from mlx_lm import convert
 
 import mlxquant
 from mlxquant.base.errors import BadCheckpoint, BadValue, TooLarge, Unsupported
 from mlxquant.layers import traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine.memory import memory_limit, parse_size
 from mlxquant.model import loading
 from mlxquant.model.inspection import inspect
@@ -59,6 +60,22 @@ def test_dense_and_packed_weights_give_the_same_logits(stock_quantised):
 def test_a_model_over_the_memory_limit_is_refused(tiny_folder):
     with pytest.raises(TooLarge, match="needs 0.00 GB for its weights"):
         mlxquant.load(str(tiny_folder), memory="10KB")
+
+
+@pytest.mark.parametrize("options", [dict(dtype=mx.float16), dict(group_size=64 * 3, bits=2)])
+def test_what_a_loaded_model_holds_is_within_its_limit(tmp_path, options):
+    """Also where weights take more as they run than in the file: floats, and groups of 192."""
+    config = CONFIG | {"hidden_size": 192, "intermediate_size": 384}
+    network = random_network(config)
+    network.set_dtype(options.pop("dtype", mx.float32))
+    folder = write_folder(tmp_path / "source", network, config)
+    if options:
+        mlxquant.quantize(str(folder), tmp_path / "made", job(method="rtn", **options))
+        folder = tmp_path / "made"
+    held = held_bytes(mlxquant.load(str(folder), dense=False).network)
+    assert held_bytes(mlxquant.load(str(folder), dense=False, memory=held).network) == held
+    with pytest.raises(TooLarge, match="GB for its weights"):
+        mlxquant.load(str(folder), dense=False, memory=held - 1)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path, tiny_folder):
@@ -113,8 +130,6 @@ def test_inspection_counts_what_the_files_hold(stock_quantised):
 
 
 def test_an_untied_embedding_counts_as_one_row(tmp_path):
-    from conftest import CONFIG
-
     config = CONFIG | {"tie_word_embeddings": False}
     result = inspect(str(write_folder(tmp_path / "untied", config=config)))
     tied = inspect(str(write_folder(tmp_path / "tied")))

@@ -18,6 +18,7 @@ from mlxquant.machine import chips
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.report import plan, quality
+from mlxquant.report.host import Host
 from mlxquant.sources import checkpoint
 
 LLAMA = {
@@ -204,6 +205,16 @@ def test_measured_limits_say_which_replicas_are_free(monkeypatch):
     forms = (2, 2, 0), (2, 4, 0), (2, 8, 16), (4, 4, 0)
     assert [free[form] for form in forms] == [True, False, False, None]
     assert {r.tps_source for r in found.rows} == {"ceiling"} and "ceiling" in found.remarks[-1]
+
+
+@pytest.mark.parametrize("share", [2.5, 0.9])
+def test_a_plain_cpu_holds_floats_as_float32_where_dense_weights_do_not_fit(monkeypatch, share):
+    original = held_bytes(outline.network_of(CONFIG))
+    machine = Host("this CPU", int(share * original), ceiling=20.0, dense=True)
+    monkeypatch.setattr(plan, "host", lambda *asked: machine)
+    rows = plan.plan("x", config=CONFIG, context=1).rows
+    row = next(row for row in rows if row.method == "original")
+    assert row.bytes_per_token == 2 * original + row.kv_bytes and row.file_bytes == original
 
 
 def test_quality_is_found_where_it_was_measured():

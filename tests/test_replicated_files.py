@@ -61,7 +61,7 @@ def test_dense_networks_are_plain_ones(saved):
     plain = random_network(CONFIG | {"tie_word_embeddings": "lm_head" not in network})
     shapes = [{name: a.shape for name, a in tree_flatten(n.parameters())} for n in (dense, plain)]
     assert shapes[0] == shapes[1]
-    assert traffic.weight_bytes(dense) == traffic.weight_bytes(network, dense=True)
+    assert traffic.weight_bytes(dense) == traffic.weight_bytes(network, traffic.float32_bytes)
     close(dense(TOKENS), np.array(network(TOKENS)), 1e-4)
 
 
@@ -79,7 +79,7 @@ def test_inspection_counts_what_the_file_holds(saved):
     stored = sum(a.nbytes for a in mx.load(str(folder / "model.safetensors")).values())
     unread = 0 if "lm_head" not in network else 4 * 383 * 64  # rows of an embedding that is no head
     assert look.bytes_per_token == stored - unread
-    assert look.bytes_per_token_cpu == traffic.weight_bytes(network, dense=True)
+    assert look.bytes_per_token_cpu == traffic.weight_bytes(network, traffic.float32_bytes)
 
 
 def test_a_block_takes_paths_of_its_own():

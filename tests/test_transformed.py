@@ -219,7 +219,7 @@ def test_bytes_of_scale_signs_and_step_are_counted():
     leaves = 4 * (M * N + M + 3 * M)
     assert traffic.weight_bytes(network) == leaves + 2 * N + N // 8 + 4
     assert traffic.dense_bytes(network) == leaves + 4 * N + N // 8 + 4
-    assert traffic.weight_bytes(network, dense=True) == traffic.dense_bytes(network)
+    assert traffic.weight_bytes(network, traffic.float32_bytes) == traffic.dense_bytes(network)
 
 
 def test_a_dense_network_has_linear_transforms_in_its_weights():

@@ -1,7 +1,7 @@
 """What decoding one token moves and computes: weights, once for each time they are used, and the
 KV cache."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,12 +13,14 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.trees import arrays
 from mlxquant.layers.blocks import blocks_or_itself, shape_of
+from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import PackedCodes
 from mlxquant.layers.packed_experts import PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
 from mlxquant.layers.unpacked import UnpackedExperts
+from mlxquant.machine.memory import DENSE_SHARE
 
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedSwitchLinear,
@@ -26,6 +28,7 @@ _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedS
 # How configurations and routers call the number of experts that a token is sent to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k", "top_k_experts", "moe_topk",
            "moe_top_k", "moe_k")
+Measure = Callable[[nn.Module], int]  # bytes of the parameters that a module holds by itself
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,33 @@ def float32_bytes(module: nn.Module) -> int:
         return 0  # dense weights hold it
     if "codes" in module or ("scales" in module and hasattr(module, "bits")):
         return 4 * (weight_count(module) + (module.bias.size if "bias" in module else 0))
+    return cpu_bytes(module)
+
+
+def cpu_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters on a plain CPU that does not expand them: floats as
+    float32. Codes in groups that MLX has no kernel for are expanded all the same."""
+    if isinstance(module, GroupedLinear):
+        return float32_bytes(module)
     return sum(4 * array.size if mx.issubdtype(array.dtype, mx.floating) else array.nbytes
                for array in own_arrays(module).values())
+
+
+def gpu_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters on a GPU, where codes in groups that MLX has no kernel
+    for are expanded in the type of their scales."""
+    if isinstance(module, GroupedLinear):
+        bias = module.bias.nbytes if "bias" in module else 0
+        return module.scales.itemsize * weight_count(module) + bias
+    return own_bytes(module)
+
+
+def as_held(network: nn.Module, on_cpu: bool, memory: float) -> Measure:
+    """How a machine holds the modules of a network: a GPU, or a plain CPU, which expands all to
+    float32 where the ``memory`` in bytes has room for it."""
+    if not on_cpu:
+        return gpu_bytes
+    return float32_bytes if dense_bytes(network) <= DENSE_SHARE * memory else cpu_bytes
 
 
 def weight_count(module: nn.Module) -> int:
@@ -135,22 +163,26 @@ def body_bits(network: nn.Module, apart: Container[str] = ()) -> tuple[int, int]
     return 8 * sum(stored), sum(weight_count(m) for _, m in matrices)
 
 
-def weight_bytes(network: nn.Module, *, dense: bool = False, batch: int = 1) -> int:
-    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as dense
-    float32.
+def weight_bytes(network: nn.Module, measure: Measure = own_bytes, *, batch: int = 1) -> int:
+    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as another
+    ``measure`` has it.
 
     An embedding counts as a row for each, unless it is the head too. Of a mixture's experts only
     the chosen ones count, for a batch as many as it chooses on average. A block that runs again
     is read again: no chip's cache is counted on to hold it.
     """
-    return round(sum(part.passes * part.share(batch) * (
-        float32_bytes(part.module) if dense else own_bytes(part.module))
-        for part in parts(network)))
+    return round(sum(part.passes * part.share(batch) * measure(part.module)
+                     for part in parts(network)))
+
+
+def network_bytes(network: nn.Module, measure: Measure) -> int:
+    """Bytes of all parameters of a network, as ``measure`` has them."""
+    return sum(map(measure, network.modules()))
 
 
 def dense_bytes(network: nn.Module) -> int:
     """Bytes the network takes as float32 with every quantised matrix expanded."""
-    return sum(map(float32_bytes, network.modules()))
+    return network_bytes(network, float32_bytes)
 
 
 def operations_per_token(network: nn.Module) -> int:

@@ -34,7 +34,7 @@ class Layer:
 class Inspection:
     """``active_parameters`` leave out a mixture's experts that a token is not sent to.
     ``bits_per_weight`` is that of the blocks' matrices, scales included; ``file_bytes``
-    of the whole folder; ``bytes_per_token`` of the weights that one token reads as stored,
+    of the whole folder; ``bytes_per_token`` of the weights that one token reads on a GPU,
     ``bytes_per_token_cpu`` as dense float32, which is how a plain CPU runs them. ``making`` is
     what ``quantize`` wrote of its seconds and peaks by step, None where it made no such folder.
     ``tuned_blocks`` are the blocks that were trained, with their errors before and after: shares of
@@ -69,8 +69,8 @@ def inspect_folder(folder: Path) -> Inspection:
         active_parameters=traffic.active_parameters(network),
         bits_per_weight=traffic.body_bits_per_weight(network),
         file_bytes=checkpoint.folder_bytes(folder),
-        bytes_per_token=traffic.weight_bytes(network),
-        bytes_per_token_cpu=traffic.weight_bytes(network, dense=True),
+        bytes_per_token=traffic.weight_bytes(network, traffic.gpu_bytes),
+        bytes_per_token_cpu=traffic.weight_bytes(network, traffic.float32_bytes),
         layers=[_layer(path, m, transformed) for path, m in traffic.leaf_modules(network)
                 if isinstance(m, (GroupedLinear, Replicated))
                 or ("weight" in m and m.weight.ndim >= 2)],

@@ -21,11 +21,10 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsupported
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.layers import traffic
-from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.dense import expand, to_dense
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.pack import pack
-from mlxquant.machine.memory import DENSE_SHARE, memory_limit, parse_size
+from mlxquant.machine.memory import memory_limit, parse_size
 from mlxquant.model import distributed, stored
 from mlxquant.sources.names import resolve
 
@@ -83,7 +82,11 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
     limit = memory_limit() if memory is None else parse_size(memory)
     group = mx.distributed.init()
     network, config = open_lazily(folder, trust_remote_code)
-    needed = held_bytes(network) // group.size()
+    on_cpu = mx.default_device() == mx.cpu
+    # dense=False: no memory is room for dense weights
+    measure = traffic.float32_bytes if dense else traffic.as_held(
+        network, on_cpu, limit if dense is None else 0)
+    needed = traffic.network_bytes(network, measure) // group.size()
     if needed > limit:
         raise TooLarge(f"{name} needs {needed / 1e9:.2f} GB for its weights, "
                        f"{limit / 1e9:.2f} GB may be used")
@@ -92,8 +95,7 @@ def load_folder(folder: Path, name: str, *, memory: str | float | None = None,
               "replies may be slow, and long ones may not fit; `mlxquant plan` shows smaller forms",
               file=sys.stderr)
     expand(network, GroupedLinear)
-    on_cpu = mx.default_device() == mx.cpu
-    if dense or (on_cpu and dense is None and traffic.dense_bytes(network) <= DENSE_SHARE * limit):
+    if measure is traffic.float32_bytes:
         network = to_dense(network)
     elif on_cpu:
         network.set_dtype(mx.float32)

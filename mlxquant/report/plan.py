@@ -21,7 +21,6 @@ from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.machine.chips import Chip
-from mlxquant.machine.memory import DENSE_SHARE
 from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
@@ -142,8 +141,9 @@ def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Predict
     checks.integer("depth", depth, 0)
     network, model = outline.network_of(config), _model("", config, max(depth, 1))
     kv = model.kv[16] if depth else 0
-    return predict(chip, bytes_per_token=traffic.weight_bytes(network) + kv,
-                   total_bytes=held_bytes(network) + kv, layers=model.layers,
+    return predict(chip, bytes_per_token=traffic.weight_bytes(network, traffic.gpu_bytes) + kv,
+                   total_bytes=traffic.network_bytes(network, traffic.gpu_bytes) + kv,
+                   layers=model.layers,
                    weights=model.weights, cost=_stored(config)[1])
 
 
@@ -261,9 +261,8 @@ def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
           machine: Host) -> Iterator[PlanRow]:
     """A form with each format of keys and values."""
     stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
-    held, read = stored, traffic.weight_bytes(network)
-    if machine.dense and traffic.dense_bytes(network) <= DENSE_SHARE * machine.memory:
-        held, read = traffic.dense_bytes(network), traffic.weight_bytes(network, dense=True)
+    measure = traffic.as_held(network, machine.dense, machine.memory)
+    held, read = traffic.network_bytes(network, measure), traffic.weight_bytes(network, measure)
     for bits, size in model.kv.items():
         size *= 2 if machine.dense and bits == 16 else 1
         total, moved = held + model.workspace + size, read + size
