@@ -250,6 +250,15 @@ def test_a_packed_model_in_16_bits_is_as_near_as_the_stored_one(on_kernels, shap
     assert backend.relative_error(logits, expected) < 2 * backend.relative_error(stored, expected)
 
 
+@pytest.mark.parametrize("bits", [1, "ternary", 2, 3])
+def test_what_a_gpu_will_hold_is_known_before(bits):
+    network = replicated(CONFIG, ReplicaShape(bits, 2, 16))
+    held, read = (count(network, traffic.gpu_bytes)
+                  for count in (traffic.network_bytes, traffic.weight_bytes))
+    pack(network)
+    assert (held_bytes(network), traffic.weight_bytes(network)) == (held, read)
+
+
 @emulated
 @pytest.mark.parametrize("repeats", [(Repeat(1, 1, 2),), (Repeat(0, 1, 3),)], ids=["block", "span"])
 def test_blocks_that_run_again_share_norms_and_groups(on_kernels, repeats):

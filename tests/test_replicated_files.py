@@ -14,9 +14,12 @@ from test_transformed import close
 import mlxquant
 from mlxquant.base.errors import BadCheckpoint
 from mlxquant.layers import formats, traffic
+from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.dense import to_dense
+from mlxquant.layers.pack import pack
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.model.inspection import inspect_folder
+from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
 
 GROUPED = {"self_attn.qkv": ["q_proj", "k_proj", "v_proj"], "self_attn.o": ["o_proj"],
@@ -65,7 +68,7 @@ def test_dense_networks_are_plain_ones(saved):
     close(dense(TOKENS), np.array(network(TOKENS)), 1e-4)
 
 
-def test_inspection_counts_what_the_file_holds(saved):
+def test_inspection_counts_what_the_file_holds_and_a_gpu_reads(saved):
     network, folder = saved
     look = inspect_folder(folder)
     weights = sum(prod(m.shape) for layer in network.layers for m in layer.modules()
@@ -76,9 +79,9 @@ def test_inspection_counts_what_the_file_holds(saved):
     assert look.untraceable is None
     assert {(layer.format, layer.bits) for layer in look.layers if "layers" in layer.path} == {
         ("replicas K4 G16 rotated", "ternary")}
-    stored = sum(a.nbytes for a in mx.load(str(folder / "model.safetensors")).values())
     unread = 0 if "lm_head" not in network else 4 * 383 * 64  # rows of an embedding that is no head
-    assert look.bytes_per_token == stored - unread
+    run = pack(open_lazily(folder)[0])  # a GPU has ternary codes in two bits each
+    assert look.bytes_per_token == held_bytes(run) - unread
     assert look.bytes_per_token_cpu == traffic.weight_bytes(network, traffic.float32_bytes)
 
 

@@ -77,6 +77,11 @@ def reorder(packed: mx.array, bits: Width, columns: int) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
+def row_bytes(bits: Width, columns: int) -> int:
+    """Bytes of a row of codes in the kernels' order."""
+    return bits.code_bits * (columns + -columns % RUN[bits.code_bits]) // 8
+
+
 def pack(codes: mx.array, width: int) -> mx.array:
     """Codes (rows, columns) of ``width`` bits in the kernels' order; rows end in codes of 0."""
     rows, columns = codes.shape

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.trees import arrays
+from mlxquant.kernels import code_order
 from mlxquant.layers.blocks import blocks_or_itself, shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import PackedCodes
@@ -110,11 +111,18 @@ def cpu_bytes(module: nn.Module) -> int:
 
 
 def gpu_bytes(module: nn.Module) -> int:
-    """Bytes of a module's own parameters on a GPU, where codes in groups that MLX has no kernel
-    for are expanded in the type of their scales."""
+    """Bytes of a module's own parameters on a GPU, where replicated codes lie in the kernels' order
+    beside float32 scales of their inputs, and codes in groups that MLX has no kernel for are
+    expanded in the type of their scales."""
     if isinstance(module, GroupedLinear):
         bias = module.bias.nbytes if "bias" in module else 0
         return module.scales.itemsize * weight_count(module) + bias
+    if isinstance(module, ReplicaInput):
+        return cpu_bytes(module)
+    if isinstance(module, Replicated):
+        *rows, columns = module.shape
+        codes = prod(rows) * code_order.row_bytes(module.input.spec.bits, columns)
+        return own_bytes(module) - module.codes.nbytes + codes
     return own_bytes(module)
 
 

@@ -83,7 +83,7 @@ def replicated(bits: int | str, replicas: int, group: int = 0) -> Cost:
     rows = rows_together(ReplicaShape(Width.of(bits), replicas, group), 1)
     products = vectors + vectors / shared + ((replicas + 1) / shared if group else 0)
     fetched = 4 * (vectors + vectors / shared + (replicas / shared if group else 0)) / rows
-    return Cost(products, _DECODING[_stored_bits(bits)], fetched)
+    return Cost(products, _DECODING[Width.of(bits).code_bits], fetched)
 
 
 def seconds(chip: Chip, weights: float, stored_bytes: float, cost: Cost) -> float:
@@ -97,7 +97,8 @@ def free_replicas(chip: Chip, bits: int | str) -> tuple[int, dict[str, int | Non
     question, answered by prediction."""
 
     def timer(replicas: int, group: int) -> float:
-        return seconds(chip, 1e9, 1e9 * _stored_bits(bits) / 8, replicated(bits, replicas, group))
+        stored = 1e9 * Width.of(bits).code_bits / 8
+        return seconds(chip, 1e9, stored, replicated(bits, replicas, group))
 
     return search(timer(1, 0), timer)
 
@@ -110,11 +111,6 @@ def limits(chip: Chip) -> ReplicaLimits | None:
     return ReplicaLimits("predicted from counted operations",
                          {bits: most for bits, (most, _) in found.items()},
                          {bits: groups for bits, (_, groups) in found.items()})
-
-
-def _stored_bits(bits: int | str) -> int:
-    """Bits that a code takes in a GPU's memory."""
-    return 2 if bits == "ternary" else int(bits)
 
 
 @cache
