@@ -101,8 +101,8 @@ def test_less_memory_or_more_speed_is_paid_in_quality(llama):
 def row(**changes):
     values = dict(
         method="affine", bits=4, replicas=None, group=64, kv_bits=16, bits_per_weight=4.5,
-        file_bytes=1, kv_bytes=1, total_bytes=10, bytes_per_token=1, fits=True, tps=10.0,
-        tps_source="predicted", free_replicas=None, quality=1.1, quality_source="x",
+        file_bytes=1, kv_bytes=1, scores_bytes=0, total_bytes=10, bytes_per_token=1, fits=True,
+        tps=10.0, tps_source="predicted", free_replicas=None, quality=1.1, quality_source="x",
         quality_rank=1, command="c")
     return plan.PlanRow(**values | changes)
 
@@ -205,6 +205,22 @@ def test_measured_limits_say_which_replicas_are_free(monkeypatch):
     forms = (2, 2, 0), (2, 4, 0), (2, 8, 16), (4, 4, 0)
     assert [free[form] for form in forms] == [True, False, False, None]
     assert {r.tps_source for r in found.rows} == {"ceiling"} and "ceiling" in found.remarks[-1]
+
+
+def test_what_a_prompt_takes_besides_is_counted():
+    """Scores of 64 heads where keys and values are quantised, gate and up of replicas expanded, and
+    three of the widest layer's outputs; the same where a chip is asked about one model."""
+    config, chunk = QWEN | {"num_hidden_layers": 2}, 2048
+    rows = plan.plan("x", config=config, chip="M1 Pro", context=4096).rows
+    rows = {(row.bits, row.replicas, row.kv_bits): row for row in rows}
+    for bits, replicas, kv, scores, expanded in (
+            (16, None, 16, 0, 0), (16, None, 4, 64, 0), (2, 4, 16, 0, 2 * 25600 * 5120)):
+        row = rows[bits, replicas, kv]
+        assert row.scores_bytes == scores * chunk * 4096 * 2
+        assert row.total_bytes - row.scores_bytes == pytest.approx(
+            row.file_bytes + row.kv_bytes + 3 * chunk * 25600 * 2 + expanded * 2, rel=0.01)
+    stored = plan.predict_model(config, chips.find("M1 Pro"), 4096)
+    assert stored.total_bytes == rows[16, None, 16].total_bytes
 
 
 @pytest.mark.parametrize("share", [2.5, 0.9])

@@ -122,7 +122,7 @@ def test_where_nothing_fits_it_says_what_would(chip):
         choose(*planned("2GB", tokens + 256), chip)
 
 
-@pytest.mark.parametrize("size,asked", [("1GB", ()), ("1GB", ("--bits", "2")), ("4GB", ())])
+@pytest.mark.parametrize("size,asked", [("1.2GB", ()), ("1.2GB", ("--bits", "2")), ("4GB", ())])
 def test_below_four_bits_layers_of_several_widths_fill_the_room(tmp_path, capsys, size, asked):
     config = tmp_path / "llama.json"
     config.write_text(json.dumps(LLAMA | {"num_hidden_layers": 4, "vocab_size": 32000}))

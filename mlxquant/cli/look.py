@@ -45,9 +45,10 @@ def plan(
           f"{result.machine} with {result.memory_bytes / 1e9:.1f} GB for a model and "
           f"{result.context:,} tokens, at the end of which speeds are\n")
     best: dict[tuple[Any, ...], PlanRow] = {}
-    for row in result.rows:  # of each form the most bits of keys and values that fit, or the fewest
+    for row in result.rows:  # of each form the most bits of keys and values that fit, or the least
         key = row.method, row.bits, row.replicas, row.group
-        if key not in best or not best[key].fits:
+        if key not in best or (not best[key].fits and (
+                row.fits or row.total_bytes < best[key].total_bytes)):
             best[key] = row
     head = ["form", "bits/weight", "KV bits", "file GB", "total GB", "fits", "tokens/s",
             "perplexity", "source"]

@@ -25,7 +25,7 @@ from mlxquant.layers.packed import PackedCodes, PackedSibling, are_gated
 # writes and reads some 30 times its codes, which are in the caches for an expert's next pair.
 _PAIRS = 4
 _TRACED = 64  # pairs up to which calls are traced: mlx-lm sorts so many and more
-_EXPANDED = 1 << 28  # weights that are held expanded at once
+EXPANDED = 1 << 28  # weights that are held expanded at once
 
 
 class PackedExperts(PackedCodes):
@@ -67,7 +67,7 @@ class PackedExperts(PackedCodes):
 
     def _by_product(self, x: mx.array, experts: mx.array) -> mx.array:
         matrix, total = self.matrix, self.experts or 1
-        at_once = max(1, _EXPANDED // (matrix.rows * self.inputs))
+        at_once = max(1, EXPANDED // (matrix.rows * self.inputs))
         order = mx.argsort(experts)
         experts = experts[order]
         rows = matrix.scales.rotated(x).astype(x.dtype)[order // (len(experts) // len(x)), None]

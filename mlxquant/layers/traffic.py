@@ -1,6 +1,7 @@
 """What decoding one token moves and computes: weights, once for each time they are used, and the
 KV cache."""
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +17,7 @@ from mlxquant.kernels import code_order
 from mlxquant.layers.blocks import blocks_or_itself, shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import PackedCodes
-from mlxquant.layers.packed_experts import PackedSwitchLinear
+from mlxquant.layers.packed_experts import EXPANDED, PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
 from mlxquant.layers.transformed import TransformedLinear
@@ -169,6 +170,18 @@ def body_bits(network: nn.Module, apart: Container[str] = ()) -> tuple[int, int]
               if name != "bias" and not ("weight" in module and array.ndim == 1)]
     stored += [own_bytes(m) for _, m in body if isinstance(m, (ReplicaInput, TransformedLinear))]
     return 8 * sum(stored), sum(weight_count(m) for _, m in matrices)
+
+
+def expanded_at_once(network: nn.Module) -> int:
+    """The most weights of replicated layers that are expanded together for a prompt: those of a
+    group that shares its input, of experts as many as ``packed_experts.py`` takes."""
+    groups = defaultdict(list)
+    for module in network.modules():
+        if isinstance(module, Replicated):
+            groups[id(module.input)].append(module)
+    sizes = [(sum(map(weight_count, group)), group[0].input.experts) for group in groups.values()]
+    return max((min(size, max(EXPANDED, size // experts)) if experts else size
+                for size, experts in sizes), default=0)
 
 
 def weight_bytes(network: nn.Module, measure: Measure = own_bytes, *, batch: int = 1) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
@@ -68,13 +68,15 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow(Form):
-    """A form with one format of keys and values. ``tps`` is for one sequence at the full context:
-    predicted or, where ``tps_source`` says "ceiling", what bandwidth allows at most."""
+    """A form with one format of keys and values. ``scores_bytes`` is what attention to the full
+    context takes for a prompt's last chunk, besides. ``tps`` is for one sequence at the full
+    context: predicted or, where ``tps_source`` says "ceiling", what bandwidth allows at most."""
 
     kv_bits: int
     bits_per_weight: float
     file_bytes: int
     kv_bytes: int
+    scores_bytes: int
     total_bytes: int
     bytes_per_token: float
     fits: bool
@@ -101,16 +103,27 @@ class Plan:
 @dataclass(frozen=True)
 class _Model:
     """The 16-bit original of a configuration. ``kv`` are bytes of keys and values by their bits,
-    ``weights`` the multiply-adds of a token, ``workspace`` the bytes of activations while a
-    prompt's chunk is processed: about three of the widest layer's outputs."""
+    ``weights`` the multiply-adds of a token, ``widest`` the outputs of the widest layer."""
 
     name: str
     config: dict[str, Any]
+    context: int
     original: nn.Module
     kv: dict[int, int]
     weights: float
     layers: int
-    workspace: int
+    heads: int
+    widest: int
+
+
+class _Need(NamedTuple):
+    """Bytes: of keys and values, of attention's scores, of all that is held while a prompt is
+    read, and of what a token reads."""
+
+    kv: int
+    scores: int
+    total: int
+    moved: int
 
 
 def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None = None,
@@ -139,12 +152,9 @@ def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Predict
     """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens.
     Raises ``BadValue`` for a depth below 0."""
     checks.integer("depth", depth, 0)
-    network, model = outline.network_of(config), _model("", config, max(depth, 1))
-    kv = model.kv[16] if depth else 0
-    return predict(chip, bytes_per_token=traffic.weight_bytes(network, traffic.gpu_bytes) + kv,
-                   total_bytes=traffic.network_bytes(network, traffic.gpu_bytes) + kv,
-                   layers=model.layers,
-                   weights=model.weights, cost=_stored(config)[1])
+    model = _model("", config, max(depth, 1))
+    need = _needs(outline.network_of(config), model, Host(chip.label, 0, chip))[16]
+    return _predicted(chip, need, model, _stored(config)[1])
 
 
 def recommend(rows: list[PlanRow], min_tps: float = 0.0) -> PlanRow | None:
@@ -171,8 +181,9 @@ def choose(result: Plan, rows: list[PlanRow], chip: str | None = None) -> PlanRo
         raise BadValue(f"none of the forms of {result.model} that were asked for has a measured "
                        "quality; `mlxquant plan` shows those that have")
     least = min(known, key=lambda row: row.total_bytes)
-    tokens = int((result.memory_bytes - least.total_bytes + least.kv_bytes) * result.context
-                 / max(least.kv_bytes, 1)) // _TOKENS * _TOKENS
+    growing = least.kv_bytes + least.scores_bytes
+    tokens = int((result.memory_bytes - least.total_bytes + growing) * result.context
+                 / max(growing, 1)) // _TOKENS * _TOKENS
     size = memory_for(least.total_bytes, chip)
     fitting = [f"--fit {size}GB"] * (size is not None) + [f"--fit-context {tokens}"] * (tokens > 0)
     raise TooLarge(
@@ -193,8 +204,8 @@ def _model(name: str, config: dict[str, Any], context: int) -> _Model:
     widest = max(part.chosen * part.module.weight.shape[-2] for part in traffic.parts(original)
                  if part.path.startswith(inside) and traffic.weight_count(part.module)
                  and part.module.weight.ndim > 1)
-    return _Model(name, plain, original, kv, traffic.operations_per_token(original) / 2,
-                  len(blocks), 6 * CHUNK * widest)
+    return _Model(name, plain, context, original, kv, traffic.operations_per_token(original) / 2,
+                  len(blocks), outline.attention_heads(plain), widest)
 
 
 def _candidates(model: _Model, config: dict[str, Any], machine: Host,
@@ -261,18 +272,39 @@ def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
           machine: Host) -> Iterator[PlanRow]:
     """A form with each format of keys and values."""
     stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
-    measure = traffic.as_held(network, machine.dense, machine.memory)
-    held, read = traffic.network_bytes(network, measure), traffic.weight_bytes(network, measure)
-    for bits, size in model.kv.items():
-        size *= 2 if machine.dense and bits == 16 else 1
-        total, moved = held + model.workspace + size, read + size
+    for bits, need in _needs(network, model, machine).items():
         tps = source = None
         if machine.chip is not None:
-            source, tps = "predicted", predict(
-                machine.chip, bytes_per_token=moved, total_bytes=total, layers=model.layers,
-                weights=model.weights, cost=cost).tps
+            source, tps = "predicted", _predicted(machine.chip, need, model, cost).tps
         elif machine.ceiling is not None:
-            source, tps = "ceiling", 1e9 * machine.ceiling / moved
+            source, tps = "ceiling", 1e9 * machine.ceiling / need.moved
         yield PlanRow(**vars(form), kv_bits=bits, bits_per_weight=width, file_bytes=stored,
-                      kv_bytes=size, total_bytes=total, bytes_per_token=moved,
-                      fits=total <= machine.memory, tps=tps, tps_source=source)
+                      kv_bytes=need.kv, scores_bytes=need.scores, total_bytes=need.total,
+                      bytes_per_token=need.moved, fits=need.total <= machine.memory, tps=tps,
+                      tps_source=source)
+
+
+def _needs(network: nn.Module, model: _Model, machine: Host) -> dict[int, _Need]:
+    """What a network takes on a machine, by the bits of its keys and values.
+
+    For a chunk of a prompt that is about three of the widest layer's outputs besides; replicated
+    layers that share an input, expanded; and attention's scores, where no fused kernel spares them:
+    mlx-lm has none for quantised keys and values, a plain CPU none at all.
+    """
+    measure = traffic.as_held(network, machine.dense, machine.memory)
+    held, read = traffic.network_bytes(network, measure), traffic.weight_bytes(network, measure)
+    number, tokens, needs = 4 if machine.dense else 2, min(CHUNK, model.context), {}
+    held += number * 3 * tokens * model.widest
+    if measure is not traffic.float32_bytes:
+        held += number * traffic.expanded_at_once(network)
+    for bits, kv in model.kv.items():
+        kv *= 2 if machine.dense and bits == 16 else 1
+        unfused = machine.dense or bits < 16
+        scores = number * model.heads * tokens * model.context if unfused else 0
+        needs[bits] = _Need(kv, scores, held + kv + scores, read + kv)
+    return needs
+
+
+def _predicted(chip: Chip, need: _Need, model: _Model, cost: lanes.Cost) -> Prediction:
+    return predict(chip, bytes_per_token=need.moved, total_bytes=need.total, layers=model.layers,
+                   weights=model.weights, cost=cost)
