@@ -6,18 +6,19 @@ from dataclasses import asdict, replace
 
 import pytest
 from commands import run
-from conftest import CONFIG, job
+from conftest import CONFIG, job, replicated
 
 import mlxquant
 from mlxquant import MlxquantError
 from mlxquant.base.errors import BadValue
+from mlxquant.codes.spec import ReplicaShape
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import held_bytes
 from mlxquant.layers.replicated import ReplicatedLinear
 from mlxquant.machine import chips
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise.rehearsal import planned
-from mlxquant.report import plan, quality
+from mlxquant.report import lanes, plan, quality
 from mlxquant.report.host import Host
 from mlxquant.sources import checkpoint
 
@@ -191,6 +192,12 @@ def test_replicas_that_are_stored_already_are_known(tiny_folder, tmp_path):
     assert (stored.bits, stored.replicas, stored.group) == (2, 4, 0) and stored.bits_per_weight < 4
     original = held_bytes(outline.network_of(CONFIG))
     assert plan.predict_model(config, chips.find("M4 Max")).bytes_per_token < original
+
+
+def test_a_stored_form_is_that_of_most_weights_not_of_the_first():
+    rules = (("*layers.0.self_attn.q_proj", {"bits": 4, "replicas": 1}),)
+    form, cost = plan._stored(replicated(CONFIG, ReplicaShape(2, 16, 0), rules))
+    assert form.label() == "as stored 2 bit, K=16" and cost == lanes.replicated(2, 16)
 
 
 def test_measured_limits_say_which_replicas_are_free(monkeypatch):

@@ -6,6 +6,7 @@ measurements only.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from mlxquant.base.errors import BadValue, MlxquantError, TooLarge, Unsupported
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
-from mlxquant.layers.blocks import held_bytes
+from mlxquant.layers.blocks import blocks_or_itself, held_bytes
+from mlxquant.layers.replicated import Replicated
 from mlxquant.machine.chips import Chip
 from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
@@ -152,9 +154,9 @@ def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Predict
     """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens.
     Raises ``BadValue`` for a depth below 0."""
     checks.integer("depth", depth, 0)
-    model = _model("", config, max(depth, 1))
-    need = _needs(outline.network_of(config), model, Host(chip.label, 0, chip))[16]
-    return _predicted(chip, need, model, _stored(config)[1])
+    network, model = outline.network_of(config), _model("", config, max(depth, 1))
+    need = _needs(network, model, Host(chip.label, 0, chip))[16]
+    return _predicted(chip, need, model, _stored(network)[1])
 
 
 def recommend(rows: list[PlanRow], min_tps: float = 0.0) -> PlanRow | None:
@@ -215,8 +217,9 @@ def _candidates(model: _Model, config: dict[str, Any], machine: Host,
     yield (Form("original", 16, quality=1.0, quality_source="the original"), model.original,
            lanes.stock(16))
     if outline.quantization_of(config):
-        form, cost = _stored(config)
-        yield form, outline.network_of(config), cost
+        network = outline.network_of(config)
+        form, cost = _stored(network)
+        yield form, network, cost
     made = [(Form("affine", bits, group=group), lanes.stock(bits),
              Spec(bits=Width.of(bits), group_size=group, method="rtn")) for bits, group in AFFINE]
     for shape in REPLICATED:
@@ -241,14 +244,26 @@ def _ends(form: Form) -> int:
     return 8 if Width.of(form.bits).code_bits > 4 else 6
 
 
-def _stored(config: dict[str, Any]) -> tuple[Form, lanes.Cost]:
-    """The form that most of a stored model's weights have, and what a weight costs."""
-    for entry in config.get("mlxquant", {}).get("replicas", {}).values():
-        shape = entry["bits"], entry["replicas"], entry["replica_group"]
-        return Form("as stored", *shape), lanes.replicated(*shape)
-    stored = outline.quantization_of(config) or {"bits": 16, "group_size": None}
-    return (Form("as stored", stored["bits"], group=stored["group_size"]),
-            lanes.stock(stored["bits"]))
+def _stored(network: nn.Module) -> tuple[Form, lanes.Cost]:
+    """The form that most of the weights that the blocks use for a token are stored in, and what one
+    of them costs."""
+    used: Counter[Form] = Counter()
+    inside = tuple(block.full("") for block in blocks_or_itself(network))
+    for part in traffic.parts(network):
+        if part.path.startswith(inside) and (weights := traffic.weight_count(part.module)):
+            used[_form_of(part.module)] += round(part.passes * part.share() * weights)
+    (form, _), = used.most_common(1)
+    return form, (lanes.replicated(form.bits, form.replicas, form.group or 0) if form.replicas
+                  else lanes.stock(int(form.bits)))
+
+
+def _form_of(layer: nn.Module) -> Form:
+    if isinstance(layer, Replicated):
+        shape = layer.input.spec
+        return Form("as stored", shape.bits.value, shape.replicas, shape.replica_group)
+    quantised = hasattr(layer, "mode")  # other groups than MLX's are expanded
+    return Form("as stored", layer.bits if quantised else 16,
+                group=layer.group_size if quantised else None)
 
 
 def _judged(name: str, form: Form) -> Form:
