@@ -8,28 +8,25 @@ measurements only.
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 
 from mlxquant.base import checks
-from mlxquant.base.errors import BadValue, MlxquantError, TooLarge, Unsupported
+from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import blocks_or_itself, held_bytes
 from mlxquant.layers.replicated import Replicated
 from mlxquant.machine.chips import Chip
-from mlxquant.model.original import without_second
-from mlxquant.quantise.assembly import blocks_of
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.rehearsal import planned
 from mlxquant.report import lanes
-from mlxquant.report.bench import CHUNK
 from mlxquant.report.host import Host, host, memory_for
+from mlxquant.report.needs import Model, Need, model_of, needs_of
 from mlxquant.report.predict import Prediction, predict
 from mlxquant.report.quality import lookup
 from mlxquant.sources.names import config_of
@@ -37,7 +34,6 @@ from mlxquant.sources.names import config_of
 AFFINE = ((8, 64), (6, 64), (5, 64), (4, 64), (4, 128), (3, 64), (3, 128), (2, 64), (2, 128))
 REPLICATED = tuple((bits, k, g) for bits in (4, 3, 2, "ternary", 1)
                    for k, g in ((2, 0), (4, 0), (8, 16)))
-KV_BITS = (16, 8, 4)
 _TOKENS = 256  # a context that is proposed is a multiple of it
 _AS_GOOD = 1.02  # times the best perplexity: then the faster is recommended
 
@@ -102,32 +98,6 @@ class Plan:
     remarks: list[str]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The 16-bit original of a configuration. ``kv`` are bytes of keys and values by their bits,
-    ``weights`` the multiply-adds of a token, ``widest`` the outputs of the widest layer."""
-
-    name: str
-    config: dict[str, Any]
-    context: int
-    original: nn.Module
-    kv: dict[int, int]
-    weights: float
-    layers: int
-    heads: int
-    widest: int
-
-
-class _Need(NamedTuple):
-    """Bytes: of keys and values, of attention's scores, of all that is held while a prompt is
-    read, and of what a token reads."""
-
-    kv: int
-    scores: int
-    total: int
-    moved: int
-
-
 def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None = None,
          chip: str | None = None, context: int = 8192, min_tps: float = 0.0,
          revision: str | None = None) -> Plan:
@@ -142,7 +112,7 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
                        "allowed are at least 1 and 0")
     config = config_of(name, revision=revision) if config is None else config
     machine = host(chip, memory)
-    model, remarks = _model(name, config, context), list(machine.remarks)
+    model, remarks = model_of(name, config, context), list(machine.remarks)
     rows = [row for candidate in _candidates(model, config, machine, remarks)
             for row in _rows(*candidate, model, machine)]
     rows.sort(key=lambda row: (-row.bits_per_weight, -row.kv_bits))
@@ -154,8 +124,8 @@ def predict_model(config: dict[str, Any], chip: Chip, depth: int = 0) -> Predict
     """The speed of a model, as its configuration stores it, on a chip behind ``depth`` tokens.
     Raises ``BadValue`` for a depth below 0."""
     checks.integer("depth", depth, 0)
-    network, model = outline.network_of(config), _model("", config, max(depth, 1))
-    need = _needs(network, model, Host(chip.label, 0, chip))[16]
+    network, model = outline.network_of(config), model_of("", config, max(depth, 1))
+    need = needs_of(network, model, Host(chip.label, 0, chip))[16]
     return _predicted(chip, need, model, _stored(network)[1])
 
 
@@ -194,23 +164,7 @@ def choose(result: Plan, rows: list[PlanRow], chip: str | None = None) -> PlanRo
         f"takes {least.total_bytes / 1e9:.2f} GB; {' or '.join(fitting) or 'no machine'} would do")
 
 
-def _model(name: str, config: dict[str, Any], context: int) -> _Model:
-    plain = outline.unquantised(without_second(config))
-    original = outline.network_of(plain)
-    kv = {}
-    for bits in KV_BITS:
-        with suppress(Unsupported):  # what the model refuses when it runs is not offered
-            kv[bits] = outline.kv_bytes(original, context, bits)
-    blocks = blocks_of(original)
-    inside = tuple(block.full("") for block in blocks)
-    widest = max(part.chosen * part.module.weight.shape[-2] for part in traffic.parts(original)
-                 if part.path.startswith(inside) and traffic.weight_count(part.module)
-                 and part.module.weight.ndim > 1)
-    return _Model(name, plain, context, original, kv, traffic.operations_per_token(original) / 2,
-                  len(blocks), outline.attention_heads(plain), widest)
-
-
-def _candidates(model: _Model, config: dict[str, Any], machine: Host,
+def _candidates(model: Model, config: dict[str, Any], machine: Host,
                 remarks: list[str]) -> Iterator[tuple[Form, nn.Module, lanes.Cost]]:
     """The forms to choose from, the network of each and what a weight costs; ``remarks`` gets why
     there are none of a kind."""
@@ -283,11 +237,11 @@ def _judged(name: str, form: Form) -> Form:
         form, quality=known.ratio, quality_source=known.source, quality_rank=known.rank)
 
 
-def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
+def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: Model,
           machine: Host) -> Iterator[PlanRow]:
     """A form with each format of keys and values."""
     stored, width = held_bytes(network), traffic.body_bits_per_weight(network)
-    for bits, need in _needs(network, model, machine).items():
+    for bits, need in needs_of(network, model, machine).items():
         tps = source = None
         if machine.chip is not None:
             source, tps = "predicted", _predicted(machine.chip, need, model, cost).tps
@@ -299,27 +253,6 @@ def _rows(form: Form, network: nn.Module, cost: lanes.Cost, model: _Model,
                       tps_source=source)
 
 
-def _needs(network: nn.Module, model: _Model, machine: Host) -> dict[int, _Need]:
-    """What a network takes on a machine, by the bits of its keys and values.
-
-    For a chunk of a prompt that is about three of the widest layer's outputs besides; replicated
-    layers that share an input, expanded; and attention's scores, where no fused kernel spares them:
-    mlx-lm has none for quantised keys and values, a plain CPU none at all.
-    """
-    measure = traffic.as_held(network, machine.dense, machine.memory)
-    held, read = traffic.network_bytes(network, measure), traffic.weight_bytes(network, measure)
-    number, tokens, needs = 4 if machine.dense else 2, min(CHUNK, model.context), {}
-    held += number * 3 * tokens * model.widest
-    if measure is not traffic.float32_bytes:
-        held += number * traffic.expanded_at_once(network)
-    for bits, kv in model.kv.items():
-        kv *= 2 if machine.dense and bits == 16 else 1
-        unfused = machine.dense or bits < 16
-        scores = number * model.heads * tokens * model.context if unfused else 0
-        needs[bits] = _Need(kv, scores, held + kv + scores, read + kv)
-    return needs
-
-
-def _predicted(chip: Chip, need: _Need, model: _Model, cost: lanes.Cost) -> Prediction:
+def _predicted(chip: Chip, need: Need, model: Model, cost: lanes.Cost) -> Prediction:
     return predict(chip, bytes_per_token=need.moved, total_bytes=need.total, layers=model.layers,
                    weights=model.weights, cost=cost)
