@@ -244,6 +244,9 @@ def test_quality_is_found_where_it_was_measured():
     own, other = (quality.lookup(name, 2, 4, 0) for name in ("smollm2-135m", "Llama-3.1-8B"))
     assert (own.rank, other.rank) == (0, 1) and own.ratio == other.ratio > 1
     assert "not on this model" in other.source and "not on this model" not in own.source
+    for name, rank in {".": 1, "Instruct": 1, "smollm2": 1, "SmolLM2-135M": 1,
+                       "a/SmolLM2-135M-Instruct-8bit": 0}.items():
+        assert quality.lookup(name, 2, 4, 0).rank == rank, name
     assert quality.lookup("x", 4, None, 128).source.startswith("published, Llama-2-7B")
     assert quality.lookup("x", 7, None, 64) is None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.base.storage import shipped
+from mlxquant.sources import recipes
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,24 @@ class Quality:
 
 def lookup(model: str, bits: int | str, replicas: int | None, group: int | None) -> Quality | None:
     """The most trustworthy measurement of a width with its replicas and group, or None."""
-    found = []
+    found, name = [], _plain(_source_of(model))
     for row in _rows():
         if (row["bits"], row["replicas"], row["group"]) == (bits, replicas, group):
-            same = _plain(row["model"]) in _plain(model) or _plain(model) in _plain(row["model"])
+            same = _plain(row["model"]) in name
             rank = 2 if row["source"].startswith("published") else 0 if same else 1
             source = row["source"] + (", not on this model" if rank == 1 else "")
             found.append(Quality(row["ratio"], source, row["flags"], rank))
     return min(found, key=lambda quality: quality.rank, default=None)
 
 
+def _source_of(model: str) -> str:
+    """The name that a model's publisher gives it: of a recipe's file, or of the folder or file that
+    a path leads to."""
+    return recipes.read(model).file if model in recipes.names() else Path(model).resolve().name
+
+
 def _plain(name: str) -> str:
-    return "".join(c for c in Path(name).name.lower() if c.isalnum())
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 @cache
