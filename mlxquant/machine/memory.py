@@ -17,14 +17,15 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def parse_size(size: str | float) -> int:
-    """Bytes from a number or from text such as "16GB", "500 MB"; raises ``BadValue``."""
+    """Bytes from a number or from text such as "16GB", "500 MB"; raises ``BadValue``, also where
+    the unit is missing: bytes are at least a million."""
     text = str(size).strip().upper().removesuffix("B").rstrip()
     number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS and text else (text, "")
     try:
         value = float(number) * _UNITS[unit]
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if not 0 < value < float("inf") or (not unit and value < 1e6):
         raise BadValue(f"{size!r} is no size; write for example 16GB")
     return int(value)
 
