@@ -4,17 +4,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architectures import CONFIGURATIONS, attempt, write
+from architectures import CONFIGURATIONS, attempt, network_of, write
 from conftest import job
 from mlx_lm.models.qwen3_moe import Model, ModelArgs
 
 import mlxquant
 from mlxquant.layers.blocks import find_blocks
 from mlxquant.layers.replicated import ReplicatedSwitchLinear
+from mlxquant.layers.transformed import ActivationSpec
 from mlxquant.quantise.blocks import quantise_block, restore
 from mlxquant.quantise.job import Job
 from mlxquant.quantise.observe import LEAN, Routed, Watch
-from mlxquant.quantise.plans import plan_blocks
+from mlxquant.quantise.plans import noted, plan_blocks
 from mlxquant.quantise.settings import Settings
 
 
@@ -97,6 +98,28 @@ def test_a_mixture_that_no_text_reaches_is_made_all_the_same(options):
         given = experts[name](x, mx.array([[0, 3]]))
         wanted = mx.stack([x[0] @ weight[expert].T for expert in (0, 3)])[None]
         assert mx.square(given - wanted).sum() < 0.03 * mx.square(wanted).sum()
+
+
+@pytest.mark.parametrize("options, note, group", [
+    (dict(activation=ActivationSpec(8)), "inputs not rounded", 64),
+    (dict(rotation="online"), "not rotated", 64),
+    (dict(method="awq"), "inputs not balanced", 64),
+    (dict(group_size=16), "groups of 32, since a stack of matrices takes 32, 64 or 128", 32),
+    (dict(group_size=0), "groups of 128, since a stack of matrices takes 32, 64 or 128", 128),
+    (dict(method="replica"), None, 64)], ids=str)
+def test_what_experts_cannot_take_of_what_is_asked_is_noted_once_for_all_blocks(
+        options, note, group):
+    network = network_of("qwen3_moe")
+    plans = plan_blocks(network, find_blocks(network), Job().changed(**options))
+    said = [n for n in noted(plans) if "switch_mlp.gate_proj" in n]
+    assert said == ([f"model.layers.*.mlp.switch_mlp.gate_proj, 4 layers: {note}"] if note else [])
+    assert plans[0].specs["mlp.switch_mlp.gate_proj"].group_size == group
+
+
+def test_matrices_by_head_that_are_rounded_to_nearest_are_noted():
+    network = network_of("deepseek_v3")
+    said = noted(plan_blocks(network, find_blocks(network), Job()))
+    assert any("embed_q" in note and ": rounded to nearest" in note for note in said)
 
 
 def test_tokens_of_two_models_are_paired_only_where_they_are_the_same():

@@ -72,11 +72,11 @@ class Job:
     which inputs a block is calibrated on: those in the ``float`` model, those behind ``quantised``
     blocks, or the latter with the weights ``corrected`` for the errors of earlier blocks.
     ``embedding_bits`` None keeps embedding and head as stored, unless a target in gigabytes chooses
-    their width. ``activation`` rounds the inputs of all layers as well, ``alpha`` is SmoothQuant's
-    strength (None: searched). Blocks in ``repeats`` run more than once in the result, which changes
-    nothing before their gates are tuned. ``tuning`` trains each block towards the float block's
-    output once its codes are found. The same ``seed`` gives the same bytes. Raises ``BadValue`` for
-    an impossible combination.
+    their width. ``activation`` rounds the inputs of all layers but experts as well, ``alpha`` is
+    SmoothQuant's strength (None: searched). Blocks in ``repeats`` run more than once in the result,
+    which changes nothing before their gates are tuned. ``tuning`` trains each block towards the
+    float block's output once its codes are found. The same ``seed`` gives the same bytes. Raises
+    ``BadValue`` for an impossible combination.
     """
 
     spec: Spec = field(default_factory=Spec)

@@ -39,7 +39,7 @@ from mlxquant.quantise.calibration import Calibration
 from mlxquant.quantise.conversations import converse
 from mlxquant.quantise.job import Job, Made, Progress, Text
 from mlxquant.quantise.passes import Passes
-from mlxquant.quantise.plans import LAYERS, BlockPlan, plan_blocks, plan_ends
+from mlxquant.quantise.plans import LAYERS, BlockPlan, noted, plan_blocks, plan_ends
 from mlxquant.quantise.profile import WEIGHING, current, recording, step
 from mlxquant.quantise.rehearsal import rehearse
 from mlxquant.quantise.results import BlockResult, Body
@@ -182,7 +182,7 @@ class Run:
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
             tuned, left = summary(body.tuned)
             record |= {"tuned_blocks": tuned} if tuned else {}
-            notes = [*self.chosen, *(note for plan in [*plans, ends] for note in plan.notes), *left]
+            notes = [*self.chosen, *noted([*plans, ends]), *left]
             with step("writing"):
                 config = self._write(work, body, record | ({"notes": notes} if notes else {}),
                                      check)

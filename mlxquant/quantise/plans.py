@@ -2,12 +2,13 @@
 
 A rule of the job comes first, then the architecture: mlx-lm's models say which layers, such as
 routers and gates, stay as they are or are kept in 8 bits (``quant_predicate``). All other layers
-get the job's spec. Where a group does not divide a layer's inputs, the next smaller of 32, 64 and
-128 that does, or else the smallest, is used, with a note; where none does, the layer stays as it is
-stored, or is stored dense where a fused rotation has turned it.
+get the job's spec. Where a layer cannot have such a group, the next smaller of 32, 64 and 128 that
+divides its inputs, or else the smallest, is used; where none does, the layer stays as it is stored,
+or is stored dense where a fused rotation has turned it. Whatever is not as asked is noted.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlxquant.layers.blocks import Block
 from mlxquant.layers.formats import stored_entry
 from mlxquant.layers.traffic import leaf_modules, weight_count
 from mlxquant.quantise.job import Job
+from mlxquant.quantise.methods import METHODS
 
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 STACKS = (*EXPERTS, MultiLinear, QuantizedMultiLinear)
@@ -36,19 +38,29 @@ class BlockPlan:
     """The spec of each layer of a block by its path there; in those that are ``fixed`` a rule or
     the architecture set it, and a budget leaves it as it is. ``kept`` are the tensors, and
     ``entries`` the config's, of what stays as stored: layers that are not quantised, and numbers
-    that the architecture wants in their own type. ``notes`` say where a layer could not take what
-    was asked."""
+    that the architecture wants in their own type. ``notes`` say, by a layer's path in the network,
+    what it could not take of what was asked."""
 
     specs: dict[str, Spec] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
     kept: dict[str, mx.array] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def plan_blocks(network: nn.Module, blocks: list[Block], job: Job) -> list[BlockPlan]:
     """The plans of a network's blocks, whose parameters are still as stored."""
     return [_plan(network, block, job) for block in blocks]
+
+
+def noted(plans: Iterable[BlockPlan]) -> list[str]:
+    """The plans' notes, one for all layers that differ only by the numbers in their paths."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for plan in plans:
+        for path, note in plan.notes.items():
+            alike.setdefault((re.sub(r"\d+", "*", path), note), []).append(path)
+    return [f"{glob}, {len(paths)} layers: {note}" if len(paths) > 1 else f"{paths[0]}: {note}"
+            for (glob, note), paths in alike.items()]
 
 
 def ends_of(network: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
@@ -73,7 +85,7 @@ def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> BlockPlan:
     for path, module in ends.items():
         spec, note = _fitted(asked, module, job)
         if note:
-            plan.notes.append(f"{path}: {note}")
+            plan.notes[path] = note
         if spec is not None:
             plan.specs[path] = spec
     return plan
@@ -93,9 +105,9 @@ def _plan(network: nn.Module, block: Block, job: Job) -> BlockPlan:
             continue
         full = block.full(path)
         asked = _asked(module, full, job, getattr(network, "quant_predicate", None))
-        spec, note = (None, None) if asked is None else _fitted(asked, module, job)
+        spec, note = (None, "") if asked is None else _fitted(asked, module, job)
         if note:
-            plan.notes.append(f"{full}: {note}")
+            plan.notes[full] = note
         if spec is not None:
             plan.specs[path] = spec
             if asked is not job.spec:  # though it may be equal
@@ -125,38 +137,47 @@ def _asked(module: nn.Module, path: str, job: Job, predicate: Predicate | None) 
     return job.spec
 
 
-def _fitted(spec: Spec, module: nn.Module, job: Job) -> tuple[Spec | None, str | None]:
+def _fitted(spec: Spec, module: nn.Module, job: Job) -> tuple[Spec | None, str]:
     """``spec`` changed as little as the layer needs, or None where it must stay; and the note."""
-    inputs = inputs_of(module)
+    inputs, stack, lost = inputs_of(module), isinstance(module, STACKS), list[str]()
     if inputs < min(PLAIN_GROUPS):
         return None, f"only {inputs} inputs{_as_it_is(job)}"
-    if isinstance(module, STACKS):
-        spec = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)))
+    if stack:
+        spec, lost = _for_stack(spec, isinstance(module, (MultiLinear, QuantizedMultiLinear)), job)
     if spec.method == "replica":
         group = max((g for g in REPLICA_GROUPS if g <= spec.replica_group and (
             not g or inputs % g == 0)), default=0)
         replicas = min(spec.replicas, inputs // (group or 1))
         changed = replace(spec, replica_group=group, replicas=replicas)
-        return changed, None if changed == spec else (
+        return changed, "" if changed == spec else (
             f"{inputs} inputs take {replicas} replicas in groups of {group or 1}")
-    if isinstance(spec.group_size, Whole) or inputs % spec.group_size == 0:
-        return spec, None
-    fitting = [g for g in PLAIN_GROUPS if inputs % g == 0]
-    smaller = [g for g in fitting if g < spec.group_size] or fitting[:1]
-    if not smaller:
-        return None, f"{inputs} inputs divide into no group{_as_it_is(job)}"
-    return replace(spec, group_size=smaller[-1]), (
-        f"groups of {smaller[-1]}, since {spec.group_size} does not divide its {inputs} inputs")
+    asked, fitting = spec.group_size, [g for g in PLAIN_GROUPS if inputs % g == 0]
+    whole = isinstance(asked, Whole)
+    divides = whole or inputs % asked == 0
+    if not divides or (stack and asked not in PLAIN_GROUPS):
+        smaller = [g for g in fitting if whole or g < asked] or fitting[:1]
+        if not smaller:
+            return None, f"{inputs} inputs divide into no group{_as_it_is(job)}"
+        spec = replace(spec, group_size=smaller[-1])
+        lost.append(f"groups of {smaller[-1]}, " + (
+            "since a stack of matrices takes 32, 64 or 128" if divides else
+            f"since {asked} does not divide its {inputs} inputs"))
+    return spec, "; ".join(lost)
 
 
 def _as_it_is(job: Job) -> str:
     return ": stored dense" if job.spec.rotation == "fused" else ": kept as stored"
 
 
-def _for_stack(spec: Spec, by_head: bool) -> Spec:
-    """``spec`` as a stack of matrices can take it: replicated experts stay so; all else gets a
-    group size of MLX's and no rotation, and rtn where heads have a matrix each."""
+def _for_stack(spec: Spec, by_head: bool, job: Job) -> tuple[Spec, list[str]]:
+    """``spec`` as a stack of matrices can take it, and what is lost: replicated experts stay so;
+    all else is not rotated, and rounded to nearest where heads have a matrix each. The inputs of
+    stacks are as they come."""
     if spec.method == "replica" and not by_head:
-        return spec
-    group = spec.group_size if spec.group_size in PLAIN_GROUPS else 64
-    return replace(spec, method="rtn" if by_head else spec.method, group_size=group, rotation=None)
+        return spec, []
+    made = replace(spec, method="rtn" if by_head else spec.method, rotation=None)
+    lost = {"rounded to nearest": made.method != spec.method,
+            "not rotated": spec.rotation is not None,
+            "inputs not balanced": METHODS[made.method].balance is not None,
+            "inputs not rounded": job.activation is not None and not job.activation.off}
+    return made, [what for what, is_lost in lost.items() if is_lost]
