@@ -66,7 +66,7 @@ def test_the_verbs(tiny_folder, text, tmp_path):
 
 @pytest.mark.parametrize("options,message", [
     (("--bits", "7"), "bits is '7'|bits is 7"),
-    (("--override", "nosuch*:bits=8"), "no layer matches"),
+    (("--override", "nosuch*:bits=8"), "no layer that can be quantised matches"),
     (("--rotate", "--rotate-fused"), "give one"), (("--method", "magic"), "allowed are rtn"),
     (("--method", "smoothquant"), "--activation-bits 8"),
     (("--method", "rtn", "--bits", "2"), "--data, --conversations and --tune-steps are without"),

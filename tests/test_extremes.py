@@ -4,6 +4,7 @@ that are none."""
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from architectures import network_of
 from conftest import CONFIG, job, random_network, write_folder
 from mlx.utils import tree_flatten
 
@@ -13,6 +14,8 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.statistics import Statistics
 from mlxquant.layers.dense import expanded_weight
 from mlxquant.layers.transformed import ActivationSpec
+from mlxquant.quantise.assembly import blocks_of
+from mlxquant.quantise.plans import noted, plan_blocks, plan_ends
 from mlxquant.quantise.trials import weigh
 
 TOKENS = mx.array([[5, 80, 200, 7, 99, 31]])
@@ -138,3 +141,13 @@ def test_a_source_in_groups_of_32_can_be_turned(rounded, bits, tmp_path):
     mlxquant.quantize(str(source), tmp_path / "out", job(
         method="rtn", bits=8, rotation="fused", embedding_bits=bits))
     assert distance(logits(tmp_path / "out"), logits(source)) < 0.002
+
+
+@pytest.mark.parametrize("name, path", [
+    ("afm7", "model.layers.*.self_attn.qkv_proj.weight, 2 layers"), ("talkie", "lm_head"),
+    ("recurrent_gemma", "model.layers.*.temporal_block.rg_lru.input_gate_weight, 3 layers")])
+def test_large_matrices_in_layers_of_another_class_are_noted(name, path):
+    network, asked = network_of(name), job(bits=4, group_size=32, embedding_bits=4)
+    blocks = blocks_of(network)
+    said = noted([*plan_blocks(network, blocks, asked), plan_ends(network, blocks, asked)])
+    assert f"{path}: of a kind that is not quantised: kept as stored" in said

@@ -133,8 +133,8 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
              if type(module) in LAYERS]
     for glob, _ in job.rules:
         if not any(fnmatchcase(path, glob) for path in paths):
-            raise BadValue(f"no layer matches the override {glob!r}; layers are called like "
-                           f"{paths[0] if paths else 'nothing: the model has none'}")
+            raise BadValue(f"no layer that can be quantised matches the override {glob!r}; they "
+                           f"are called like {paths[0] if paths else 'nothing: there are none'}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Spec, Whole
 from mlxquant.codes.width import Width
-from mlxquant.layers.blocks import Block
+from mlxquant.layers.blocks import Block, arrays_outside
 from mlxquant.layers.formats import stored_entry
 from mlxquant.layers.traffic import leaf_modules, weight_count
 from mlxquant.quantise.job import Job
@@ -30,6 +30,8 @@ EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 STACKS = (*EXPERTS, MultiLinear, QuantizedMultiLinear)
 LAYERS = (nn.Linear, nn.QuantizedLinear, *STACKS)  # these very classes: others do more
 ENDS = (nn.Embedding, nn.QuantizedEmbedding, nn.Linear, nn.QuantizedLinear)
+_OTHER = "of a kind that is not quantised: kept as stored"
+_LEAST_NOTED = 0.01  # of the weights; smaller arrays, such as convolutions, are no layers
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
@@ -58,7 +60,7 @@ def noted(plans: Iterable[BlockPlan]) -> list[str]:
     alike: dict[tuple[str, str], list[str]] = {}
     for plan in plans:
         for path, note in plan.notes.items():
-            alike.setdefault((re.sub(r"\d+", "*", path), note), []).append(path)
+            alike.setdefault((re.sub(r"\b\d+\b", "*", path), note), []).append(path)
     return [f"{glob}, {len(paths)} layers: {note}" if len(paths) > 1 else f"{paths[0]}: {note}"
             for (glob, note), paths in alike.items()]
 
@@ -88,6 +90,7 @@ def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> BlockPlan:
             plan.notes[path] = note
         if spec is not None:
             plan.specs[path] = spec
+    plan.notes |= _others(arrays_outside(network, blocks), ends)
     return plan
 
 
@@ -97,6 +100,9 @@ def _plan(network: nn.Module, block: Block, job: Job) -> BlockPlan:
     layers = tuple(f"{path}." for path, module in modules if type(module) in LAYERS)
     plan.kept = {path: array for path, array in tree_flatten(block.module.parameters())
                  if not path.startswith(layers) and not cast(block.full(path))}
+    known = [path for path, module in modules if type(module) in (*LAYERS, *ENDS)]
+    plan.notes = {block.full(path): note for path, note in _others(
+        dict(tree_flatten(block.module.parameters())), known).items()}
     for path, module in modules:
         if isinstance(module, nn.QuantizedEmbedding):
             plan.entries[path] = stored_entry(module)
@@ -118,6 +124,14 @@ def _plan(network: nn.Module, block: Block, job: Job) -> BlockPlan:
         if hasattr(module, "bits"):
             plan.entries[path] = stored_entry(module)
     return plan
+
+
+def _others(arrays: dict[str, mx.array], known: Iterable[str]) -> dict[str, str]:
+    """A note for each large matrix among ``arrays``, by path, that is in no ``known`` layer."""
+    layers, least = tuple(f"{path}." for path in known), _LEAST_NOTED * sum(
+        array.size for array in arrays.values())
+    return {path: _OTHER for path, array in arrays.items()
+            if array.ndim > 1 and array.size >= least and not path.startswith(layers)}
 
 
 def inputs_of(module: nn.Module) -> int:
