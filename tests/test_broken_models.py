@@ -88,12 +88,15 @@ def eight_bits(weight: mx.array, rows: int, columns: int) -> tuple[mx.array, mx.
     return codes, mx.array(scales.astype(np.float32)), values
 
 
-@pytest.mark.parametrize("block", [None, [48, 40]])
-def test_8_bit_floats_are_scaled_block_by_block(tmp_path, block):
+@pytest.mark.parametrize("block,powers", [(None, False), (None, True), ([48, 40], False)])
+def test_8_bit_floats_are_scaled_block_by_block(tmp_path, block, powers):
     """As DeepSeek and Qwen publish them, here for a model that mlx-lm does not do it for."""
     made, types, meant = weights(), {}, {}
     for name in [name for name in made if "_proj" in name]:
         codes, scale, meant[name] = eight_bits(made[name], *(block or (128, 128)))
+        if powers:  # of two, as DeepSeek's later scales are
+            scale, types[f"{name}_scale_inv"] = mx.full(scale.shape, 124, mx.uint8), "F8_E8M0"
+            meant[name] = np.array(mx.from_fp8(codes, dtype=mx.float32)) / 8
         made |= {name: codes, f"{name}_scale_inv": scale}
         types[name] = "F8_E4M3"
     form = {"quant_method": "fp8", "fmt": "e4m3"} | ({"weight_block_size": block} if block else {})
@@ -110,6 +113,7 @@ def test_8_bit_floats_are_scaled_block_by_block(tmp_path, block):
 @pytest.mark.parametrize("scale,kind,says", [
     (mx.ones((3, 1)), "F8_E4M3", r"of shape \[3, 1\] does not scale \[64, 128\]"),
     (mx.ones((1, 1)), "U8", "has no 8-bit floats"),
+    (mx.ones((1, 1), mx.uint8), "F8_E4M3", "holds scales of type U8; they must be floats"),
 ])
 def test_scales_that_do_not_fit_are_named(tmp_path, scale, kind, says):
     made = weights()

@@ -1,7 +1,8 @@
 """Tensors as checkpoints store them, made into what mlx-lm's models take, or refused by name.
 
 DeepSeek, Qwen and others publish weights in 8-bit floats with one scale for each block of 128 × 128
-(``weight_scale_inv``). Some of mlx-lm's models know that form, others would compute with the codes.
+(``weight_scale_inv``), a float or a power of two. Some of mlx-lm's models know that form, others
+would compute with the codes.
 """
 
 from collections.abc import Callable
@@ -68,6 +69,11 @@ def _decoded(weights: Weights, config: dict[str, Any], folder: Path) -> Weights:
         target = name.removesuffix(_SCALE)
         if target not in made or headers[target].dtype != "F8_E4M3":
             raise BadCheckpoint(f"{folder}: {name} has no 8-bit floats (F8_E4M3) to scale")
+        if headers[name].dtype == "F8_E8M0":
+            scale = _powers(scale)
+        elif not mx.issubdtype(scale.dtype, mx.floating):
+            raise Unsupported(f"{folder}: {name} holds scales of type {headers[name].dtype}; "
+                              "they must be floats or powers of two (F8_E8M0)")
         try:
             made[target] = _scaled(made[target], scale, block)
         except ValueError as error:
@@ -76,6 +82,11 @@ def _decoded(weights: Weights, config: dict[str, Any], folder: Path) -> Weights:
     # Weights that are written from here on are not in this form.
     config.pop("quantization_config", None)
     return made
+
+
+def _powers(exponents: mx.array) -> mx.array:
+    """2^(x − 127) float32 of bytes x, which are a float's exponent; infinite for 255."""
+    return mx.view(mx.left_shift(exponents.astype(mx.uint32), 23), mx.float32)
 
 
 def _scaled(codes: mx.array, scale: mx.array, block: tuple[int, ...]) -> mx.array:
