@@ -12,6 +12,7 @@ from mlxquant.base.errors import BadValue
 from mlxquant.codes import affine, rtn
 from mlxquant.codes.spec import Spec, Whole, parse_override
 from mlxquant.codes.width import Width
+from mlxquant.layers.grouped import GroupedLinear, tensors_of
 from mlxquant.quantise.job import Job
 
 
@@ -34,6 +35,16 @@ def test_packed_codes_are_what_mlx_dequantises(bits):
     q = rtn.quantise(weight, Spec(bits=bits, group_size=32))
     stock = mx.dequantize(q.packed(), q.scales, q.biases, group_size=32, bits=bits)
     assert mx.array_equal(stock, q.dequantise())
+
+
+@pytest.mark.parametrize("group", [48, 0, -1])
+def test_a_layer_of_any_group_multiplies_with_what_was_found(group):
+    """Rounded once to bfloat16, of whose rounding at 8 bits more would be as much again."""
+    q = rtn.quantise(0.02 * mx.random.normal((6, 96), key=mx.random.key(3)),
+                     Spec(bits=8, group_size=group), mx.bfloat16)
+    layer = GroupedLinear(96, 6, 8, group)
+    layer.update(tensors_of(q, mx.bfloat16))
+    assert mx.array_equal(layer.dense(), q.dequantise().astype(mx.bfloat16))
 
 
 @pytest.mark.parametrize("bits", Width)

@@ -25,7 +25,7 @@ class Affine:
     """Codes of shape (m, n) as uint8; scales and biases of shape (m, n / group) in float32.
 
     The float32 values are already rounded to the type they are stored in, so
-    ``dequantise`` is what the runtime will multiply with.
+    ``dequantise`` is what the runtime will multiply with, but for rounding to its own type.
     """
 
     codes: mx.array

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.codes.affine import Affine, unpack
+from mlxquant.codes.affine import Affine, expand, unpack
 from mlxquant.codes.spec import Whole, group_size_of
 
 
@@ -34,10 +34,12 @@ class GroupedLinear(nn.Module):
         return self.codes.shape[0], self._inputs
 
     def dense(self) -> mx.array:
-        """The weight (m, n) in the type of the scales."""
-        codes = unpack(self.codes, self.bits, self._inputs).astype(self.scales.dtype)
-        group = self._inputs // self.scales.shape[1]
-        return mx.repeat(self.scales, group, 1) * codes + mx.repeat(self.biases, group, 1)
+        """The weight (m, n) in the type of the scales, rounded once, to that."""
+        codes = unpack(self.codes, self.bits, self._inputs).astype(mx.float32)
+        group, dtype = self._inputs // self.scales.shape[1], self.scales.dtype
+        scales, biases = (expand(part.astype(mx.float32), group)
+                          for part in (self.scales, self.biases))
+        return (scales * codes + biases).astype(dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = x @ self.dense().T
