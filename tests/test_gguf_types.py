@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import CONFIG, job, random_network
 from gguf import GGMLQuantizationType as Type
-from gguf_files import random_blocks, write_gguf
+from gguf_files import interleave_rows, random_blocks, write_gguf
 
 import mlxquant
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.sources.gguf import import_file, repack, weights
-from mlxquant.sources.gguf.model import read
-from mlxquant.sources.gguf.reader import open_model
+from mlxquant.sources.gguf.model import Source, read
+from mlxquant.sources.gguf.reader import GGUFTensor, open_model
 
 EXACT = (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0, Type.MXFP4,
          Type.IQ4_NL)
@@ -148,6 +148,16 @@ def test_quantising_a_file_tells_what_it_inherits_from_what_it_adds(tmp_path, mi
     tiny = mlxquant.load(str(tmp_path / "out")).config
     assert tiny["mlxquant_import"] == outcome.inherited
     assert tiny["mlxquant_record"]["output_error"] == outcome.added
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16])
+def test_a_bias_of_interleaved_heads_comes_back_in_order_in_every_type(tmp_path, kind):
+    bias = np.arange(4 * 32, dtype=np.float32)
+    blocks = gguf.quantize(interleave_rows(bias, 4), kind)
+    blocks.tofile(tmp_path / "bias")
+    tensor = GGUFTensor("blk.0.attn_q.bias", kind, bias.shape, tmp_path / "bias", 0)
+    raw = Source(tensor, weights.TensorPlan(), 4).blocks()
+    assert np.array_equal(gguf.dequantize(raw, kind).reshape(-1), bias)
 
 
 def test_replicas_of_a_file(tmp_path, mix, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
@@ -40,8 +40,9 @@ class Source:
         if not self.heads:
             return blocks
         # llama.cpp pairs rows of queries and keys for its rotary embedding; a bias is one row.
-        parts = (2, blocks.shape[1]) if len(blocks) > 1 else (2, 4)
-        rows = blocks.reshape(self.heads, -1, *parts)
+        bias = len(self.tensor.shape) == 1
+        value = GGML_QUANT_SIZES[self.tensor.type][1] if bias else self.tensor.row_bytes
+        rows = blocks.reshape(self.heads, -1, 2, value)
         return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(blocks.shape)
 
 
