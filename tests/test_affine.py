@@ -143,9 +143,12 @@ def test_rules_apply_by_glob_first_match_first():
     assert chosen.ruled("model.layers.0.mlp.down_proj") == Spec(bits=4, group_size=32)
     assert chosen.ruled("model.layers.0.mlp.up_proj").bits is Width.EIGHT
     assert chosen.ruled("model.layers.1.mlp.up_proj") is None
+    said = [parse_override(f"*:symmetric={word}")[1] for word in ("True", "false")]
+    assert said == [{"symmetric": True}, {"symmetric": False}]
 
 
-@pytest.mark.parametrize("text", ["*.q_proj", "*:bits=7", "*:colour=red", "*:bits"])
+@pytest.mark.parametrize("text", ["*.q_proj", "*:bits=7", "*:colour=red", "*:bits",
+                                  "*:symmetric=yes", "*:symmetric=tru"])
 def test_a_bad_override_is_refused(text):
     with pytest.raises(BadValue):
         parse_override(text)

@@ -141,7 +141,7 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     glob, _, body = text.partition(":")
     kinds: dict[str, Callable[[str], Any]] = {
         "bits": lambda v: Width.of(v).value, "group_size": int, "method": str, "replicas": int,
-        "replica_group": int, "symmetric": lambda v: v.lower() == "true"}
+        "replica_group": int, "symmetric": lambda v: {"true": True, "false": False}[v.lower()]}
     changes = {}
     try:
         for part in body.split(","):
@@ -150,5 +150,5 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
         Spec(**changes)
     except (KeyError, ValueError) as error:
         raise BadValue(f"override {text!r}: write GLOB:bits=4,group_size=64 "
-                       f"(keys: {', '.join(kinds)})") from error
+                       f"(keys: {', '.join(kinds)}, which is true or false)") from error
     return glob, changes
