@@ -1,5 +1,7 @@
 """Bytes per token against what files and caches hold."""
 
+from collections import Counter
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -8,9 +10,10 @@ from conftest import CONFIG, random_network, write_folder
 from mlx_lm.models import mixtral
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import _get_classes
 
 from mlxquant.layers import outline, traffic
-from mlxquant.layers.blocks import held_bytes
+from mlxquant.layers.blocks import find_blocks, held_bytes
 from mlxquant.model.loading import open_lazily
 from mlxquant.sources import checkpoint
 
@@ -117,12 +120,15 @@ def test_an_untied_wrapper_reads_a_row_of_its_embedding():
 @pytest.mark.parametrize("name", [n for n in CONFIGURATIONS if n != "prism_hadamard_qwen35"])
 def test_the_head_and_the_experts_are_those_that_a_token_uses(name):
     """Prism keeps its embedding packed in a class of its own and has no head to find."""
-    network, seen = network_of(name), {}
+    network, seen, calls = network_of(name), {}, Counter()
     for path, module in network.named_modules():
         if isinstance(module, SwitchLinear):
             watch(module, lambda x, indices, *_, path=path, of=module.num_experts:
                   seen.update({path: indices.shape[-1] / of}))
-    found = {part.path: part.share() for part in traffic.parts(network)}
+        elif type(module) is nn.Linear:
+            watch(module, lambda *_, path=path: calls.update([path]))
+    parts = list(traffic.parts(network))
+    found = {part.path: part.share() for part in parts}
     head = traffic.head_of(network)
     for key, array in traffic.own_arrays(head).items():
         if array.shape[0] == 288:
@@ -131,3 +137,17 @@ def test_the_head_and_the_experts_are_those_that_a_token_uses(name):
     spread = (logits.max(-1) - logits.min(-1)).max().item()
     assert spread <= 1e-5 * mx.abs(logits).max().item()  # no token is likelier
     assert {path: found[path] for path in seen} == seen
+    calls.clear()
+    network(TOKENS[:, :1])
+    called = [part for part in parts if part.path in calls and part.pool == 1]
+    read, passed = (sum(times(part) * traffic.own_bytes(part.module) for part in called)
+                    for times in (lambda part: calls[part.path], lambda part: part.passes))
+    assert passed == pytest.approx(read, rel=0.01)  # small routers are called twice
+
+
+def test_blocks_that_an_architecture_runs_again_are_read_again():
+    build, arguments = _get_classes(CONFIGURATIONS["nanbeige"])
+    one, two = (build(arguments.from_dict(CONFIGURATIONS["nanbeige"] | {"num_loops": loops}))
+                for loops in (1, 2))
+    blocks = sum(held_bytes(block.module) for block in find_blocks(one))
+    assert traffic.weight_bytes(two) - traffic.weight_bytes(one) == blocks

@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.trees import arrays
 from mlxquant.kernels import code_order
-from mlxquant.layers.blocks import blocks_or_itself, shape_of
+from mlxquant.layers.blocks import blocks_or_itself, find_blocks, shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import PackedCodes
 from mlxquant.layers.packed_experts import EXPANDED, PackedSwitchLinear
@@ -30,6 +30,7 @@ _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, ReplicatedSwitchLinear, PackedS
 # How configurations and routers call the number of experts that a token is sent to.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k", "top_k_experts", "moe_topk",
            "moe_top_k", "moe_k")
+_LOOPS = ("loop_num", "num_loops")  # how networks call the times that all their blocks run in turn
 Measure = Callable[[nn.Module], int]  # bytes of the parameters that a module holds by itself
 
 
@@ -64,11 +65,14 @@ def parts(network: nn.Module) -> Iterator[Part]:
     head = head_of(network)
     repeated = {path: module for path, module in modules.items()
                 if isinstance(module, RepeatedBlock)}
+    loops = max(getattr(module, name, 1) for module in modules.values() for name in _LOOPS)
+    looped = tuple(block.full("") for block in find_blocks(network)) if loops > 1 else ()
     for path, module in modules.items():
         if not own_arrays(module):
             continue
         passes = prod(block.passes for above, block in repeated.items()
                       if f"{path}.".startswith(f"{above}."))
+        passes *= loops if path.startswith(looped) else 1
         pool = _experts(path, module, modules)
         if isinstance(module, _EMBEDDINGS) and module is not head:
             yield Part(path, module, passes, len(module.weight))
