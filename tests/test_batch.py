@@ -4,12 +4,14 @@ import copy
 
 import mlx.core as mx
 import pytest
+from architectures import write
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
+from mlxquant.layers import traffic
 from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.runtime.batch import Batch
 from mlxquant.runtime.prompt import Request
@@ -32,6 +34,18 @@ def test_a_batch_reads_fewer_bytes_for_a_token(tiny):
     batch = mlxquant.batch_generate(tiny, PROMPTS, max_tokens=12)
     weights = tiny.weight_bytes_per_token
     assert weights / 4 < batch.report.bytes_per_token < weights / 2
+
+
+def test_what_a_batch_reads_is_counted_pass_by_pass(tiny, tmp_path):
+    """Alone as ``generate`` counts it; of a mixture, more experts than one prompt chooses."""
+    alone = mlxquant.generate(tiny, [5, 6, 7, 8], max_tokens=100).report.bytes_per_token
+    one = mlxquant.batch_generate(tiny, [[5, 6, 7, 8]], max_tokens=100).report.bytes_per_token
+    assert one == pytest.approx(alone, rel=0.005)
+    mixture = mlxquant.load(str(write("qwen3_moe", tmp_path / "m")))
+    read = [traffic.weight_bytes(mixture.network, batch=rows) for rows in (1, 4)]
+    many = mlxquant.batch_generate(mixture, [[5, 6], [7], [8, 9], [4]], max_tokens=8).report
+    kv = many.bytes_per_token - read[1] / 4
+    assert 0 < kv < 0.05 * read[0]
 
 
 def test_progress_options_and_seeds(tiny):

@@ -2,11 +2,13 @@
 
 import mlx.core as mx
 import pytest
+from architectures import write
 from conftest import CONFIG, random_network, write_folder
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.layers import traffic
 from mlxquant.runtime.loop import Loop, _Occurrences
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 6
@@ -56,6 +58,16 @@ def test_look_up_reads_the_weights_less_often(tiny, monkeypatch):
     plain = mlxquant.generate(tiny, REPEATING, max_tokens=30)
     assert response.text == plain.text
     assert response.report.bytes_per_token < plain.report.bytes_per_token / 4
+
+
+def test_a_pass_over_several_tokens_reads_more_of_a_mixtures_experts(tmp_path):
+    mixture = mlxquant.load(str(write("qwen3_moe", tmp_path / "m")))
+    report = mlxquant.generate(mixture, REPEATING, max_tokens=20, draft=mixture,
+                               draft_tokens=4).report
+    one, five = (traffic.weight_bytes(mixture.network, batch=n) for n in (1, 5))
+    assert report.guessed_tokens == 16  # so there are 4 passes, the first the prompt's
+    assert report.bytes_per_token == pytest.approx((five + 4 * one) * 3 / 19, rel=0.06) and (
+        five > 1.4 * one)
 
 
 @pytest.mark.parametrize("options", [dict(lookup=4), dict(lookup=4, kv_bits=8), "draft"])

@@ -2,7 +2,7 @@
 KV cache."""
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -189,8 +189,8 @@ def expanded_at_once(network: nn.Module) -> int:
 
 
 def weight_bytes(network: nn.Module, measure: Measure = own_bytes, *, batch: int = 1) -> int:
-    """Bytes of weights read for one token of each of ``batch`` sequences, as held, or as another
-    ``measure`` has it.
+    """Bytes of weights that one pass over ``batch`` tokens, of one sequence or of as many, reads:
+    as held, or as another ``measure`` has it.
 
     An embedding counts as a row for each, unless it is the head too. Of a mixture's experts only
     the chosen ones count, for a batch as many as it chooses on average. A block that runs again
@@ -203,6 +203,11 @@ def weight_bytes(network: nn.Module, measure: Measure = own_bytes, *, batch: int
 def network_bytes(network: nn.Module, measure: Measure) -> int:
     """Bytes of all parameters of a network, as ``measure`` has them."""
     return sum(map(measure, network.modules()))
+
+
+def passes_bytes(network: nn.Module, passes: Mapping[int, int]) -> int:
+    """Bytes of weights that ``passes`` read, given how many there are by the tokens in them."""
+    return sum(count * weight_bytes(network, batch=tokens) for tokens, count in passes.items())
 
 
 def dense_bytes(network: nn.Module) -> int:

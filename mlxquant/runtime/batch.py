@@ -1,5 +1,6 @@
 """Several prompts at once: every pass over the weights then makes a token for each of them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from mlxquant.layers.in_place import InPlaceCache
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
 from mlxquant.runtime.prompt import Prompt, Request
-from mlxquant.runtime.prompt_cache import PromptCache
+from mlxquant.runtime.prompt_cache import PromptCache, cut
 from mlxquant.runtime.reply import Chunk, FinishReason, joined
 from mlxquant.runtime.sampling import GREEDY, Sampling
 from mlxquant.runtime.speed import Report
@@ -70,6 +71,7 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
                 chunks[event.row].append(event.chunk)
                 if event.cache is not None:
                     made, done = made + event.tokens, done + 1
+                    cut(event.cache.layers, event.tokens // 2)  # as long as it was on average
                     kv += traffic.kv_bytes(event.cache.layers) * event.tokens
                     if progress is not None:
                         progress(done, len(prompts))
@@ -82,7 +84,7 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
             prompt_tokens=sum(len(request.prompt) for request in requests), cached_tokens=0,
             generation_tokens=made, ttft_s=stats.prompt_time, decode_s=stats.generation_time,
             peak_bytes=mx.get_peak_memory(), bytes_per_token=round(
-                (batch.passes * model.weight_bytes_per_token + kv) / made)))
+                (traffic.passes_bytes(model.network, batch.passes) + kv) / made)))
 
 
 def batchable(model: LanguageModel) -> bool:
@@ -115,7 +117,7 @@ class Batch:
                  keep: Callable[[PromptCache], None] | None = None):
         self.generator = BatchGenerator(model.network, completion_batch_size=size,
                                         prefill_batch_size=min(size, _PREFILL))
-        self.passes = 0
+        self.passes = Counter[int]()  # by the rows that made a token
         self._model, self._keep = model, keep
         self._writers: dict[int, Writer] = {}
 
@@ -141,7 +143,8 @@ class Batch:
     def step(self) -> list[Event]:
         """One pass over the weights for all rows."""
         read, made = self.generator.next()
-        self.passes += bool(made)
+        if made:
+            self.passes[len(made)] += 1
         if self._keep is not None:
             whole = [step.uid for step in read if step.end_of_segment and not step.end_of_prompt]
             for layers, tokens in self.generator.extract_cache(whole).values():

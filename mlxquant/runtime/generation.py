@@ -1,6 +1,7 @@
 """Text from a prompt or a conversation, over mlx-lm's generation loops."""
 
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,7 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
                          loop.kv_bits)
     fresh, writer = request.prompt[cached:], Writer(model, request)
     tokens: list[int] = []
+    passes = Counter[int]()  # over the weights, by the tokens in them
     guessed = kv = 0
     start = first = last = time.perf_counter()
     steps = loop.steps(model, request, cache, cached, progress or (lambda done, total: None))
@@ -77,6 +79,7 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
                     first, kv = last, traffic.kv_bytes(cache.layers)
                 tokens.append(step.token)
                 guessed += step.guessed
+                passes[step.together] += not step.guessed  # which ends what its pass makes
                 chunk = writer.add(step.token, step.logprobs)
                 if chunk.finish_reason:
                     break
@@ -88,11 +91,12 @@ def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loo
             # A token begun ahead must not take part in the other machines' next sum.
             mx.synchronize(generation_stream)
         cache.record(fresh + tokens)
+    passes[step.together] += step.guessed  # the reply ended inside its last pass
     kv = (kv + traffic.kv_bytes(cache.layers)) // 2
+    weights = traffic.passes_bytes(model.network, passes) // passes.total()
     yield replace(chunk, report=speed.make(
         prompt_tokens=len(fresh), cached_tokens=cached, generation_tokens=len(tokens),
         guessed_tokens=guessed if loop.guesses else None,
-        # One pass per unguessed token, and one more if the last token was guessed.
-        passes=len(tokens) - guessed + step.guessed, ttft_s=first - start, decode_s=last - first,
-        bytes_per_token=model.weight_bytes_per_token + kv + loop.guessing_bytes(),
+        passes=passes.total(), ttft_s=first - start, decode_s=last - first,
+        bytes_per_token=weights + kv + loop.guessing_bytes(),
         peak_bytes=mx.get_peak_memory()))

@@ -38,11 +38,13 @@ _PREFILL = 2048
 
 
 class NextToken(NamedTuple):
-    """A token, whether it was guessed, and the log-probabilities (vocabulary,) behind it."""
+    """A token, whether it was guessed, the log-probabilities (vocabulary,) behind it, and how many
+    tokens went through the network in the pass that made it."""
 
     token: int
     guessed: bool
     logprobs: mx.array
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,21 +101,22 @@ class Loop:
             "max_tokens": request.max_tokens, "sampler": sampling.sampler(model),
             "kv_bits": self.kv_bits, "kv_group_size": KV_GROUP}
         if self.draft is not None:
-            return _told(speculative_generate_step(
+            return _told(1 + self.draft_tokens, speculative_generate_step(
                 mx.array(fresh), model.network, self.draft.network,
                 prompt_cache=cache.layers + cache.draft_layers, num_draft_tokens=self.draft_tokens,
                 logits_processors=sampling.processors(request.prompt[:-1]), **options))
-        return _told(generate_step(
+        return _told(1, generate_step(
             mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
             prompt_progress_callback=progress,
             logits_processors=sampling.processors(request.prompt[:cached]), **options))
 
 
-def _told(made: Generator[Any, None, None]) -> Generator[NextToken, None, None]:
-    """The results of mlx-lm's loops as steps; one of the loops yields whether it guessed."""
+def _told(together: int, made: Generator[Any, None, None]) -> Generator[NextToken, None, None]:
+    """The results of mlx-lm's loops as steps, of passes over so many tokens ``together``; one of
+    the loops yields whether it guessed."""
     with closing(made):
         for token, logprobs, *guessed in made:
-            yield NextToken(token, any(guessed), logprobs)
+            yield NextToken(token, any(guessed), logprobs, together)
 
 
 def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,
@@ -148,7 +151,7 @@ def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loo
             left -= right + 1
             for i, token in enumerate(tokens[:right + 1]):
                 found.append(token)
-                yield NextToken(token, i < right, logprobs[i])
+                yield NextToken(token, i < right, logprobs[i], 1 + len(guesses))
             pending = tokens[right:right + 1]
 
 
