@@ -46,7 +46,7 @@ def main() -> None:
                                original=arguments.original and not rows,
                                progress=lambda what: print(what, flush=True)):
                 rows.append(row)
-                print(f"{row.method:16} {row.bits!s:8} {row.bits_per_weight:6.3f} bpw "
+                print(f"{row.method:16} {row.bits or ''!s:8} {row.bits_per_weight:6.3f} bpw "
                       f"{row.perplexity:12.3f} ppl  KL {row.kl_mean:.4f}  {row.seconds or 0:.1f} s",
                       flush=True)
                 save(arguments.out, windows=arguments.windows, samples=arguments.samples,

@@ -31,7 +31,7 @@ def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
         methods=["rtn", "gptq", "smoothquant"], bits=[Width.EIGHT, Width.TWO],
         job=job(text, samples=4, group_size=32)))
     assert [(r.method, r.bits) for r in rows] == [
-        ("original", 16), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
+        ("original", None), ("rtn", 8), ("gptq", 8), ("smoothquant", 8), ("rtn", 2), ("gptq", 2)]
     assert all(set(row) >= KEYS for row in map(asdict, rows))
     original, eight = rows[0], rows[1]
     assert original.kl_mean == 0 and original.seconds is None
@@ -41,10 +41,14 @@ def test_one_row_for_the_original_and_each_method(tiny_folder, text, tmp_path):
     assert "perplexity" in (tmp_path / "plot.svg").read_text()
 
 
-def test_an_unknown_method_is_refused_before_any_work():
-    with pytest.raises(BadValue, match="no method 'magic'; allowed are rtn, awq, gptq"):
-        next(comparison.compare("nowhere", comparison.Evaluation("text"), methods=["magic"],
-                                bits=[Width.FOUR]))
+@pytest.mark.parametrize("methods, bits, says", [
+    ("magic", [4], "no method 'magic'; allowed are rtn, awq, gptq"),
+    ("replica-4", [2, 8], "replica-4: bits is 8, allowed are 1, ternary, 2, 3, 4"),
+    ("w8a8", [4, 3], "w8a8: bits is 4, 3, allowed is 8")])
+def test_what_cannot_be_compared_is_refused_before_any_work(methods, bits, says):
+    with pytest.raises(BadValue, match=says):
+        next(comparison.compare("nowhere", comparison.Evaluation("text"), methods=["rtn", methods],
+                                bits=[*map(Width.of, bits)]))
 
 
 def test_the_verbs(tiny_folder, text, tmp_path):
@@ -58,10 +62,13 @@ def test_the_verbs(tiny_folder, text, tmp_path):
     assert blocks[0]["seconds_left"] > 0 == blocks[1]["seconds_left"]
     assert value["profile"]["seconds"]["total"] >= value["seconds"]
     assert 4 < value["bits_per_weight"] < 9 and value["file_bytes"] > 0 and value["seconds"] > 0
-    table = run("compare", tiny_folder, "--text", text, "--data", text, "--methods", "rtn",
-                "--bits", 4, "--samples", 2, "--sequence-length", 64, "--context", 64, "--windows",
-                2, "--json")
+    (tmp_path / "data").write_text(text.read_text()[::-1])
+    options = ("--text", text, "--methods", "rtn", "--bits", 4, "--samples", 2,
+               "--sequence-length", 64, "--context", 64, "--windows", 2)
+    table = run("compare", tiny_folder, "--data", tmp_path / "data", *options, "--json")
     assert [row["method"] for row in json.loads(table.stdout)] == ["original", "rtn"]
+    same = run("compare", tiny_folder, "--data", text, *options)
+    assert same.returncode == 2 and "text.txt is the calibration text" in same.stderr
 
 
 @pytest.mark.parametrize("options,message", [

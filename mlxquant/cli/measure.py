@@ -216,9 +216,11 @@ def compare(
     from mlxquant.quantise.job import Job, Text
     from mlxquant.report import comparison
     from mlxquant.report.figure import check_plot
+    from mlxquant.report.made import check_apart
 
     if not text.is_file():
         raise MlxquantError(f"no such file: {text}")
+    check_apart(text, data or ())
     check_plot(plot)
     evaluation = comparison.Evaluation(text, context, windows, _prepared(tasks, questions))
     job = Job(Spec(group_size=group_size), seed=seed,

@@ -74,7 +74,7 @@ class ComparedRow:
     """One method at one width; a value that does not apply is None."""
 
     method: str
-    bits: int | str
+    bits: int | str | None
     group_size: int | None
     rotated: bool
     replicas: int | None
@@ -96,11 +96,10 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
 
     All run densely in float32, so that rows differ by their weights alone. ``job`` says what the
     methods have in common, such as calibration text and group size. Activation-quantising methods
-    run at 8 bits only, per channel. Raises ``BadValue`` for a method that is not known.
+    run at 8 bits only, per channel. Raises ``BadValue`` for a method that is not known, cannot have
+    a width or would have none.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise BadValue(f"no method {method!r}; allowed are {', '.join(METHODS)}")
+    asked = _asked(methods, bits, job or Job())
     teacher = load(name, dense=True)
     known = [task.answered(teacher) for task in evaluation.tasks]
 
@@ -113,16 +112,31 @@ def compare(name: str, evaluation: Evaluation, *, methods: list[str], bits: list
         progress(f"{name} itself")
         yield _row("original", *measured(teacher))
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as scratch:
-        for width, method in product(bits, methods):
-            if "activation" in METHODS[method] and width is not Width.EIGHT:
-                continue
+        for method, own in asked:
+            width = own.spec.bits
             progress(f"{method} at {width} bits")
             folder = Path(scratch, f"{method}-{width}")
-            asked = _job(method, width, job or Job())
-            made = quantize(name, folder, asked)
-            yield _row(method, *measured(load(str(folder), dense=True)), asked, made)
+            made = quantize(name, folder, own)
+            yield _row(method, *measured(load(str(folder), dense=True)), own, made)
             mx.clear_cache()
             shutil.rmtree(folder)
+
+
+def _asked(methods: list[str], bits: list[Width], common: Job) -> list[tuple[str, Job]]:
+    """Every method with each of the widths that it runs at, width by width."""
+    asked = []
+    for width, method in product(bits, methods):
+        if method not in METHODS:
+            raise BadValue(f"no method {method!r}; allowed are {', '.join(METHODS)}")
+        if width is Width.EIGHT or "activation" not in METHODS[method]:
+            try:
+                asked.append((method, _job(method, width, common)))
+            except BadValue as error:
+                raise BadValue(f"{method}: {error}") from error
+    for method in methods:
+        if method not in dict(asked):
+            raise BadValue(f"{method}: bits is {', '.join(map(str, bits))}, allowed is 8")
+    return asked
 
 
 def _job(method: str, width: Width, common: Job) -> Job:
@@ -138,7 +152,7 @@ def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job |
          made: Made | None = None) -> ComparedRow:
     """A row of what was measured, asked and made; only the original's has no ``job``."""
     spec: dict[str, Any] = job.spec.as_dict() if job else {
-        "bits": 16, "group_size": None, "rotation": None}
+        "bits": None, "group_size": None, "rotation": None}
     replicated = spec if spec.get("method") == "replica" else {}
     measured = ("bits_per_weight", "file_bytes", "perplexity", "kl_mean", "top1_agreement")
     return ComparedRow(method, spec["bits"], spec["group_size"], spec["rotation"] is not None,
@@ -151,7 +165,7 @@ def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job |
 
 def table(rows: list[ComparedRow]) -> list[list[str]]:
     """The rows as text for a table, its head first."""
-    def shown(value: float | None, form: str) -> str:
+    def shown(value: float | str | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     def share(value: float | None, error: float | None) -> str:
@@ -161,7 +175,7 @@ def table(rows: list[ComparedRow]) -> list[list[str]]:
     heads = [head for score in rows[0].tasks for head in (f"{score.task} %", "same %")]
     return [["method", "bits", "group", "bits/weight", "MB", "perplexity", "KL", "top-1", "s",
              "peak GB", *heads], *(
-        [r.method, str(r.bits), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
+        [r.method, shown(r.bits, ""), shown(r.group_size, "d"), f"{r.bits_per_weight:.2f}",
          f"{r.file_bytes / 1e6:.1f}", f"{r.perplexity:,.2f}", f"{r.kl_mean:.4f}",
          f"{100 * r.top1_agreement:.1f} %", shown(r.seconds, ".0f"), shown(r.peak_memory_gb, ".2f"),
          *(cell for s in r.tasks for cell in (share(s.accuracy, s.accuracy_stderr),

@@ -1,6 +1,6 @@
 """Compare a quantised model with its original on held-out text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,12 @@ from mlxquant.sources.checkpoint import read_config
 from mlxquant.sources.names import resolve
 
 SELF = "self"  # in place of a file: text that the original writes
+
+
+def check_apart(text: str | Path, calibration: Iterable[str]) -> None:
+    """Raise ``BadValue`` where the file ``text`` is one of the ``calibration`` files."""
+    if any(Path(name).exists() and Path(name).samefile(text) for name in calibration):
+        raise BadValue(f"{text} is the calibration text; what is measured must be another")
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,7 @@ class HeldOut:
             return
         if not Path(self.text).is_file():
             raise MlxquantError(f"no such file: {self.text}")
-        if any(Path(name).exists() and Path(name).samefile(self.text) for name in calibration):
-            raise BadValue(f"{self.text} is the calibration text; what is measured must be another")
+        check_apart(self.text, calibration)
         folder = resolve(original, revision=revision)
         tokenizer = open_tokenizer(folder, read_config(folder))
         tokens = len(tokenizer.encode(read_text(self.text), add_special_tokens=False,
