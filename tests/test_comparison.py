@@ -51,6 +51,11 @@ def test_what_cannot_be_compared_is_refused_before_any_work(methods, bits, says)
                                 bits=[*map(Width.of, bits)]))
 
 
+def test_any_group_size_can_be_compared():
+    """The budget of mixed widths is for groups that divide a round number."""
+    assert comparison._job("rtn", Width.FOUR, job(group_size=48)).spec.group_size == 48
+
+
 def test_the_verbs(tiny_folder, text, tmp_path):
     made = run("quantize", tiny_folder, "-o", tmp_path / "out", "--bits", 3, "--group-size", 32,
                "--data", text, "--samples", 4, "--sequence-length", 64, "--override",

@@ -144,8 +144,8 @@ def _job(method: str, width: Width, common: Job) -> Job:
     settings = METHODS[method] | {"bits": width}
     mixed = settings.pop("mixed", False)
     asked = common.changed(**settings)
-    target = Target(width.code_bits + 32 / asked.spec.group_for(1 << 20))
-    return asked.changed(target=target) if mixed else asked
+    return asked if not mixed else asked.changed(
+        target=Target(width.code_bits + 32 / asked.spec.group_for(1 << 20)))
 
 
 def _row(method: str, quality: Divergence, scores: "Sequence[Score]", job: Job | None = None,
