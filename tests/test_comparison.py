@@ -74,6 +74,10 @@ def test_the_verbs(tiny_folder, text, tmp_path):
     assert [row["method"] for row in json.loads(table.stdout)] == ["original", "rtn"]
     same = run("compare", tiny_folder, "--data", text, *options)
     assert same.returncode == 2 and "text.txt is the calibration text" in same.stderr
+    (tmp_path / "data").write_text("the cat")
+    short = run("compare", tiny_folder, "--data", tmp_path / "data", *options, "--methods",
+                "rtn,gptq")
+    assert short.returncode == 2 and short.stdout.count("\n") == 3 and "rtn" in short.stdout
 
 
 @pytest.mark.parametrize("options,message", [

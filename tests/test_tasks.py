@@ -161,6 +161,16 @@ def test_evaluate_says_accuracy_and_agreement_with_their_errors(models, folders,
     assert text.count(" over 1 questions\n") == 2 and "±" not in text
 
 
+def test_what_was_measured_before_a_task_failed_is_shown(tiny_folder, files, tmp_path):
+    """The second task's questions are longer than the context of this model."""
+    (tmp_path / "text").write_text("some words to predict " * 20)
+    result = run("evaluate", tiny_folder, "--text", tmp_path / "text", "--context", 64, "--windows",
+                 2, "--tasks", files / "endings.jsonl", "--tasks", files / "choices.jsonl",
+                 before=offline)
+    assert result.returncode != 0 and "holds 512" in result.stderr
+    assert "perplexity" in result.stdout and "endings: acc_norm" in result.stdout
+
+
 def test_compare_has_columns_of_each_task(tiny_folder, files):
     (task,) = tasks.prepare([str(files / "endings.jsonl")])
     rows = list(comparison.compare(

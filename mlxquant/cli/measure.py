@@ -20,7 +20,7 @@ from mlxquant.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from mlxquant.report.tasks import BuiltTask
+    from mlxquant.report.tasks import BuiltTask, Score
 
 
 @app.command(epilog="Example: mlxquant bench smollm2-135m -p 512 -n 128 -r 5 -o result.json "
@@ -175,26 +175,34 @@ def evaluate(
         title, measure = ("relative error", by_layer.by_layer) if layerwise else (
             "KL divergence", divergence.divergence)
     result: Any = None
-    if text is not None:
-        with progress(title) as advance:
-            result = measure(*models, text, context=context, windows=windows, progress=advance)
-    scores = []
-    for task in asked:
-        with progress(f"{task.name}, answers:") as advance:
-            own, *original = [task.answered(each, advance) for each in models]
-        scores.append(own.score(*original))
+    scores: list[Score] = []
+    try:
+        if text is not None:
+            with progress(title) as advance:
+                result = measure(*models, text, context=context, windows=windows, progress=advance)
+        for task in asked:
+            with progress(f"{task.name}, answers:") as advance:
+                own, *original = [task.answered(each, advance) for each in models]
+            scores.append(own.score(*original))
+    finally:
+        _print_found(result, scores, as_json)
     if plot is not None:
         by_layer.plot(result, plot)
-    if layerwise:
-        print_json(list(map(asdict, result))) if as_json else print_table(by_layer.table(result))
-    elif as_json:
+
+
+def _print_found(result: Any, scores: "list[Score]", as_json: bool) -> None:
+    """What ``evaluate`` measured before it ended: the errors by layer, or what is known of a text
+    (None: nothing) and the scores of tasks."""
+    from mlxquant.report import by_layer
+
+    if isinstance(result, list):
+        print_json([*map(asdict, result)]) if as_json else print_table(by_layer.table(result))
+    elif as_json and (result or scores):
         print_json((asdict(result) if result else {}) | (
-            {"tasks": list(map(asdict, scores))} if scores else {}))
+            {"tasks": [*map(asdict, scores)]} if scores else {}))
     else:
-        if result is not None:
-            print(result.line())
-        for score in scores:
-            print(score.line())
+        for each in [result, *scores] if result else scores:
+            print(each.line())
 
 
 @app.command(epilog="Example: mlxquant compare smollm2-135m --text test.txt --data train.txt "
@@ -228,17 +236,17 @@ def compare(
     names = [name.strip() for name in methods.split(",")]
     widths = [Width.of(width) for width in bits or ("4", "3", "2")]
     rows: list[comparison.ComparedRow] = []
-    with progress("models compared:") as advance:
-        for row in comparison.compare(model, evaluation, methods=names, bits=widths, job=job,
-                                      progress=remark):
-            rows.append(row)
-            advance(len(rows), 1 + len(names) * len(widths), None)
-    if plot is not None:
-        comparison.plot(rows, plot)
-    if as_json:
-        print_json(list(map(asdict, rows)))
-    else:
-        print_table(comparison.table(rows))
+    try:
+        with progress("models compared:") as advance:
+            for row in comparison.compare(model, evaluation, methods=names, bits=widths, job=job,
+                                          progress=remark):
+                rows.append(row)
+                advance(len(rows), 1 + len(names) * len(widths), None)
+    finally:
+        if rows:
+            print_json([*map(asdict, rows)]) if as_json else print_table(comparison.table(rows))
+            if plot is not None:
+                comparison.plot(rows, plot)
 
 
 @app.command(epilog="Example: mlxquant probe --json")
