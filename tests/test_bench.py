@@ -6,10 +6,13 @@ from dataclasses import asdict, replace
 
 import commands
 import pytest
-from conftest import CONFIG
+from conftest import CONFIG, replicated
 
 import mlxquant
 from mlxquant import MlxquantError
+from mlxquant.codes.spec import ReplicaShape
+from mlxquant.layers import traffic
+from mlxquant.layers.pack import pack
 from mlxquant.machine import chips
 from mlxquant.report import bench, bench_output
 from mlxquant.runtime import probe
@@ -55,6 +58,20 @@ def test_bytes_of_a_token_are_weights_and_the_keys_and_values_read(records, tiny
     assert by_test["tg6"] == pytest.approx(weights + 3.5 * one, abs=one)
     assert by_test["tg6 b3"] == pytest.approx(weights / 3 + 3.5 * one, abs=one)
     assert by_test["pp16"] < weights / 6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prompt_takes_one_multiply_add_for_a_weight_however_many_replicas(tiny, packed):
+    """Its codes are expanded once; a token by itself takes one for each replica."""
+    network = replicated(CONFIG, ReplicaShape(2, 4))
+    network = pack(network) if packed else network
+    model = replace(tiny, network=network)
+    one, few, many = (bench._Runner(model, bench.Test(*test)).operations_per_token()
+                      for test in (("tg", 8), ("pp", 8), ("pp", 512)))
+    head = 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
+    assert few == one - head * (1 - 1 / 8)
+    body = 2 * sum(map(traffic.weight_count, network.modules())) - head
+    assert many == pytest.approx(body + head / 512, rel=0.1) and one > 3 * body
 
 
 def test_the_cache_is_cut_back_between_repetitions(tiny):

@@ -16,7 +16,7 @@ from mlxquant.base.trees import arrays
 from mlxquant.kernels import code_order
 from mlxquant.layers.blocks import blocks_or_itself, find_blocks, shape_of
 from mlxquant.layers.grouped import GroupedLinear
-from mlxquant.layers.packed import PackedCodes
+from mlxquant.layers.packed import FEW_TOKENS, PackedCodes
 from mlxquant.layers.packed_experts import EXPANDED, PackedSwitchLinear
 from mlxquant.layers.repeated import RepeatedBlock
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedSwitchLinear
@@ -51,9 +51,11 @@ class Part:
             return tokens / self.pool
         return 1 - (1 - self.chosen / self.pool) ** tokens
 
-    def operations(self) -> float:
-        """Multiply-adds for one token in one pass."""
-        if isinstance(self.module, (PackedCodes, Replicated, ReplicaInput)):
+    def operations(self, batch: int = 1) -> float:
+        """Multiply-adds for one of ``batch`` tokens in one pass: with many, the codes of replicas
+        are expanded once, and then a weight takes one (but for the rotation, which is little)."""
+        replicas = isinstance(self.module, (PackedCodes, Replicated)) and batch <= FEW_TOKENS
+        if replicas or isinstance(self.module, ReplicaInput):
             return self.module.operations() * self.share()
         looked_up = isinstance(self.module, _EMBEDDINGS) and self.pool > 1
         return 0 if looked_up else weight_count(self.module) * self.share()
@@ -215,10 +217,10 @@ def dense_bytes(network: nn.Module) -> int:
     return network_bytes(network, float32_bytes)
 
 
-def operations_per_token(network: nn.Module) -> int:
-    """Operations with weights for one token, two for each multiply-add, without attention to
-    earlier tokens."""
-    return round(2 * sum(part.passes * part.operations() for part in parts(network)))
+def operations_per_token(network: nn.Module, batch: int = 1) -> int:
+    """Operations with weights for one token, of ``batch`` in a pass, two for each multiply-add,
+    without attention to earlier tokens."""
+    return round(2 * sum(part.passes * part.operations(batch) for part in parts(network)))
 
 
 def head_of(network: nn.Module) -> nn.Module | None:

@@ -237,7 +237,8 @@ class _Runner:
         attention = 2 * shared * self.kv / (4 if system.device() == "cpu" else 2) / test.batch
         head = traffic.head_of(network) if test.kind == "pp" else None
         spared = 2 * traffic.weight_count(head) * (1 - 1 / test.tokens) if head else 0
-        return traffic.operations_per_token(network) - spared + attention
+        together = (test.tokens if test.kind == "pp" else 1) * test.batch
+        return traffic.operations_per_token(network, together) - spared + attention
 
 
 class _Batched:
