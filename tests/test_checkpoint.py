@@ -10,6 +10,7 @@ from conftest import CONFIG, write_folder
 from mlx_lm.utils import load as stock_load
 
 import mlxquant
+from mlxquant.base import storage
 from mlxquant.base.errors import BadCheckpoint, MlxquantError
 from mlxquant.sources import checkpoint
 
@@ -144,6 +145,15 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write(tmp_path / "out", CONFIG, tensors(), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_scratch_of_the_same_name_is_stale(tmp_path):
+    names = {name: tmp_path / f".{name}.1a2b3c4d.part" for name in ("a[1]", "a", "a[1].5", "a1")}
+    for scratch in names.values():
+        scratch.mkdir()
+    (tmp_path / ".a[1].z_9abcde.part").mkdir()  # as tempfile names it
+    storage.drop_stale(tmp_path / "a[1]")
+    assert set(tmp_path.iterdir()) == {names[name] for name in ("a", "a[1].5", "a1")}
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

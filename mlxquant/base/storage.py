@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -157,8 +158,11 @@ def holds_output(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 def drop_stale(target: Path) -> None:
     """Remove scratch paths that killed runs left beside ``target``, which must be locked."""
-    for scratch in target.parent.glob(f".{target.name}.*.part"):
-        _remove(scratch)
+    # Exactly: ".a.5b.1234abcd.part" is scratch of a.5b, which another process may be writing.
+    own = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}\.part")
+    for path in target.parent.iterdir():
+        if own.fullmatch(path.name):
+            _remove(path)
 
 
 @contextmanager
