@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ from mlx_lm.utils import load as stock_load
 
 import mlxquant
 from mlxquant.base import storage
-from mlxquant.base.errors import BadCheckpoint, MlxquantError
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
 from mlxquant.sources import checkpoint
 
 
@@ -154,6 +155,17 @@ def test_only_scratch_of_the_same_name_is_stale(tmp_path):
     (tmp_path / ".a[1].z_9abcde.part").mkdir()  # as tempfile names it
     storage.drop_stale(tmp_path / "a[1]")
     assert set(tmp_path.iterdir()) == {names[name] for name in ("a", "a[1].5", "a1")}
+
+
+@pytest.mark.parametrize("output", [".", "..", "x/..", "/"])
+def test_an_output_without_a_name_of_its_own_is_refused(tmp_path, monkeypatch, output):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(BadValue, match="is no name for an output"):
+        mlxquant.quantize("nothing", output)
+    with pytest.raises(MlxquantError, match="is no name for an output|already exists"):
+        checkpoint.write(Path(output), CONFIG, iter([]), {})
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from mlxquant.base import tensor_file
-from mlxquant.base.errors import CannotWrite, MlxquantError, TooLarge
+from mlxquant.base.errors import BadValue, CannotWrite, MlxquantError, TooLarge
 
 _MARKER = "job.json"
 _Result = TypeVar("_Result")
@@ -112,7 +112,10 @@ def _begun(partial: Path) -> bool:
 @contextmanager
 def exclusive(target: Path, *, wait: bool = False) -> Iterator[None]:
     """Lock ``target`` for this process; the lock ends with the block or the process. Where another
-    process has it locked, ``wait`` or raise ``MlxquantError``."""
+    process has it locked, ``wait`` or raise ``MlxquantError``; ``BadValue`` for ``.`` or ``..``."""
+    if target.name in ("", ".."):
+        raise BadValue(f"{target} is no name for an output, which is made under another one and "
+                       "then moved: give a name, such as ./model")
     key = target.absolute()
     if key in _held:
         yield
