@@ -29,6 +29,12 @@ def test_what_is_held_out_is_in_no_window_of_training(monkeypatch):
         calibration.held_apart(Counting(), ["a.txt"], 1, 1, 501, vocabulary=1000)
 
 
+def test_a_digest_knows_how_tokens_are_cut_into_sequences():
+    cut = {calibration.Calibration(np.zeros(shape, np.int64), "").digest
+           for shape in ((2, 32), (4, 16), (4, 16))}
+    assert len(cut) == 2
+
+
 def test_what_the_teacher_writes_replaces_its_share():
     texts = calibration.Calibration(np.zeros((9, 4), np.int64), "a.txt, b.txt")
     talks = np.arange(1, 9).reshape(2, 4)

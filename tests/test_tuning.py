@@ -146,6 +146,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(places, tuned, tmp_path):
     with pytest.raises(MlxquantError, match="unfinished work of another job"):
         run(places, "replica", tmp_path / "stopped")
     config.write_text(before)
+    text = places / "text.txt"  # of which the end is held out
+    before = text.read_text()
+    text.write_text(before[:-500] + before[:500])
+    with pytest.raises(MlxquantError, match="unfinished work of another job"):
+        run(places, "replica", tmp_path / "stopped")
+    text.write_text(before)
     state = tmp_path / "stopped.partial" / "training.safetensors"
     kept = state.read_bytes()
     arrays, metadata = mx.load(str(state), return_metadata=True)

@@ -28,7 +28,7 @@ class Calibration:
     @property
     def digest(self) -> str:
         tokens = np.ascontiguousarray(self.tokens, np.int32)
-        return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()[:16]
 
     def rows(self, size: int) -> list[np.ndarray]:
         """Batches of ``size`` samples, of which the last may be smaller."""

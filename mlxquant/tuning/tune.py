@@ -83,7 +83,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
         tokenizer, list(tuning.data), schedule.steps * schedule.batch_size, HELD_OUT,
         tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
-    job = identity(folder, identity(teacher.folder), record, texts.digest)
+    job = identity(folder, identity(teacher.folder), record, texts.digest, held_out.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, TrainedParts(tuning.norms, tuning.code_unit,
                                                      specs=_asked(network, config)))
