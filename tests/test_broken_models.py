@@ -2,6 +2,7 @@
 the tensor, the key or the file; and 8-bit floats with scales, which are read as they are meant."""
 
 import json
+import os
 import re
 import shutil
 
@@ -212,7 +213,21 @@ def test_a_fingerprint_tells_models_of_the_same_weights_apart(tmp_path, tiny_fol
     seen.add(checkpoint.fingerprint(folder))
     monkeypatch.setattr(checkpoint, "__version__", "9")
     seen.add(checkpoint.fingerprint(folder))
-    assert len(seen) == 3
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    seen.add(checkpoint.fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_a_model_put_in_anothers_place_is_told_from_it_by_its_bytes(tmp_path, tiny_folder):
+    """Of the same size and time, as ``cp -p``, ``tar`` and package managers leave files."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    before = checkpoint.fingerprint(folder)
+    weights = folder / "model.safetensors"
+    time = weights.stat().st_mtime_ns
+    write_folder(tmp_path / "other", random_network(seed=1))
+    shutil.copy(tmp_path / "other" / weights.name, weights)
+    os.utime(weights, ns=(time, time))
+    assert checkpoint.fingerprint(folder) != before
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,6 +21,7 @@ from mlxquant.base import tensor_file
 from mlxquant.base.errors import BadValue, CannotWrite, MlxquantError, TooLarge
 
 _MARKER = "job.json"
+_PLACES, _READ = 16, 1 << 16  # of a file, and bytes that are read there, to know it again
 _Result = TypeVar("_Result")
 _held: set[Path] = set()  # outputs that this process has locked: a second flock would fail
 _warned: set[str] = set()  # cache folders of which this process has said that it cannot write
@@ -66,6 +68,20 @@ def cached(file: Path, make: Callable[[], Any]) -> Any:
     with if_writable():
         write_json(file, value)
     return json.loads(json_text(value))
+
+
+def state_of(files: Iterable[Path]) -> tuple[tuple[str, int, int, str], ...]:
+    """Name, size, time, and a digest of bytes here and there of every file: what changes when a
+    file does. ``cp -p`` keeps size and time of what it puts in a file's place."""
+    found = []
+    for file in files:
+        digest, stat = hashlib.sha256(), file.stat()
+        with file.open("rb") as opened:
+            for place in range(_PLACES):
+                opened.seek(place * stat.st_size // _PLACES)
+                digest.update(opened.read(_READ))
+        found.append((file.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()))
+    return tuple(found)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxquant.base.storage import state_of
 from mlxquant.layers import outline
 from mlxquant.layers.formats import stored_entry
 from mlxquant.model.loading import open_lazily
@@ -60,12 +61,12 @@ def _as_imported(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the head still is what the import wrote: other tools keep what a configuration says
     when they train or convert a model."""
     found = config["mlxquant_import"][NOTE]
-    changed = tuple(file.stat().st_mtime_ns for file in checkpoint.weight_files(folder))
-    return _head_digest(folder, found["head"], changed) == found.get("digest")
+    state = state_of(checkpoint.weight_files(folder))
+    return _head_digest(folder, found["head"], state) == found.get("digest")
 
 
 @lru_cache(maxsize=8)
-def _head_digest(folder: Path, head: str, _changed: tuple[int, ...]) -> str:
+def _head_digest(folder: Path, head: str, _state: tuple[Any, ...]) -> str:
     """Kept for as long as the files do not change: it reads the whole head."""
     network, _ = open_lazily(folder)
     return digest(dict(network.named_modules())[head].weight)

@@ -4,6 +4,7 @@
 so a truncated or lying file ends in one line, not in garbage weights.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlxquant.base import tensor_file
 from mlxquant.base.errors import BadCheckpoint, Unsupported
-from mlxquant.base.storage import new_folder, write_json
+from mlxquant.base.storage import new_folder, state_of, write_json
 from mlxquant.base.version import __version__
 
 if TYPE_CHECKING:
@@ -80,10 +81,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A text that changes whenever a model's outputs may: its weight files by name, size and time,
-    its configuration, and this version of the package."""
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder)]
-    return repr((weights, (folder / "config.json").read_text(encoding="utf-8"), __version__))
+    """A text that changes whenever a model's outputs may, or what it writes as text: the state of
+    its weight files, its configuration, tokenizer and templates, and this version of the package.
+    """
+    others = [(name, hashlib.sha256(content).hexdigest())
+              for name, content in sorted(side_files(folder).items())]
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    return repr((state_of(weight_files(folder)), config, others, __version__))
 
 
 def folder_bytes(folder: Path) -> int:

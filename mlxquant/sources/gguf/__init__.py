@@ -11,10 +11,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlxquant.base.errors import BadCheckpoint
-from mlxquant.base.storage import cache_dir, exclusive, refuse_existing, require_space
+from mlxquant.base.storage import (
+    cache_dir,
+    exclusive,
+    refuse_existing,
+    require_space,
+    state_of,
+)
 from mlxquant.sources import checkpoint
 from mlxquant.sources.gguf import model, tokenizer
-from mlxquant.sources.gguf.reader import open_model, part_files, state_of
+from mlxquant.sources.gguf.reader import open_model, part_files
 
 Progress = Callable[[int, int, float], None]  # bytes of tensors read, of how many, gigabytes
 _FORMAT = 4  # part of the cache key: raise it when the written folder changes

@@ -98,11 +98,6 @@ def part_files(path: Path) -> tuple[Path, ...]:
     return files
 
 
-def state_of(files: tuple[Path, ...]) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file: what changes when a file does."""
-    return [(p.name, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
-
-
 class Fields:
     """Reads positive numbers and booleans from the metadata keys of a file's architecture;
     ``asked`` are the keys that were read, without the architecture's name."""
