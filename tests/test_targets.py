@@ -1,15 +1,17 @@
 """Targets of bits per weight and of gigabytes: layers differ, and each bit counts."""
 
+import shutil
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import CONFIG, write_telling
+from conftest import CONFIG, job, random_network, write_folder, write_telling
 from mlx_lm.utils import load as stock_load
 from test_quantize import quantise
 
 import mlxquant
-from mlxquant.base.errors import BadValue, MlxquantError
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError
 from mlxquant.model.inspection import inspect
 from mlxquant.model.loading import open_lazily
 from mlxquant.quantise import assignment, ends
@@ -154,3 +156,18 @@ def test_another_jobs_unfinished_work_is_refused_before_layers_are_weighed(tmp_p
     monkeypatch.setattr("mlxquant.quantise.pipeline.assign", lambda *_: pytest.fail("weighed"))
     with pytest.raises(MlxquantError, match="unfinished work of another job"):
         quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))
+
+
+def test_a_model_replaced_while_its_layers_are_weighed_is_not_mixed(tmp_path, text):
+    source, other = (write_folder(tmp_path / name, random_network(seed=seed))
+                     for seed, name in enumerate(("model", "other")))
+    stages = []
+
+    def replace(done, total, seconds, stage):
+        stages.append(stage)
+        shutil.copy(other / "model.safetensors", source / "model.safetensors")
+
+    with pytest.raises(BadCheckpoint, match="model changed while it was read; nothing was written"):
+        mlxquant.quantize(str(source), tmp_path / "out", job(text, target=Target(4.5)),
+                          progress=replace)
+    assert stages == ["weighing"] and {p.name for p in tmp_path.iterdir()} == {"model", "other"}

@@ -12,7 +12,7 @@ import pytest
 from conftest import CONFIG, job, replicated, write_telling
 
 import mlxquant  # first: it loads the BLAS before MLX
-from mlxquant.base.errors import BadValue, MlxquantError, Unsupported
+from mlxquant.base.errors import BadCheckpoint, BadValue, MlxquantError, Unsupported
 from mlxquant.base.storage import save_arrays
 from mlxquant.codes.affine import unpack
 from mlxquant.codes.spec import ReplicaShape
@@ -304,6 +304,17 @@ def test_gradients_are_those_of_finite_differences(places, name):
         slope = (gradients[path] * direction).sum().item()
         scale = mx.linalg.norm(gradients[path]).item()
         assert (up - down) / (2 * step) == pytest.approx(slope, abs=0.02 * scale), path
+
+
+@pytest.mark.parametrize("name, moment", [("affine", "progress"), ("source", "writing")])
+def test_models_that_change_meanwhile_are_not_mixed(places, tmp_path, name, moment):
+    for folder in ("affine", "source"):
+        shutil.copytree(places / folder, tmp_path / folder)
+    shutil.copy(places / "text.txt", tmp_path)
+    with pytest.raises(BadCheckpoint, match=f"{name} changed while it was read"):
+        run(tmp_path, "affine", tmp_path / "out", schedule=Schedule(2, 1, check_every=1),
+            **{moment: lambda *_: os.utime(tmp_path / name / "model.safetensors", ns=(1, 1))})
+    assert {p.name for p in tmp_path.iterdir()} == {"affine", "source", "text.txt"}
 
 
 def test_what_cannot_be_tuned_is_refused(places, tmp_path):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +37,7 @@ from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import Trial, stored_bits
 from mlxquant.quantise.walk import batch_size, float_walk, identity
 from mlxquant.sources import checkpoint
+from mlxquant.sources.checkpoint import Source
 
 Way = dict[str, Any]  # the fields of a layer's spec that it changes
 AFFINE_WAYS: list[Way] = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
@@ -50,7 +50,7 @@ _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its shar
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
 
 
-def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> Job:
+def assign(source: Source, job: Job, tokens: Calibration, progress: Progress) -> Job:
     """``job`` with a rule for every layer, such that the result meets its target; where that is a
     folder's size, with a width for embedding and head, too, unless it has one.
 
@@ -59,7 +59,7 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
     """
     if job.target is None:
         return job
-    measure = _Measure(folder, job, tokens)
+    measure = _Measure(source, job, tokens)
     options = measure.options(progress)
     if job.target.alike:
         options = {paths: [way for way in ways if len(set(way.choice)) == 1]
@@ -74,11 +74,12 @@ def assign(folder: Path, job: Job, tokens: Calibration, progress: Progress) -> J
 class _Measure:
     """A model, opened lazily, whose layers are tried in every way."""
 
-    folder: Path
+    source: Source
     job: Job
     tokens: Calibration
 
     def __post_init__(self) -> None:
+        self.folder = self.source.folder
         self.network, self.config = open_original(self.folder)
         self.blocks = blocks_of(self.network)
         self.plans = plan_blocks(self.network, self.blocks, self.job)
@@ -113,6 +114,7 @@ class _Measure:
                 seen.statistics.clear()  # before those of the next block are taken
             release(block.module)
             progress(done, len(blocks), time.perf_counter() - start, "weighing")
+            self.source.check()  # before anything is kept for it
         return found
 
     def _importance(self) -> dict[str, mx.array]:
@@ -180,7 +182,13 @@ class _Measure:
             return [(self.job.embedding_bits, 0.0)]
         setting = identity(self.folder, self.tokens.digest, ends.WIDTHS, "in groups that fit")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
-        measured = cached(file, lambda: ends.divergences(self.folder, self.tokens.tokens))
+
+        def measure() -> list[Any]:
+            found = ends.divergences(self.folder, self.tokens.tokens)
+            self.source.check()  # nothing else may be kept for it
+            return found
+
+        measured = cached(file, measure)
         return [*map(tuple, measured), (None, 0.0)]
 
     def budget(self, options: dict[str, list[Option]], target: Target,

@@ -7,7 +7,6 @@ run again with the same settings goes on at the block it was in and ends with th
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadCheckpoint, BadValue, Unsupported
+from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.base.storage import (
     holds_output,
     refuse_existing,
@@ -50,6 +49,7 @@ from mlxquant.quantise.shelf import shelf
 from mlxquant.quantise.sweep import CORRECTION
 from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
+from mlxquant.sources.checkpoint import Source
 from mlxquant.sources.names import resolve
 
 ONCE = "embedding and head are one matrix, which the file holds twice; the finer is stored, once"
@@ -68,13 +68,14 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     job, output = job or Job(), Path(output)
     job = job.changed(tune_steps=job.tuning.steps)
     with step("opening"):
-        folder = resolve(name, revision=revision)
+        source = Source(resolve(name, revision=revision))  # as it is before anything is read
+        folder = source.folder
         network, config = open_original(folder)
         blocks = assembly.blocks_of(network)
         _check(network, blocks, config, job)
         refuse_existing(output)
     needs = room.check(network, blocks, output, job, outline.attention_heads(config))
-    with step("calibration text"):
+    with step("calibration text"), source.reading():
         if not job.calibrated:
             tokens, job = calibration.none(), replace(job, propagation="float")
         else:
@@ -83,8 +84,8 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     asked, ends = _identity(folder, job, tokens), job.embedding_bits
     refuse_unfinished(output, {"asked": asked})
     if job.target is not None:
-        with step(WEIGHING):
-            job = assign(folder, job, tokens, progress)
+        with step(WEIGHING), source.reading():
+            job = assign(source, job, tokens, progress)
     chosen = [f"embedding and head have {job.embedding_bits} bits, with which the model predicts "
               "best in this size"] if job.embedding_bits != ends else []
     tied = config.get("tie_word_embeddings") and not checkpoint.read_config(folder).get(
@@ -92,7 +93,7 @@ def quantize(name: str, output: str | Path, job: Job | None = None, *, revision:
     if tied and job.spec.rotation != "fused":
         chosen.insert(0, ONCE)
     base = asdict(card.base_of(name, folder))
-    run = Run(folder, output, job, tokens, base, asked, needs, chosen)
+    run = Run(source, output, job, tokens, base, asked, needs, chosen)
     return run.make(network, blocks, config, progress)
 
 
@@ -139,11 +140,11 @@ def _check(network: nn.Module, blocks: list[Block], config: dict[str, Any], job:
 
 @dataclass
 class Run:
-    """One job on one resolved folder: the calibration ``tokens``, the model's description for the
-    card (``base``), the identity of the job before a target was resolved (``asked``), the memory
-    and disk it ``needs``, and notes on what was ``chosen`` for it."""
+    """One job on one model, its ``source``: the calibration ``tokens``, the model's description for
+    the card (``base``), the identity of the job before a target was resolved (``asked``), the
+    memory and disk it ``needs``, and notes on what was ``chosen`` for it."""
 
-    folder: Path
+    source: Source
     output: Path
     job: Job
     tokens: Calibration
@@ -156,46 +157,44 @@ class Run:
     def make(self, network: nn.Module, blocks: list[Block], config: dict[str, Any],
              progress: Progress) -> Made:
         """Quantise the blocks of a network whose weights are on disk, and write the result."""
-        start, source, job = time.perf_counter(), identity(self.folder), self.job
+        start, source, job = time.perf_counter(), self.source, self.job
         plans = plan_blocks(network, blocks, job)
         rehearse(network, config, blocks, plans, job)
         ends = plan_ends(network, blocks, job)
         record = job.record(self.tokens, self.base)
-        made = _identity(self.folder, replace(job, target=None), self.tokens)
+        made = _identity(source.folder, replace(job, target=None), self.tokens)
         partial = working_folder(self.output, {"job": made, "asked": self.asked}, record)
+        source.made = partial
         profile = current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
         turn = assembly.turn_of(config, job)
         tuner = self._tuner(plans, turn, progress)
         body = Body()
-        with (_unchanged(self.folder, source, partial) as check,
-              shelf(partial / "hidden", self.needs.waiting > 0) as waiting):
+        with source.reading(), shelf(partial / "hidden", self.needs.waiting > 0) as waiting:
             work = Passes(network, blocks, plans, files, turn,
                           self._settings(network, blocks, tuner is not None), tuner,
                           job.propagation == "float", waiting)
             for done, (index, result) in enumerate(self._results(work), 1):
                 body.add(blocks[index], result)
                 release(blocks[index].module)
-                check()
+                source.check()
                 profile.write(partial / checkpoint.MAKING)
                 progress(done, len(blocks), time.perf_counter() - start, "quantising")
             tuned, left = summary(body.tuned)
             record |= {"tuned_blocks": tuned} if tuned else {}
             notes = [*self.chosen, *noted([*plans, ends]), *left]
             with step("writing"):
-                config = self._write(work, body, record | ({"notes": notes} if notes else {}),
-                                     check)
+                config = self._write(work, body, record | ({"notes": notes} if notes else {}))
         shutil.rmtree(partial)
         return Made(self.output, time.perf_counter() - start, profile.peak_memory,
                     body.output_error(), config.get("mlxquant_import"), tuple(notes),
                     profile.as_dict(), tuned)
 
-    def _write(self, work: Passes, body: Body, record: dict[str, Any],
-               check: Callable[[], None]) -> dict[str, Any]:
+    def _write(self, work: Passes, body: Body, record: dict[str, Any]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""
         # Opened anew, so that float32 copies of the arrays outside the blocks are not held.
-        network, config = open_original(self.folder)
+        network, config = open_original(self.source.folder)
         made = assembly.outside(network, config, self.job)
         others, config = made.tensors, assembly.result_config(made, body, self.job, record)
 
@@ -205,14 +204,14 @@ class Run:
                 yield name, others.pop(name)
             for file in work.files:
                 yield from mx.load(str(file)).items()
-            check()
+            self.source.check()
 
         def finish(folder: Path) -> None:
             current().write(folder / checkpoint.MAKING)
             card.write(folder, self.output.name)
 
         del made, network
-        checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.folder),
+        checkpoint.write(self.output, config, tensors(), checkpoint.side_files(self.source.folder),
                          finish=finish)
         return config
 
@@ -237,27 +236,5 @@ class Run:
         if not self.job.calibrated:
             return work.rounded()
         if work.floats and work.tuner is None:
-            return work.on_float(self.folder, self.tokens)
-        return work.on_quantised(self.folder, self.tokens)
-
-
-@contextmanager
-def _unchanged(folder: Path, source: str, partial: Path) -> Iterator[Callable[[], None]]:
-    """Yields a function that raises ``BadCheckpoint`` if the model's files are no longer those that
-    ``source`` identifies. It then removes ``partial``, since a new run could not go on with it."""
-
-    def check() -> None:
-        try:
-            same = identity(folder) == source
-        except (BadCheckpoint, OSError):
-            same = False
-        if not same:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise BadCheckpoint(f"{folder} changed while it was quantised; nothing was written, "
-                                "start again")
-
-    try:
-        yield check
-    except (RuntimeError, ValueError):  # MLX found less in a file than there was
-        check()
-        raise
+            return work.on_float(self.source.folder, self.tokens)
+        return work.on_quantised(self.source.folder, self.tokens)

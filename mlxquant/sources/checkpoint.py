@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -88,6 +90,41 @@ def fingerprint(folder: Path) -> str:
               for name, content in sorted(side_files(folder).items())]
     config = (folder / "config.json").read_text(encoding="utf-8")
     return repr((state_of(weight_files(folder)), config, others, __version__))
+
+
+@dataclass
+class Source:
+    """The model in ``folder``, whose files must stay as they are from here on, while a job reads
+    them. ``made`` is where the job keeps what it has made so far, if anything: where the files
+    change, that is removed, since a new run could not go on with it."""
+
+    folder: Path
+    made: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._state = fingerprint(self.folder)
+
+    def check(self) -> None:
+        """Raise ``BadCheckpoint`` if the files have changed."""
+        try:
+            same = fingerprint(self.folder) == self._state
+        except (BadCheckpoint, OSError):
+            same = False
+        if not same:
+            if self.made:
+                shutil.rmtree(self.made, ignore_errors=True)
+            raise BadCheckpoint(f"{self.folder} changed while it was read; nothing was written, "
+                                "start again")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Context in which MLX reads the files: where it finds less in one than there was, the
+        change is what is told."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            self.check()
+            raise
 
 
 def folder_bytes(folder: Path) -> int:

@@ -25,6 +25,7 @@ from mlxquant.quantise.job import Job
 from mlxquant.quantise.self_written import at_once, self_written
 from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
+from mlxquant.sources.checkpoint import Source
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.predictions import Predictions
@@ -62,7 +63,8 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     for a model without scales to train or, where ``tuning`` asks for conversations, without a chat
     template.
     """
-    output, folder = Path(output), resolve(name)
+    output, source = Path(output), Source(resolve(name))
+    folder = source.folder
     refuse_existing(output)
     start, schedule = time.perf_counter(), tuning.schedule
     mx.reset_peak_memory()
@@ -90,23 +92,22 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
-    texts = _with_written(texts, teacher, tuning, unfinished, writing)
-    predictions = Predictions(unfinished, [batch for part in (texts, held_out) for batch
-                                           in part.rows(schedule.batch_size)], vocabulary)
-    if predictions.missing:
-        print(f"the teacher's predictions take {predictions.bytes / 1e9:.2f} GB in {unfinished} "
-              "until the model is tuned", file=sys.stderr)
-        predictions.write(teacher.judged, room.at_once(Step.of(tuning, config)),
-                          lambda done, total: writing(done, total, "predictions"))
+    source.made = teacher.source.made = unfinished
+    with teacher.source.reading():
+        texts = _with_written(texts, teacher, tuning, unfinished, writing)
+        predictions = Predictions(unfinished, [batch for part in (texts, held_out) for batch
+                                               in part.rows(schedule.batch_size)], vocabulary)
+        _predict(predictions, teacher, room.at_once(Step.of(tuning, config)), writing)
     del teacher
     gc.collect()  # its layers refer to each other
     mx.clear_cache()
     training = Distillation(student, predictions, schedule)
-    state = training.run(progress, unfinished / "training.safetensors")
+    with source.reading():
+        state = training.run(progress, unfinished / "training.safetensors")
     before, after = state.first_loss, state.best_loss
     record |= {"divergence_before": before, "divergence_after": after}
     config |= {"mlxquant_record": config.get("mlxquant_record", {}) | {"tuned": record}}
-    checkpoint.write(output, config, _tensors(folder, student.tensors(state.best)),
+    checkpoint.write(output, config, _tensors(source, student.tensors(state.best)),
                      checkpoint.side_files(folder),
                      finish=lambda made: card.write(made, output.name))
     shutil.rmtree(unfinished)
@@ -148,8 +149,19 @@ def _with_written(texts: Calibration, teacher: Teacher, tuning: Tuning, unfinish
     return texts
 
 
-def _tensors(folder: Path, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+def _predict(predictions: Predictions, teacher: Teacher, at_once: int, writing: Writing) -> None:
+    """Write the predictions that are missing, of the teacher as it was when it was opened."""
+    if predictions.missing:
+        print(f"the teacher's predictions take {predictions.bytes / 1e9:.2f} GB in "
+              f"{predictions.folder} until the model is tuned", file=sys.stderr)
+        predictions.write(teacher.judged, at_once,
+                          lambda done, total: writing(done, total, "predictions"))
+        teacher.source.check()
+
+
+def _tensors(source: Source, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
     """The folder's tensors, trained ones in place of the old."""
-    for file in checkpoint.weight_files(folder):
+    for file in checkpoint.weight_files(source.folder):
         for path, array in mx.load(str(file)).items():
             yield path, tuned.get(path, array)
+    source.check()
