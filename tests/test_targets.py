@@ -158,6 +158,26 @@ def test_another_jobs_unfinished_work_is_refused_before_layers_are_weighed(tmp_p
         quantise(telling, tmp_path / "out", text, target=Target(gigabytes=1))
 
 
+def test_a_killed_weighing_goes_on_at_the_block_it_was_in(tmp_path, tiny_folder, text, monkeypatch):
+    weighed, own = [], assignment.Trial.results
+    monkeypatch.setattr(assignment.Trial, "results", lambda trial, *rest: (
+        weighed.append(trial.block.path), own(trial, *rest))[1])
+    options = {"target": Target(bits_per_weight=4.5), "refine": 0}
+    quantise(tiny_folder, tmp_path / "whole", text, **options)
+    once, weighed[:] = list(weighed), []
+    monkeypatch.setattr(assignment, "cache_dir", (tmp_path / "cache").joinpath)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantise(tiny_folder, tmp_path / "out", text, progress=kill, **options)
+    quantise(tiny_folder, tmp_path / "out", text, **options)
+    assert weighed == once and len(set(weighed)) == 2
+    assert ((tmp_path / "out" / "model.safetensors").read_bytes()
+            == (tmp_path / "whole" / "model.safetensors").read_bytes())
+
+
 def test_a_model_replaced_while_its_layers_are_weighed_is_not_mixed(tmp_path, text):
     source, other = (write_folder(tmp_path / name, random_network(seed=seed))
                      for seed, name in enumerate(("model", "other")))

@@ -60,10 +60,17 @@ def if_writable() -> Iterator[None]:
                   "(MLXQUANT_CACHE names another folder)", file=sys.stderr)
 
 
-def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """The JSON value in the cache's ``file``; where there is none, ``make`` gives and stores it."""
+def recalled(file: Path) -> Any:
+    """The JSON value in the cache's ``file``, or None."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
+    return None
+
+
+def cached(file: Path, make: Callable[[], Any]) -> Any:
+    """The JSON value in the cache's ``file``; where there is none, ``make`` gives and stores it."""
+    if (value := recalled(file)) is not None:
+        return value
     value = make()
     with if_writable():
         write_json(file, value)

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxquant.base.errors import BadValue
-from mlxquant.base.storage import cache_dir, cached
+from mlxquant.base.storage import cache_dir, cached, if_writable, recalled, write_json
 from mlxquant.codes.spec import Spec
 from mlxquant.layers.blocks import Block, release, shape_of
 from mlxquant.layers.dense import lazily_dense
@@ -96,26 +97,35 @@ class _Measure:
         setting = identity(self.folder, self.tokens.digest, specs, self.job.seed, AFFINE_WAYS,
                            REPLICA_WAYS, "apart, by block")
         file = cache_dir("sensitivity", f"{setting[:16]}.json")
+        known: dict[str, Ways] = recalled(file) or {}
+        if len(known) < len(self.blocks):
+            self._measure(known, file, progress)
         return {paths: [Option(tuple(tuple(way.items()) for way in choice), stored, damage)
                         for choice, stored, damage in ways]
-                for paths, ways in cached(file, lambda: self._measure(progress)).items()}
+                for weighed in known.values() for paths, ways in weighed.items()}
 
-    def _measure(self, progress: Progress) -> Ways:
-        start, found = time.perf_counter(), Ways()
-        importance = self._importance()
+    def _measure(self, known: dict[str, Ways], file: Path, progress: Progress) -> None:
+        """Weigh the blocks, by their numbers, that are not ``known`` yet, each kept in ``file`` as
+        soon as it is."""
+        start, importance = time.perf_counter(), self._importance()
         network, _ = open_original(self.folder)
         blocks = blocks_of(network)
-        walk = float_walk(network, blocks, self.folder, self.tokens, Shelf())
+        walk = float_walk(network, blocks, self.folder, self.tokens, Shelf(),
+                          done=lambda index: str(index) in known)
         for done, (index, seen) in enumerate(walk, 1):
             block, plan = blocks[index], self.plans[index]
-            if seen:
-                for trial, ways in self._trials(block, plan, seen):
+            if str(index) not in known:
+                found = Ways()
+                for trial, ways in self._trials(block, plan, seen) if seen else ():
                     found |= self._ways(trial, ways, importance)
+                self.source.check()
+                known[str(index)] = found
+                with if_writable():
+                    write_json(file, known)
+            if seen:
                 seen.statistics.clear()  # before those of the next block are taken
             release(block.module)
             progress(done, len(blocks), time.perf_counter() - start, "weighing")
-            self.source.check()  # before anything is kept for it
-        return found
 
     def _importance(self) -> dict[str, mx.array]:
         batches = self.tokens.rows(batch_size())[:_SEQUENCES // batch_size()]
