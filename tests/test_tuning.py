@@ -5,6 +5,7 @@ import shutil
 from functools import cache, partial
 from pathlib import Path
 
+import architectures
 import commands
 import mlx.core as mx
 import numpy as np
@@ -327,6 +328,15 @@ def test_what_cannot_be_tuned_is_refused(places, tmp_path):
             run(places, "affine", tmp_path / "out", codes=codes)
     with pytest.raises(BadValue, match="a sample needs 100000"):
         run(places, "affine", tmp_path / "out", sequence_length=100_000)
+    source = architectures.write("qwen2_vl", tmp_path / "names")
+    with pytest.raises(Unsupported, match="holds language_model.* under another name"):
+        mlxquant.quantize(str(source), tmp_path / "made", job(None, 1, 8, method="rtn", bits=4))
+        stored = {path.removeprefix("language_model."): array
+                  for path, array in tensors(tmp_path / "made").items()}
+        mx.save_safetensors(str(tmp_path / "made" / "model.safetensors"), stored)
+        (tmp_path / "made" / "model.safetensors.index.json").unlink()
+        tune(str(tmp_path / "made"), tmp_path / "out",
+             Tuning(str(source), [str(places / "text.txt")], sequence_length=8))
     mlxquant.quantize(str(places / "source"), tmp_path / "w8a8",
                       job(places / "text.txt", 4, 32, method="smoothquant", bits=8,
                           activation=ActivationSpec()))

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxquant.base.errors import BadValue
+from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.base.storage import holds_output, refuse_existing, save_arrays, working_folder
 from mlxquant.codes.spec import Spec
 from mlxquant.layers.trainable import Trainable, TrainedParts
@@ -64,18 +64,17 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     template.
     """
     output, source = Path(output), Source(resolve(name))
-    folder = source.folder
     refuse_existing(output)
     start, schedule = time.perf_counter(), tuning.schedule
     mx.reset_peak_memory()
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
-    network, config = loading.open_lazily(folder)
+    network, config = loading.open_lazily(source.folder)
     teacher = Teacher(tuning.teacher, dtype)
     vocabulary, theirs = loading.vocabulary_of(network), loading.vocabulary_of(teacher.network)
     if vocabulary != theirs:
         raise BadValue(f"{teacher.name} has {theirs} tokens and {name} {vocabulary}; "
                        "a teacher needs the same vocabulary")
-    tokenizer = loading.open_tokenizer(folder, config)
+    tokenizer = loading.open_tokenizer(source.folder, config)
     if tokenizer.has_chat_template and not tuning.conversations:
         print("texts alone teach a chat model little of how to talk: --conversations 2048 keeps it "
               "nearer to its original there", file=sys.stderr)
@@ -85,10 +84,11 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
         tokenizer, list(tuning.data), schedule.steps * schedule.batch_size, HELD_OUT,
         tuning.sequence_length, tuning.seed, vocabulary=vocabulary)
     record = tuning.record(texts.source, dtype)
-    job = identity(folder, identity(teacher.folder), record, texts.digest, held_out.digest)
+    job = identity(source.folder, identity(teacher.folder), record, texts.digest, held_out.digest)
     # What cannot be trained or does not fit is refused here, before anything is written.
     student = Trainable(network, dtype, TrainedParts(tuning.norms, tuning.code_unit,
                                                      specs=_asked(network, config)))
+    _require_names(student, source.folder)
     room = Room(student, teacher.network, vocabulary, teacher.whole)
     room.check(tuning, config, output)
     unfinished = working_folder(output, {"job": job}, record)
@@ -108,10 +108,19 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     record |= {"divergence_before": before, "divergence_after": after}
     config |= {"mlxquant_record": config.get("mlxquant_record", {}) | {"tuned": record}}
     checkpoint.write(output, config, _tensors(source, student.tensors(state.best)),
-                     checkpoint.side_files(folder),
+                     checkpoint.side_files(source.folder),
                      finish=lambda made: card.write(made, output.name))
     shutil.rmtree(unfinished)
     return TuningResult(output, before, after, time.perf_counter() - start, mx.get_peak_memory())
+
+
+def _require_names(student: Trainable, folder: Path) -> None:
+    """Raise ``Unsupported`` where mlx-lm renames what the folder stores: the trained arrays would
+    not be found again in its files."""
+    held = checkpoint.validate(folder)
+    if lost := [path for path in student.base if path in student.stored and path not in held]:
+        raise Unsupported(f"{folder} holds {lost[0]} under another name; tune a folder that "
+                          "mlxquant quantize or mlx_lm.convert has made")
 
 
 def _asked(network: nn.Module, config: dict[str, Any]) -> dict[str, Spec]:
