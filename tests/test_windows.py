@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -123,6 +124,12 @@ def test_a_text_that_is_gone_over_again_and_again_is_said(tiny, tmp_path, capsys
     assert "33 distinct tokens for 128 sequences of 32: each is used 124 times" in said
     with pytest.raises(BadValue, match="has 33 tokens, a sample needs 34"):
         calibration.from_files(tiny.tokenizer, [name], 1, 34, vocabulary=384)
+
+
+def test_texts_of_which_none_would_be_read_are_refused(tiny):
+    for draw in (calibration.from_files, partial(calibration.held_apart, held=9)):
+        with pytest.raises(BadValue, match="2 samples cannot be drawn from 3 texts"):
+            draw(tiny.tokenizer, ["a.txt", "b.txt", "c.txt"], samples=2, length=8, vocabulary=384)
 
 
 def test_tokens_beyond_the_embedding_are_refused_before_anything_runs(tiny, tmp_path):

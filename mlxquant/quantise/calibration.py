@@ -61,10 +61,10 @@ def from_files(tokenizer: Any, names: list[str], samples: int = SAMPLES,
     A name is a file, or ``hf://datasets/OWNER/NAME/FILE`` on the hub (plain text,
     or JSON lines with a ``text`` field). What the tokenizer puts before a text (BOS) begins
     every sequence and counts into its ``length``. Raises ``BadValue`` for a text shorter than one
-    sequence, ``BadCheckpoint`` for tokens beyond ``vocabulary``; says on stderr where the sequences
-    go over a text more than twice.
+    sequence or more texts than ``samples``, ``BadCheckpoint`` for tokens beyond ``vocabulary``;
+    says on stderr where the sequences go over a text more than twice.
     """
-    texts = _Texts(tokenizer, names, length, vocabulary)
+    texts = _Texts(tokenizer, names, samples, length, vocabulary)
     return texts.drawn(texts.streams, samples, seed, _PASSES)
 
 
@@ -73,10 +73,10 @@ def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length
     """``samples`` sequences to train on, as ``from_files``, and ``held`` others to check with.
 
     The held sequences come from the ends of the texts (a twentieth of each, at least one sequence),
-    on which nothing is trained. Raises ``BadValue`` for texts of fewer than two sequences; warns on
-    stderr where training uses a text more than 32 times.
+    on which nothing is trained. Raises ``BadValue`` for texts of fewer than two sequences, or more
+    texts than ``samples``; warns on stderr where training uses a text more than 32 times.
     """
-    texts = _Texts(tokenizer, names, length, vocabulary, least=2)
+    texts = _Texts(tokenizer, names, samples, length, vocabulary, least=2)
     ends = [max(texts.own, len(stream) // 20) for stream in texts.streams]
     parts = [(stream[:-end], stream[-end:]) for stream, end in zip(texts.streams, ends)]
     training, last = zip(*parts)
@@ -87,10 +87,13 @@ def held_apart(tokenizer: Any, names: list[str], samples: int, held: int, length
 class _Texts:
     """The tokens of texts (``streams``), from which sequences of ``length`` are drawn; ``own``
     tokens of each sequence are the text's. Raises ``BadValue`` for a text that is shorter than
-    ``least`` sequences."""
+    ``least`` sequences, and where fewer ``samples`` than texts would leave some unread."""
 
-    def __init__(self, tokenizer: Any, names: list[str], length: int, vocabulary: int,
-                 least: int = 1):
+    def __init__(self, tokenizer: Any, names: list[str], samples: int, length: int,
+                 vocabulary: int, least: int = 1):
+        if samples < len(names):
+            raise BadValue(f"{samples} samples cannot be drawn from {len(names)} texts, "
+                           "at least one of each is needed")
         self.names, self.lead = names, windows.beginning(tokenizer)
         self.own = length - len(self.lead)
         if self.own < 1:
