@@ -13,7 +13,7 @@ from conftest import CONFIG, job, random_network, write_folder
 from typer.testing import CliRunner
 
 import mlxquant  # first: it loads the BLAS before MLX
-from mlxquant.base.errors import BadValue
+from mlxquant.base.errors import BadValue, TooLarge
 from mlxquant.cli import app
 from mlxquant.codes.packing import unpack_codes
 from mlxquant.codes.width import Width
@@ -308,6 +308,28 @@ def test_blocks_are_left_untuned_where_memory_is_short(tmp_path, tiny_folder, te
     assert made.notes[0].startswith("2 of 2 blocks left untuned, model.layers.0 the first: training"
                                     " takes 0.00 GB of memory, 0.00 GB may be used; --sequence-")
     assert made.notes[0].endswith("length 32 would fit")
+
+
+def test_which_blocks_are_trained_is_settled_when_a_job_begins(tmp_path, tiny_folder, text,
+                                                               monkeypatch):
+    def stop(done, total, seconds, stage):
+        if stage == "quantising":
+            raise KeyboardInterrupt
+
+    asked = dict(bits=2, samples=2, length=64, tune_blocks=None, tune_steps=1, refine=0)
+    network, _ = open_lazily(tiny_folder)
+    short = room.needs(network, blocks_of(network), job(text, **asked | {"length": 32}), 4).memory
+    for begun, other in ((short, 1e12), (1e12, short)):
+        out = tmp_path / str(begun)
+        monkeypatch.setattr(room, "memory_limit", lambda limit=begun: limit)
+        with pytest.raises(KeyboardInterrupt):
+            quantise(tiny_folder, out, text, progress=stop, **asked)
+        monkeypatch.setattr(room, "memory_limit", lambda limit=other: limit)
+        if other == short:
+            with pytest.raises(TooLarge, match="layers.0 cannot be trained in the memory that is"):
+                quantise(tiny_folder, out, text, **asked)
+        else:
+            assert not quantise(tiny_folder, out, text, **asked).tuned
 
 
 @pytest.mark.parametrize("options, tuned", [

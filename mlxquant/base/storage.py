@@ -116,13 +116,19 @@ def working_folder(output: Path, job: dict[str, str], record: dict[str, Any]) ->
     return partial
 
 
+def begun_with(partial: Path) -> dict[str, Any]:
+    """The ``record`` with which a job began its ``working_folder``, and what identifies it."""
+    begun: dict[str, Any] = json.loads((partial / _MARKER).read_text(encoding="utf-8"))
+    return begun
+
+
 def refuse_unfinished(output: Path, known: dict[str, str]) -> None:
     """Raise ``MlxquantError`` where ``OUT.partial`` belongs to a job that differs from the items
     ``known``."""
     partial = output.with_name(f"{output.name}.partial")
     marker = partial / _MARKER
     if _begun(partial) and not (
-            marker.exists() and known.items() <= json.loads(marker.read_text()).items()):
+            marker.exists() and known.items() <= begun_with(partial).items()):
         raise MlxquantError(f"{partial} holds the unfinished work of another job; "
                             "remove it or choose another output path")
 

@@ -16,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.base.errors import BadValue, Unsupported
+from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 from mlxquant.base.storage import (
+    begun_with,
     holds_output,
     refuse_existing,
     refuse_unfinished,
@@ -163,8 +164,9 @@ class Run:
         ends = plan_ends(network, blocks, job)
         record = job.record(self.tokens, self.base)
         made = _identity(source.folder, replace(job, target=None), self.tokens)
-        partial = working_folder(self.output, {"job": made, "asked": self.asked}, record)
-        source.made = partial
+        partial = working_folder(self.output, {"job": made, "asked": self.asked},
+                                 record | {"training": self.needs.training})
+        source.made, self.needs = partial, self._needs_of(partial)
         profile = current()
         profile.go_on_from(partial / checkpoint.MAKING)
         files = [partial / f"block-{index:04d}.safetensors" for index in range(len(blocks))]
@@ -190,6 +192,18 @@ class Run:
         return Made(self.output, time.perf_counter() - start, profile.peak_memory,
                     body.output_error(), config.get("mlxquant_import"), tuple(notes),
                     profile.as_dict(), tuned)
+
+    def _needs_of(self, partial: Path) -> room.Needs:
+        """The job's, with the blocks that were to be trained when it began: by how much memory is
+        free now, a resumed job would end with other bytes. Raises ``TooLarge`` where it is less."""
+        needs, begun = self.needs, begun_with(partial)["training"]
+        if lost := {*needs.untrained} - {*begun["untrained"]} or (
+                {*begun["predicting"]} - {*needs.predicting}):
+            raise TooLarge(f"{min(lost)} cannot be trained in the memory that is free now, but "
+                           f"could when {partial} was begun: free more, or remove that and start "
+                           "again")
+        return replace(needs, untrained=begun["untrained"], predicting={
+            path: needs.predicting[path] for path in begun["predicting"]})
 
     def _write(self, work: Passes, body: Body, record: dict[str, Any]) -> dict[str, Any]:
         """Write the folder from the blocks' files and what is around them; its config.json."""

@@ -8,6 +8,7 @@ of a size a step holds was measured; ``tests/test_room.py`` compares the sum wit
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,6 +60,11 @@ class Needs:
     waiting: float = 0.0
     untrained: dict[str, str] = field(default_factory=dict)
     predicting: dict[str, Head] = field(default_factory=dict)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Which blocks are trained, and how, for a record."""
+        return {"untrained": self.untrained, "predicting": list(self.predicting)}
 
 
 def check(network: nn.Module, blocks: list[Block], output: Path, job: Job, heads: int) -> Needs:
