@@ -86,8 +86,10 @@ def fingerprint(folder: Path) -> str:
     """A text that changes whenever a model's outputs may, or what it writes as text: the state of
     its weight files, its configuration, tokenizer and templates, and this version of the package.
     """
+    # Of .txt files only a tokenizer's: another may be the log of this very run.
     others = [(name, hashlib.sha256(content).hexdigest())
-              for name, content in sorted(side_files(folder).items())]
+              for name, content in sorted(side_files(folder).items())
+              if not name.endswith(".txt") or name in ("merges.txt", "vocab.txt")]
     config = (folder / "config.json").read_text(encoding="utf-8")
     return repr((state_of(weight_files(folder)), config, others, __version__))
 
