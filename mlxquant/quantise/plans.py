@@ -166,10 +166,9 @@ def _fitted(spec: Spec, module: nn.Module, job: Job) -> tuple[Spec | None, str]:
         return changed, "" if changed == spec else (
             f"{inputs} inputs take {replicas} replicas in groups of {group or 1}")
     asked, fitting = spec.group_size, [g for g in PLAIN_GROUPS if inputs % g == 0]
-    whole = isinstance(asked, Whole)
-    divides = whole or inputs % asked == 0
+    divides = isinstance(asked, Whole) or inputs % asked == 0
     if not divides or (stack and asked not in PLAIN_GROUPS):
-        smaller = [g for g in fitting if whole or g < asked] or fitting[:1]
+        smaller = [g for g in fitting if isinstance(asked, Whole) or g < asked] or fitting[:1]
         if not smaller:
             return None, f"{inputs} inputs divide into no group{_as_it_is(job)}"
         spec = replace(spec, group_size=smaller[-1])
