@@ -2,6 +2,7 @@
 
 import mlx_lm
 import pytest
+from conftest import random_network, write_folder
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
@@ -115,6 +116,20 @@ def test_an_unrelated_prompt_with_a_used_cache_is_right(tiny):
     mlxquant.generate(tiny, "something else entirely", max_tokens=5, cache=cache)
     assert mlxquant.generate(tiny, CHAT, max_tokens=9, cache=cache).text == \
         mlxquant.generate(tiny, CHAT, max_tokens=9).text
+
+
+@pytest.mark.parametrize("role", ["model", "draft"])
+def test_a_cache_of_another_model_is_computed_again(tiny, tmp_path, role):
+    """The same tokens, other weights: even a model of the same shapes must not go on from them."""
+    other = mlxquant.load(str(write_folder(tmp_path / "other", random_network(seed=3))))
+    first, second = [(tiny, dict(draft=draft)) if role == "draft" else (draft, {})
+                     for draft in (other, tiny)]
+    cache, options = PromptCache(), dict(max_tokens=9, logprobs=0)
+    mlxquant.generate(first[0], CHAT, cache=cache, max_tokens=4, **first[1])
+    again = mlxquant.generate(second[0], CHAT, cache=cache, **options, **second[1])
+    alone = mlxquant.generate(second[0], CHAT, **options, **second[1])
+    assert again.report.cached_tokens == 0
+    assert [token.logprob for token in again.scored] == [token.logprob for token in alone.scored]
 
 
 @pytest.mark.parametrize("taken", range(1, 5))

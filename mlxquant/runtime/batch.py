@@ -126,7 +126,7 @@ class Batch:
 
     def add(self, request: Request, cache: PromptCache | None = None) -> int:
         """Begin a reply, reusing what ``cache`` holds of its prompt; returns its row's number."""
-        cache = cache or PromptCache()
+        cache = PromptCache() if cache is None else cache
         cached = cache.reuse(self._model.network, request.prompt)
         for layer in cache.layers:
             InPlaceCache.of(layer)  # a row by itself is then quick as a single prompt

@@ -53,7 +53,7 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
     loop = Loop(kv_bits, draft, draft_tokens, lookup)
     request = Request.of(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop,
                          tools=tools, logprobs=logprobs)
-    cache = cache or PromptCache()
+    cache = PromptCache() if cache is None else cache
     loop.check(model, cache)
     return answer(model, request, cache, loop, progress)
 

@@ -81,7 +81,8 @@ class Loop:
     def check(self, model: LanguageModel, cache: PromptCache) -> None:
         """Raise ``Unsupported`` where ``model`` cannot do it, and ``BadValue`` for a draft of
         another vocabulary; a ``cache`` at this width has shown that keys and values can be so."""
-        if self.kv_bits is not None and self.kv_bits not in cache.bits:
+        shown = cache.bits if cache.may_be_of(model.network) else set()
+        if self.kv_bits is not None and self.kv_bits not in shown:
             token_cache(model.network, self.kv_bits, model.name, computed=True)
         if self.guesses and not takes_back(cache.layers or make_prompt_cache(model.network)):
             raise Unsupported(f"{model.name} keeps a sliding window or a state that cannot take "

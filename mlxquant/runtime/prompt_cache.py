@@ -4,6 +4,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import mlx.nn as nn
 from mlx_lm.models.cache import (
@@ -29,11 +30,12 @@ _TOKENS = "tokens"
 class PromptCache:
     """Keys and values of a conversation: where successive calls get the same object, only what
     follows the longest prefix shared with the last call is processed. ``draft_layers`` are those
-    of a draft model."""
+    of a draft model. ``made_by`` are the networks of both, where they are known."""
 
     tokens: list[int] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
     draft_layers: list[Any] = field(default_factory=list)
+    made_by: list[ref[nn.Module]] = field(default_factory=list)
 
     @property
     def bits(self) -> set[int]:
@@ -43,17 +45,23 @@ class PromptCache:
     def reuse(self, network: nn.Module, prompt: list[int], draft: nn.Module | None = None,
               kv_bits: int | None = None) -> int:
         """Trim to the prefix that ``prompt``, without its last token, shares with the held tokens;
-        returns its length. A cache that cannot be trimmed (a wrapped window), or is held at
-        another width than ``kv_bits``, is replaced."""
+        returns its length. A cache that cannot be trimmed (a wrapped window), is held at another
+        width than ``kv_bits``, or was made by another network, is replaced."""
         if draft is None:
             self.draft_layers = []
+        networks = [network] if draft is None else [network, draft]
         shared = min(common_prefix_len(self.tokens, prompt), len(prompt) - 1)
-        known = self.layers and (draft is None or self.draft_layers) and self.bits <= {kv_bits}
+        known = (len(self.sets()) == len(networks) and self.bits <= {kv_bits}
+                 and self.may_be_of(*networks))
         if not known or not all(cut(layers, len(self.tokens) - shared) for layers in self.sets()):
             self.layers, shared = make_prompt_cache(network), 0
             self.draft_layers = make_prompt_cache(draft) if draft is not None else []
-        self.tokens = self.tokens[:shared]
+        self.tokens, self.made_by = self.tokens[:shared], [ref(each) for each in networks]
         return shared
+
+    def may_be_of(self, *networks: nn.Module) -> bool:
+        """Whether no other networks are known to have made the layers."""
+        return all(known() is network for known, network in zip(self.made_by, networks))
 
     def record(self, fed: list[int]) -> None:
         """Record the tokens ``fed`` to the network in the last call, as far as all layers hold
