@@ -1,5 +1,6 @@
 """Generation: mlx-lm's greedy output, sampling, stop strings, prompt caches, limits."""
 
+import architectures
 import mlx_lm
 import pytest
 from conftest import random_network, write_folder
@@ -194,6 +195,18 @@ def test_an_empty_prompt_is_refused(tiny):
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
     with pytest.raises(TooLarge, match="512 tokens, the context of .* holds 512"):
         mlxquant.generate(tiny, [5] * 512)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gptj", "lille-130m"])
+def test_the_context_is_known_by_its_other_names(tmp_path, name):
+    """GPT-2 would read past its table of positions."""
+    config = architectures.CONFIGURATIONS[name]
+    model = mlxquant.load(str(write_folder(
+        tmp_path / name, architectures.network_of(name), config, size=288)))
+    assert model.context_length == 512
+    assert mlxquant.generate(model, [5] * 510, max_tokens=9).report.generation_tokens <= 2
+    with pytest.raises(TooLarge, match="the context of .* holds 512"):
+        mlxquant.generate(model, [5] * 600)
 
 
 def test_a_reply_ends_where_the_context_ends(tiny):

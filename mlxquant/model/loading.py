@@ -29,6 +29,10 @@ from mlxquant.model import distributed, stored
 from mlxquant.sources.names import resolve
 
 _CLOSE = 0.9  # of what may be used: mlx-lm warns there too, when it generates
+# What configurations call the context: most of them, then GPT-2 and its kin, DBRX, OLMo, OpenELM,
+# Kimi Linear, Lille.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length",
+            "max_context_length", "model_max_length", "block_size")
 
 
 @dataclass
@@ -48,8 +52,8 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Longest sequence in tokens, or None where the configuration does not say."""
-        text = self.config.get("text_config", {})
-        return self.config.get("max_position_embeddings", text.get("max_position_embeddings"))
+        places = self.config, self.config.get("text_config") or {}
+        return next((place[name] for place in places for name in _CONTEXT if place.get(name)), None)
 
     @property
     def weight_bytes_per_token(self) -> int:
