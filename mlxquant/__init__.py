@@ -5,9 +5,10 @@ a help page stay fast. Only the BLAS must come early: see ``blas.py``.
 """
 
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
-from mlxquant.base import blas
+from mlxquant.base import blas, threads
 from mlxquant.base.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the names below
@@ -65,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mlxquant' has no attribute {name!r}")
     value = getattr(import_module(f"mlxquant.{_HOME[name]}"), name)
-    globals()[name] = value
+    globals()[name] = value = threads.for_any(value) if isfunction(value) else value
     return value
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 import mlxquant
 from mlxquant.base import blas
+from mlxquant.runtime import generation
 
 PACKAGE = Path(mlxquant.__file__).parent
 HELP = "import mlxquant.cli; mlxquant.cli.app(['--help'])"
@@ -36,6 +38,28 @@ def test_public_names():
         assert getattr(mlxquant, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = mlxquant.nonsense
+
+
+@pytest.mark.parametrize("work", [
+    lambda model: mlxquant.generate(model, "x", max_tokens=2),
+    lambda model: mlxquant.batch_generate(model, ["x"], max_tokens=2),
+    lambda model: mlxquant.evaluate(model, "text" * 20, context=8, windows=1),
+    lambda model: mlxquant.inspect(str(model.folder)),
+    lambda model: mlxquant.plan(str(model.folder), memory="8GB", chip="M1"),
+    lambda model: list(generation.stream_generate(model, "x", max_tokens=2)),  # called elsewhere
+], ids=["generate", "batch", "evaluate", "inspect", "plan", "stream"])
+def test_a_thread_closes_its_streams_as_it_ends(tiny, monkeypatch, work):
+    """MLX aborts the process at exit where one is left open."""
+    closed, close = [], mx.clear_streams
+    monkeypatch.setattr(
+        mx, "clear_streams", lambda: (closed.append(threading.get_ident()), close()))
+    work(tiny)
+    assert closed == []  # the main thread goes on
+    thread = threading.Thread(target=lambda: [work(tiny) for _ in range(2)])
+    thread.start()
+    number = thread.ident
+    thread.join()
+    assert closed == [number]
 
 
 @pytest.mark.parametrize("code", ["import mlxquant", HELP])

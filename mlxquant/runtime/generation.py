@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
+from mlxquant.base.threads import close_streams_at_end
 from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime import speed
@@ -61,6 +62,7 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
 def answer(model: LanguageModel, request: Request, cache: PromptCache, loop: Loop,
            progress: PromptProgress | None = None) -> Generator[Chunk, None, None]:
     """The reply to a request, as ``stream_generate`` yields it."""
+    close_streams_at_end()  # it may be read in another thread than it was asked for
     request.sampling.start()
     mx.reset_peak_memory()
     cached = cache.reuse(model.network, request.prompt, loop.draft and loop.draft.network,

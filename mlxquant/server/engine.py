@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from mlxquant.base.errors import MlxquantError
+from mlxquant.base.threads import close_streams_at_end
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.batch import Batch, batchable
 from mlxquant.runtime.generation import answer
@@ -94,6 +95,7 @@ class Engine(threading.Thread):
 
     def run(self) -> None:
         """Answer jobs until stopped: the thread's body, called directly on following machines."""
+        close_streams_at_end()
         try:
             with mx.stream(generation_stream):
                 while self._turn():
@@ -105,7 +107,6 @@ class Engine(threading.Thread):
             self._refuse_all()
             self._batch.close()
             del self._batch, self._caches
-            mx.clear_streams()  # of this thread: MLX else aborts the process at its end
             self._ended()
 
     def _turn(self) -> bool:
