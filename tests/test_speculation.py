@@ -1,15 +1,16 @@
 """Guessing ahead: the same greedy text, fewer passes, caches that stay right."""
 
+import architectures
 import mlx.core as mx
 import pytest
-from architectures import write
 from conftest import CONFIG, random_network, write_folder
+from mlx_lm.models.cache import make_prompt_cache
 
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, Unsupported
 from mlxquant.layers import traffic
-from mlxquant.runtime.loop import Loop, _Occurrences
+from mlxquant.runtime.loop import Loop, _as_wide, _Occurrences
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 6
 
@@ -61,7 +62,7 @@ def test_look_up_reads_the_weights_less_often(tiny, monkeypatch):
 
 
 def test_a_pass_over_several_tokens_reads_more_of_a_mixtures_experts(tmp_path):
-    mixture = mlxquant.load(str(write("qwen3_moe", tmp_path / "m")))
+    mixture = mlxquant.load(str(architectures.write("qwen3_moe", tmp_path / "m")))
     report = mlxquant.generate(mixture, REPEATING, max_tokens=20, draft=mixture,
                                draft_tokens=4).report
     one, five = (traffic.weight_bytes(mixture.network, batch=n) for n in (1, 5))
@@ -134,16 +135,49 @@ def test_what_excludes_each_other(tiny, tmp_path):
         mlxquant.generate(tiny, "x", draft=tiny, lookup=3)
     with pytest.raises(BadValue, match="kv_bits and a draft model"):
         mlxquant.generate(tiny, "x", draft=tiny, kv_bits=8)
-    config = CONFIG | {"vocab_size": 400}
-    other = mlxquant.load(str(write_folder(tmp_path / "other", random_network(config), config)))
-    with pytest.raises(BadValue,
-                       match="has 400 tokens and .* 384; a draft needs the same vocabulary"):
+    other = mlxquant.load(str(write_folder(tmp_path / "other")))
+    other.tokens["a"], other.tokens["b"] = other.tokens["b"], other.tokens["a"]
+    with pytest.raises(BadValue, match="has other tokens than .*; a draft needs the same tokeni"):
         mlxquant.generate(tiny, "x", draft=other)
 
 
-def test_a_sliding_window_is_refused(tiny):
-    from mlx_lm.models.cache import RotatingKVCache
+@pytest.mark.parametrize("rows", [384, 400, 512])
+def test_embeddings_of_one_tokenizer_may_be_padded_differently(draft, tmp_path, rows):
+    """A draft that lacks the prompt's last token, or has rows that the model lacks."""
+    config = CONFIG | {"vocab_size": 400}
+    model = mlxquant.load(str(write_folder(tmp_path / "model", random_network(config), config)))
+    config = config | {"vocab_size": rows}
+    other = mlxquant.load(str(write_folder(
+        tmp_path / "draft", random_network(config, seed=7), config, size=384)))
+    hot = Sampling(temperature=9.0, seed=1, top_k=390, repetition_penalty=1.1,
+                   logit_bias={399: 9.0}, xtc_probability=0.1)
+    for sampling in (Sampling(), hot):
+        options = dict(max_tokens=20, sampling=sampling)
+        guessed = mlxquant.generate(model, [5, 6, 399], draft=other, **options)
+        assert guessed.report.generation_tokens == 20
+        if sampling is not hot:
+            assert guessed.text == mlxquant.generate(model, [5, 6, 399], **options).text
+    steps = _as_wide(other, 400)(mx.array([[399, 5]]), cache=make_prompt_cache(other.network))
+    assert steps.shape == (1, 2, 400)
+    assert mx.isfinite(steps[..., :min(rows, 400)]).all()
 
-    cache = PromptCache([5], [RotatingKVCache(max_size=8) for _ in tiny.network.layers])
-    with pytest.raises(Unsupported, match="cannot take tokens back"):
-        mlxquant.generate(tiny, [5, 6], cache=cache, lookup=3)
+
+def test_reading_a_prompt_is_told_with_a_draft_too(tiny, draft):
+    """The server's keepalives, a client that leaves and Ctrl-C in a chat depend on it."""
+    told, cache = [], PromptCache()
+    options = dict(max_tokens=3, draft=draft, cache=cache)
+    mlxquant.generate(tiny, REPEATING, progress=lambda *a: told.append(a), **options)
+    assert told == [(0, 36), (35, 36), (36, 36)]
+    with pytest.raises(ZeroDivisionError):
+        mlxquant.generate(tiny, [9, 8, 7], progress=lambda done, total: 1 / 0, **options)
+    assert mlxquant.generate(tiny, [9, 8, 7], **options).report.generation_tokens == 3
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mamba"])
+def test_what_cannot_take_tokens_back_is_refused(tiny, tmp_path, name):
+    odd = mlxquant.load(str(write_folder(tmp_path / name, architectures.network_of(name),
+                                         architectures.CONFIGURATIONS[name], size=288)))
+    odd.tokens.clear()  # a part of any other's
+    for model, options in ((odd, dict(lookup=3)), (odd, dict(draft=tiny)), (tiny, dict(draft=odd))):
+        with pytest.raises(Unsupported, match=f"{name} keeps a .* cannot take tokens back"):
+            mlxquant.stream_generate(model, [5, 6], **options)

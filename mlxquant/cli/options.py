@@ -27,7 +27,7 @@ Penalty = Annotated[float, Option("--repetition-penalty", help="Above 1 discoura
 Seed = Annotated[int | None, Option(help="Makes sampling repeatable.")]
 KvBits = Annotated[int | None, Option(help="Quantise the KV cache: 2, 3, 4, 5, 6 or 8.")]
 Draft = Annotated[str | None, Option(
-    metavar="MODEL", help="A small model of the same vocabulary that guesses tokens ahead.")]
+    metavar="MODEL", help="A small model with the same tokenizer that guesses tokens ahead.")]
 DraftTokens = Annotated[int, Option(help="Tokens that --draft guesses at a time.")]
 Lookup = Annotated[int, Option(
     metavar="N",

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class LanguageModel:
         """Longest sequence in tokens, or None where the configuration does not say."""
         places = self.config, self.config.get("text_config") or {}
         return next((place[name] for place in places for name in _CONTEXT if place.get(name)), None)
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """The tokenizer's ids; the network may have more of them, as padding."""
+        return self.tokenizer.get_vocab()
 
     @property
     def weight_bytes_per_token(self) -> int:

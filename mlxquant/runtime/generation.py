@@ -44,7 +44,7 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
     token's log-probability, and those of the so many likeliest. ``cache`` carries
     keys and values over calls; ``kv_bits`` stores them quantised, in groups of 32;
     where ``cache`` has them at another width they are computed again.
-    ``draft`` is a small model of the same vocabulary that guesses ``draft_tokens``
+    ``draft`` is a small model with the same tokenizer that guesses ``draft_tokens``
     at a time; ``lookup`` guesses up to so many tokens from the text itself; either
     only changes the speed. ``progress`` gets the prompt tokens processed so far, and of all.
 

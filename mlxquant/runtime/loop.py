@@ -79,18 +79,19 @@ class Loop:
         return self.draft_tokens * self.draft.weight_bytes_per_token if self.draft else 0
 
     def check(self, model: LanguageModel, cache: PromptCache) -> None:
-        """Raise ``Unsupported`` where ``model`` cannot do it, and ``BadValue`` for a draft of
-        another vocabulary; a ``cache`` at this width has shown that keys and values can be so."""
+        """Raise ``Unsupported`` where ``model`` or the draft cannot do it, and ``BadValue`` for a
+        draft with other tokens; a ``cache`` at this width has shown that keys and values can be so.
+        """
         shown = cache.bits if cache.may_be_of(model.network) else set()
         if self.kv_bits is not None and self.kv_bits not in shown:
             token_cache(model.network, self.kv_bits, model.name, computed=True)
-        if self.guesses and not takes_back(cache.layers or make_prompt_cache(model.network)):
-            raise Unsupported(f"{model.name} keeps a sliding window or a state that cannot take "
-                              "tokens back; run it without a draft model or look-up")
-        if self.draft is not None and model.vocabulary != self.draft.vocabulary:
-            raise BadValue(
-                f"the draft {self.draft.name} has {self.draft.vocabulary} tokens and {model.name} "
-                f"{model.vocabulary}; a draft needs the same vocabulary")
+        for each in [model] * self.guesses + ([self.draft] if self.draft else []):
+            if not takes_back(make_prompt_cache(each.network)):
+                raise Unsupported(f"{each.name} keeps a sliding window or a state that cannot take "
+                                  "tokens back: it can be no draft, nor run with one or look-up")
+        if self.draft is not None and not _agree(model.tokens, self.draft.tokens):
+            raise BadValue(f"the draft {self.draft.name} has other tokens than {model.name}; "
+                           "a draft needs the same tokenizer")
 
     def steps(self, model: LanguageModel, request: Request, cache: PromptCache, cached: int,
               progress: PromptProgress) -> Generator[NextToken, None, None]:
@@ -98,18 +99,13 @@ class Loop:
         sampling, fresh = request.sampling, request.prompt[cached:]
         if self.lookup:
             return _lookup_steps(model, request, cache.layers, self, len(fresh), progress)
-        options: dict[str, Any] = {
-            "max_tokens": request.max_tokens, "sampler": sampling.sampler(model),
-            "kv_bits": self.kv_bits, "kv_group_size": KV_GROUP}
         if self.draft is not None:
-            return _told(1 + self.draft_tokens, speculative_generate_step(
-                mx.array(fresh), model.network, self.draft.network,
-                prompt_cache=cache.layers + cache.draft_layers, num_draft_tokens=self.draft_tokens,
-                logits_processors=sampling.processors(request.prompt[:-1]), **options))
+            return _draft_steps(model, request, cache, self, len(fresh), progress)
         return _told(1, generate_step(
             mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
-            prompt_progress_callback=progress,
-            logits_processors=sampling.processors(request.prompt[:cached]), **options))
+            max_tokens=request.max_tokens, sampler=sampling.sampler(model), kv_bits=self.kv_bits,
+            kv_group_size=KV_GROUP, prompt_progress_callback=progress,
+            logits_processors=sampling.processors(request.prompt[:cached])))
 
 
 def _told(together: int, made: Generator[Any, None, None]) -> Generator[NextToken, None, None]:
@@ -120,28 +116,86 @@ def _told(together: int, made: Generator[Any, None, None]) -> Generator[NextToke
             yield NextToken(token, any(guessed), logprobs, together)
 
 
+def _agree(tokens: dict[str, int], others: dict[str, int]) -> bool:
+    """Whether two vocabularies have the same ids, but for tokens added to one of them."""
+    return tokens.items() <= others.items() or tokens.items() >= others.items()
+
+
+def _read(tokens: list[int], take: Callable[[mx.array], list[Any]],
+          progress: PromptProgress) -> list[int]:
+    """Have ``take``, which returns the caches, compute all ``tokens`` but the last, and return
+    that one."""
+    total = len(tokens)
+    progress(0, total)
+    while len(tokens) > 1:
+        step = tokens[:-1][:_PREFILL]
+        mx.eval([layer.state for layer in take(mx.array(step)[None])])
+        tokens = tokens[len(step):]
+        mx.clear_cache()
+        progress(total - len(tokens), total)
+    return tokens
+
+
+def _draft_steps(model: LanguageModel, request: Request, cache: PromptCache, loop: Loop, fresh: int,
+                 progress: PromptProgress) -> Generator[NextToken, None, None]:
+    """Tokens after a prompt of which the last ``fresh`` are not in the cache yet."""
+    assert loop.draft is not None
+    draft, sampling = _as_wide(loop.draft, model.vocabulary), request.sampling
+
+    def take(tokens: mx.array) -> list[Any]:
+        model.network(tokens, cache=cache.layers)
+        draft(tokens, cache=cache.draft_layers)
+        return cache.layers + cache.draft_layers
+
+    with mx.stream(generation_stream):
+        last = _read(request.prompt[-fresh:], take, progress)
+    with closing(_told(1 + loop.draft_tokens, speculative_generate_step(
+            mx.array(last), model.network, draft, max_tokens=request.max_tokens,
+            num_draft_tokens=loop.draft_tokens, prompt_cache=cache.layers + cache.draft_layers,
+            sampler=sampling.sampler(model),
+            logits_processors=sampling.processors(request.prompt[:-1])))) as steps:
+        first = next(steps)
+        progress(fresh, fresh)
+        yield first
+        yield from steps
+
+
+def _as_wide(draft: LanguageModel, width: int) -> Callable[..., mx.array]:
+    """The draft's network for a model of ``width`` tokens, as embeddings of one tokenizer may be
+    padded differently: it takes ids that it lacks for its last one, and never guesses them."""
+    network, known = draft.network, draft.vocabulary
+    if known == width:
+        return network
+
+    def call(tokens: mx.array, cache: list[Any]) -> mx.array:
+        logits = network(mx.minimum(tokens, known - 1), cache=cache)[..., :width]
+        lacking = width - logits.shape[-1]
+        return mx.pad(logits, [(0, 0), (0, 0), (0, lacking)], constant_values=-mx.inf)
+
+    return call
+
+
 def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loop: Loop, fresh: int,
                   progress: PromptProgress) -> Generator[NextToken, None, None]:
     """Tokens after a prompt of which the last ``fresh`` are not in the cache yet."""
     sampler, processors = request.sampling.sampler(model), request.sampling.processors()
-    found, pending, left = _Occurrences(request.prompt), request.prompt[-fresh:], request.max_tokens
+    found, left = _Occurrences(request.prompt), request.max_tokens
 
-    def logits_of(tokens: list[int]) -> mx.array:
-        logits = model.network(mx.array(tokens)[None], cache=layers)
+    def logits_of(tokens: mx.array) -> mx.array:
+        logits = model.network(tokens, cache=layers)
         maybe_quantize_kv_cache(layers, 0, KV_GROUP, loop.kv_bits)
         return logits[0]
 
+    def take(tokens: mx.array) -> list[Any]:
+        logits_of(tokens)
+        return layers
+
     with mx.stream(generation_stream):
-        progress(0, fresh)
-        while len(pending) > 1:
-            step = pending[:-1][:_PREFILL]
-            logits_of(step)
-            mx.eval([layer.state for layer in layers])
-            pending = pending[len(step):]
-            progress(fresh - len(pending), fresh)
+        pending = _read(request.prompt[-fresh:], take, progress)
         while left:
             guesses = found.continuation(min(loop.lookup, left - 1))
-            logits = _processed(logits_of(pending + guesses), processors, found.tokens, guesses)
+            logits = _processed(logits_of(mx.array(pending + guesses)[None]), processors,
+                                found.tokens, guesses)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             tokens = sampler(logprobs).tolist()
             right = next((i for i, guess in enumerate(guesses) if tokens[i] != guess),
