@@ -17,6 +17,8 @@ from test_writer import WRITTEN
 
 import mlxquant
 from mlxquant import Sampling
+from mlxquant.runtime.reply import Scored
+from mlxquant.server import answers
 
 address, client, heard = served.address, served.client, served.heard  # fixtures
 caller = test_reply.caller
@@ -249,3 +251,10 @@ def test_only_the_one_model_is_listed_and_served(client, tiny_folder):
     assert reply.model == str(tiny_folder)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("another")
+
+
+def test_an_impossible_token_has_a_log_probability_that_json_can_say():
+    scored = Scored(b"a", -0.5, 0, (Scored(b"a", -0.5, 0), Scored(b"b", -float("inf"), 0)))
+    told = answers._columns([scored]) | answers._token(scored)
+    json.dumps(told, allow_nan=False)
+    assert told["top_logprobs"][1]["logprob"] == -9999.0

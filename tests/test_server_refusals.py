@@ -36,6 +36,7 @@ address, client, heard = served.address, served.client, served.heard  # fixtures
     ({"messages": CHAT, "logit_bias": {"999999": 5.0}}, "logit_bias names token 999999"),
     ({"messages": CHAT, "logit_bias": {"384": 5.0}}, "logit_bias names token 384"),
     ({"messages": CHAT, "logit_bias": {"-1": 5.0}}, "logit_bias must give"),
+    ({"messages": CHAT, "logit_bias": {"5": -1e308}}, "logit_bias[5] must be at least -100"),
     ({"messages": CHAT, "logit_bias": [5]}, "logit_bias must be an object"),
     ({"messages": CHAT, "logit_bias": {"5": "x"}}, "logit_bias[5] must be a number"),
     ({"messages": CHAT, "n": 0}, "n must be at least 1"),

@@ -83,17 +83,22 @@ def _columns(scored: Sequence[Scored]) -> dict[str, Any]:
     """Log-probabilities as the older endpoint has them."""
     return {"tokens": [token.text for token in scored],
             "text_offset": [token.offset for token in scored],
-            "token_logprobs": [token.logprob for token in scored],
+            "token_logprobs": [_finite(token.logprob) for token in scored],
             "top_logprobs": [  # of two with the same text the likelier one
-                {other.text: other.logprob for other in reversed(token.likeliest)}
+                {other.text: _finite(other.logprob) for other in reversed(token.likeliest)}
                 for token in scored]}
 
 
 def _token(token: Scored) -> dict[str, Any]:
     made, *likeliest = (
-        {"token": each.text, "logprob": each.logprob, "bytes": list(each.spelled)}
+        {"token": each.text, "logprob": _finite(each.logprob), "bytes": list(each.spelled)}
         for each in (token, *token.likeliest))
     return {**made, "top_logprobs": likeliest}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; this is what OpenAI tells for a token that is out of the question."""
+    return max(logprob, -9999.0)
 
 
 def _call(call: dict[str, Any], index: int) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def _without_port(host: str) -> str:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"  # ASCII: some readers cut lines at U+2028
+    # In ASCII: some readers cut lines at U+2028.
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
 
 
 def _refusal(status: int, reason: str) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class CompletionForm(_SamplingForm, BaseModel):
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_tokens)] = {}
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]],
+                          BeforeValidator(_tokens)] = {}
 
     # These are accepted, and do not affect the reply.
     user: str = ""
