@@ -9,7 +9,8 @@ import served
 from served import CHAT, post, raw, refusal, running
 from test_reply import TOOLS
 
-from mlxquant.server.forms import BODY_LIMIT
+from mlxquant.base.errors import BadValue
+from mlxquant.server.forms import BODY_LIMIT, Options
 
 address, client, heard = served.address, served.client, served.heard  # fixtures
 
@@ -174,3 +175,12 @@ def test_other_machines_may_name_a_server_that_is_open_to_them(tiny):
             assert answer.status == 200
         headers = {"Host": "my.server", "Origin": "http://my.server"}
         assert refusal(address, {"messages": CHAT}, headers)[0] == 403
+
+
+def test_an_origin_may_be_copied_from_the_address_bar():
+    given = ("http://localhost:3000/", "HTTPS://A.Example", "http://[::1]:80", "*")
+    assert Options(origins=given).origins == (
+        "http://localhost:3000", "https://a.example", "http://[::1]:80", "*")
+    for wrong in ("localhost:3000", "http://a/b", "http://", "http://a:x", "null", ""):
+        with pytest.raises(BadValue, match="allowed are scheme://host"):
+            Options(origins=(wrong,))

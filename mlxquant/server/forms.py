@@ -65,6 +65,16 @@ class Options:
         checks.integer("port", self.port, 0, 65535)
         checks.integer("max_tokens", self.max_tokens, 1)
         checks.integer("prompt_caches", self.prompt_caches, 0)
+        object.__setattr__(self, "origins", tuple(map(_origin, self.origins)))
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers send it: they compare every letter."""
+    origin = given.lower().removesuffix("/")
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/:@?#\[\]\s]+)(:[0-9]+)?",
+                        origin):
+        raise BadValue(f"origin is {given!r}, allowed are scheme://host, scheme://host:port or *")
+    return origin
 
 
 def _text_only(value: Any) -> Any:
