@@ -58,6 +58,35 @@ def test_options_of_a_wrong_type_or_range_are_refused(tiny, options):
         mlxquant.generate(tiny, "x", **options)
 
 
+@pytest.mark.parametrize("work, message", [
+    (lambda model: mlxquant.generate(model, "x", stop=None), "stop must be text, or a list of"),
+    (lambda model: mlxquant.generate(model, "x", draft="tiny"), "draft is 'tiny', a LanguageModel"),
+    (lambda model: mlxquant.generate(model, "x", sampling=None), "sampling is None, a Sampling"),
+    (lambda model: mlxquant.generate(model, "x", cache={}), "cache is {}, a PromptCache is"),
+    (lambda model: mlxquant.generate("tiny", "x"), "model is 'tiny', a LanguageModel is needed"),
+    (lambda model: mlxquant.evaluate("tiny", "x"), "model is 'tiny', a LanguageModel is needed"),
+    (lambda model: mlxquant.batch_generate("tiny", ["x"]), "model is 'tiny', a LanguageModel is"),
+    (lambda model: mlxquant.batch_generate(model, "Red is"), "prompts is 'Red is', a list is"),
+    (lambda model: mlxquant.bench("tiny"), "models is 'tiny', a list is needed"),
+    (lambda model: mlxquant.Text("t.txt"), "files is 't.txt', a list is needed"),
+    (lambda model: mlxquant.Job(None), "spec is None, a Spec is needed"),
+    (lambda model: mlxquant.Job(text="t.txt"), "text is 't.txt', a Text is needed"),
+    (lambda model: mlxquant.quantize("tiny", "out", mlxquant.Spec()), "job is Spec.*, a Job is"),
+    (lambda model: mlxquant.load(None), "model is None, text or a path is needed"),
+])
+def test_usual_mistakes_are_said_in_one_line(tiny, work, message):
+    with pytest.raises(BadValue, match=message):
+        work(tiny)
+
+
+def test_a_path_is_a_name_everywhere(tiny_folder, tmp_path):
+    assert mlxquant.load(tiny_folder).name == str(tiny_folder)
+    assert mlxquant.plan(tiny_folder, memory="8GB", chip="M1").model == str(tiny_folder)
+    job = mlxquant.Job(mlxquant.Spec(method="rtn"))
+    assert mlxquant.quantize(tiny_folder, tmp_path / "out", job).folder == tmp_path / "out"
+    assert mlxquant.Text([tiny_folder / "a"]).files == (str(tiny_folder / "a"),)
+
+
 @pytest.mark.parametrize("seed", [-1, 0, 2**64, -2**70])
 def test_any_whole_number_is_a_seed(tiny, seed):
     hot = Sampling(temperature=5.0, seed=seed)

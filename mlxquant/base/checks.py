@@ -1,5 +1,6 @@
 """Arguments checked for type and range, in one line that says what is allowed."""
 
+import os
 import reprlib
 from collections.abc import Collection
 
@@ -28,6 +29,25 @@ def choice(name: str, value: object, allowed: Collection[object]) -> None:
     """
     if type(value) is bool or type(value) is float or value not in allowed:
         raise BadValue(f"{name} is {value!r}, allowed are {', '.join(map(str, allowed))}")
+
+
+def kind(name: str, value: object, wanted: type) -> None:
+    """Raise ``BadValue`` unless ``value`` is of the class ``wanted``."""
+    if not isinstance(value, wanted):
+        raise BadValue(f"{name} is {reprlib.repr(value)}, a {wanted.__name__} is needed")
+
+
+def several(name: str, value: object) -> None:
+    """Raise ``BadValue`` unless ``value`` is a list or tuple: text would be taken by letters."""
+    if not isinstance(value, (list, tuple)):
+        raise BadValue(f"{name} is {reprlib.repr(value)}, a list is needed")
+
+
+def path(name: str, value: str | os.PathLike[str]) -> str:
+    """``value``, a name or path, as text; raises ``BadValue`` for anything else."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise BadValue(f"{name} is {reprlib.repr(value)}, text or a path is needed")
+    return os.fspath(value)
 
 
 def _shown(value: float) -> str:

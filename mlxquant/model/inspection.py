@@ -1,6 +1,7 @@
 """What a model folder holds, layer by layer, read from its headers alone."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Inspection:
     untraceable: str | None
 
 
-def inspect(name: str, *, revision: str | None = None) -> Inspection:
+def inspect(name: str | PathLike[str], *, revision: str | None = None) -> Inspection:
     """Describe the model called ``name``; its weights are not read."""
     return inspect_folder(resolve(name, revision=revision))
 

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadCheckpoint, MlxquantError, TooLarge, Unsupported
 from mlxquant.base.tensor_file import require_finite
 from mlxquant.layers import traffic
@@ -72,8 +74,9 @@ def vocabulary_of(network: nn.Module) -> int:
     return network(mx.zeros((1, 1), mx.int32)).shape[-1]
 
 
-def load(name: str, *, revision: str | None = None, memory: str | float | None = None,
-         dense: bool | None = None, trust_remote_code: bool = False) -> LanguageModel:
+def load(name: str | PathLike[str], *, revision: str | None = None,
+         memory: str | float | None = None, dense: bool | None = None,
+         trust_remote_code: bool = False) -> LanguageModel:
     """Load a model by name: a folder, a GGUF file, a recipe or a hub repository.
 
     ``memory`` limits what the model may take: bytes, or text such as "8GB" (default: what the
@@ -82,6 +85,7 @@ def load(name: str, *, revision: str | None = None, memory: str | float | None =
     ``mlx.launch`` each machine keeps its part of the weights (``distributed.py``). Raises
     ``ModelNotFound``, ``BadCheckpoint``, ``Unsupported`` or ``TooLarge``.
     """
+    name = checks.path("model", name)
     return load_folder(resolve(name, revision=revision), name, memory=memory, dense=dense,
                        trust_remote_code=trust_remote_code)
 

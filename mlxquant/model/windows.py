@@ -51,6 +51,7 @@ def first_windows(model: LanguageModel, text: str | Path, context: int,
     """The first ``windows`` (None: all) runs of ``context`` tokens of a text (a string, or a file's
     path). Raises ``BadValue`` for a text of fewer, ``TooLarge`` for a context that the model does
     not have, ``BadCheckpoint`` for tokens that it does not know."""
+    checks.kind("model", model, LanguageModel)
     checks.integer("context", context, 2)
     if windows is not None:
         checks.integer("windows", windows, 1)

@@ -36,6 +36,9 @@ class Text:
     conversations: int = 0
 
     def __post_init__(self) -> None:
+        checks.several("files", self.files)
+        files = tuple(checks.path("a file of the text", file) for file in self.files)
+        object.__setattr__(self, "files", files)
         checks.integer("samples", self.samples, 1)
         checks.integer("sequence length", self.length, 2)
         checks.integer("conversations", self.conversations, 0)
@@ -92,6 +95,8 @@ class Job:
     tuning: BlockTuning = field(default_factory=BlockTuning)
 
     def __post_init__(self) -> None:
+        checks.kind("spec", self.spec, Spec)
+        checks.kind("text", self.text, Text)
         checks.choice("propagation", self.propagation, PROPAGATIONS)
         if self.embedding_bits is not None:
             checks.choice("embedding_bits", self.embedding_bits, EMBEDDING_BITS)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, TooLarge, Unsupported
 from mlxquant.base.storage import (
     begun_with,
@@ -58,15 +60,17 @@ ONCE = "embedding and head are one matrix, which the file holds twice; the finer
 
 @holds_output
 @recording()
-def quantize(name: str, output: str | Path, job: Job | None = None, *, revision: str | None = None,
-             progress: Progress = lambda *_: None) -> Made:
+def quantize(name: str | PathLike[str], output: str | Path, job: Job | None = None, *,
+             revision: str | None = None, progress: Progress = lambda *_: None) -> Made:
     """Quantise the model called ``name`` into the new folder ``output``.
 
     Without a ``job`` GPTQ makes 4 bits of it, in groups of 64, calibrated on text that the model
     writes itself. Raises ``BadValue`` for a job that the model cannot take, ``TooLarge`` where it
     does not fit, and what ``resolve`` raises.
     """
-    job, output = job or Job(), Path(output)
+    job, output = Job() if job is None else job, Path(output)
+    checks.kind("job", job, Job)
+    name = checks.path("model", name)
     job = job.changed(tune_steps=job.tuning.steps)
     with step("opening"):
         source = Source(resolve(name, revision=revision))  # as it is before anything is read

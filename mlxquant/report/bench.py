@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import mlx.core as mx
@@ -92,7 +93,7 @@ class Record:
     power: dict[str, Any]
 
 
-def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 512,
+def bench(models: Sequence[str | PathLike[str] | Callable[[], LanguageModel]], *, prompt: int = 512,
           generated: int = 128, depths: Sequence[int] = (0,), batches: Sequence[int] = (1,),
           repetitions: int = 5, memory: str | None = None,
           on_record: Callable[[list[Record]], None] = lambda _: None,
@@ -103,6 +104,7 @@ def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 
     gets all records so far after each, ``progress`` tests done, of how many, and the last
     tokens/s. Raises ``BadValue`` for what is not allowed, and what ``load`` raises.
     """
+    checks.several("models", models)
     tests = [Test(kind, tokens, depth, batch) for batch in batches for depth in depths
              for kind, tokens in (("pp", prompt), ("tg", generated)) if tokens]
     if not tests or repetitions < 1:
@@ -110,7 +112,7 @@ def bench(models: Sequence[str | Callable[[], LanguageModel]], *, prompt: int = 
     probe.measured()
     records: list[Record] = []
     for entry in models:
-        model = load(entry, memory=memory) if isinstance(entry, str) else entry()
+        model = entry() if callable(entry) else load(entry, memory=memory)
         for test in tests:
             newest = _measure(model, test, repetitions)
             records = [*map(_beside_ceiling, records), newest]

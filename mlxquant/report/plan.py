@@ -9,6 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,9 @@ class Plan:
     remarks: list[str]
 
 
-def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None = None,
-         chip: str | None = None, context: int = 8192, min_tps: float = 0.0,
-         revision: str | None = None) -> Plan:
+def plan(name: str | PathLike[str], *, config: dict[str, Any] | None = None,
+         memory: str | None = None, chip: str | None = None, context: int = 8192,
+         min_tps: float = 0.0, revision: str | None = None) -> Plan:
     """Plan for the model called ``name``, or of ``config``, on this machine or on a known chip.
 
     ``memory`` is that of the machine, such as "16GB"; the default is the largest sold with
@@ -110,6 +111,7 @@ def plan(name: str, *, config: dict[str, Any] | None = None, memory: str | None 
     if context < 1 or min_tps < 0:
         raise BadValue(f"context is {context} and min-tps {min_tps:g}; "
                        "allowed are at least 1 and 0")
+    name = checks.path("model", name)
     config = config_of(name, revision=revision) if config is None else config
     machine = host(chip, memory)
     model, remarks = model_of(name, config, context), list(machine.remarks)

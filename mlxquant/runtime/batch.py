@@ -49,6 +49,8 @@ def batch_generate(model: LanguageModel, prompts: Sequence[Prompt], *, max_token
     a model whose keys and values cannot be batched.
     """
     checks.integer("batch_size", batch_size, 1)
+    checks.several("prompts", prompts)
+    checks.kind("model", model, LanguageModel)
     if not prompts:
         raise BadValue("there is no prompt")
     if not batchable(model):

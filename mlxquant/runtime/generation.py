@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
+from mlxquant.base import checks
 from mlxquant.base.threads import close_streams_at_end
 from mlxquant.layers import traffic
 from mlxquant.model.loading import LanguageModel
@@ -55,6 +56,7 @@ def stream_generate(  # noqa: PLR0913 - a public call: each option by its own na
     request = Request.of(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop,
                          tools=tools, logprobs=logprobs)
     cache = PromptCache() if cache is None else cache
+    checks.kind("cache", cache, PromptCache)
     loop.check(model, cache)
     return answer(model, request, cache, loop, progress)
 

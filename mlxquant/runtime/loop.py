@@ -65,6 +65,8 @@ class Loop:
                            f"allowed are {', '.join(map(str, KV_BITS))}")
         checks.integer("draft_tokens", self.draft_tokens, 1, 64)
         checks.integer("lookup", self.lookup, 0, 64)
+        if self.draft is not None:
+            checks.kind("draft", self.draft, LanguageModel)
         if self.draft is not None and self.lookup:
             raise BadValue("a draft model and prompt look-up exclude each other; give one")
         if self.draft is not None and self.kv_bits is not None:

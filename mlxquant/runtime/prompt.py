@@ -50,11 +50,14 @@ class Request:
            tools: Sequence[Tool] | None = None, logprobs: int | None = None,
            template_options: Mapping[str, Any] | None = None) -> "Request":
         """The request as ``stream_generate`` takes it; raises as that does."""
+        checks.kind("model", model, LanguageModel)
+        checks.kind("sampling", sampling, Sampling)
         checks.integer("max_tokens", max_tokens, 1)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise BadValue("a stop string is empty" if "" in stops else
-                           "stop must be text, or a list of texts")
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) for s in stops):
+            raise BadValue("stop must be text, or a list of texts")
+        if "" in stops:
+            raise BadValue("a stop string is empty")
         if logprobs is not None:
             checks.integer("logprobs", logprobs, 0, MOST_LOGPROBS)
         largest = max(sampling.logit_bias or (0,))
@@ -67,7 +70,7 @@ class Request:
                 raise TooLarge(f"the prompt has {len(tokens)} tokens, "
                                f"the context of {model.name} holds {context}")
             max_tokens = min(max_tokens, context - len(tokens))
-        return cls(tokens, max_tokens, sampling, stops, not is_chat(prompt), logprobs)
+        return cls(tokens, max_tokens, sampling, tuple(stops), not is_chat(prompt), logprobs)
 
 
 def encode(model: LanguageModel, prompt: Prompt, tools: Sequence[Tool] | None = None,

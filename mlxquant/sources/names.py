@@ -3,9 +3,11 @@ recipe (``models/*.toml``) or a Hugging Face repository (``owner/name``), in thi
 
 import difflib
 import re
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, ModelNotFound
 from mlxquant.sources import checkpoint, gguf, hub, recipes
 
@@ -14,7 +16,7 @@ DEFAULT_MODEL = "smollm2-135m"
 _REPOSITORY = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)(?<!\.json)")
 
 
-def resolve(name: str, *, revision: str | None = None,
+def resolve(name: str | PathLike[str], *, revision: str | None = None,
             progress: gguf.Progress = lambda *_: None) -> Path:
     """The local, validated folder of the model called ``name``.
 
@@ -22,6 +24,7 @@ def resolve(name: str, *, revision: str | None = None,
     ``ModelNotFound`` (with near matches), ``BadCheckpoint`` or ``Unsupported``, and ``BadValue``
     for the ``revision`` of anything but a repository.
     """
+    name = checks.path("model", name)
     _check_revision(revision, name)
     path = Path(name).expanduser()
     if path.is_dir():
