@@ -215,17 +215,19 @@ def test_measured_limits_say_which_replicas_are_free(monkeypatch):
 
 
 def test_what_a_prompt_takes_besides_is_counted():
-    """Scores of 64 heads where keys and values are quantised, gate and up of replicas expanded, and
-    three of the widest layer's outputs; the same where a chip is asked about one model."""
-    config, chunk = QWEN | {"num_hidden_layers": 2}, 2048
+    """Scores of 64 heads where keys and values are quantised, in steps whose scores take half a
+    gigabyte; gate and up of replicas expanded, and three of the widest layer's outputs; the same
+    where a chip is asked about one model."""
+    config = QWEN | {"num_hidden_layers": 2}
     rows = plan.plan("x", config=config, chip="M1 Pro", context=4096).rows
     rows = {(row.bits, row.replicas, row.kv_bits): row for row in rows}
-    for bits, replicas, kv, scores, expanded in (
-            (16, None, 16, 0, 0), (16, None, 4, 64, 0), (2, 4, 16, 0, 2 * 25600 * 5120)):
+    for bits, replicas, kv, step, scores, expanded in (
+            (16, None, 16, 2048, 0, 0), (16, None, 4, 1024, 64, 0),
+            (2, 4, 16, 2048, 0, 2 * 25600 * 5120)):
         row = rows[bits, replicas, kv]
-        assert row.scores_bytes == scores * chunk * 4096 * 2
+        assert row.scores_bytes == scores * step * 4096 * 2 <= 1 << 29
         assert row.total_bytes - row.scores_bytes == pytest.approx(
-            row.file_bytes + row.kv_bytes + 3 * chunk * 25600 * 2 + expanded * 2, rel=0.01)
+            row.file_bytes + row.kv_bytes + 3 * step * 25600 * 2 + expanded * 2, rel=0.01)
     stored = plan.predict_model(config, chips.find("M1 Pro"), 4096)
     assert stored.total_bytes == rows[16, None, 16].total_bytes
 

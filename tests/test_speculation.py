@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlxquant
 from mlxquant import PromptCache, Sampling
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.layers import traffic
+from mlxquant.layers import prompt_step, traffic
 from mlxquant.runtime.loop import Loop, _as_wide, _Occurrences
 
 REPEATING = [5, 6, 7, 8, 9, 10] * 6
@@ -171,6 +171,19 @@ def test_reading_a_prompt_is_told_with_a_draft_too(tiny, draft):
     with pytest.raises(ZeroDivisionError):
         mlxquant.generate(tiny, [9, 8, 7], progress=lambda done, total: 1 / 0, **options)
     assert mlxquant.generate(tiny, [9, 8, 7], **options).report.generation_tokens == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"lookup": 2}, {"draft": True}, {"kv_bits": 8}])
+def test_a_prompt_is_read_in_steps_whose_scores_fit(tiny, draft, monkeypatch, options):
+    """Four heads, 300 tokens and numbers of four bytes: steps of 128 reach, but do not pass it."""
+    options = {name: draft if name == "draft" else value for name, value in options.items()}
+    prompt, told = REPEATING * 8 + [7] * 12, list[int]()
+    plain = mlxquant.generate(tiny, prompt, max_tokens=8, **options).text
+    monkeypatch.setattr(prompt_step, "MOST_SCORES", 4 * 4 * 128 * 300)
+    small = mlxquant.generate(tiny, prompt, max_tokens=8, **options,
+                              progress=lambda done, total: told.append(done))
+    assert told[:4] == [0, 128, 256, 299] and told[-1] == 300
+    assert small.text == plain or "kv_bits" in options  # more of it is read behind rounded keys
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mamba"])

@@ -20,13 +20,13 @@ from mlxquant.base import checks
 from mlxquant.base.errors import BadValue
 from mlxquant.layers import traffic
 from mlxquant.layers.blocks import held_bytes
+from mlxquant.layers.prompt_step import PROMPT_STEP
 from mlxquant.machine import chips, identity, system
 from mlxquant.model.loading import LanguageModel, load
 from mlxquant.report.fit import Fit, fit
 from mlxquant.runtime import probe
 from mlxquant.runtime.prompt_cache import cut, offset
 
-CHUNK = 2048  # prompt tokens that are processed at once
 _WARM_UP = 8  # tokens, of those generated
 
 
@@ -208,7 +208,7 @@ class _Runner:
         prompt."""
         tokens = mx.random.randint(0, self.model.vocabulary, (prompt,))
         steps = generate_step(tokens, self.network, max_tokens=generated, prompt_cache=self.cache,
-                              prefill_step_size=CHUNK)
+                              prefill_step_size=PROMPT_STEP)
         start = time.perf_counter()
         for _ in range(generated or 1):
             next(steps, None)  # of 0 nothing comes, but the first token is computed
@@ -226,9 +226,11 @@ class _Runner:
         last = traffic.weight_bytes(network, batch=test.batch) + self.kv
         if test.kind == "tg":
             return last / test.batch
-        chunk = traffic.weight_bytes(network, batch=min(test.tokens, CHUNK) * test.batch) + self.kv
+        together = min(test.tokens, PROMPT_STEP) * test.batch
+        chunk = traffic.weight_bytes(network, batch=together) + self.kv
         chunk -= traffic.own_bytes(head) if head else 0
-        return (math.ceil((test.tokens - 1) / CHUNK) * chunk + last) / test.tokens / test.batch
+        chunks = math.ceil((test.tokens - 1) / PROMPT_STEP)
+        return (chunks * chunk + last) / test.tokens / test.batch
 
     def operations_per_token(self) -> float:
         """With weights, and with the keys and values that a token attends to on average."""

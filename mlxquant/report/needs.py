@@ -9,9 +9,9 @@ import mlx.nn as nn
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.prompt_step import PROMPT_STEP, prompt_step, scores_bytes
 from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
-from mlxquant.report.bench import CHUNK
 from mlxquant.report.host import Host
 
 KV_BITS = (16, 8, 4)
@@ -63,19 +63,21 @@ def model_of(name: str, config: dict[str, Any], context: int) -> Model:
 def needs_of(network: nn.Module, model: Model, machine: Host) -> dict[int, Need]:
     """What a network takes on a machine, by the bits of its keys and values.
 
-    For a chunk of a prompt that is about three of the widest layer's outputs besides; replicated
-    layers that share an input, expanded; and attention's scores, where no fused kernel spares them:
-    mlx-lm has none for quantised keys and values, a plain CPU none at all.
+    While a prompt is read these are about three of the widest layer's outputs for a step besides;
+    replicated layers that share an input, expanded; and attention's scores, where no fused kernel
+    spares them (``layers/prompt_step.py``).
     """
     measure = traffic.as_held(network, machine.dense, machine.memory)
     held, read = traffic.network_bytes(network, measure), traffic.weight_bytes(network, measure)
-    number, tokens, needs = 4 if machine.dense else 2, min(CHUNK, model.context), {}
-    held += number * 3 * tokens * model.widest
+    number, needs = 4 if machine.dense else 2, {}
     if measure is not traffic.float32_bytes:
         held += number * traffic.expanded_at_once(network)
     for bits, kv in model.kv.items():
         kv *= 2 if machine.dense and bits == 16 else 1
         unfused = machine.dense or bits < 16
-        scores = number * model.heads * tokens * model.context if unfused else 0
-        needs[bits] = Need(kv, scores, held + kv + scores, read + kv)
+        step = prompt_step(model.heads, model.context, number) if unfused else PROMPT_STEP
+        tokens = min(step, model.context)
+        scores = unfused * scores_bytes(model.heads, tokens, model.context, number)
+        working = number * 3 * tokens * model.widest
+        needs[bits] = Need(kv, scores, held + working + kv + scores, read + kv)
     return needs

@@ -21,6 +21,7 @@ from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
 from mlxquant.layers.blocks import blocks_or_itself, held_bytes
+from mlxquant.layers.prompt_step import MOST_SCORES
 from mlxquant.layers.replicated import Replicated
 from mlxquant.machine.chips import Chip
 from mlxquant.quantise.job import Job
@@ -155,9 +156,12 @@ def choose(result: Plan, rows: list[PlanRow], chip: str | None = None) -> PlanRo
         raise BadValue(f"none of the forms of {result.model} that were asked for has a measured "
                        "quality; `mlxquant plan` shows those that have")
     least = min(known, key=lambda row: row.total_bytes)
-    growing = least.kv_bytes + least.scores_bytes
-    tokens = int((result.memory_bytes - least.total_bytes + growing) * result.context
-                 / max(growing, 1)) // _TOKENS * _TOKENS
+    kv, scores = max(least.kv_bytes, 1), least.scores_bytes
+    left = result.memory_bytes - least.total_bytes + kv + scores
+    share = left / (kv + scores)
+    if 2 * share * scores <= MOST_SCORES:  # so few tokens are read in larger steps again
+        share = (left - min(MOST_SCORES, 2 * scores)) / kv
+    tokens = int(share * result.context) // _TOKENS * _TOKENS
     size = memory_for(least.total_bytes, chip)
     fitting = [f"--fit {size}GB"] * (size is not None) + [f"--fit-context {tokens}"] * (tokens > 0)
     raise TooLarge(

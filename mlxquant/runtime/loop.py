@@ -24,7 +24,8 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from mlxquant.base import checks
 from mlxquant.base.errors import BadValue, Unsupported
-from mlxquant.layers.outline import KV_GROUP, token_cache
+from mlxquant.layers.outline import KV_GROUP, attention_heads, token_cache
+from mlxquant.layers.prompt_step import PROMPT_STEP, prompt_step
 from mlxquant.model.loading import LanguageModel
 from mlxquant.runtime.prompt import Request
 from mlxquant.runtime.prompt_cache import PromptCache, takes_back
@@ -34,7 +35,6 @@ PromptProgress = Callable[[int, int], None]
 KV_BITS = (2, 3, 4, 5, 6, 8)
 DRAFT_TOKENS = 4
 MATCHED = (3, 2)  # tokens that must occur before, longest first
-_PREFILL = 2048
 
 
 class NextToken(NamedTuple):
@@ -107,6 +107,7 @@ class Loop:
             mx.array(fresh), model.network, prompt_cache=cache.layers, quantized_kv_start=0,
             max_tokens=request.max_tokens, sampler=sampling.sampler(model), kv_bits=self.kv_bits,
             kv_group_size=KV_GROUP, prompt_progress_callback=progress,
+            prefill_step_size=_step_of(model, self.kv_bits, len(request.prompt)),
             logits_processors=sampling.processors(request.prompt[:cached])))
 
 
@@ -123,14 +124,22 @@ def _agree(tokens: dict[str, int], others: dict[str, int]) -> bool:
     return tokens.items() <= others.items() or tokens.items() >= others.items()
 
 
-def _read(tokens: list[int], take: Callable[[mx.array], list[Any]],
+def _step_of(model: LanguageModel, kv_bits: int | None, context: int) -> int:
+    """How many tokens of a prompt of ``context`` are computed together."""
+    on_cpu = mx.default_device() == mx.cpu
+    if kv_bits is None and not on_cpu:
+        return PROMPT_STEP
+    return prompt_step(attention_heads(model.config), context, 4 if on_cpu else 2)
+
+
+def _read(tokens: list[int], take: Callable[[mx.array], list[Any]], size: int,
           progress: PromptProgress) -> list[int]:
-    """Have ``take``, which returns the caches, compute all ``tokens`` but the last, and return
-    that one."""
+    """Have ``take``, which returns the caches, compute all ``tokens`` but the last, ``size`` at a
+    time, and return that one."""
     total = len(tokens)
     progress(0, total)
     while len(tokens) > 1:
-        step = tokens[:-1][:_PREFILL]
+        step = tokens[:-1][:size]
         mx.eval([layer.state for layer in take(mx.array(step)[None])])
         tokens = tokens[len(step):]
         mx.clear_cache()
@@ -150,7 +159,8 @@ def _draft_steps(model: LanguageModel, request: Request, cache: PromptCache, loo
         return cache.layers + cache.draft_layers
 
     with mx.stream(generation_stream):
-        last = _read(request.prompt[-fresh:], take, progress)
+        last = _read(request.prompt[-fresh:], take,
+                     _step_of(model, loop.kv_bits, len(request.prompt)), progress)
     with closing(_told(1 + loop.draft_tokens, speculative_generate_step(
             mx.array(last), model.network, draft, max_tokens=request.max_tokens,
             num_draft_tokens=loop.draft_tokens, prompt_cache=cache.layers + cache.draft_layers,
@@ -193,7 +203,8 @@ def _lookup_steps(model: LanguageModel, request: Request, layers: list[Any], loo
         return layers
 
     with mx.stream(generation_stream):
-        pending = _read(request.prompt[-fresh:], take, progress)
+        pending = _read(request.prompt[-fresh:], take,
+                        _step_of(model, loop.kv_bits, len(request.prompt)), progress)
         while left:
             guesses = found.continuation(min(loop.lookup, left - 1))
             logits = _processed(logits_of(mx.array(pending + guesses)[None]), processors,
