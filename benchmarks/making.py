@@ -45,7 +45,7 @@ from mlxquant.quantise.job import Job, Target
 from mlxquant.quantise.pipeline import Run
 from mlxquant.quantise.profile import WEIGHING, recording, step
 from mlxquant.sources import checkpoint
-from mlxquant.sources.checkpoint import Source
+from mlxquant.sources.checkpoint import KnownFolder
 from mlxquant.sources.names import resolve
 
 SHAPES = {"tiny": "tiny", "0.1b": "smollm2-135m", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b",
@@ -108,11 +108,12 @@ def ours(folder: Path, job: Job, tokens: np.ndarray, target: float) -> Row:
 
     with recording():
         with step(WEIGHING):
-            job = assign(Source(folder), job, given, progress)
+            job = assign(KnownFolder(folder), job, given, progress)
         network, config = open_lazily(folder)
         blocks = blocks_of(network)
         needs = room.needs(network, blocks, job, outline.attention_heads(config))
-        run = Run(Source(folder), folder.with_name("made"), job, given, {}, asked="", needs=needs)
+        run = Run(KnownFolder(folder), folder.with_name("made"), job, given, {}, asked="",
+                  needs=needs)
         made = run.make(network, blocks, config, progress)
     return {"predicted_gb": needs.memory / 1e9, "on_disk_gb": needs.waiting / 1e9,
             "seconds": made.profile["seconds"]["total"], "block_ends": ends,

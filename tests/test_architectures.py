@@ -98,6 +98,13 @@ def test_a_budget_without_gradients_is_refused_before_any_work(name, reason, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_budget_whose_gradients_are_not_finite_is_refused(tmp_path, text):
+    source = write("rwkv7", tmp_path / "source")  # the tiny one divides by a norm of zero
+    with pytest.raises(MlxquantError, match=r"gradient at model\.layers\..* is not finite"):
+        mlxquant.quantize(str(source), tmp_path / "made", job(
+            text, samples=2, length=32, target=Target(2.5), **METHODS["replica"]))
+
+
 def test_the_page_of_models_names_every_type():
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     listed = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}

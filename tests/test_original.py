@@ -14,7 +14,7 @@ import mlxquant
 from mlxquant.model.loading import open_lazily
 from mlxquant.model.original import open_original, without_second
 from mlxquant.quantise.pipeline import ONCE
-from mlxquant.report import plan
+from mlxquant.report.needs import model_of
 from mlxquant.sources.gguf import import_file
 
 UNTIED = CONFIG | {"tie_word_embeddings": False, "vocab_size": 2048}
@@ -136,6 +136,6 @@ def test_a_plan_counts_it_once(tmp_path):
     import_file(written(tmp_path, Type.Q4_0, Type.Q8_0), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     same = {key: value for key, value in config.items() if key != "mlxquant_import"}
-    with_both = plan._model("x", same, 64).original
-    once = plan._model("x", config, 64).original
+    with_both = model_of("x", same, 64).original
+    once = model_of("x", config, 64).original
     assert "lm_head" in with_both and "lm_head" not in once

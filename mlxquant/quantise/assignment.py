@@ -38,7 +38,7 @@ from mlxquant.quantise.shelf import Shelf
 from mlxquant.quantise.trials import Trial, stored_bits
 from mlxquant.quantise.walk import batch_size, float_walk, identity
 from mlxquant.sources import checkpoint
-from mlxquant.sources.checkpoint import Source
+from mlxquant.sources.checkpoint import KnownFolder
 
 Way = dict[str, Any]  # the fields of a layer's spec that it changes
 AFFINE_WAYS: list[Way] = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
@@ -51,7 +51,7 @@ _HEADER_BYTES = 300  # of a tensor's entry in a safetensors header, and its shar
 Ways = dict[str, list[tuple[Any, float, float]]]  # by joined paths: choice, bits, damage
 
 
-def assign(source: Source, job: Job, tokens: Calibration, progress: Progress) -> Job:
+def assign(source: KnownFolder, job: Job, tokens: Calibration, progress: Progress) -> Job:
     """``job`` with a rule for every layer, such that the result meets its target; where that is a
     folder's size, with a width for embedding and head, too, unless it has one.
 
@@ -75,7 +75,7 @@ def assign(source: Source, job: Job, tokens: Calibration, progress: Progress) ->
 class _Measure:
     """A model, opened lazily, whose layers are tried in every way."""
 
-    source: Source
+    source: KnownFolder
     job: Job
     tokens: Calibration
 

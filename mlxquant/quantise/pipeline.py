@@ -52,7 +52,7 @@ from mlxquant.quantise.shelf import shelf
 from mlxquant.quantise.sweep import CORRECTION
 from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
-from mlxquant.sources.checkpoint import Source
+from mlxquant.sources.checkpoint import KnownFolder
 from mlxquant.sources.names import resolve
 
 ONCE = "embedding and head are one matrix, which the file holds twice; the finer is stored, once"
@@ -73,7 +73,7 @@ def quantize(name: str | PathLike[str], output: str | Path, job: Job | None = No
     name = checks.path("model", name)
     job = job.changed(tune_steps=job.tuning.steps)
     with step("opening"):
-        source = Source(resolve(name, revision=revision))  # as it is before anything is read
+        source = KnownFolder(resolve(name, revision=revision))  # as it is before anything is read
         folder = source.folder
         network, config = open_original(folder)
         blocks = assembly.blocks_of(network)
@@ -149,7 +149,7 @@ class Run:
     the card (``base``), the identity of the job before a target was resolved (``asked``), the
     memory and disk it ``needs``, and notes on what was ``chosen`` for it."""
 
-    source: Source
+    source: KnownFolder
     output: Path
     job: Job
     tokens: Calibration

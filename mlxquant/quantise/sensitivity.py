@@ -58,7 +58,8 @@ def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array
     (``backward.py``); ``tokens`` are batches (batch, length) of ids. Every position gets one label
     drawn from the model's distribution there, the same for the same ``seed``; a batch that is
     listed again draws new labels. For experts F is summed over those that a token chose; a layer
-    that is not called gets zeros. Gradients include an output's effect on later positions.
+    that is not called gets zeros. Gradients include an output's effect on later positions. Raises
+    ``Unsupported`` where one is not finite.
     """
     count = sum(batch.size for batch in tokens)
     sums = {block.full(path): mx.zeros(layer.weight.shape[-2]) for block in find_blocks(opened())
@@ -68,6 +69,9 @@ def output_importance(opened: Callable[[], nn.Module], tokens: Sequence[mx.array
             squares, by_inputs = _squares(call)
             for path, found in squares:
                 sums[call.block.full(path)] += found
+                if not mx.isfinite(found).all():
+                    raise Unsupported(f"the gradient at {call.block.full(path)} is not finite, so "
+                                      "layers cannot be weighed for a target; leave it out")
             mx.eval(sums, by_inputs)
             go_on(by_inputs)
     return {path: total / count for path, total in sums.items()}

@@ -95,7 +95,7 @@ def fingerprint(folder: Path) -> str:
 
 
 @dataclass
-class Source:
+class KnownFolder:
     """The model in ``folder``, whose files must stay as they are from here on, while a job reads
     them. ``made`` is where the job keeps what it has made so far, if anything: where the files
     change, that is removed, since a new run could not go on with it."""

@@ -10,7 +10,7 @@ from mlxquant.layers.by_block import can_let_go, judged
 from mlxquant.layers.dense import lazily_dense, to_dense
 from mlxquant.layers.head import Judge
 from mlxquant.model import loading
-from mlxquant.sources.checkpoint import Source
+from mlxquant.sources.checkpoint import KnownFolder
 from mlxquant.sources.names import resolve
 from mlxquant.tuning import room
 
@@ -21,7 +21,7 @@ class Teacher:
     allow otherwise, else block by block."""
 
     def __init__(self, name: str, dtype: mx.Dtype):
-        self.name, self.source, self._dtype = name, Source(resolve(name)), dtype
+        self.name, self.source, self._dtype = name, KnownFolder(resolve(name)), dtype
         self.folder = self.source.folder
         self.network, self._config = loading.open_lazily(self.folder)
         self.whole = room.fits_dense(self.network, dtype) or not can_let_go(self.network)

@@ -25,7 +25,7 @@ from mlxquant.quantise.job import Job
 from mlxquant.quantise.self_written import at_once, self_written
 from mlxquant.quantise.walk import identity
 from mlxquant.sources import checkpoint
-from mlxquant.sources.checkpoint import Source
+from mlxquant.sources.checkpoint import KnownFolder
 from mlxquant.sources.names import resolve
 from mlxquant.tuning.distill import Distillation, Report
 from mlxquant.tuning.predictions import Predictions
@@ -63,7 +63,7 @@ def tune(name: str, output: str | Path, tuning: Tuning, *, progress: Report = la
     for a model without scales to train or, where ``tuning`` asks for conversations, without a chat
     template.
     """
-    output, source = Path(output), Source(resolve(name))
+    output, source = Path(output), KnownFolder(resolve(name))
     refuse_existing(output)
     start, schedule = time.perf_counter(), tuning.schedule
     mx.reset_peak_memory()
@@ -168,7 +168,7 @@ def _predict(predictions: Predictions, teacher: Teacher, at_once: int, writing: 
         teacher.source.check()
 
 
-def _tensors(source: Source, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+def _tensors(source: KnownFolder, tuned: dict[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
     """The folder's tensors, trained ones in place of the old."""
     for file in checkpoint.weight_files(source.folder):
         for path, array in mx.load(str(file)).items():
