@@ -138,6 +138,7 @@ def test_a_revision_is_that_of_the_first_model_alone(tmp_path):
     (("bench", "TINY", "--chip", "M77"), 2, "error: no chip 'M77' in the table"),
     (("bench", "TINY", "--chip", "M2", "-n", "0"), 2, "error: --generate is for measuring"),
     (("bench", "TINY", "--chip", "M2", "-d", "-5"), 2, "error: depth is -5, at least 0"),
+    (("bench", "TINY", "--json", "--format", "csv"), 2, "error: --format and --json exclude each"),
     (("generate", "TINY", "-p", "x", "--raw", "--system", "y"), 2, "error: --system goes without"),
     (("generate", "TINY", "-p", "x", "--draft-tokens", "7"), 2, "error: --draft-tokens needs --d"),
     (("generate", "TINY", "-p", "x", "--top-p", "0.9"), 2, "error: --top-p needs --temp above 0"),

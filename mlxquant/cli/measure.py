@@ -56,7 +56,9 @@ def bench(
     from mlxquant.report.figure import check_plot
     from mlxquant.runtime.probe import measured
 
-    form = "json" if as_json else form
+    if as_json:
+        refuse(ctx, "and --json exclude each other", "form")
+        form = "json"
     if form not in bench_output.FORMATS:
         raise BadValue(f"format is {form!r}, allowed are {', '.join(bench_output.FORMATS)}")
     check_plot(plot)
