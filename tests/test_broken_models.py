@@ -215,8 +215,9 @@ def test_a_fingerprint_tells_models_of_the_same_weights_apart(tmp_path, tiny_fol
     seen.add(checkpoint.fingerprint(folder))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     seen.add(checkpoint.fingerprint(folder))
-    (folder / "log.txt").write_text("block 1 of 2")
-    seen.add(checkpoint.fingerprint(folder))
+    for name in ("log.txt", "result.json"):
+        (folder / name).write_text("{}")
+        seen.add(checkpoint.fingerprint(folder))
     assert len(seen) == 4
 
 

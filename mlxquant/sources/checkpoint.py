@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ SHARD_BYTES = 1 << 30
 MAKING = "making.json"  # seconds and memory that making the folder took; not part of the model
 _INDEX = "model.safetensors.index.json"
 _SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+# Of these, the files that decide what is read and written as text.
+_TEXTUAL = ("*token*", "vocab*", "merges.txt", "*template*", "*.jinja", "*.model",
+            "generation_config.json")
 # Bytes of a value, for the types that MLX reads.
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
                "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8}
@@ -86,10 +90,10 @@ def fingerprint(folder: Path) -> str:
     """A text that changes whenever a model's outputs may, or what it writes as text: the state of
     its weight files, its configuration, tokenizer and templates, and this version of the package.
     """
-    # Of .txt files only a tokenizer's: another may be the log of this very run.
+    # No others: one may be the log of this very run, or what another run found.
     others = [(name, hashlib.sha256(content).hexdigest())
               for name, content in sorted(side_files(folder).items())
-              if not name.endswith(".txt") or name in ("merges.txt", "vocab.txt")]
+              if any(fnmatchcase(name, pattern) for pattern in _TEXTUAL)]
     config = (folder / "config.json").read_text(encoding="utf-8")
     return repr((state_of(weight_files(folder)), config, others, __version__))
 
