@@ -4,7 +4,7 @@ mlx-lm's property ``layers`` is not used: in many architectures it returns a sli
 list, and a block that is put into a copy is never called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -47,11 +47,16 @@ def shape_of(module: nn.Module) -> tuple[int, ...]:
     return *rows, columns * 32 // module.bits if hasattr(module, "bits") else columns
 
 
+def inside(blocks: Iterable[Block]) -> tuple[str, ...]:
+    """What the paths of all that is in blocks begin with."""
+    return tuple(block.full("") for block in blocks)
+
+
 def arrays_outside(network: nn.Module, blocks: list[Block]) -> dict[str, mx.array]:
     """The arrays of a network that none of its blocks holds, by path."""
-    inside = tuple(block.full("") for block in blocks)
+    paths = inside(blocks)
     return {path: array for path, array in tree_flatten(network.parameters())
-            if not path.startswith(inside)}
+            if not path.startswith(paths)}
 
 
 def find_blocks(network: nn.Module) -> list[Block]:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlxquant.base.trees import is_float
-from mlxquant.layers.blocks import Block, arrays_outside
+from mlxquant.layers.blocks import Block, arrays_outside, inside
 from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.hooks import Through, intercepted
 
@@ -50,11 +50,11 @@ class Head:
     def expand(self) -> None:
         """Make all weights outside the blocks dense float32, lazily: otherwise every product of
         many tokens would expand them again."""
-        inside = tuple(block.full("") for block in self._blocks)
+        paths = inside(self._blocks)
         self._network.update_modules(tree_unflatten([
             (path, dense_layer(module)) for path, module in self._network.named_modules()
             if isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
-            and not path.startswith(inside)]))
+            and not path.startswith(paths)]))
         self._network.update(tree_unflatten([
             (path, array.astype(mx.float32))
             for path, array in arrays_outside(self._network, self._blocks).items()

@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.base.trees import arrays
 from mlxquant.kernels import code_order
-from mlxquant.layers.blocks import blocks_or_itself, find_blocks, shape_of
+from mlxquant.layers.blocks import blocks_or_itself, find_blocks, inside, shape_of
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.packed import FEW_TOKENS, PackedCodes
 from mlxquant.layers.packed_experts import EXPANDED, PackedSwitchLinear
@@ -68,7 +68,7 @@ def parts(network: nn.Module) -> Iterator[Part]:
     repeated = {path: module for path, module in modules.items()
                 if isinstance(module, RepeatedBlock)}
     loops = max(getattr(module, name, 1) for module in modules.values() for name in _LOOPS)
-    looped = tuple(block.full("") for block in find_blocks(network)) if loops > 1 else ()
+    looped = inside(find_blocks(network)) if loops > 1 else ()
     for path, module in modules.items():
         if not own_arrays(module):
             continue

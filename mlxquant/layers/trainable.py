@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.codes.spec import Spec
-from mlxquant.layers.blocks import Block, find_blocks
+from mlxquant.layers.blocks import Block, find_blocks, inside
 from mlxquant.layers.dense import dense_layer
 from mlxquant.layers.grouped import GroupedLinear
 from mlxquant.layers.replicated import ReplicaInput, Replicated, ReplicatedLinear
@@ -120,7 +120,7 @@ class Trainable:
 
 def _unpack(network: nn.Module, parts: TrainedParts, blocks: list[Block]) -> None:
     """Replace quantised layers of ``blocks`` by ones with a gradient, others by dense ones."""
-    inside, made = tuple(block.full("") for block in blocks), []
+    paths, made = inside(blocks), []
     for path, module in network.named_modules():
         layer = path.removesuffix(".linear")
         start = parts.starts.get(layer, mx.zeros(1)) if parts.codes else None
@@ -129,7 +129,7 @@ def _unpack(network: nn.Module, parts: TrainedParts, blocks: list[Block]) -> Non
         if isinstance(module, ReplicatedLinear) and start is not None:
             made.append((path, MovingReplica(module, start)))
         elif (isinstance(module, (nn.QuantizedEmbedding, nn.QuantizedLinear))
-              and not path.startswith(inside)):
+              and not path.startswith(paths)):
             made.append((path, dense_layer(module)))
         elif getattr(module, "mode", "affine") != "affine":
             continue  # fixed levels, with scales of few bits: it stays as it is

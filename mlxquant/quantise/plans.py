@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxquant.codes.spec import PLAIN_GROUPS, REPLICA_GROUPS, Spec, Whole
 from mlxquant.codes.width import Width
-from mlxquant.layers.blocks import Block, arrays_outside
+from mlxquant.layers.blocks import Block, arrays_outside, inside
 from mlxquant.layers.formats import stored_entry
 from mlxquant.layers.traffic import leaf_modules, weight_count
 from mlxquant.quantise.job import Job
@@ -67,9 +67,9 @@ def noted(plans: Iterable[BlockPlan]) -> list[str]:
 
 def ends_of(network: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
     """The embedding, the head and other layers outside a network's blocks, by path."""
-    inside = tuple(block.full("") for block in blocks)
+    paths = inside(blocks)
     return {path: module for path, module in network.named_modules()
-            if isinstance(module, ENDS) and not path.startswith(inside)}
+            if isinstance(module, ENDS) and not path.startswith(paths)}
 
 
 def plan_ends(network: nn.Module, blocks: list[Block], job: Job) -> BlockPlan:
@@ -98,11 +98,11 @@ def _plan(network: nn.Module, block: Block, job: Job) -> BlockPlan:
     plan, cast = BlockPlan(), getattr(network, "cast_predicate", lambda path: True)
     modules = leaf_modules(block.module)
     layers = tuple(f"{path}." for path, module in modules if type(module) in LAYERS)
-    plan.kept = {path: array for path, array in tree_flatten(block.module.parameters())
+    arrays = dict(tree_flatten(block.module.parameters()))
+    plan.kept = {path: array for path, array in arrays.items()
                  if not path.startswith(layers) and not cast(block.full(path))}
     known = [path for path, module in modules if type(module) in (*LAYERS, *ENDS)]
-    plan.notes = {block.full(path): note for path, note in _others(
-        dict(tree_flatten(block.module.parameters())), known).items()}
+    plan.notes = {block.full(path): note for path, note in _others(arrays, known).items()}
     for path, module in modules:
         if isinstance(module, nn.QuantizedEmbedding):
             plan.entries[path] = stored_entry(module)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mlxquant.base.errors import Unsupported
 from mlxquant.layers import outline, traffic
+from mlxquant.layers.blocks import inside
 from mlxquant.layers.prompt_step import PROMPT_STEP, prompt_step, scores_bytes
 from mlxquant.model.original import without_second
 from mlxquant.quantise.assembly import blocks_of
@@ -52,9 +53,9 @@ def model_of(name: str, config: dict[str, Any], context: int) -> Model:
         with suppress(Unsupported):  # what the model refuses when it runs is not offered
             kv[bits] = outline.kv_bytes(original, context, bits)
     blocks = blocks_of(original)
-    inside = tuple(block.full("") for block in blocks)
+    paths = inside(blocks)
     widest = max(part.chosen * part.module.weight.shape[-2] for part in traffic.parts(original)
-                 if part.path.startswith(inside) and traffic.weight_count(part.module)
+                 if part.path.startswith(paths) and traffic.weight_count(part.module)
                  and part.module.weight.ndim > 1)
     return Model(name, plain, context, original, kv, traffic.operations_per_token(original) / 2,
                   len(blocks), outline.attention_heads(plain), widest)

@@ -20,7 +20,7 @@ from mlxquant.base.errors import BadValue, MlxquantError, TooLarge
 from mlxquant.codes.spec import Spec
 from mlxquant.codes.width import Width
 from mlxquant.layers import outline, traffic
-from mlxquant.layers.blocks import blocks_or_itself, held_bytes
+from mlxquant.layers.blocks import blocks_or_itself, held_bytes, inside
 from mlxquant.layers.prompt_step import MOST_SCORES
 from mlxquant.layers.replicated import Replicated
 from mlxquant.machine.chips import Chip
@@ -208,9 +208,9 @@ def _stored(network: nn.Module) -> tuple[Form, lanes.Cost]:
     """The form that most of the weights that the blocks use for a token are stored in, and what one
     of them costs."""
     used: Counter[Form] = Counter()
-    inside = tuple(block.full("") for block in blocks_or_itself(network))
+    paths = inside(blocks_or_itself(network))
     for part in traffic.parts(network):
-        if part.path.startswith(inside) and (weights := traffic.weight_count(part.module)):
+        if part.path.startswith(paths) and (weights := traffic.weight_count(part.module)):
             used[_form_of(part.module)] += round(part.passes * part.share() * weights)
     (form, _), = used.most_common(1)
     return form, (lanes.replicated(form.bits, form.replicas, form.group or 0) if form.replicas

@@ -82,11 +82,14 @@ class Loop:
 
     def check(self, model: LanguageModel, cache: PromptCache) -> None:
         """Raise ``Unsupported`` where ``model`` or the draft cannot do it, and ``BadValue`` for a
-        draft with other tokens; a ``cache`` at this width has shown that keys and values can be so.
+        draft with other tokens; a ``cache`` at this width, or of both networks, has shown that all
+        is well.
         """
         shown = cache.bits if cache.may_be_of(model.network) else set()
         if self.kv_bits is not None and self.kv_bits not in shown:
             token_cache(model.network, self.kv_bits, model.name, computed=True)
+        if self.draft and cache.draft_layers and cache.may_be_of(model.network, self.draft.network):
+            return  # which spares comparing whole vocabularies for every reply
         for each in [model] * self.guesses + ([self.draft] if self.draft else []):
             if not takes_back(make_prompt_cache(each.network)):
                 raise Unsupported(f"{each.name} keeps a sliding window or a state that cannot take "

@@ -91,9 +91,9 @@ def fingerprint(folder: Path) -> str:
     its weight files, its configuration, tokenizer and templates, and this version of the package.
     """
     # No others: one may be the log of this very run, or what another run found.
-    others = [(name, hashlib.sha256(content).hexdigest())
-              for name, content in sorted(side_files(folder).items())
-              if any(fnmatchcase(name, pattern) for pattern in _TEXTUAL)]
+    others = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+              for file in sorted(_side_files(folder))
+              if any(fnmatchcase(file.name, pattern) for pattern in _TEXTUAL)]
     config = (folder / "config.json").read_text(encoding="utf-8")
     return repr((state_of(weight_files(folder)), config, others, __version__))
 
